@@ -1,0 +1,31 @@
+"""GRU with the reset after the product, as torch.nn.GRU and cuDNN define it (Cho et al. 2014, v3).
+
+    r, z = sigmoid(gx + h U^T)     q = h U_n^T + b_hn     n = tanh(gx_n + r q)     h' = (1 - z) n + z h
+"""
+
+import triton
+import triton.language as tl
+
+from ..math import sigmoid, tanh
+from . import Cell, register
+
+
+@triton.jit
+def forward(gx, hu, states, FAST: tl.constexpr):
+    r = sigmoid(gx[0] + hu[0], FAST)
+    z = sigmoid(gx[1] + hu[1], FAST)
+    n = tanh(gx[2] + r * hu[2], FAST)
+    return (n + z * (states[0] - n),), (r, z, n, hu[2])
+
+
+@triton.jit
+def backward(dstates, dm, saved, states_prev, states, FAST: tl.constexpr):
+    r, z, n, q = saved
+    dh = dstates[0]
+    dn = dh * (1.0 - z) * (1.0 - n * n)
+    dr = dn * q * r * (1.0 - r)
+    dz = dh * (states_prev[0] - n) * z * (1.0 - z)
+    return (dr, dz, dn), (dr, dz, dn * r), (dh * z,)
+
+
+GRU = register(Cell("gru", gates=3, states=1, saved=4, inner=1, forward=forward, backward=backward))

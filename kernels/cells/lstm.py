@@ -1,0 +1,39 @@
+"""LSTM (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000), as torch.nn.LSTM defines it.
+
+    i, f, o = sigmoid(gx + h U^T)     g = tanh(gx_g + h U_g^T)
+    c' = f c + i g                    h' = o tanh(c')
+"""
+
+import triton
+import triton.language as tl
+
+from ..math import sigmoid, tanh
+from . import Cell, register
+
+
+@triton.jit
+def forward(gx, hu, states, FAST: tl.constexpr):
+    i = sigmoid(gx[0] + hu[0], FAST)
+    f = sigmoid(gx[1] + hu[1], FAST)
+    g = tanh(gx[2] + hu[2], FAST)
+    o = sigmoid(gx[3] + hu[3], FAST)
+    c = f * states[1] + i * g
+    return (o * tanh(c, FAST), c), (i, f, g, o)
+
+
+@triton.jit
+def backward(dstates, dm, saved, states_prev, states, FAST: tl.constexpr):
+    i, f, g, o = saved
+    dh = dstates[0]
+    tc = tanh(states[1], FAST)
+    dc = dstates[1] + dh * o * (1.0 - tc * tc)
+    d = (
+        dc * g * i * (1.0 - i),
+        dc * states_prev[1] * f * (1.0 - f),
+        dc * i * (1.0 - g * g),
+        dh * tc * o * (1.0 - o),
+    )
+    return d, d, (tl.zeros_like(dh), dc * f)
+
+
+LSTM = register(Cell("lstm", gates=4, states=2, saved=4, forward=forward, backward=backward))

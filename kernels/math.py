@@ -1,0 +1,63 @@
+"""The scalar functions and the matrix product that every kernel shares.
+
+All work in the accumulation type: float32, or float64 for float64 data. FAST chooses the one-instruction
+approximation (relative error 2^-11, of the order of float16's and below bfloat16's own rounding); everything else is
+accurate to a few units in the last place, saturates, and is finite for every finite argument.
+"""
+
+import triton
+import triton.language as tl
+from triton import knobs
+
+# Triton decides at import whether kernels are compiled or interpreted; so does this.
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def _tanh_small(x):
+    """tanh for |x| <= 1/4, where 1 - exp(-2x) would cancel: the Taylor series, cut below one ulp."""
+    s = x * x
+    if x.dtype == tl.float64:
+        p = s * 9.691537956929451e-05 - 0.00023912911424355248
+        p = s * p + 0.000590027440945586
+        p = s * p - 0.0014558343870513183
+        p = s * p + 0.003592128036572481
+        p = s * p - 0.008863235529902197
+        p = s * p + 0.021869488536155203
+    else:
+        p = 0.021869488536155203
+    p = s * p - 0.05396825396825397
+    p = s * p + 0.13333333333333333
+    p = s * p - 0.3333333333333333
+    return x + x * (s * p)
+
+
+@triton.jit
+def tanh(x, FAST: tl.constexpr):
+    if FAST and not INTERPRETED:
+        return tl.inline_asm_elementwise(
+            "tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        # Only exp of a non-positive number: it cannot overflow (the form with exp(2x) gives NaN at large |x|).
+        e = tl.exp(-2.0 * tl.abs(x))
+        large = (1.0 - e) / (1.0 + e)
+        return tl.where(tl.abs(x) <= 0.25, _tanh_small(x), tl.where(x < 0, -large, large))
+
+
+@triton.jit
+def sigmoid(x, FAST: tl.constexpr):
+    if FAST and not INTERPRETED:
+        return 0.5 * tanh(0.5 * x, FAST) + 0.5
+    else:
+        return 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
+def product(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a @ b in acc's type. a, b: operands of the data's type; PRECISION: tl.dot's input_precision."""
+    if INTERPRETED:
+        # The interpreter multiplies the raw bits of bfloat16 operands.
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)

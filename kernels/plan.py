@@ -1,0 +1,104 @@
+"""Which schedule, tiles and warps for a shape on a device: a pure function, and its reason in words.
+
+Imports neither torch nor triton: facts in, a frozen Plan out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+SCHEDULES = ("resident", "stepwise")
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a plan needs to know of a device. shared: bytes one program may have. capability: 90 for sm_90; 0 not CUDA."""
+
+    name: str
+    capability: int
+    processors: int
+    shared: int
+
+
+# NVIDIA's tuning guides: shared memory a block may opt into, and multiprocessors of the largest part.
+KNOWN = {
+    "sm_80": Device("sm_80 (A100)", 80, 108, 163 * 1024),
+    "sm_90": Device("sm_90 (H100)", 90, 132, 227 * 1024),
+    "sm_100": Device("sm_100 (B200)", 100, 148, 227 * 1024),
+}
+INTERPRETER = Device("interpreter", 0, 132, 227 * 1024)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a scan runs. fast: the approximate tanh may be used (float16 and bfloat16 on NVIDIA only)."""
+
+    schedule: str
+    block_h: int
+    block_b: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    fast: bool
+    why: str
+
+
+def _power_of_2(n: int, least: int, most: int) -> int:
+    p = least
+    while p < n and p < most:
+        p *= 2
+    return p
+
+
+def resident_bytes(gates: int, H: int, itemsize: int, block_b: int) -> int:
+    """Shared memory of the resident kernels: U whole, and one tile to exchange the state and convert layouts."""
+    block_h = _power_of_2(H, 16, 1 << 30)
+    return gates * block_h * block_h * itemsize + block_h * block_b * max(4, itemsize) + block_h * block_b * itemsize
+
+
+def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan:
+    block_h = _power_of_2(H, 16, 1 << 30)
+    # As few rows a program as keep every program on its own processor; more rows only lengthen a step.
+    block_b = _power_of_2(-(-B // device.processors), 8, 32)
+    while block_b > 8 and resident_bytes(gates, H, itemsize, block_b) > device.shared:
+        block_b //= 2
+    num_warps = 8 if block_h * block_b * itemsize > 128 * 8 * 2 else 4
+    needed = resident_bytes(gates, H, itemsize, block_b)
+    why = (
+        f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // 1024} KB of the {device.shared // 1024} KB of shared "
+        f"memory, so one program keeps it and walks all steps for {block_b} rows"
+    )
+    return Plan("resident", block_h, block_b, block_h, num_warps, 1, device.capability > 0 and itemsize == 2, why)
+
+
+def _stepwise(gates: int, B: int, H: int, itemsize: int, device: Device, reason: str) -> Plan:
+    block_b = _power_of_2(B, 8, 16 if itemsize == 8 else 64)
+    block_h = _power_of_2(H, 16, 16 if itemsize == 8 else 64)
+    # Smaller tiles while some processors would have none.
+    while -(-H // block_h) * -(-B // block_b) < device.processors and (block_h > 16 or block_b > 16):
+        if block_h >= block_b and block_h > 16:
+            block_h //= 2
+        else:
+            block_b //= 2
+    block_k = _power_of_2(H, 16, 128 // itemsize)
+    num_warps = 8 if gates * block_h * block_b >= 8192 else 4
+    why = f"{reason}, so every step is one launch over tiles of {block_h} units and {block_b} rows"
+    return Plan("stepwise", block_h, block_b, block_k, num_warps, 2, device.capability > 0 and itemsize == 2, why)
+
+
+def plan(gates: int, B: int, H: int, itemsize: int, device: Device, schedule: str | None = None) -> Plan:
+    """The plan of a scan: gates G, batch B, hidden size H, bytes an element of the data's type, the device's facts.
+
+    schedule: None chooses; a name forces it. ValueError for an unknown name, or for "resident" where U does not fit.
+    """
+    if schedule not in (None, *SCHEDULES):
+        raise ValueError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
+    if schedule == "stepwise":
+        return _stepwise(gates, B, H, itemsize, device, "stepwise was asked for")
+    needed = resident_bytes(gates, H, itemsize, 8)
+    if needed <= device.shared:
+        return _resident(gates, B, H, itemsize, device)
+    reason = f"U would take {needed // 1024} KB of the {device.shared // 1024} KB of shared memory on {device.name}"
+    if schedule == "resident":
+        raise ValueError(f"the resident schedule does not fit hidden size {H}: {reason}")
+    return _stepwise(gates, B, H, itemsize, device, reason)

@@ -1,0 +1,48 @@
+"""The gates of all steps at once, from the states: what save="states" does before backward.
+
+Given every state, the steps no longer depend on each other: the recurrent products are one GEMM (two for a cell with a
+second product), and the rest is pointwise. Shapes as in `resident`, with N = T*B rows and
+    hu [N, G*H]  the recurrent products, without biases;  m [N, H]  operand of the second product
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import biases, keep_rows, load_tiles, store_tiles
+
+
+@triton.jit(do_not_specialize=["N"])
+def kernel(
+    gx_ptr, hu_ptr, bias_ptr, y_ptr, c_ptr, extra_ptr, resets_ptr, m_ptr, N,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
+    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, EXTRA: tl.constexpr,
+    STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """PHASE 0: m, from the first gates' products. PHASE 1: the saved tiles, over gx and into extra."""
+    units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row_mask = row < N
+    mask = (units[:, None] < H) & row_mask[None, :]
+    at_h = row[None, :] * H + units[:, None]
+    at_g = row[None, :] * (G * H) + units[:, None]
+
+    states = load_tiles(y_ptr, at_h, mask, 1, 0, ACC)
+    if STATES == 2:
+        states = states + load_tiles(c_ptr, at_h, mask, 1, 0, ACC)
+    if resets_ptr is not None:
+        keep = tl.load(resets_ptr + row, mask=row_mask, other=0) == 0
+        states = keep_rows(states, keep, STATES)
+    gx = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
+    start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
+    products = load_tiles(hu_ptr, at_g, mask, SPLIT if PHASE == 0 else G, H, ACC)
+    hu = ()
+    for n in tl.static_range(SPLIT if PHASE == 0 else G):
+        hu = hu + (products[n] + start[n],)
+    if PHASE == 0:
+        m = MIDDLE(gx, hu, states, FAST)
+        tl.store(m_ptr + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
+    else:
+        states, saved = STEP(gx, hu, states, FAST)
+        store_tiles(gx_ptr, at_g, mask, saved, 0, G, H)
+        if EXTRA > 0:
+            store_tiles(extra_ptr, row[None, :] * (EXTRA * H) + units[:, None], mask, saved, G, G + EXTRA, H)

@@ -1,0 +1,220 @@
+"""Schedule `resident`: one program keeps all of U on chip and walks the whole sequence for BLOCK_B batch rows.
+
+Shapes (time-major, contiguous; T steps, B batch, H hidden, G gates, S saved tiles):
+    gx     [T, B, G*H]  input projection; overwritten by the first G saved tiles when SAVE
+    extra  [T, B, (S-G)*H]  the other saved tiles
+    u      [G*H, H]     weight_hh          bias [INNER*H]  b_hh of the inner gates, or None
+    y, c   [T+1, B, H]  states, y[t] before step t (y[0] = h0 is given; c only where the cell has it; c [1, B, H] unsaved)
+    resets [T, B] uint8, or None: where set, the states before that step are zero
+    hn, cn [B, H]       final states;  dhn, dcn their gradients, or None
+    dy     [T, B, H]    or None;  dgx [T, B, G*H];  dhu [T, B, INNER*H];  m [T, B, H] (cells with a second product)
+    dh0, dc0 [B, H]
+"""
+
+import triton
+import triton.language as tl
+
+from .math import product
+from .tiles import biases, join_tuples, keep_rows, load_tiles, products, replace_first, store_tiles
+
+
+@triton.jit
+def _load_keep(resets_ptr, r, valid):
+    return tl.load(resets_ptr + r, mask=valid, other=0) == 0
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def forward_kernel(
+    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, extra_ptr, resets_ptr, hn_ptr, cn_ptr, T, B,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
+    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, EXTRA: tl.constexpr,
+    KEEPS: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    units = tl.arange(0, BLOCK_H)
+    r = tl.arange(0, BLOCK_B)
+    row0 = tl.program_id(0).to(tl.int64) * BLOCK_B
+    valid = r < B - row0
+    mask = (units[:, None] < H) & valid[None, :]
+    # Offsets inside a step are small; the step's start is a 64-bit scalar that advances.
+    at_h = r[None, :] * H + units[:, None]
+    at_g = r[None, :] * (G * H) + units[:, None]
+    at_e = r[None, :] * (EXTRA * H) + units[:, None]
+    per_step = B.to(tl.int64) * H
+    gx_ptr += row0 * (G * H)
+    y_ptr += row0 * H
+
+    square = units[:, None] * H + units[None, :]
+    U = load_tiles(u_ptr, square, (units[:, None] < H) & (units[None, :] < H), G, H * H, u_ptr.dtype.element_ty)
+    start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
+
+    states = (tl.load(y_ptr + at_h, mask=mask, other=0.0).to(ACC),)
+    if STATES == 2:
+        c_ptr += row0 * H
+        states = states + (tl.load(c_ptr + at_h, mask=mask, other=0.0).to(ACC),)
+    if EXTRA > 0 and SAVE:
+        extra_ptr += row0 * (EXTRA * H)
+    gx = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
+    keep = valid
+    if resets_ptr is not None:
+        resets_ptr += row0
+        keep = _load_keep(resets_ptr, r, valid)
+
+    for t in range(T):
+        # The next step's inputs are asked for before this step's product, which hides their latency.
+        ahead = mask & (t + 1 < T)
+        gx_next = load_tiles(gx_ptr + per_step * G, at_g, ahead, G, H, ACC)
+        if resets_ptr is not None:
+            resets_ptr += B
+            keep_next = _load_keep(resets_ptr, r, valid & (t + 1 < T))
+            states = keep_rows(states, keep, STATES)
+            keep = keep_next
+        hu = products(U, states[0], start, 0, SPLIT, PRECISION)
+        if SPLIT < G:
+            m = MIDDLE(gx, hu, states, FAST)
+            hu = join_tuples(hu, products(U, m, start, SPLIT, G, PRECISION), 0, G - SPLIT)
+        states, saved = STEP(gx, hu, states, FAST)
+        y_ptr += per_step
+        store_tiles(y_ptr, at_h, mask, states, 0, 1, 0)
+        if SAVE:
+            if STATES == 2:
+                c_ptr += per_step
+                store_tiles(c_ptr, at_h, mask, states, 1, 2, 0)
+            if KEEPS:
+                store_tiles(gx_ptr, at_g, mask, saved, 0, G, H)
+            if EXTRA > 0:
+                store_tiles(extra_ptr, at_e, mask, saved, G, G + EXTRA, H)
+                extra_ptr += per_step * EXTRA
+        gx_ptr += per_step * G
+        gx = gx_next
+
+    store_tiles(hn_ptr + row0 * H, at_h, mask, states, 0, 1, 0)
+    if STATES == 2:
+        store_tiles(cn_ptr + row0 * H, at_h, mask, states, 1, 2, 0)
+
+
+@triton.jit
+def _load_step(
+    dy_ptr, y_ptr, c_ptr, gx_ptr, extra_ptr, at_h, at_g, at_e, mask,
+    H: tl.constexpr, ACC: tl.constexpr, G: tl.constexpr, STATES: tl.constexpr, EXTRA: tl.constexpr,
+    KEEPS: tl.constexpr,
+):  # fmt: skip
+    """What a step of backward reads: (dy, states before the step, saved tiles)."""
+    dy = 0.0
+    if dy_ptr is not None:
+        dy = tl.load(dy_ptr + at_h, mask=mask, other=0.0).to(ACC)
+    before = load_tiles(y_ptr, at_h, mask, 1, 0, ACC)
+    if STATES == 2:
+        before = before + load_tiles(c_ptr, at_h, mask, 1, 0, ACC)
+    saved = ()
+    if KEEPS:
+        saved = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
+        if EXTRA > 0:
+            saved = join_tuples(saved, load_tiles(extra_ptr, at_e, mask, EXTRA, H, ACC), 0, EXTRA)
+    return dy, before, saved
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def backward_kernel(
+    dy_ptr, dhn_ptr, dcn_ptr, u_ptr, y_ptr, c_ptr, gx_ptr, extra_ptr, resets_ptr,
+    dgx_ptr, dhu_ptr, m_ptr, dh0_ptr, dc0_ptr, T, B,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
+    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, EXTRA: tl.constexpr,
+    KEEPS: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    units = tl.arange(0, BLOCK_H)
+    r = tl.arange(0, BLOCK_B)
+    row0 = tl.program_id(0).to(tl.int64) * BLOCK_B
+    valid = r < B - row0
+    mask = (units[:, None] < H) & valid[None, :]
+    at_h = r[None, :] * H + units[:, None]
+    at_g = r[None, :] * (G * H) + units[:, None]
+    at_e = r[None, :] * (EXTRA * H) + units[:, None]
+    at_i = r[None, :] * (INNER * H) + units[:, None]
+    per_step = B.to(tl.int64) * H
+    last = (T - 1).to(tl.int64) * per_step
+
+    # Every pointer stands at the last step and walks back. y and c have T+1 rows of states.
+    y_ptr += last + row0 * H
+    gx_ptr += last * G + row0 * (G * H)
+    dgx_ptr += last * G + row0 * (G * H)
+    if dy_ptr is not None:
+        dy_ptr += last + row0 * H
+    if STATES == 2:
+        c_ptr += last + row0 * H
+    if EXTRA > 0:
+        extra_ptr += last * EXTRA + row0 * (EXTRA * H)
+    if INNER > 0:
+        dhu_ptr += last * INNER + row0 * (INNER * H)
+    if SPLIT < G:
+        m_ptr += last + row0 * H
+    if resets_ptr is not None:
+        resets_ptr += (T - 1).to(tl.int64) * B + row0
+
+    transposed = units[None, :] * H + units[:, None]
+    UT = load_tiles(u_ptr, transposed, (units[:, None] < H) & (units[None, :] < H), G, H * H, u_ptr.dtype.element_ty)
+    zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
+    dh = zero
+    if dhn_ptr is not None:
+        dh = tl.load(dhn_ptr + row0 * H + at_h, mask=mask, other=0.0).to(ACC)
+    dstates = (dh,)
+    after = load_tiles(y_ptr + per_step, at_h, mask, 1, 0, ACC)
+    if STATES == 2:
+        dc = zero
+        if dcn_ptr is not None:
+            dc = tl.load(dcn_ptr + row0 * H + at_h, mask=mask, other=0.0).to(ACC)
+        dstates = dstates + (dc,)
+        after = after + load_tiles(c_ptr + per_step, at_h, mask, 1, 0, ACC)
+    dy, before, saved = _load_step(
+        dy_ptr, y_ptr, c_ptr, gx_ptr, extra_ptr, at_h, at_g, at_e, mask, H, ACC, G, STATES, EXTRA, KEEPS
+    )
+
+    for t in range(T):
+        ahead = mask & (t + 1 < T)
+        y_ptr -= per_step
+        gx_ptr -= per_step * G
+        if dy_ptr is not None:
+            dy_ptr -= per_step
+        if STATES == 2:
+            c_ptr -= per_step
+        if EXTRA > 0:
+            extra_ptr -= per_step * EXTRA
+        dy_next, before_next, saved_next = _load_step(
+            dy_ptr, y_ptr, c_ptr, gx_ptr, extra_ptr, at_h, at_g, at_e, ahead, H, ACC, G, STATES, EXTRA, KEEPS
+        )
+        keep = valid
+        before_step = before
+        if resets_ptr is not None:
+            keep = _load_keep(resets_ptr, r, valid)
+            before_step = keep_rows(before, keep, STATES)
+            resets_ptr -= B
+        dstates = replace_first(dstates, dstates[0] + dy, STATES)
+        dm = None
+        if SPLIT < G:
+            d_second, m = MIDDLE(dstates, saved, before_step, after, FAST)
+            tl.store(m_ptr + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
+            m_ptr -= per_step
+            dm = zero
+            for n in tl.static_range(SPLIT, G):
+                dm = product(UT[n], d_second[n - SPLIT].to(UT[n].dtype), dm, PRECISION)
+        dgx, dhu, dstates = STEP(dstates, dm, saved, before_step, after, FAST)
+        store_tiles(dgx_ptr, at_g, mask, dgx, 0, G, H)
+        dgx_ptr -= per_step * G
+        if INNER > 0:
+            store_tiles(dhu_ptr, at_i, mask, dhu, G - INNER, G, H)
+            dhu_ptr -= per_step * INNER
+        dh = dstates[0]
+        for n in tl.static_range(SPLIT):
+            dh = product(UT[n], dhu[n].to(UT[n].dtype), dh, PRECISION)
+        dstates = replace_first(dstates, dh, STATES)
+        if resets_ptr is not None:
+            dstates = keep_rows(dstates, keep, STATES)
+        after = before
+        before = before_next
+        saved = saved_next
+        dy = dy_next
+
+    store_tiles(dh0_ptr + row0 * H, at_h, mask, dstates, 0, 1, 0)
+    if STATES == 2:
+        store_tiles(dc0_ptr + row0 * H, at_h, mask, dstates, 1, 2, 0)

@@ -1,0 +1,203 @@
+"""Schedule `stepwise`: one launch a step (two for a cell with a second product), U streamed from L2; any H, any B.
+
+Each program owns BLOCK_H units of BLOCK_B rows. A launch orders the steps, so no program waits for another.
+Shapes as in `resident`, and per-launch scratch, all [B, H] unless said, in the accumulation type:
+    sh, sc    the states h and c in full precision; a program reads and writes its own tile only, so they are updated in place
+    hu_first  [B, SPLIT*H]  recurrent product of the first gates, from PHASE 0 to PHASE 1
+    m         the second product's operand, in the data's type
+    dsh, dsc  gradients of the states (dsh without what still has to pass through U); in place likewise
+"""
+
+import triton
+import triton.language as tl
+
+from .math import product
+from .tiles import biases, join_tuples, keep_rows, load_tiles, store_tiles
+
+
+@triton.jit
+def _accumulate(
+    acc, u_ptr, x_ptr, x_stride, units, row, row_mask, keep, H: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
+    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc[n] + U[n] @ x for the gates n in FROM..TO, streaming U [G*H, H] and x [B, H] in tiles of BLOCK_K."""
+    k = tl.arange(0, BLOCK_K)
+    for k0 in range(0, H, BLOCK_K):
+        ks = k0 + k
+        x = tl.load(x_ptr + row[None, :] * x_stride + ks[:, None], mask=row_mask[None, :] & (ks[:, None] < H), other=0.0)
+        if MASKED:
+            x = tl.where(keep[None, :], x, 0.0).to(x.dtype)
+        U = load_tiles(
+            u_ptr + FROM * H * H, units[:, None] * H + ks[None, :], (units[:, None] < H) & (ks[None, :] < H),
+            TO - FROM, H * H, u_ptr.dtype.element_ty,
+        )  # fmt: skip
+        out = ()
+        for n in tl.static_range(TO - FROM):
+            out = out + (product(U[n], x.to(U[n].dtype), acc[n], PRECISION),)
+        acc = out
+    return acc
+
+
+@triton.jit(do_not_specialize=["t", "B"])
+def forward_kernel(
+    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, extra_ptr, resets_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, t, B,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, EXTRA: tl.constexpr,
+    KEEPS: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Step t. PHASE 0: the first product, and the whole step if it is the only one. PHASE 1: the second product."""
+    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row_mask = row < B
+    mask = (units[:, None] < H) & row_mask[None, :]
+    rows_before = t.to(tl.int64) * B
+    at_h = row[None, :] * H + units[:, None]
+    at_g = row[None, :] * (G * H) + units[:, None]
+    gx_ptr += rows_before * (G * H)
+    y_ptr += rows_before * H
+
+    keep = row_mask
+    states = load_tiles(sh_ptr, at_h, mask, 1, 0, ACC)
+    if STATES == 2:
+        states = states + load_tiles(sc_ptr, at_h, mask, 1, 0, ACC)
+    if resets_ptr is not None:
+        keep = tl.load(resets_ptr + rows_before + row, mask=row_mask, other=0) == 0
+        states = keep_rows(states, keep, STATES)
+    gx = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
+    start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
+
+    if PHASE == 0:
+        hu = _accumulate(
+            join_tuples((), start, 0, SPLIT), u_ptr, y_ptr, H, units, row, row_mask, keep,
+            H, 0, SPLIT, BLOCK_K, resets_ptr is not None, PRECISION,
+        )  # fmt: skip
+    else:
+        second = _accumulate(
+            join_tuples((), start, SPLIT, G), u_ptr, m_ptr, H, units, row, row_mask, keep,
+            H, SPLIT, G, BLOCK_K, False, PRECISION,
+        )  # fmt: skip
+        at_first = row[None, :] * (SPLIT * H) + units[:, None]
+        hu = join_tuples(load_tiles(hu_first_ptr, at_first, mask, SPLIT, H, ACC), second, 0, G - SPLIT)
+
+    if PHASE == 0 and SPLIT < G:
+        store_tiles(hu_first_ptr, row[None, :] * (SPLIT * H) + units[:, None], mask, hu, 0, SPLIT, H)
+        m = MIDDLE(gx, hu, states, FAST)
+        tl.store(m_ptr + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
+    else:
+        states, saved = STEP(gx, hu, states, FAST)
+        store_tiles(sh_ptr, at_h, mask, states, 0, 1, 0)
+        store_tiles(y_ptr + B.to(tl.int64) * H, at_h, mask, states, 0, 1, 0)
+        if STATES == 2:
+            store_tiles(sc_ptr, at_h, mask, states, 1, 2, 0)
+        if SAVE:
+            if STATES == 2:
+                store_tiles(c_ptr + (rows_before + B) * H, at_h, mask, states, 1, 2, 0)
+            if KEEPS:
+                store_tiles(gx_ptr, at_g, mask, saved, 0, G, H)
+            if EXTRA > 0:
+                at_e = row[None, :] * (EXTRA * H) + units[:, None]
+                store_tiles(extra_ptr + rows_before * (EXTRA * H), at_e, mask, saved, G, G + EXTRA, H)
+
+
+@triton.jit
+def _accumulate_transposed(
+    acc, u_ptr, d_ptr, d_stride, units, row, row_mask, H: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
+    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + the sum of U[n]^T @ d[n] over the gates n in FROM..TO; d_ptr is where d[FROM] begins."""
+    k = tl.arange(0, BLOCK_K)
+    for n in tl.static_range(FROM, TO):
+        for k0 in range(0, H, BLOCK_K):
+            ks = k0 + k
+            at_d = row[None, :] * d_stride + (n - FROM) * H + ks[:, None]
+            d = tl.load(d_ptr + at_d, mask=row_mask[None, :] & (ks[:, None] < H), other=0.0)
+            at_u = ks[None, :] * H + units[:, None]
+            U = tl.load(u_ptr + n * H * H + at_u, mask=(units[:, None] < H) & (ks[None, :] < H), other=0.0)
+            acc = product(U, d.to(U.dtype), acc, PRECISION)
+    return acc
+
+
+@triton.jit(do_not_specialize=["t", "B"])
+def backward_kernel(
+    dy_ptr, u_ptr, y_ptr, c_ptr, gx_ptr, extra_ptr, resets_ptr, dgx_ptr, dhu_ptr, m_ptr, dsh_ptr, dsc_ptr, t, B,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
+    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, EXTRA: tl.constexpr,
+    KEEPS: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr, FIRST: tl.constexpr,
+    LAST: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Step t. PHASE 0 takes step t+1's gradients through U^T (not if FIRST, when there is no such step), then the step's
+    own backward; PHASE 1, for a cell with a second product, continues after it. LAST (t = -1) only finishes dh0."""
+    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row_mask = row < B
+    mask = (units[:, None] < H) & row_mask[None, :]
+    rows_before = t.to(tl.int64) * B
+    at_h = row[None, :] * H + units[:, None]
+    at_g = row[None, :] * (G * H) + units[:, None]
+    dgx_ptr += rows_before * (G * H)
+
+    dh = tl.load(dsh_ptr + at_h, mask=mask, other=0.0)
+    if PHASE == 0:
+        if not FIRST:
+            dgx_after = dgx_ptr + B.to(tl.int64) * (G * H)
+            dh = _accumulate_transposed(
+                dh, u_ptr, dgx_after, G * H, units, row, row_mask, H, 0, SPLIT - INNER, BLOCK_K, PRECISION
+            )
+            if INNER > 0:
+                dhu_after = dhu_ptr + (rows_before + B) * (INNER * H)
+                dh = _accumulate_transposed(
+                    dh, u_ptr, dhu_after, INNER * H, units, row, row_mask, H, SPLIT - INNER, SPLIT, BLOCK_K, PRECISION
+                )
+            if resets_ptr is not None:
+                keep_after = tl.load(resets_ptr + rows_before + B + row, mask=row_mask, other=0) == 0
+                dh = tl.where(keep_after[None, :], dh, 0.0)
+        if not LAST and dy_ptr is not None:
+            dh += tl.load(dy_ptr + rows_before * H + at_h, mask=mask, other=0.0).to(ACC)
+
+    if LAST:
+        tl.store(dsh_ptr + at_h, dh, mask=mask)
+    else:
+        after = load_tiles(y_ptr + (rows_before + B) * H, at_h, mask, 1, 0, ACC)
+        before = load_tiles(y_ptr + rows_before * H, at_h, mask, 1, 0, ACC)
+        dstates = (dh,)
+        if STATES == 2:
+            after = after + load_tiles(c_ptr + (rows_before + B) * H, at_h, mask, 1, 0, ACC)
+            before = before + load_tiles(c_ptr + rows_before * H, at_h, mask, 1, 0, ACC)
+            dstates = dstates + load_tiles(dsc_ptr, at_h, mask, 1, 0, ACC)
+        saved = ()
+        if KEEPS:
+            saved = load_tiles(gx_ptr + rows_before * (G * H), at_g, mask, G, H, ACC)
+            if EXTRA > 0:
+                at_e = row[None, :] * (EXTRA * H) + units[:, None]
+                extra = load_tiles(extra_ptr + rows_before * (EXTRA * H), at_e, mask, EXTRA, H, ACC)
+                saved = join_tuples(saved, extra, 0, EXTRA)
+        keep = row_mask
+        if resets_ptr is not None:
+            keep = tl.load(resets_ptr + rows_before + row, mask=row_mask, other=0) == 0
+            before = keep_rows(before, keep, STATES)
+
+        if PHASE == 0 and SPLIT < G:
+            d_second, m = MIDDLE(dstates, saved, before, after, FAST)
+            tl.store(m_ptr + rows_before * H + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
+            store_tiles(dgx_ptr + SPLIT * H, at_g, mask, d_second, 0, G - SPLIT, H)
+            tl.store(dsh_ptr + at_h, dh, mask=mask)
+        else:
+            dm = None
+            if SPLIT < G:
+                dm = _accumulate_transposed(
+                    tl.zeros([BLOCK_H, BLOCK_B], ACC), u_ptr, dgx_ptr + SPLIT * H, G * H, units, row, row_mask,
+                    H, SPLIT, G, BLOCK_K, PRECISION,
+                )  # fmt: skip
+            dgx, dhu, dstates = STEP(dstates, dm, saved, before, after, FAST)
+            # Other programs of this launch read the second gates' dgx, which PHASE 0 wrote: only the first are stored.
+            store_tiles(dgx_ptr, at_g, mask, dgx, 0, SPLIT, H)
+            if INNER > 0:
+                at_i = row[None, :] * (INNER * H) + units[:, None]
+                store_tiles(dhu_ptr + rows_before * (INNER * H), at_i, mask, dhu, G - INNER, G, H)
+            tl.store(dsh_ptr + at_h, dstates[0], mask=mask)
+            if STATES == 2:
+                dc = dstates[1]
+                if resets_ptr is not None:
+                    dc = tl.where(keep[None, :], dc, 0.0)
+                tl.store(dsc_ptr + at_h, dc, mask=mask)
