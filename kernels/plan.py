@@ -31,7 +31,9 @@ INTERPRETER = Device("interpreter", 0, 132, 227 * 1024)
 
 @dataclass(frozen=True)
 class Plan:
-    """How a scan runs. fast: the approximate tanh may be used (float16 and bfloat16 on NVIDIA only)."""
+    """How a scan runs. registers: the most a thread may take (left to itself, ptxas spills a few to make room for more
+    programs on a processor, which a scan does not have). nvidia: PTX may be used
+    (the one-instruction tanh of float16 and bfloat16)."""
 
     schedule: str
     block_h: int
@@ -39,7 +41,8 @@ class Plan:
     block_k: int
     num_warps: int
     num_stages: int
-    fast: bool
+    registers: int
+    nvidia: bool
     why: str
 
 
@@ -68,7 +71,7 @@ def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan
         f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // 1024} KB of the {device.shared // 1024} KB of shared "
         f"memory, so one program keeps it and walks all steps for {block_b} rows"
     )
-    return Plan("resident", block_h, block_b, block_h, num_warps, 1, device.capability > 0 and itemsize == 2, why)
+    return Plan("resident", block_h, block_b, block_h, num_warps, 1, 255, device.capability > 0, why)
 
 
 def _stepwise(gates: int, B: int, H: int, itemsize: int, device: Device, reason: str) -> Plan:
@@ -83,7 +86,7 @@ def _stepwise(gates: int, B: int, H: int, itemsize: int, device: Device, reason:
     block_k = _power_of_2(H, 16, 128 // itemsize)
     num_warps = 8 if gates * block_h * block_b >= 8192 else 4
     why = f"{reason}, so every step is one launch over tiles of {block_h} units and {block_b} rows"
-    return Plan("stepwise", block_h, block_b, block_k, num_warps, 2, device.capability > 0 and itemsize == 2, why)
+    return Plan("stepwise", block_h, block_b, block_k, num_warps, 2, 255, device.capability > 0, why)
 
 
 def plan(gates: int, B: int, H: int, itemsize: int, device: Device, schedule: str | None = None) -> Plan:

@@ -67,7 +67,8 @@ class Row:
     spills: int
     shared: int
     limit: int
-    instructions: int
+    code: int  # instructions of the whole kernel, its loop once: all there is where a short loop was unrolled
+    instructions: int  # of the loop's body; 0 where there is none
     slots: float
     counts: dict[str, int]
 
@@ -127,8 +128,7 @@ def compile_launch(launch: scan.Launch, target: GPUTarget) -> Any:
     types, constants = _split(launch)
     attributes = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
     source = ASTSource(launch.kernel, types, constexprs=constants, attrs=attributes)
-    options = {"num_warps": launch.plan.num_warps, "num_stages": launch.plan.num_stages, "enable_fp_fusion": True}
-    return triton.compile(source, target=target, options=options)
+    return triton.compile(source, target=target, options=scan.compile_options(launch.plan))
 
 
 def _tool(arguments: list[str], cubin: bytes) -> str:
@@ -189,6 +189,7 @@ def measure(case: Case) -> list[Row]:
                 spills=int(usage.group(2)) + int(usage.group(3)) + everywhere["LDL"] + everywhere["STL"],
                 shared=compiled.metadata.shared,
                 limit=device.shared,
+                code=len(code),
                 instructions=len(body),
                 slots=len(body) * p.num_warps / 4,
                 counts={k: counts[k] for k in KINDS if counts[k]},
@@ -222,7 +223,7 @@ def grid(targets: list[str], names: list[str], full: bool) -> Iterator[Case]:
 def table(rows: list[Row]) -> str:
     """The rows as text, one line a kernel."""
     head = ("target", "cell", "direction", "dtype", "H", "B", "schedule", "phase", "tile", "warps", "regs", "spills")
-    head += ("shared KB", "loop", "slots", "BAR", "MMA", "LDS/STS", "LDG/STG", "MUFU", "")
+    head += ("shared KB", "code", "loop", "slots", "BAR", "MMA", "LDS/STS", "LDG/STG", "MUFU", "")
     lines = [head]
     for r in rows:
         c, n = r.case, Counter(r.counts)
@@ -232,7 +233,7 @@ def table(rows: list[Row]) -> str:
         shared = f"{r.shared / 1024:.0f}/{r.limit // 1024}"
         mma = n["HMMA"] + n["HGMMA"] + n["UTCHMMA"]
         cells_ = (c.target, name, c.direction, kind, c.hidden, c.batch, r.schedule, r.phase, r.block, r.warps)
-        cells_ += (r.registers, r.spills, shared, r.instructions, f"{r.slots:.0f}", n["BAR"], mma, moved)
+        cells_ += (r.registers, r.spills, shared, r.code, r.instructions, f"{r.slots:.0f}", n["BAR"], mma, moved)
         cells_ += (f"{n['LDG']}/{n['STG']}", n["MUFU"], "" if r.good else "BAD")
         lines.append(tuple(str(x) for x in cells_))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]

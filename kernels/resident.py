@@ -62,11 +62,11 @@ def forward_kernel(
 
     for t in range(T):
         # The next step's inputs are asked for before this step's product, which hides their latency.
-        ahead = mask & (t + 1 < T)
+        ahead = tl.where(t + 1 < T, mask, False)  # not &: Triton's interpreter widens a scalar operand
         gx_next = load_tiles(gx_ptr + per_step * G, at_g, ahead, G, H, ACC)
         if resets_ptr is not None:
             resets_ptr += B
-            keep_next = _load_keep(resets_ptr, r, valid & (t + 1 < T))
+            keep_next = _load_keep(resets_ptr, r, tl.where(t + 1 < T, valid, False))
             states = keep_rows(states, keep, STATES)
             keep = keep_next
         hu = products(U, states[0], start, 0, SPLIT, PRECISION)
@@ -171,7 +171,7 @@ def backward_kernel(
     )
 
     for t in range(T):
-        ahead = mask & (t + 1 < T)
+        ahead = tl.where(t + 1 < T, mask, False)
         y_ptr -= per_step
         gx_ptr -= per_step * G
         if dy_ptr is not None:

@@ -36,6 +36,14 @@ class Launch(NamedTuple):
     plan: Plan
 
 
+def compile_options(plan: Plan) -> dict[str, Any]:
+    """What Triton is told beside the arguments. enable_fp_fusion: its default differs between releases."""
+    options: dict[str, Any] = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
+    if plan.nvidia:
+        options["maxnreg"] = plan.registers
+    return options
+
+
 def run(launch: Launch) -> None:
     """Launch it on the device of its tensors."""
     device = launch.arguments["y_ptr"].device
@@ -43,9 +51,7 @@ def run(launch: Launch) -> None:
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         launch.kernel[launch.grid](
             **launch.arguments,
-            num_warps=launch.plan.num_warps,
-            num_stages=launch.plan.num_stages,
-            enable_fp_fusion=True,
+            **compile_options(launch.plan),
         )
 
 
@@ -65,7 +71,7 @@ def _constants(cell: Cell, H: int, plan: Plan, u: Tensor, precision: str) -> dic
     """The constexprs all kernels share. precision: tl.dot's input_precision for float32."""
     tiles = {"H": H, "BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b, "ACC": ACCUMULATE[u.dtype]}
     shape = {"G": cell.gates, "SPLIT": cell.split, "INNER": cell.inner, "STATES": cell.states, "EXTRA": cell.extra}
-    fast = u.dtype in (torch.float16, torch.bfloat16) and plan.fast
+    fast = u.dtype in (torch.float16, torch.bfloat16) and plan.nvidia
     return {**tiles, **shape, "KEEPS": cell.saved > 0, "PRECISION": precision, "FAST": fast}
 
 
