@@ -97,10 +97,10 @@ def launches(case: Case) -> list[scan.Launch]:
     second = state if cell.states == 2 else None
     options: dict[str, Any] = {"plan": chosen, "precision": case.precision, "launch": note}
     if case.direction == "recompute":
-        saved = scan.allocate(cell, gx, True)
+        saved = scan.allocate(cell, gx, "gates")
         scan.recompute(cell, gx, u, bias, saved.y, saved.c, resets, plan=chosen, launch=note)
     elif case.direction == "backward":
-        saved = scan.allocate(cell, gx, True)
+        saved = scan.allocate(cell, gx, "gates")
         scan.backward(cell, gx[..., :H], state, second, u, saved.y, saved.c, gx, saved.extra, resets, **options)
     else:
         save = "gates" if case.direction == "train" else "none"

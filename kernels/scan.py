@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 from . import recompute as recompute_schedule
 from . import resident, stepwise
 from .cells import Cell
-from .plan import Plan
+from .plan import INTERPRETER, Device, Plan
 
 ACCUMULATE = {
     torch.float16: tl.float32,
@@ -25,6 +26,18 @@ ACCUMULATE = {
     torch.float32: tl.float32,
     torch.float64: tl.float64,
 }
+
+
+@cache
+def device_facts(device: torch.device) -> Device:
+    """What `plan` needs to know of a device that is present."""
+    if device.type != "cuda":
+        return INTERPRETER
+    p = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        # 64 KB of local data share a workgroup on every CDNA part before gfx950.
+        return Device(p.name, 0, p.multi_processor_count, 64 * 1024)
+    return Device(p.name, 10 * p.major + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)
 
 
 class Launch(NamedTuple):
@@ -97,14 +110,19 @@ def _fill(state: Tensor, start: Tensor | None) -> None:
         state.copy_(start)
 
 
-def allocate(cell: Cell, gx: Tensor, save: bool) -> Scanned:
+def allocate_extra(cell: Cell, gx: Tensor) -> Tensor:
+    T, B, H = gx.shape[0], gx.shape[1], gx.shape[2] // cell.gates
+    return gx.new_empty(T, B, cell.extra * H) if cell.extra else gx.new_empty(0)
+
+
+def allocate(cell: Cell, gx: Tensor, save: str) -> Scanned:
     """The uninitialised outputs of `forward`."""
     T, B, H = gx.shape[0], gx.shape[1], gx.shape[2] // cell.gates
     two = cell.states == 2
     return Scanned(
         gx.new_empty(T + 1, B, H),
-        gx.new_empty(T + 1 if save else 1, B, H) if two else gx.new_empty(0),
-        gx.new_empty(T, B, cell.extra * H) if save and cell.extra else gx.new_empty(0),
+        gx.new_empty(1 if save == "none" else T + 1, B, H) if two else gx.new_empty(0),
+        allocate_extra(cell, gx) if save == "gates" else gx.new_empty(0),
         gx.new_empty(B, H),
         gx.new_empty(B, H) if two else gx.new_empty(0),
     )
@@ -130,9 +148,7 @@ def forward(
     inner gates), h0, c0 [B, H], resets [T, B] bool. save: "none"; "states" keeps c beside y; "gates" all backward wants.
     """
     T, B, H = gx.shape[0], gx.shape[1], u.shape[1]
-    out = allocate(cell, gx, save != "none")
-    if save != "gates" and out.extra.numel():
-        out = out._replace(extra=gx.new_empty(0))
+    out = allocate(cell, gx, save)
     _fill(out.y[0], h0)
     if cell.states == 2:
         _fill(out.c[0], c0)
@@ -252,7 +268,7 @@ def recompute(
 ) -> Tensor:
     """What save="gates" would have kept, from save="states": gx [T, B, G*H] becomes the gates; returns extra."""
     T, B, H = y.shape[0] - 1, y.shape[1], y.shape[2]
-    extra = gx.new_empty(T, B, cell.extra * H) if cell.extra else gx.new_empty(0)
+    extra = allocate_extra(cell, gx)
     if not cell.saved:
         return extra
     h = previous_outputs(y, resets).view(T * B, H)

@@ -1,0 +1,25 @@
+"""Recurrent cells for PyTorch with fused Triton kernels: torch.nn's API and parameters, plus resets and the rest."""
+
+from . import backends, functional, reference
+from .backends import backend
+from .cells import GRUCell, LSTMCell, RNNCell
+from .functional import explain, gru, lstm, rnn
+from .layers import GRU, LSTM, RNN
+
+__version__ = "0.1.0"
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "backend",
+    "backends",
+    "explain",
+    "functional",
+    "gru",
+    "lstm",
+    "reference",
+    "rnn",
+]

@@ -10,6 +10,7 @@ judged by it. Parameter names, gate order and shapes are torch.nn's:
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -68,14 +69,30 @@ def rnn_relu_cell(
     return ((linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh)).relu(),)
 
 
+@dataclass(frozen=True)
+class Cell:
+    """A cell's specification. gates: G, the rows of its weights in units of H; states: 1 (h) or 2 (h and c)."""
+
+    step: Step
+    gates: int
+    states: int
+
+
 # By the names the kernels know the cells by.
-STEPS: dict[str, Step] = {
-    "lstm": lstm_cell,
-    "gru": gru_cell,
-    "gru_before": gru_before_cell,
-    "rnn_tanh": rnn_tanh_cell,
-    "rnn_relu": rnn_relu_cell,
+CELLS: dict[str, Cell] = {
+    "lstm": Cell(lstm_cell, 4, 2),
+    "gru": Cell(gru_cell, 3, 1),
+    "gru_before": Cell(gru_before_cell, 3, 1),
+    "rnn_tanh": Cell(rnn_tanh_cell, 1, 1),
+    "rnn_relu": Cell(rnn_relu_cell, 1, 1),
 }
+
+
+def get(name: str) -> Cell:
+    """The specification of the cell of that name. ValueError if there is none."""
+    if name not in CELLS:
+        raise ValueError(f"unknown cell {name!r}: expected one of {', '.join(CELLS)}")
+    return CELLS[name]
 
 
 def scan(

@@ -1,0 +1,144 @@
+"""LSTMCell, GRUCell, RNNCell: torch.nn's modules of those names, with a choice of backend and of the GRU's form."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import functional, reference
+
+
+class _Cell(nn.Module):
+    """One step. Parameters weight_ih [G*H, I], weight_hh [G*H, H], bias_ih, bias_hh [G*H], all U(-1/sqrt(H), 1/sqrt(H))."""
+
+    cell: str
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        self.input_size = input_size
+        self.hidden_size = hidden_size
+        self.bias = bias
+        self.backend = backend
+        rows = reference.get(self.cell).gates * hidden_size
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.weight_ih = nn.Parameter(torch.empty(rows, input_size, **place))
+        self.weight_hh = nn.Parameter(torch.empty(rows, hidden_size, **place))
+        self.register_parameter("bias_ih", nn.Parameter(torch.empty(rows, **place)) if bias else None)
+        self.register_parameter("bias_hh", nn.Parameter(torch.empty(rows, **place)) if bias else None)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -bound, bound)
+
+    def extra_repr(self) -> str:
+        text = f"{self.input_size}, {self.hidden_size}"
+        if self.bias is not True:
+            text += f", bias={self.bias}"
+        if getattr(self, "nonlinearity", "tanh") != "tanh":
+            text += f", nonlinearity={self.nonlinearity}"
+        if getattr(self, "reset_after", True) is not True:
+            text += f", reset_after={self.reset_after}"
+        return text if self.backend is None else f"{text}, backend={self.backend!r}"
+
+    def _step(self, input: Tensor, states: tuple[Tensor, ...] | None, names: tuple[str, ...]) -> tuple[Tensor, ...]:
+        kind = type(self).__name__
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        for name, s in zip(names, states or (), strict=False):
+            if s.dim() not in (1, 2):
+                raise ValueError(f"{kind}: Expected {name} to be 1D or 2D, got {s.dim()}D instead")
+        batched = input.dim() == 2
+        x = input if batched else input[None]
+        if states is not None and not batched:
+            states = tuple(s[None] if s.dim() == 1 else s for s in states)
+        if x.shape[1] != self.input_size:
+            raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
+        for i, s in enumerate(states or ()):
+            if s.dim() != 2 or s.shape[0] != x.shape[0]:
+                raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{i} batch size {s.shape[0]}")
+            if s.shape[1] != self.hidden_size:
+                raise RuntimeError(
+                    f"hidden{i} has inconsistent hidden_size: got {s.shape[1]}, expected {self.hidden_size}"
+                )
+        weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        _, final = functional.scan(self.cell, x[None], states, *weights, backend=self.backend)
+        return final if batched else tuple(s[0] for s in final)
+
+
+class LSTMCell(_Cell):
+    """torch.nn.LSTMCell, with backend= (see seqcells.backends). Input [B, I] or [I]; hx (h, c), each [B, H] or [H]."""
+
+    cell = "lstm"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend)
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        h, c = self._step(input, hx, ("hx[0]", "hx[1]"))
+        return h, c
+
+
+class GRUCell(_Cell):
+    """torch.nn.GRUCell, with backend= and reset_after= (False: Cho et al. 2014 v1). Input [B, I] or [I]; hx [B, H] or [H]."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        self.cell = "gru" if reset_after else "gru_before"
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend)
+        self.reset_after = reset_after
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return self._step(input, None if hx is None else (hx,), ("hidden",))[0]
+
+
+class RNNCell(_Cell):
+    """torch.nn.RNNCell, with backend=. nonlinearity: "tanh" or "relu". Input [B, I] or [I]; hx [B, H] or [H]."""
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        self.cell = functional.rnn_cell_name(nonlinearity)
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend)
+        self.nonlinearity = nonlinearity
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        return self._step(input, None if hx is None else (hx,), ("hidden",))[0]
