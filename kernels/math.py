@@ -35,9 +35,7 @@ def _tanh_small(x):
 @triton.jit
 def tanh(x, FAST: tl.constexpr):
     if FAST and not INTERPRETED:
-        return tl.inline_asm_elementwise(
-            "tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=r,r", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         # Only exp of a non-positive number: it cannot overflow (the form with exp(2x) gives NaN at large |x|).
         e = tl.exp(-2.0 * tl.abs(x))

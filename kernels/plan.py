@@ -12,7 +12,7 @@ SCHEDULES = ("resident", "stepwise")
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan needs to know of a device. shared: bytes one program may have. capability: 90 for sm_90; 0 not CUDA."""
+    """What a plan needs to know of a device. shared: bytes a program may have. capability: 90 for sm_90, 0 not CUDA."""
 
     name: str
     capability: int
@@ -68,8 +68,8 @@ def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan
     num_warps = 8 if block_h * block_b * itemsize > 128 * 8 * 2 else 4
     needed = resident_bytes(gates, H, itemsize, block_b)
     why = (
-        f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // 1024} KB of the {device.shared // 1024} KB of shared "
-        f"memory, so one program keeps it and walks all steps for {block_b} rows"
+        f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // 1024} KB of the {device.shared // 1024} KB of "
+        f"shared memory, so one program keeps it and walks all steps for {block_b} rows"
     )
     return Plan("resident", block_h, block_b, block_h, num_warps, 1, 255, device.capability > 0, why)
 

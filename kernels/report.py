@@ -146,7 +146,7 @@ def instructions(cubin: bytes) -> list[tuple[int, str]]:
 
 
 def widest_loop(code: list[tuple[int, str]]) -> list[str]:
-    """The instructions between the backward branch that spans the most and its target; empty if nothing branches back."""
+    """The instructions from the backward branch that spans the most to its target; none if nothing branches back."""
     best = (0, 0)
     for address, instruction in code:
         branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instruction)
@@ -222,8 +222,8 @@ def grid(targets: list[str], names: list[str], full: bool) -> Iterator[Case]:
 
 def table(rows: list[Row]) -> str:
     """The rows as text, one line a kernel."""
-    head = ("target", "cell", "direction", "dtype", "H", "B", "schedule", "phase", "tile", "warps", "regs", "spills")
-    head += ("shared KB", "code", "loop", "slots", "BAR", "MMA", "LDS/STS", "LDG/STG", "MUFU", "")
+    head: tuple[str, ...] = ("target", "cell", "direction", "dtype", "H", "B", "schedule", "phase", "tile", "warps")
+    head += ("regs", "spills", "shared KB", "code", "loop", "slots", "BAR", "MMA", "LDS/STS", "LDG/STG", "MUFU", "")
     lines = [head]
     for r in rows:
         c, n = r.case, Counter(r.counts)
@@ -232,10 +232,21 @@ def table(rows: list[Row]) -> str:
         moved = f"{n['LDS'] + n['LDSM']}/{n['STS'] + n['STSM']}"
         shared = f"{r.shared / 1024:.0f}/{r.limit // 1024}"
         mma = n["HMMA"] + n["HGMMA"] + n["UTCHMMA"]
-        cells_ = (c.target, name, c.direction, kind, c.hidden, c.batch, r.schedule, r.phase, r.block, r.warps)
-        cells_ += (r.registers, r.spills, shared, r.code, r.instructions, f"{r.slots:.0f}", n["BAR"], mma, moved)
-        cells_ += (f"{n['LDG']}/{n['STG']}", n["MUFU"], "" if r.good else "BAD")
-        lines.append(tuple(str(x) for x in cells_))
+        shown: tuple[Any, ...] = (
+            c.target,
+            name,
+            c.direction,
+            kind,
+            c.hidden,
+            c.batch,
+            r.schedule,
+            r.phase,
+            r.block,
+            r.warps,
+        )
+        shown += (r.registers, r.spills, shared, r.code, r.instructions, f"{r.slots:.0f}", n["BAR"], mma, moved)
+        shown += (f"{n['LDG']}/{n['STG']}", n["MUFU"], "" if r.good else "BAD")
+        lines.append(tuple(str(x) for x in shown))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 

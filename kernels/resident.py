@@ -4,7 +4,7 @@ Shapes (time-major, contiguous; T steps, B batch, H hidden, G gates, S saved til
     gx     [T, B, G*H]  input projection; overwritten by the first G saved tiles when SAVE
     extra  [T, B, (S-G)*H]  the other saved tiles
     u      [G*H, H]     weight_hh          bias [INNER*H]  b_hh of the inner gates, or None
-    y, c   [T+1, B, H]  states, y[t] before step t (y[0] = h0 is given; c only where the cell has it; c [1, B, H] unsaved)
+    y, c   [T+1, B, H]  states, y[t] before step t (y[0] = h0, c[0] = c0 are given); c [1, B, H] where nothing is saved
     resets [T, B] uint8, or None: where set, the states before that step are zero
     hn, cn [B, H]       final states;  dhn, dcn their gradients, or None
     dy     [T, B, H]    or None;  dgx [T, B, G*H];  dhu [T, B, INNER*H];  m [T, B, H] (cells with a second product)

@@ -37,7 +37,7 @@ def device_facts(device: torch.device) -> Device:
     if torch.version.hip:
         # 64 KB of local data share a workgroup on every CDNA part before gfx950.
         return Device(p.name, 0, p.multi_processor_count, 64 * 1024)
-    return Device(p.name, 10 * p.major + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)
+    return Device(p.name, 10 * p.major + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 class Launch(NamedTuple):
@@ -144,8 +144,9 @@ def forward(
 ) -> Scanned:
     """All steps forward.
 
-    gx [T, B, G*H] (contiguous; overwritten by the saved gates when save="gates"), u [G*H, H], bias [inner*H] (b_hh of the
-    inner gates), h0, c0 [B, H], resets [T, B] bool. save: "none"; "states" keeps c beside y; "gates" all backward wants.
+    gx [T, B, G*H] (contiguous; overwritten by the saved gates when save="gates"), u [G*H, H], bias [inner*H] (b_hh of
+    the inner gates), h0, c0 [B, H], resets [T, B] bool.
+    save: "none"; "states" keeps c beside y; "gates" all that backward wants.
     """
     T, B, H = gx.shape[0], gx.shape[1], u.shape[1]
     out = allocate(cell, gx, save)
@@ -163,8 +164,7 @@ def forward(
     }  # fmt: skip
     if plan.schedule == "resident":
         arguments |= {"hn_ptr": out.hn, "cn_ptr": out.cn, "T": T}
-        grid = (triton.cdiv(B, plan.block_b),)
-        launch(Launch(resident.forward_kernel, grid, {**arguments, **constants}, plan))
+        launch(Launch(resident.forward_kernel, (triton.cdiv(B, plan.block_b),), {**arguments, **constants}, plan))
         return out
 
     sh, sc = _scratch(gx, B, H), _scratch(gx, *out.cn.shape)
@@ -225,7 +225,10 @@ def backward(
     precision: str = "ieee",
     launch: Callable[[Launch], None] = run,
 ) -> Gradients:
-    """All steps backward. dy [T, B, H], dhn, dcn [B, H] (None: zero); y, c, extra from `forward`; gates: what it left in gx."""
+    """All steps backward.
+
+    dy [T, B, H], dhn, dcn [B, H] (None: zero); y, c, extra from `forward`; gates: what it left in gx.
+    """
     T, B, H = y.shape[0] - 1, y.shape[1], y.shape[2]
     out = allocate_gradients(cell, y)
     constants = _constants(cell, H, plan, u, precision)
@@ -235,9 +238,14 @@ def backward(
         "resets_ptr": _bytes(resets), "dgx_ptr": out.dgx, "dhu_ptr": out.dhu, "m_ptr": out.m, "B": B,
     }  # fmt: skip
     if plan.schedule == "resident":
-        arguments |= {"dhn_ptr": _aligned(dhn), "dcn_ptr": _aligned(dcn), "dh0_ptr": out.dh0, "dc0_ptr": out.dc0, "T": T}
-        grid = (triton.cdiv(B, plan.block_b),)
-        launch(Launch(resident.backward_kernel, grid, {**arguments, **constants}, plan))
+        arguments |= {
+            "dhn_ptr": _aligned(dhn),
+            "dcn_ptr": _aligned(dcn),
+            "dh0_ptr": out.dh0,
+            "dc0_ptr": out.dc0,
+            "T": T,
+        }
+        launch(Launch(resident.backward_kernel, (triton.cdiv(B, plan.block_b),), {**arguments, **constants}, plan))
         return out
 
     dsh, dsc = _scratch(y, B, H), _scratch(y, *out.dc0.shape)
@@ -277,7 +285,12 @@ def recompute(
     m = gx.new_empty(T * B, H) if cell.split < cell.gates else None
     constants = _constants(cell, H, plan, u, "ieee")
     # Pointwise over T*B rows: any tile will do, and this one keeps loads whole.
-    constants |= {"BLOCK_H": min(128, triton.next_power_of_2(H)), "BLOCK_B": 8, "STEP": cell.forward, "MIDDLE": cell.middle}
+    constants |= {
+        "BLOCK_H": min(128, triton.next_power_of_2(H)),
+        "BLOCK_B": 8,
+        "STEP": cell.forward,
+        "MIDDLE": cell.middle,
+    }
     for name in ("KEEPS", "PRECISION"):
         del constants[name]
     arguments = {

@@ -2,7 +2,7 @@
 
 Each program owns BLOCK_H units of BLOCK_B rows. A launch orders the steps, so no program waits for another.
 Shapes as in `resident`, and per-launch scratch, all [B, H] unless said, in the accumulation type:
-    sh, sc    the states h and c in full precision; a program reads and writes its own tile only, so they are updated in place
+    sh, sc    the states h and c in full precision, in place: a program reads and writes its own tile only
     hu_first  [B, SPLIT*H]  recurrent product of the first gates, from PHASE 0 to PHASE 1
     m         the second product's operand, in the data's type
     dsh, dsc  gradients of the states (dsh without what still has to pass through U); in place likewise
@@ -24,7 +24,9 @@ def _accumulate(
     k = tl.arange(0, BLOCK_K)
     for k0 in range(0, H, BLOCK_K):
         ks = k0 + k
-        x = tl.load(x_ptr + row[None, :] * x_stride + ks[:, None], mask=row_mask[None, :] & (ks[:, None] < H), other=0.0)
+        x = tl.load(
+            x_ptr + row[None, :] * x_stride + ks[:, None], mask=row_mask[None, :] & (ks[:, None] < H), other=0.0
+        )
         if MASKED:
             x = tl.where(keep[None, :], x, 0.0).to(x.dtype)
         U = load_tiles(
@@ -126,8 +128,8 @@ def backward_kernel(
     KEEPS: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr, FIRST: tl.constexpr,
     LAST: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Step t. PHASE 0 takes step t+1's gradients through U^T (not if FIRST, when there is no such step), then the step's
-    own backward; PHASE 1, for a cell with a second product, continues after it. LAST (t = -1) only finishes dh0."""
+    """Step t. PHASE 0 takes step t+1's gradients through U^T (not if FIRST, when there is no such step), then does the
+    step's own backward; PHASE 1, for a cell with a second product, continues after it. LAST (t = -1) only finishes dh0."""
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_mask = row < B

@@ -10,13 +10,21 @@ schedule as well.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+try:
+    from triton import knobs
+
+    TRITON = True
+    # Triton decides at import whether it interprets kernels, which then take CPU tensors.
+    INTERPRETED = bool(knobs.runtime.interpret)
+except ModuleNotFoundError:
+    TRITON = INTERPRETED = False
 
 NAMES = ("auto", "triton", "aten", "reference")
 SCHEDULES = ("resident", "stepwise")
@@ -59,28 +67,15 @@ class Choice:
     why: str
 
 
-def triton_installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def interpreting() -> bool:
-    """Whether Triton runs its kernels in the interpreter, which takes CPU tensors."""
-    if not triton_installed():
-        return False
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
-
-
 def _no_triton(device: torch.device, dtype: torch.dtype) -> Exception | None:
     """Why the triton backend cannot run there, as the exception to raise; None if it can."""
-    if not triton_installed():
+    if not TRITON:
         return ModuleNotFoundError("the triton backend needs triton: pip install triton (Linux)", name="triton")
     if dtype not in TRITON_DTYPES:
         return TypeError(f"the triton backend has no kernels for {dtype}: expected one of {TRITON_DTYPES}")
     if device.type == "cuda":
         return None
-    if device.type == "cpu" and interpreting():
+    if device.type == "cpu" and INTERPRETED:
         return None
     advice = "set TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU (slow, for testing)"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":

@@ -12,9 +12,11 @@ from . import functional, reference
 
 
 class _Cell(nn.Module):
-    """One step. Parameters weight_ih [G*H, I], weight_hh [G*H, H], bias_ih, bias_hh [G*H], all U(-1/sqrt(H), 1/sqrt(H))."""
+    """One step. weight_ih [G*H, I], weight_hh [G*H, H], bias_ih and bias_hh [G*H], all U(-1/sqrt(H), 1/sqrt(H))."""
 
     cell: str
+    bias_ih: nn.Parameter | None
+    bias_hh: nn.Parameter | None
 
     def __init__(
         self,
@@ -101,7 +103,10 @@ class LSTMCell(_Cell):
 
 
 class GRUCell(_Cell):
-    """torch.nn.GRUCell, with backend= and reset_after= (False: Cho et al. 2014 v1). Input [B, I] or [I]; hx [B, H] or [H]."""
+    """torch.nn.GRUCell, with backend= and reset_after= (False: Cho et al. 2014 v1).
+
+    Input [B, I] or [I]; hx [B, H] or [H].
+    """
 
     def __init__(
         self,

@@ -30,7 +30,7 @@ def rnn_precision() -> str:
     torch.backends.cudnn.rnn.fp32_precision (which torch.backends.cudnn.allow_tf32 sets too); "none" asks its parents.
     """
     cudnn = torch.backends.cudnn
-    for setting in (cudnn.rnn.fp32_precision, cudnn.fp32_precision, torch.backends.fp32_precision):
+    for setting in (cudnn.rnn.fp32_precision, cudnn.fp32_precision, torch.backends.fp32_precision):  # type: ignore[attr-defined]
         if setting != "none":
             return "tf32" if setting == "tf32" else "ieee"
     return "ieee"

@@ -22,6 +22,8 @@ class _Layer(nn.Module):
     """Parameters as torch.nn names them: weight_ih_l0 [G*H, I], weight_hh_l0 [G*H, H], bias_ih_l0, bias_hh_l0 [G*H]."""
 
     cell: str
+    bias_ih_l0: nn.Parameter | None
+    bias_hh_l0: nn.Parameter | None
 
     def __init__(
         self,
@@ -73,11 +75,9 @@ class _Layer(nn.Module):
         proj_size: int,
     ) -> None:
         """torch.nn's checks in its words and order, then what is not there yet."""
-        if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):  # type: ignore[operator]
+        if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
             raise ValueError(
-                "dropout should be a number in range [0, 1] "
-                "representing the probability of an element being "
-                "zeroed"
+                "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
             )
         if dropout > 0 and num_layers == 1:
             warnings.warn(
@@ -117,10 +117,9 @@ class _Layer(nn.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
-        for name, default in (("bias", True), ("batch_first", False), ("dropout", 0.0), ("reset_after", True)):
-            if getattr(self, name, default) != default:
-                text += f", {name}={getattr(self, name)}"
-        for name, default in (("nonlinearity", "tanh"), ("backend", None), ("save", "gates")):
+        shown: dict[str, Any] = {"bias": True, "batch_first": False, "dropout": 0.0, "reset_after": True}
+        shown |= {"nonlinearity": "tanh", "backend": None, "save": "gates"}
+        for name, default in shown.items():
             if getattr(self, name, default) != default:
                 text += f", {name}={getattr(self, name)!r}"
         return text
@@ -199,7 +198,7 @@ class LSTM(_Layer):
 class GRU(_Layer):
     """torch.nn.GRU with resets=, backend= and save= (see LSTM), and reset_after=.
 
-    reset_after: True is torch's and cuDNN's form; False applies the reset gate to h before the product (Cho et al. 2014,
+    reset_after: True is torch's and cuDNN's form; False applies the reset to h before the product (Cho et al. 2014,
     arXiv:1406.1078 v1). hx [1, B, H] ([1, H] unbatched). Returns output, h_n.
     """
 
@@ -218,9 +217,10 @@ class GRU(_Layer):
 
 
 class RNN(_Layer):
-    """torch.nn.RNN with resets=, backend= and save= (see LSTM). nonlinearity: "tanh" or "relu", fourth argument as in torch.
+    """torch.nn.RNN with resets=, backend= and save= (see LSTM).
 
-    hx [1, B, H] ([1, H] unbatched). Returns output, h_n.
+    nonlinearity: "tanh" or "relu"; the fourth argument, as in torch. hx [1, B, H] ([1, H] unbatched).
+    Returns output, h_n.
     """
 
     def __init__(

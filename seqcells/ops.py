@@ -40,9 +40,7 @@ def _scan_forward(
     """See kernels.scan.forward. gx is overwritten with the gates when save="gates"."""
     declared = cells.get(cell)
     chosen = plan_for(declared, gx.shape[1], gx, u.shape[1], schedule)
-    return tuple(
-        scan.forward(declared, gx, u, bias, h0, c0, resets, save=save, plan=chosen, precision=precision)
-    )  # type: ignore[return-value]
+    return tuple(scan.forward(declared, gx, u, bias, h0, c0, resets, save=save, plan=chosen, precision=precision))  # type: ignore[return-value]
 
 
 def _scan_forward_fake(
@@ -77,9 +75,7 @@ def _scan_backward(
     """See kernels.scan.backward."""
     declared = cells.get(cell)
     chosen = plan_for(declared, y.shape[1], y, u.shape[1], schedule)
-    return tuple(
-        scan.backward(declared, dy, dhn, dcn, u, y, c, gates, extra, resets, plan=chosen, precision=precision)
-    )  # type: ignore[return-value]
+    return tuple(scan.backward(declared, dy, dhn, dcn, u, y, c, gates, extra, resets, plan=chosen, precision=precision))  # type: ignore[return-value]
 
 
 def _scan_backward_fake(
@@ -157,7 +153,7 @@ class _Scan(torch.autograd.Function):
         nothing = (None,) * 5
         if torch.is_grad_enabled():  # create_graph=True
             return *_differentiable_gradients(name, ctx.saved_tensors[:8], ctx.needs_input_grad, grads), *nothing
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, resets, y, c, gates, extra = ctx.saved_tensors
+        x, _, _, w_ih, w_hh, b_ih, b_hh, resets, y, c, gates, extra = ctx.saved_tensors
         cell = cells.get(name)
         if gates is None:
             gates, bias = input_projection(cell, x, w_ih, b_ih, b_hh)
@@ -181,7 +177,7 @@ class _Scan(torch.autograd.Function):
 
 
 def _recurrent_weight_gradient(cell: Cell, dgx: Tensor, dhu: Tensor, m: Tensor, h: Tensor) -> Tensor:
-    """[G*H, H], by one GEMM a kind of gate: those that add h U^T, those that use it inside, those of the second product."""
+    """[G*H, H], by one GEMM a kind of gate: with h U^T added, with it used inside, and of the second product."""
     H = h.shape[2]
     h = h.flatten(0, 1)
     parts = [dgx[:, : (cell.split - cell.inner) * H].t() @ h]

@@ -9,11 +9,12 @@ judged by it. Parameter names, gate order and shapes are torch.nn's:
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 States = tuple[Tensor, ...]
@@ -125,3 +126,77 @@ def scan(
         states = new
         outputs.append(output)
     return torch.stack(outputs), states
+
+
+class HandwrittenLSTMCell(nn.Module):
+    """The LSTM cell as people write it by hand: one Linear for the input, one for the state, both with bias.
+
+    x [B, I], (h, c) each [B, H]; all weights U(-sqrt(3/H), sqrt(3/H)). Gate order i f g o.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.x_fc = nn.Linear(input_size, 4 * hidden_size)
+        self.h_fc = nn.Linear(hidden_size, 4 * hidden_size)
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -math.sqrt(3 / hidden_size), math.sqrt(3 / hidden_size))
+
+    def forward(self, x: Tensor, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        h, c = states
+        i, f, g, o = (self.x_fc(x) + self.h_fc(h)).chunk(4, dim=1)
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        return torch.sigmoid(o) * torch.tanh(c), c
+
+    def cell_state_dict(self) -> dict[str, Tensor]:
+        """The weights as seqcells.LSTMCell (and torch.nn.LSTMCell) names them."""
+        x, h = self.x_fc, self.h_fc
+        return _detached({"weight_ih": x.weight, "weight_hh": h.weight, "bias_ih": x.bias, "bias_hh": h.bias})
+
+    def load_cell_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the weights of an LSTMCell. KeyError or RuntimeError where they do not fit."""
+        self.x_fc.load_state_dict({"weight": state["weight_ih"], "bias": state["bias_ih"]})
+        self.h_fc.load_state_dict({"weight": state["weight_hh"], "bias": state["bias_hh"]})
+
+
+class HandwrittenGRUCell(nn.Module):
+    """The GRU cell as people write it by hand: six Linears with bias, the reset gate before the product.
+
+    x [B, I], h [B, H]; weights as torch.nn.Linear initialises them.
+    """
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.x_fc_r = nn.Linear(input_size, hidden_size)
+        self.x_fc_z = nn.Linear(input_size, hidden_size)
+        self.x_fc_n = nn.Linear(input_size, hidden_size)
+        self.h_fc_r = nn.Linear(hidden_size, hidden_size)
+        self.h_fc_z = nn.Linear(hidden_size, hidden_size)
+        self.h_fc_n = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        r = torch.sigmoid(self.x_fc_r(x) + self.h_fc_r(h))
+        z = torch.sigmoid(self.x_fc_z(x) + self.h_fc_z(h))
+        n = torch.tanh(self.x_fc_n(x) + self.h_fc_n(r * h))
+        return z * h + (1 - z) * n
+
+    def _parts(self, kind: str) -> list[nn.Linear]:
+        return [getattr(self, f"{kind}_fc_{gate}") for gate in "rzn"]
+
+    def cell_state_dict(self) -> dict[str, Tensor]:
+        """The weights as seqcells.GRUCell(..., reset_after=False) names them."""
+        state = {}
+        for kind, name in (("x", "ih"), ("h", "hh")):
+            state[f"weight_{name}"] = torch.cat([part.weight for part in self._parts(kind)])
+            state[f"bias_{name}"] = torch.cat([part.bias for part in self._parts(kind)])
+        return _detached(state)
+
+    def load_cell_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take the weights of a reset-before GRUCell. KeyError or RuntimeError where they do not fit."""
+        for kind, name in (("x", "ih"), ("h", "hh")):
+            weights, biases = state[f"weight_{name}"].chunk(3), state[f"bias_{name}"].chunk(3)
+            for part, weight, bias in zip(self._parts(kind), weights, biases, strict=True):
+                part.load_state_dict({"weight": weight, "bias": bias})
+
+
+def _detached(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t.detach().clone() for name, t in state.items()}

@@ -5,7 +5,7 @@ schedule (`resident`, `stepwise`), dtype, mask and save mode then works for it. 
 
 ``forward(gx, hu, states, FAST) -> (new_states, saved)``
     gx: G tiles, the input projection with the biases that only add. hu: G tiles, the recurrent product; the last
-    ``inner`` of them include their b_hh. states: (h,) or (h, c) before the step. saved: what backward wants, ``saved`` tiles.
+    ``inner`` of them include their b_hh. states: (h,) or (h, c) before the step. saved: ``saved`` tiles for backward.
 ``backward(dstates, dm, saved, states_prev, states, FAST) -> (dgx, dhu, dstates_prev)``
     dstates: gradients of the states after the step. dgx, dhu: G tiles each, gradients of gx and hu (they may differ
     only in the last ``inner``). dstates_prev: what reaches the states before the step without passing through U.

@@ -1,7 +1,7 @@
 """LSTM (Hochreiter & Schmidhuber 1997, with the forget gate of Gers et al. 2000), as torch.nn.LSTM defines it.
 
-    i, f, o = sigmoid(gx + h U^T)     g = tanh(gx_g + h U_g^T)
-    c' = f c + i g                    h' = o tanh(c')
+i, f, o = sigmoid(gx + h U^T)     g = tanh(gx_g + h U_g^T)
+c' = f c + i g                    h' = o tanh(c')
 """
 
 import triton

@@ -1,0 +1,34 @@
+# Every target prepares its own virtual environment in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+.PHONY: demo test test-slow lint report bench clean
+
+.venv/ready: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples,test,bench,lint]'
+	touch $@
+
+demo: .venv/ready
+	$(BIN)/python -m seqcells check
+	$(BIN)/python -m seqcells run count-ones --cell lstm gru --full --plot out/count-ones.png
+
+test: .venv/ready
+	$(BIN)/python -m pytest -n 2
+
+test-slow: .venv/ready
+	$(BIN)/python -m pytest -n 2 -m slow
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+report: .venv/ready
+	@mkdir -p out
+	$(BIN)/python -m seqcells.kernels.report --target all --json out/report.json
+
+bench: .venv/ready
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+
+clean:
+	rm -rf .venv out build dist *.egg-info

@@ -1,0 +1,208 @@
+"""python -m seqcells info | check | explain | tasks | run"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import seqcells
+
+from . import backends, functional, reference
+from .tasks import TASKS
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def info(_: argparse.Namespace) -> int:
+    """What is installed and which backends there are."""
+    print(f"seqcells {seqcells.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
+    if backends.TRITON:
+        import triton
+
+        print(f"triton {triton.__version__}{', interpreting' if backends.INTERPRETED else ''}")
+    else:
+        print("triton not installed: pip install triton (Linux)")
+    print(f"device {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}")
+    device = torch.device(_default_device())
+    for cell in reference.CELLS:
+        chosen = backends.choose(cell, device, torch.float32, resets=False, requested=None)
+        print(f"{cell:<11} {chosen.backend:<9} because {chosen.why}")
+    return 0
+
+
+def check(options: argparse.Namespace) -> int:
+    """Parity of the kernels with the reference."""
+    device = options.device or _default_device()
+    if not backends.TRITON:
+        print("the kernels need triton: pip install triton (Linux)", file=sys.stderr)
+        return 1
+    if torch.device(device).type == "cpu" and not backends.INTERPRETED:
+        # Triton reads this when it is imported, which has happened: start again.
+        command = [sys.executable, "-m", "seqcells", "check", "--device", device]
+        command += [a for cell in options.cell or [] for a in ("--cell", cell)]
+        sys.stdout.flush()
+        os.execve(sys.executable, command, os.environ | {"TRITON_INTERPRET": "1"})
+    from . import check as checking
+    from .progress import bar
+
+    where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "Triton's interpreter, CPU"
+    print(f"largest relative errors against the float64 reference ({where}):\n")
+    results = []
+    count = len(options.cell or reference.CELLS) * len(backends.SCHEDULES) * 4
+    with bar(total=count, desc="check") as progress:
+        for result in checking.sweep(device, options.cell):
+            results.append(result)
+            progress.update()
+    print(checking.table(results))
+    wrong = [r for r in results if not r.good]
+    print(f"\n{len(results) - len(wrong)} of {len(results)} within tolerance")
+    return 1 if wrong else 0
+
+
+def explain(options: argparse.Namespace) -> int:
+    """Which backend and plan a shape gets, and why."""
+    found = functional.explain(
+        options.cell.replace("-", "_"),
+        batch=options.batch,
+        hidden_size=options.hidden,
+        dtype=DTYPES[options.dtype],
+        device=options.device or _default_device(),
+        resets=options.resets,
+        backend=options.backend,
+    )
+    print(found)
+    if found.plan is not None:
+        for name, value in asdict(found.plan).items():
+            if name != "why":
+                print(f"  {name:<12} {value}")
+    return 0
+
+
+def tasks(_: argparse.Namespace) -> int:
+    """The task suite."""
+    for name, task in TASKS.items():
+        print(f"{name:<12} {task.SHOWS}")
+    return 0
+
+
+def run(options: argparse.Namespace) -> int:
+    """Train and judge a task with each cell."""
+    from . import plots
+    from .progress import bar
+    from .training import Row, train
+
+    task, device = TASKS[options.task], options.device or _default_device()
+    recipe = task.FULL if options.full else task.QUICK
+    if options.resume and not options.save:
+        raise SystemExit("--resume needs --save DIR, where the checkpoints are")
+    training, test = (d.to(device, DTYPES[options.dtype]) for d in task.data(recipe, options.seed))
+    histories: dict[str, list[Row]] = {}
+    outcome: dict[str, Any] = {}
+    for cell in options.cell:
+        started = task.start(
+            cell, recipe, options.seed, backend=options.backend, device=device, dtype=DTYPES[options.dtype]
+        )
+        checkpoint = Path(options.save) / f"{options.task}-{cell}-{options.seed}.pt" if options.save else None
+        if options.resume and checkpoint is not None and checkpoint.exists():
+            started.load(checkpoint)
+            print(f"{cell}: resumed after epoch {len(started.rows)}")
+        print(f"\n{options.task}, {cell}, seed {options.seed}, on {device}")
+        print(f"{'epoch':>5}  {'sequences':>9}  {'train loss':>10}  {'test loss':>9}  {'accuracy':>8}  {'seconds':>7}")
+        with bar(total=-(-recipe.training // recipe.batch), leave=False) as progress:
+
+            def on_step(done: int, value: float, progress: Any = progress) -> None:
+                progress.n = done
+                progress.set_postfix(loss=f"{value:.4f}")
+
+            def on_epoch(r: Row, progress: Any = progress) -> None:
+                progress.write(
+                    f"{r.epoch:>5}  {r.sequences:>9}  {r.train_loss:>10.4f}  {r.test_loss:>9.4f}  {r.accuracy:>8.4f}  "
+                    f"{r.seconds:>7.1f}"
+                )
+
+            rows = train(
+                started,
+                training,
+                test,
+                epochs=options.epochs or recipe.epochs,
+                batch=recipe.batch,
+                loss=task.loss,
+                right=task.right,
+                on_step=on_step,
+                on_epoch=on_epoch,
+                checkpoint=checkpoint,
+            )
+        print("\n".join(task.examples(started.model, test)))
+        good, text = task.solved(rows, recipe)
+        print(f"{'solved' if good else 'NOT solved'}: {text}")
+        histories[cell] = rows
+        outcome[cell] = {"solved": good, "criterion": text, "rows": [asdict(r) for r in rows]}
+    if options.json:
+        path = Path(options.json)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(json.dumps({"task": options.task, "seed": options.seed, "cells": outcome}, indent=1))
+        temporary.replace(path)
+    if options.plot:
+        plots.learning_curves(options.task, histories, Path(options.plot))
+        print(f"plot: {options.plot}")
+    return 0 if all(o["solved"] for o in outcome.values()) else 1
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m seqcells", description=seqcells.__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("info", help=info.__doc__).set_defaults(call=info)
+    commands.add_parser("tasks", help=tasks.__doc__).set_defaults(call=tasks)
+
+    p = commands.add_parser("check", help=check.__doc__)
+    p.add_argument("--device", help="cpu (Triton's interpreter) or cuda; default: cuda if there is one")
+    p.add_argument("--cell", action="append", choices=list(reference.CELLS), help="only this cell (may be repeated)")
+    p.set_defaults(call=check)
+
+    p = commands.add_parser("explain", help=explain.__doc__)
+    p.add_argument("cell", choices=[n.replace("_", "-") for n in reference.CELLS])
+    p.add_argument("--batch", type=int, required=True)
+    p.add_argument("--hidden", type=int, required=True)
+    p.add_argument("--dtype", choices=DTYPES, default="float32")
+    p.add_argument("--device", help="cpu, cuda, or a target that need not be present: sm_80, sm_90, sm_100")
+    p.add_argument("--resets", action="store_true", help="with a reset mask")
+    p.add_argument("--backend")
+    p.set_defaults(call=explain)
+
+    p = commands.add_parser("run", help=run.__doc__)
+    p.add_argument("task", choices=TASKS)
+    p.add_argument("--cell", nargs="+", default=["lstm"], choices=["lstm", "gru", "gru-before", "rnn"])
+    p.add_argument("--backend", help="auto, triton, aten or reference")
+    p.add_argument("--device", help="default: cuda if there is one")
+    p.add_argument("--dtype", choices=["float32", "float64"], default="float32")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--full", action="store_true", help="the full recipe and criterion")
+    p.add_argument("--epochs", type=int, help="stop there instead")
+    p.add_argument("--json", metavar="FILE")
+    p.add_argument("--plot", metavar="FILE", help="loss and accuracy against sequences seen")
+    p.add_argument("--save", metavar="DIR", help="write a checkpoint there after each epoch")
+    p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --save DIR")
+    p.set_defaults(call=run)
+
+    options = parser.parse_args(argv)
+    try:
+        return options.call(options)
+    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

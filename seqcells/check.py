@@ -1,0 +1,157 @@
+"""Parity of the kernels with the reference in float64, as a table: every cell, schedule, dtype and gradient.
+
+TOLERANCE is the project's one table: the tests use it too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import backends, functional, reference
+
+# Largest relative error ||a - b|| / ||b|| against float64 on the same (rounded) inputs. Half precision: a few roundings
+# of 2^-8 (bfloat16) or 2^-11 (float16) a value, gathered over the steps. "tf32": products rounded to 2^-11.
+TOLERANCE: dict[torch.dtype | str, float] = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    "tf32": 3e-3,
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+}
+INPUTS = ("x", "w_ih", "w_hh", "b_ih", "b_hh", "h0", "c0")
+OUTPUTS = ("y", "h_n", "c_n")
+
+
+def tolerance(cell: str, dtype: torch.dtype | str) -> float:
+    """The table's, doubled for relu in half precision.
+
+    Where rounding moves a pre-activation across zero, relu's derivative jumps, and that element's gradient is lost
+    whole, in any implementation.
+    """
+    return TOLERANCE[dtype] * (2 if cell == "rnn_relu" and dtype in (torch.float16, torch.bfloat16) else 1)
+
+
+@dataclass(frozen=True)
+class Shape:
+    T: int
+    B: int
+    I: int  # noqa: E741  (the letter the whole project uses)
+    H: int
+
+
+# Odd on purpose: no size is a multiple of a tile, B needs several programs, H one tile and several.
+SMALL = (Shape(4, 3, 2, 20), Shape(3, 17, 3, 33))
+# On a device: the largest resident sizes, several batch tiles, and a U that must be streamed.
+LARGE = (
+    Shape(50, 17, 5, 20),
+    Shape(60, 33, 7, 64),
+    Shape(40, 130, 20, 128),
+    Shape(20, 70, 9, 300),
+    Shape(9, 3, 9, 1000),
+)
+
+
+def inputs(cell: str, shape: Shape, dtype: torch.dtype, device: str | torch.device, seed: int = 0) -> list[Tensor]:
+    """x, w_ih, w_hh, b_ih, b_hh, h0[, c0] of a cell, random, on a scale at which the gates work."""
+    spec, generator = reference.get(cell), torch.Generator().manual_seed(seed)
+    T, B, I, H, G = shape.T, shape.B, shape.I, shape.H, spec.gates  # noqa: E741
+    sizes = [(T, B, I), (G * H, I), (G * H, H), (G * H,), (G * H,), *[(B, H)] * spec.states]
+    scales = [1.0, I**-0.5, H**-0.5, 0.5, 0.5, 0.5, 0.5]
+    made = [s * torch.randn(n, generator=generator, dtype=torch.float64) for n, s in zip(sizes, scales, strict=False)]
+    return [t.to(device, dtype) for t in made]
+
+
+def run(
+    cell: str,
+    tensors: list[Tensor],
+    resets: Tensor | None,
+    *,
+    backend: str,
+    save: str = "gates",
+    seed: int = 1,
+) -> dict[str, Tensor]:
+    """Every output and every gradient of a weighted sum of the outputs, by name (gradients with a leading d)."""
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    x, w_ih, w_hh, b_ih, b_hh, *states = leaves
+    y, final = functional.scan(
+        cell, x, tuple(states), w_ih, w_hh, b_ih, b_hh, resets=resets, save=save, backend=backend
+    )
+    outputs = (y, *final)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
+    gradients = torch.autograd.grad(outputs, leaves, weights)
+    named = dict(zip(OUTPUTS, (o.detach() for o in outputs), strict=False))
+    return named | {f"d{n}": g for n, g in zip(INPUTS, gradients, strict=False)}
+
+
+def errors(
+    cell: str, shape: Shape, dtype: torch.dtype, device: str, *, backend: str, save: str = "gates", resets: bool = False
+) -> dict[str, float]:
+    """The relative error of each output and gradient of a backend against the reference in float64."""
+    tensors = inputs(cell, shape, dtype, device)
+    mask = None
+    if resets:
+        mask = (torch.rand(shape.T, shape.B, generator=torch.Generator().manual_seed(2)) < 0.3).to(device)
+    got = run(cell, tensors, mask, backend=backend, save=save)
+    # The reference runs on the CPU: the device's own matmuls are not to judge themselves.
+    exact = run(cell, [t.cpu().double() for t in tensors], None if mask is None else mask.cpu(), backend="reference")
+    return {name: relative(got[name], exact[name]) for name in exact}
+
+
+def relative(got: Tensor, exact: Tensor) -> float:
+    """||got - exact|| / ||exact||; infinite if anything is not finite."""
+    difference = (got.cpu().double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)
+    return float(difference.nan_to_num(nan=torch.inf))
+
+
+@dataclass(frozen=True)
+class Result:
+    cell: str
+    schedule: str
+    dtype: str
+    errors: dict[str, float]
+    tolerance: float
+
+    @property
+    def good(self) -> bool:
+        return max(self.errors.values()) <= self.tolerance
+
+
+def sweep(device: str, cells: list[str] | None = None) -> Iterator[Result]:
+    """The largest errors over the device's shapes, with and without resets, by cell, schedule and dtype."""
+    on_device = torch.device(device).type == "cuda"
+    dtypes = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
+    for cell in cells or list(reference.CELLS):
+        for schedule in backends.SCHEDULES:
+            for dtype in dtypes:
+                worst: dict[str, float] = {}
+                precise = dtype != torch.float32 or not on_device or functional.rnn_precision() == "ieee"
+                for shape in LARGE if on_device else SMALL:
+                    # Where U does not fit, the resident schedule does not exist.
+                    fits = functional.explain(
+                        cell, batch=shape.B, hidden_size=shape.H, dtype=dtype, device=device, backend="triton"
+                    )
+                    if schedule == "resident" and fits.plan.schedule != "resident":
+                        continue
+                    for save, resets in (("gates", False), ("states", True)):
+                        found = errors(
+                            cell, shape, dtype, device, backend=f"triton:{schedule}", save=save, resets=resets
+                        )
+                        worst = {n: max(e, worst.get(n, 0.0)) for n, e in found.items()}
+                name = str(dtype).removeprefix("torch.") if precise else "tf32"
+                yield Result(cell, schedule, name, worst, tolerance(cell, dtype if precise else "tf32"))
+
+
+def table(results: list[Result]) -> str:
+    """One line a cell, schedule and dtype; one column an output or gradient."""
+    columns = [*OUTPUTS, *(f"d{n}" for n in INPUTS)]
+    lines = [("cell", "schedule", "dtype", *columns, "allowed", "")]
+    for r in results:
+        shown = [f"{r.errors[c]:.0e}" if c in r.errors else "-" for c in columns]
+        lines.append((r.cell, r.schedule, r.dtype, *shown, f"{r.tolerance:.0e}", "ok" if r.good else "WRONG"))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -1,0 +1,33 @@
+"""tqdm where it is installed (the extra `examples`), otherwise the same calls with nothing drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class _Silent:
+    n = 0
+
+    def __enter__(self) -> _Silent:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, n: int = 1) -> None:
+        pass
+
+    def set_postfix(self, **_: object) -> None:
+        pass
+
+    def write(self, text: str) -> None:
+        print(text)
+
+
+def bar(**options: Any) -> Any:
+    """A tqdm bar, drawn only on a terminal."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return _Silent()
+    return tqdm(disable=None, **options)
