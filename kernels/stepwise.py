@@ -129,7 +129,7 @@ def backward_kernel(
     LAST: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Step t. PHASE 0 takes step t+1's gradients through U^T (not if FIRST, when there is no such step), then does the
-    step's own backward; PHASE 1, for a cell with a second product, continues after it. LAST (t = -1) only finishes dh0."""
+    step's own backward; PHASE 1, for a cell with a second product, continues after it. LAST (t = -1) finishes dh0."""
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_mask = row < B

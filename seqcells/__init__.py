@@ -1,6 +1,6 @@
 """Recurrent cells for PyTorch with fused Triton kernels: torch.nn's API and parameters, plus resets and the rest."""
 
-from . import backends, functional, reference
+from . import backends, check, functional, reference
 from .backends import backend
 from .cells import GRUCell, LSTMCell, RNNCell
 from .functional import explain, gru, lstm, rnn
@@ -16,6 +16,7 @@ __all__ = [
     "RNNCell",
     "backend",
     "backends",
+    "check",
     "explain",
     "functional",
     "gru",

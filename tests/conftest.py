@@ -1,0 +1,22 @@
+"""The kernels run on the GPU if there is one, else in Triton's interpreter, which must be chosen before triton is imported."""
+
+import os
+
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+import pytest  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def poison():
+    """Every uninitialised buffer is full of NaN: what a kernel does not write, or reads too early, shows."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3, device=DEVICE).isnan().all() and torch.ones(1, device=DEVICE).new_empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)

@@ -1,0 +1,31 @@
+"""What the parity tests run over."""
+
+import torch
+from conftest import DEVICE
+
+from seqcells import functional, reference
+from seqcells.check import Shape
+
+CELLS = list(reference.CELLS)
+SCHEDULES = ["resident", "stepwise"]
+SAVES = ["gates", "states"]
+HALVES = [torch.float16, torch.bfloat16]
+
+# Every T of 1, 2, 7 and B of 1, 3, 17 with: one unit; two (the smallest net of the task suite); a whole tile; its
+# hidden size; one past two tiles; one warpgroup's rows; and one that no power of two is near.
+SHAPES = [
+    Shape(1, 1, 1, 1),
+    Shape(2, 3, 2, 2),
+    Shape(7, 17, 3, 16),
+    Shape(2, 17, 1, 20),
+    Shape(7, 3, 5, 33),
+    Shape(1, 3, 2, 64),
+    Shape(2, 1, 2, 150),
+]
+
+
+def fits(cell: str, schedule: str, shape: Shape, dtype: torch.dtype) -> bool:
+    """Whether the schedule exists there: U must fit in shared memory for `resident`."""
+    size = {"batch": shape.B, "hidden_size": shape.H, "dtype": dtype}
+    planned = functional.explain(cell, device=DEVICE, backend="triton", **size).plan
+    return schedule == "stepwise" or planned.schedule == "resident"

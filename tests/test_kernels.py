@@ -1,0 +1,234 @@
+"""What a kernel must not do, and the functions it is made of."""
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from conftest import DEVICE
+from shapes import CELLS, SCHEDULES
+
+from seqcells import check, functional
+from seqcells.check import Shape
+from seqcells.kernels import cells, scan
+from seqcells.kernels.math import sigmoid, tanh
+from seqcells.kernels.plan import plan
+
+GUARD = 4096  # bytes on either side of a buffer
+
+
+class Guards:
+    """A launcher that gives every buffer a guard band of NaN on both sides, and looks whether it is still there."""
+
+    def __init__(self):
+        self.launches = 0
+
+    def __call__(self, launch):
+        self.launches += 1
+        inside, whole = {}, {}
+        for name, value in launch.arguments.items():
+            if isinstance(value, torch.Tensor):
+                pad = GUARD // value.element_size()
+                whole[name] = torch.full((value.numel() + 2 * pad,), self.fill(value), dtype=value.dtype, device=DEVICE)
+                inside[name] = whole[name][pad : pad + value.numel()].view(value.shape)
+                inside[name].copy_(value)
+        scan.run(launch._replace(arguments={**launch.arguments, **inside}))
+        for name, value in inside.items():
+            pad = GUARD // value.element_size()
+            for band in (whole[name][:pad], whole[name][pad + value.numel() :]):
+                intact = band.isnan() if value.is_floating_point() else band == self.fill(value)
+                assert intact.all(), f"{launch.kernel.fn.__name__} wrote outside {name}"
+            launch.arguments[name].copy_(value)
+
+    @staticmethod
+    def fill(value):
+        return torch.nan if value.is_floating_point() else 77
+
+
+def scan_arguments(cell, shape, dtype=torch.float32):
+    declared = cells.get(cell)
+    x, w_ih, w_hh, b_ih, b_hh, *states = check.inputs(cell, shape, dtype, DEVICE)
+    h0, c0 = states if len(states) == 2 else (states[0], None)
+    inner = b_hh[-declared.inner * shape.H :] if declared.inner else None
+    resets = torch.rand(shape.T, shape.B, generator=torch.Generator().manual_seed(0)) < 0.3
+    return declared, (x @ w_ih.t(), w_hh, inner, h0, c0, resets.to(DEVICE))
+
+
+@pytest.mark.parametrize("shape", [Shape(3, 1, 2, 1), Shape(2, 17, 2, 33), Shape(3, 9, 1, 16)], ids=str)
+@pytest.mark.parametrize("save", ["gates", "states", "none"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_nothing_outside_the_buffers_is_read_or_written(cell, schedule, save, shape, poison):
+    declared, (gx, *rest) = scan_arguments(cell, shape)
+    chosen = plan(declared.gates, shape.B, shape.H, 4, scan.device_facts(gx.device), schedule)
+    results = []
+    for launch in (scan.run, Guards()):
+        gates = gx.clone()
+        out = scan.forward(declared, gates, *rest, save=save, plan=chosen, launch=launch)
+        found = [out.y, out.hn, out.cn]
+        if save != "none":
+            u, bias, _, _, resets = rest
+            extra = out.extra
+            if save == "states":
+                gates = gx.clone()
+                extra = scan.recompute(declared, gates, u, bias, out.y, out.c, resets, plan=chosen, launch=launch)
+            dy = torch.ones_like(out.y[1:])
+            dcn = out.cn if declared.states == 2 else None
+            state = (u, out.y, out.c, gates, extra, resets)
+            found += scan.backward(declared, dy, out.hn, dcn, *state, plan=chosen, launch=launch)
+        results.append(found)
+        if isinstance(launch, Guards):
+            assert launch.launches > 0
+    for bare, guarded in zip(*results, strict=True):
+        assert not bare.isnan().any()
+        assert torch.equal(bare, guarded)
+
+
+def test_the_guards_see_a_write_outside():
+    @triton.jit
+    def careless(y_ptr, n):
+        tl.store(y_ptr + n, 1.0)
+
+    y = torch.zeros(4, device=DEVICE)
+    chosen = plan(1, 1, 1, 4, scan.device_facts(y.device))
+    with pytest.raises(AssertionError, match="wrote outside y_ptr"):
+        Guards()(scan.Launch(careless, (1,), {"y_ptr": y, "n": 4}, chosen))
+
+
+@triton.jit
+def _pointwise(x_ptr, tanh_ptr, sigmoid_ptr, N: tl.constexpr):
+    i = tl.arange(0, N)
+    x = tl.load(x_ptr + i)
+    tl.store(tanh_ptr + i, tanh(x, False))
+    tl.store(sigmoid_ptr + i, sigmoid(x, False))
+
+
+def activations(x):
+    assert x.numel() == 1024
+    t, s = torch.full_like(x, torch.nan), torch.full_like(x, torch.nan)
+    _pointwise[(1,)](x, t, s, N=1024)
+    return t, s
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_activations_are_exact(dtype):
+    ends = [100.0, -100.0, 1e4, -1e4, 0.0, 1e-30, -1e-8, 0.25, -0.25, 0.2500001, 44.0, -44.0, -45.0, 89.0, -89.0]
+    x = torch.cat([torch.tensor(ends), torch.linspace(-10, 10, 1024 - len(ends))]).to(DEVICE, dtype)
+    t, s = activations(x)
+    assert t.isfinite().all() and s.isfinite().all()
+    assert t[:4].tolist() == [1.0, -1.0, 1.0, -1.0]
+    assert s[0] == 1 and s[2] == 1 and s[3] == 0 and 0 <= s[1] < 1e-43
+    eps = torch.finfo(dtype).eps
+    exact_t, exact_s = x.double().tanh(), x.double().sigmoid()
+    assert ((t.double() - exact_t).abs() <= 4 * eps * exact_t.abs()).all(), "tanh, relative, small arguments included"
+    assert ((s.double() - exact_s).abs() <= 8 * eps * exact_s + 1e-37).all()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_large_inputs_give_no_nan(cell, schedule):
+    shape = Shape(3, 2, 1, 3)
+    x, w_ih, w_hh, b_ih, b_hh, *states = check.inputs(cell, shape, torch.float32, DEVICE)
+    w_ih = torch.ones_like(w_ih).requires_grad_()
+    x = torch.full_like(x, 1e4)
+    x[1] = -1e4
+    y, final = functional.scan(cell, x, states, w_ih, w_hh, b_ih, b_hh, backend=f"triton:{schedule}")
+    y.sum().backward()
+    assert all(t.isfinite().all() for t in (y, *final, w_ih.grad))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_a_split_sequence_is_the_whole(cell, schedule):
+    x, w_ih, w_hh, b_ih, b_hh, *states = check.inputs(cell, Shape(5, 3, 2, 20), torch.float64, DEVICE)
+    weights, options = (w_ih, w_hh, b_ih, b_hh), {"backend": f"triton:{schedule}"}
+    y, final = functional.scan(cell, x, states, *weights, **options)
+    first, between = functional.scan(cell, x[:2], states, *weights, **options)
+    second, end = functional.scan(cell, x[2:], between, *weights, **options)
+    # The products of a longer gx may be summed in another order: the last bit is not fixed.
+    torch.testing.assert_close((torch.cat([first, second]), *end), (y, *final), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("save", ["gates", "states"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_backward_calls_and_two_runs_give_the_same_bits(cell, schedule, save):
+    tensors = [t.requires_grad_() for t in check.inputs(cell, Shape(4, 9, 2, 20), torch.float32, DEVICE)]
+    x, w_ih, w_hh, b_ih, b_hh, *states = tensors
+    found = []
+    for _ in range(2):
+        y, _ = functional.scan(cell, x, states, w_ih, w_hh, b_ih, b_hh, save=save, backend=f"triton:{schedule}")
+        loss = y.square().sum()
+        found.append(torch.autograd.grad(loss, tensors, retain_graph=True))
+        found.append(torch.autograd.grad(loss, tensors))
+    for again in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], again, strict=True))
+
+
+def test_an_output_changed_in_place_is_refused_in_backward():
+    tensors = [t.requires_grad_() for t in check.inputs("lstm", Shape(3, 2, 2, 4), torch.float32, DEVICE)]
+    x, w_ih, w_hh, b_ih, b_hh, _, _ = tensors
+    y, _ = functional.lstm(x, None, w_ih, w_hh, b_ih, b_hh, backend="triton")
+    with torch.no_grad():
+        y.zero_()
+    with pytest.raises(RuntimeError, match="modified inplace"):
+        y.sum().backward()
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_memory_kept_for_backward(cell):
+    """gates: at most (G+2) T B H elements beside the inputs; states: at most 2 T B H; no grad: nothing."""
+    T, B, H = 12, 5, 16
+    tensors = [t.requires_grad_() for t in check.inputs(cell, Shape(T, B, 2, H), torch.float32, DEVICE)]
+    x, w_ih, w_hh, b_ih, b_hh, *states = tensors
+    inputs = {t.untyped_storage().data_ptr() for t in tensors}
+    gates = cells.get(cell).gates
+    for save, most in (("gates", gates + 2), ("states", 2)):
+        kept = {}
+
+        def pack(t, kept=kept):
+            storage = t.untyped_storage()
+            if storage.data_ptr() not in inputs:
+                kept[storage.data_ptr()] = storage.nbytes() // t.element_size()
+            return t
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            y, _ = functional.scan(cell, x, states, w_ih, w_hh, b_ih, b_hh, save=save, backend="triton")
+        assert sum(kept.values()) <= most * (T + 1) * B * H
+    with torch.no_grad():
+        y, _ = functional.scan(cell, x, states, w_ih, w_hh, b_ih, b_hh, backend="triton")
+    assert not y.requires_grad
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_step_beyond_two_to_the_31_elements(direction):
+    """gx and y are large enough that a 32-bit offset to the last step would wrap; their pages are touched there only."""
+    declared, (gx, u, bias, h0, c0, _) = scan_arguments("rnn_relu", Shape(2, 2, 2, 16))
+    chosen = plan(1, 2, 16, 4, scan.device_facts(gx.device), "stepwise")
+    launches = []
+    out = scan.forward(declared, gx, u, bias, h0, c0, None, save="gates", plan=chosen, launch=launches.append)
+    if direction == "backward":
+        launches.clear()
+        state = (u, out.y, out.c, gx, out.extra, None)
+        scan.backward(declared, gx, None, None, *state, plan=chosen, launch=launches.append)
+    (launch,) = (x for x in launches if x.arguments["t"] == 1)
+
+    T = (1 << 26) + 1  # 2 rows of 16 units: 2^31 elements before the last step
+
+    def placed(name):
+        """A buffer of T steps whose last ones are the small buffer's."""
+        small = launch.arguments[name]
+        steps = T - 2 + small.shape[0]
+        big = small.new_empty(0).set_(torch.UntypedStorage(steps * 32 * 4, device=DEVICE), 0, (steps, 2, 16))
+        big[-small.shape[0] :] = small
+        return big
+
+    names = ["gx_ptr", "y_ptr"] if direction == "forward" else ["dy_ptr", "gx_ptr", "y_ptr", "dgx_ptr"]
+    if direction == "forward":
+        launch.arguments["y_ptr"].normal_()
+    large = {name: placed(name) for name in names}
+    scratch = {n: launch.arguments[n].fill_(0.5) for n in ("sh_ptr", "dsh_ptr") if n in launch.arguments}
+    scratch = {n: t.clone() for n, t in scratch.items()}
+    scan.run(launch)
+    scan.run(launch._replace(arguments={**launch.arguments, **large, **scratch, "t": T - 1}))
+    written = "y_ptr" if direction == "forward" else "dgx_ptr"
+    assert torch.equal(large[written][-1], launch.arguments[written][-1])

@@ -1,0 +1,275 @@
+"""The modules against torch.nn's: values, gradients, parameters, and the errors for bad input."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from conftest import DEVICE
+from shapes import SCHEDULES
+
+import seqcells
+
+LAYERS = ["LSTM", "GRU", "RNN"]
+CELL_CLASSES = ["LSTMCell", "GRUCell", "RNNCell"]
+
+
+def pair(name, *args, **options):
+    """torch.nn's module and ours, with the same seed."""
+    torch.manual_seed(0)
+    theirs = getattr(torch.nn, name)(*args, **options)
+    torch.manual_seed(0)
+    return theirs, getattr(seqcells, name)(*args, **options)
+
+
+def flat(result):
+    y, final = result if isinstance(result, tuple) else (result, ())
+    return [y, *(final if isinstance(final, tuple) else (final,))]
+
+
+def compare(theirs, ours, *args):
+    """Outputs and all gradients, of the inputs' too."""
+    found = []
+    for module in (theirs, ours):
+        leaves = [a.clone().requires_grad_() if isinstance(a, torch.Tensor) else a for a in args]
+        leaves = [tuple(t.clone().requires_grad_() for t in a) if isinstance(a, tuple) else a for a in leaves]
+        outputs = flat(module(*leaves))
+        inputs = [*module.parameters()]
+        for a in leaves:
+            inputs += list(a) if isinstance(a, tuple) else [a]
+        weights = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape) for o in outputs]
+        found.append((outputs, torch.autograd.grad(outputs, inputs, weights)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference", "triton:resident", "triton:stepwise"])
+@pytest.mark.parametrize("form", ["batched", "batch_first", "unbatched", "no bias", "no hx"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_are_torch_nns(name, form, backend):
+    options = {"dtype": torch.float64, "batch_first": form == "batch_first", "bias": form != "no bias"}
+    theirs, ours = pair(name, 3, 5, **options)
+    ours.backend = backend
+    x = torch.randn(4, 3) if form == "unbatched" else torch.randn(4, 2, 3)
+    batch = {"unbatched": (), "batch_first": (4,)}.get(form, (2,))
+    hx = tuple(torch.randn(1, *batch, 5, dtype=torch.float64) for _ in range(2))
+    args = () if form == "no hx" else (hx if name == "LSTM" else hx[0],)
+    compare(theirs, ours, x.double(), *args)
+
+
+def test_relu_layer():
+    compare(*pair("RNN", 3, 5, 1, "relu", dtype=torch.float64), torch.randn(4, 2, 3).double())
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference", "triton"])
+@pytest.mark.parametrize("batched", [True, False])
+@pytest.mark.parametrize("name", CELL_CLASSES)
+def test_cells_are_torch_nns(name, batched, backend):
+    theirs, ours = pair(name, 3, 5, dtype=torch.float64)
+    ours.backend = backend
+    batch = (2,) if batched else ()
+    hx = tuple(torch.randn(*batch, 5, dtype=torch.float64) for _ in range(2))
+    compare(theirs, ours, torch.randn(*batch, 3).double(), hx if name == "LSTMCell" else hx[0])
+
+
+@pytest.mark.parametrize("name", LAYERS + CELL_CLASSES)
+def test_parameters_are_torch_nns(name):
+    theirs, ours = pair(name, 3, 5)
+    assert list(theirs.state_dict()) == list(ours.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(theirs.parameters(), ours.parameters(), strict=True))
+    again = getattr(seqcells, name)(3, 5)
+    again.load_state_dict(theirs.state_dict())
+    theirs.load_state_dict(again.state_dict())
+    assert repr(ours) == repr(theirs)
+    x = torch.randn(2, 3)
+    for copied in (copy.deepcopy(ours), pickle.loads(pickle.dumps(ours))):
+        assert torch.equal(flat(copied(x))[0], flat(ours(x))[0])
+
+
+def test_reset_before_gru():
+    torch.manual_seed(0)
+    layer = seqcells.GRU(3, 4, reset_after=False, dtype=torch.float64)
+    cell = seqcells.GRUCell(3, 4, reset_after=False, dtype=torch.float64)
+    cell.load_state_dict({k.removesuffix("_l0"): v for k, v in layer.state_dict().items()})
+    assert "reset_after=False" in repr(layer) and "reset_after=False" in repr(cell)
+    x = torch.randn(5, 2, 3, dtype=torch.float64)
+    h, outputs = None, []
+    for step in x:
+        h = cell(step, h)
+        outputs.append(h)
+    with seqcells.backend("triton" if DEVICE == "cpu" else "reference"):
+        torch.testing.assert_close(layer(x)[0], torch.stack(outputs))
+
+
+@pytest.mark.parametrize("backend", ["reference", *(f"triton:{s}" for s in SCHEDULES)])
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("name", LAYERS)
+def test_resets_are_separate_runs(name, batch_first, backend):
+    """A row that is reset at step 3 is its first three steps and, from zero, the others."""
+    torch.manual_seed(0)
+    layer = getattr(seqcells, name)(2, 4, batch_first=batch_first, dtype=torch.float64, backend=backend)
+    x = torch.randn(2, 5, 2, dtype=torch.float64)
+    resets = torch.zeros(2, 5, dtype=torch.bool)
+    resets[1, 3] = True
+    turned = (lambda t: t) if batch_first else (lambda t: t.transpose(0, 1))
+    y, _ = layer(turned(x), resets=turned(resets))
+    parts = [layer(turned(part))[0] for part in (x[:1], x[1:, :3], x[1:, 3:])]
+    expected = torch.cat([turned(parts[0]), torch.cat([turned(parts[1]), turned(parts[2])], 1)])
+    torch.testing.assert_close(turned(y), expected)
+
+
+def layer_calls(m):
+    """Calls that torch.nn refuses; m is the namespace of the classes."""
+    x, h = torch.randn(5, 2, 3), torch.randn(1, 2, 4)
+    lstm, gru = m.LSTM(3, 4), m.GRU(3, 4)
+    return {
+        "rank": lambda: lstm(x[0, 0]),
+        "input size": lambda: lstm(x[..., :2]),
+        "integers": lambda: lstm(x.long()),
+        "dtype": lambda: gru(x.double()),
+        "no steps": lambda: lstm(x[:0]),
+        "hx batch": lambda: lstm(x, (h, h[:, :1])),
+        "hx hidden": lambda: gru(x, h[..., :3]),
+        "hx rank": lambda: gru(x, h[0]),
+        "hx rank of two": lambda: lstm(x, (h[0], h[0])),
+        "hx rank unbatched": lambda: lstm(x[0], (h, h)),
+        "device": lambda: lstm(x.to("meta")),
+        "hx device": lambda: lstm(x, (h.to("meta"), h)),
+        "bias": lambda: m.LSTM(3, 4, bias=1),
+        "batch_first": lambda: m.LSTM(3, 4, batch_first="yes"),
+        "sizes": lambda: m.LSTM(0, 4),
+        "hidden": lambda: m.GRU(3, -4),
+        "size type": lambda: m.RNN(3.0, 4),
+        "layers": lambda: m.LSTM(3, 4, 0),
+        "dropout": lambda: m.LSTM(3, 4, dropout=2),
+        "nonlinearity": lambda: m.RNN(3, 4, nonlinearity="gelu"),
+        "proj": lambda: m.GRU(3, 4, proj_size=2),
+        "cell rank": lambda: m.LSTMCell(3, 4)(x),
+        "cell hx rank": lambda: m.GRUCell(3, 4)(x[0], h),
+        "cell input": lambda: m.GRUCell(3, 4)(x[0, :, :2]),
+        "cell batch": lambda: m.LSTMCell(3, 4)(x[0], (h[0], h[0, :1])),
+        "cell hidden": lambda: m.GRUCell(3, 4)(x[0], h[0, :, :2]),
+    }
+
+
+@pytest.mark.parametrize("backend", ["auto", "triton"])
+@pytest.mark.parametrize("call", list(layer_calls(torch.nn)))
+def test_bad_input_raises_what_torch_raises(call, backend, monkeypatch):
+    with pytest.raises(Exception) as theirs:  # noqa: PT011
+        layer_calls(torch.nn)[call]()
+    launched = []
+    if seqcells.functional.ops is not None:
+        monkeypatch.setattr(seqcells.functional.ops, "apply", lambda *a, **k: launched.append(a))
+    with seqcells.backend(backend), pytest.raises(type(theirs.value)) as ours:
+        layer_calls(seqcells)[call]()
+    assert str(ours.value) == str(theirs.value)
+    assert not launched
+
+
+def ours_alone():
+    """Calls only seqcells has, or refuses in its own words: (call, exception, words)."""
+    x, h = torch.randn(5, 2, 3), torch.randn(1, 2, 4)
+    layer = seqcells.LSTM(3, 4)
+    return {
+        "backend": (lambda: seqcells.LSTM(3, 4, backend="cuda")(x), ValueError, "unknown backend 'cuda'"),
+        "schedule": (lambda: seqcells.LSTM(3, 4, backend="triton:fast")(x), ValueError, "unknown backend"),
+        "context": (lambda: seqcells.backend("fast").__enter__(), ValueError, "unknown backend 'fast'"),
+        "save": (lambda: seqcells.LSTM(3, 4, save="all"), ValueError, "unknown save 'all'"),
+        "hx dtype": (lambda: layer(x, (h.double(), h)), RuntimeError, "hidden tensors are not the same dtype"),
+        "one hx": (lambda: layer(x, (h,)), RuntimeError, r"two tensors \(h_0, c_0\), got 1"),
+        "resets dtype": (lambda: layer(x, resets=torch.zeros(5, 2)), TypeError, "must be a bool tensor"),
+        "resets shape": (
+            lambda: layer(x, resets=torch.zeros(2, 5, dtype=torch.bool)),
+            RuntimeError,
+            r"Expected resets size \(5, 2\), got \[2, 5\]",
+        ),
+        "aten resets": (
+            lambda: seqcells.LSTM(3, 4, backend="aten")(x, resets=torch.zeros(5, 2, dtype=torch.bool)),
+            RuntimeError,
+            "no resets",
+        ),
+        "aten cell": (lambda: seqcells.GRU(3, 4, reset_after=False, backend="aten")(x), RuntimeError, "gru_before"),
+        "dtype": (
+            lambda: seqcells.LSTM(3, 4, backend="triton", dtype=torch.complex64)(x.to(torch.complex64)),
+            TypeError,
+            "floating point",
+        ),
+        "packed": (
+            lambda: layer(torch.nn.utils.rnn.pack_sequence([x[0]])),
+            NotImplementedError,
+            "PackedSequence",
+        ),
+        "layers": (lambda: seqcells.LSTM(3, 4, 2), NotImplementedError, "only num_layers=1"),
+        "directions": (lambda: seqcells.GRU(3, 4, bidirectional=True), NotImplementedError, "only bidirectional=False"),
+        "w_hh": (
+            lambda: seqcells.lstm(x, None, torch.ones(16, 3), torch.ones(15, 4)),
+            RuntimeError,
+            r"w_hh must have shape \(4\*H, H\), got \(15, 4\)",
+        ),
+        "states": (
+            lambda: seqcells.functional.scan("gru", x, (h[0], h[0]), torch.ones(12, 3), torch.ones(12, 4)),
+            RuntimeError,
+            "gru has 1 state, got 2",
+        ),
+        "cell": (lambda: seqcells.explain("gpu", batch=1, hidden_size=1), ValueError, "unknown cell 'gpu'"),
+    }
+
+
+@pytest.mark.parametrize("name", list(ours_alone()))
+def test_bad_input_of_our_own(name):
+    call, error, words = ours_alone()[name]
+    with pytest.raises(error, match=words):
+        call()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_an_empty_batch(name):
+    theirs, ours = pair(name, 3, 4)
+    for backend in ("auto", "triton"):
+        ours.backend = backend
+        assert flat(ours(torch.zeros(5, 0, 3)))[0].shape == flat(theirs(torch.zeros(5, 0, 3)))[0].shape
+
+
+def test_parameters_are_read_at_each_call():
+    """weight_norm, frozen and strided weights just work."""
+    torch.manual_seed(0)
+    layer = seqcells.LSTM(3, 4, backend="triton", dtype=torch.float64)
+    torch.nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0")
+    layer.weight_ih_l0.requires_grad_(False)
+    x = torch.randn(3, 2, 3, dtype=torch.float64)
+    layer(x)[0].sum().backward()
+    assert layer.weight_ih_l0.grad is None and layer.parametrizations.weight_hh_l0.original0.grad.abs().sum() > 0
+    strided = torch.randn(8, 16, dtype=torch.float64).t()[:, ::2]
+    y, _ = seqcells.lstm(x, None, torch.randn(16, 3, dtype=torch.float64), strided, backend="triton")
+    assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["lstm", "gru"])
+def test_handwritten_cells_load_into_the_fused_ones(kind, dtype):
+    torch.manual_seed(0)
+    lstm = kind == "lstm"
+    hand = (seqcells.reference.HandwrittenLSTMCell if lstm else seqcells.reference.HandwrittenGRUCell)(2, 20).to(dtype)
+    fused = seqcells.LSTM(2, 20, dtype=dtype) if lstm else seqcells.GRU(2, 20, reset_after=False, dtype=dtype)
+    fused.load_state_dict({f"{k}_l0": v for k, v in hand.cell_state_dict().items()})
+    x = torch.randn(6, 3, 2, dtype=dtype)
+    zero = torch.zeros(3, 20, dtype=dtype)
+    state, outputs = (zero, zero) if lstm else zero, []
+    for step in x:
+        state = hand(step, state)
+        outputs.append(state[0] if lstm else state)
+    expected = torch.stack(outputs)
+    expected.square().sum().backward()
+    gradients = type(hand)(2, 20).to(dtype)
+    for target, source in zip(gradients.parameters(), hand.parameters(), strict=True):
+        target.data = source.grad
+    for backend in (f"triton:{s}" for s in SCHEDULES):
+        fused.backend = backend
+        fused.zero_grad()
+        y, _ = fused(x)
+        y.square().sum().backward()
+        assert seqcells.check.relative(y.detach(), expected.detach()) < 1e-6
+        for name, exact in gradients.cell_state_dict().items():
+            assert seqcells.check.relative(getattr(fused, f"{name}_l0").grad, exact) < 1e-6
+    again = type(hand)(2, 20).to(dtype)
+    again.load_cell_state_dict({k.removesuffix("_l0"): v for k, v in fused.state_dict().items()})
+    assert all(torch.equal(a, b) for a, b in zip(again.parameters(), hand.parameters(), strict=True))

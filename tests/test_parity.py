@@ -1,0 +1,144 @@
+"""The kernels against the reference in float64: outputs, final states and every gradient."""
+
+import pytest
+import torch
+from conftest import DEVICE
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shapes import CELLS, HALVES, SAVES, SCHEDULES, SHAPES, fits
+
+from seqcells import check, functional, reference
+from seqcells.check import Shape, errors, tolerance
+
+
+def assert_parity(cell, schedule, save, dtype, shape, resets=False):
+    backend = f"triton:{schedule}"
+    if not fits(cell, schedule, shape, dtype):
+        with pytest.raises(ValueError, match="resident schedule does not fit"):
+            errors(cell, shape, dtype, DEVICE, backend=backend)
+        return
+    found = errors(cell, shape, dtype, DEVICE, backend=backend, save=save, resets=resets)
+    tf32 = DEVICE == "cuda" and dtype == torch.float32 and functional.rnn_precision() == "tf32"
+    allowed = tolerance(cell, "tf32" if tf32 else dtype)
+    wrong = {name: e for name, e in found.items() if not e <= allowed}
+    assert not wrong, f"{wrong} > {allowed}; all: {found}"
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_float64(cell, schedule, save, shape, poison):
+    assert_parity(cell, schedule, save, torch.float64, shape)
+
+
+@pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[2], SHAPES[4], SHAPES[6]], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_other_dtypes(cell, schedule, save, dtype, shape, poison):
+    assert_parity(cell, schedule, save, dtype, shape)
+
+
+@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_resets(cell, schedule, save, poison):
+    assert_parity(cell, schedule, save, torch.float64, Shape(7, 3, 2, 20), resets=True)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    cell=st.sampled_from(CELLS),
+    schedule=st.sampled_from(SCHEDULES),
+    save=st.sampled_from(SAVES),
+    dtype=st.sampled_from([torch.float64, torch.float32]),
+    T=st.integers(1, 5),
+    B=st.integers(1, 20),
+    input_size=st.integers(1, 7),
+    H=st.integers(1, 70),
+    resets=st.booleans(),
+)
+def test_any_shape(cell, schedule, save, dtype, T, B, input_size, H, resets):
+    assert_parity(cell, schedule, save, dtype, Shape(T, B, input_size, H), resets)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("T", [1, 2, 7])
+@pytest.mark.parametrize("B", [1, 3, 17])
+@pytest.mark.parametrize("H", [1, 2, 16, 20, 33, 64, 150])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_every_shape(cell, schedule, T, B, H, poison):
+    for dtype in (torch.float64, torch.float32, *HALVES):
+        for save in SAVES:
+            assert_parity(cell, schedule, save, dtype, Shape(T, B, 3, H), resets=T > 1)
+
+
+def gradcheck_inputs(cell, T, B, I, H):  # noqa: E741
+    tensors = [t.requires_grad_() for t in check.inputs(cell, Shape(T, B, I, H), torch.float64, DEVICE)]
+    mask = torch.zeros(T, B, dtype=torch.bool, device=DEVICE)
+    mask[T // 2, 0] = True
+
+    def call(backend, save):
+        def function(x, w_ih, w_hh, b_ih, b_hh, *states):
+            y, final = functional.scan(cell, x, states, w_ih, w_hh, b_ih, b_hh, resets=mask, save=save, backend=backend)
+            return y, *final
+
+        return function
+
+    return tensors, call
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck(cell, schedule):
+    tensors, call = gradcheck_inputs(cell, 2, 2, 1, 2)
+    for save in SAVES:
+        assert torch.autograd.gradcheck(call(f"triton:{schedule}", save), tensors)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck_over_several_tiles(cell, schedule):
+    tensors, call = gradcheck_inputs(cell, 3, 9, 2, 17)
+    assert torch.autograd.gradcheck(call(f"triton:{schedule}", "gates"), tensors, fast_mode=True)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_double_backward(cell):
+    tensors, call = gradcheck_inputs(cell, 2, 2, 1, 2)
+    assert torch.autograd.gradgradcheck(call("triton", "gates"), tensors)
+
+
+def test_double_backward_counts_a_tied_weight_once():
+    """x made from w_hh: the gradient that reaches w_hh through x must not be added twice."""
+    torch.manual_seed(0)
+    w_ih, w_hh = torch.randn(2, 2, dtype=torch.float64), torch.randn(2, 2, dtype=torch.float64, requires_grad=True)
+    found = []
+    for backend in ("triton", "reference"):
+        x = (w_hh * 2)[None].to(DEVICE)
+        y, _ = functional.rnn(x, None, w_ih.to(DEVICE), w_hh.to(DEVICE), backend=backend)
+        (first,) = torch.autograd.grad(y.sin().sum(), w_hh, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), w_hh)
+        found.append((first.detach(), second))
+    torch.testing.assert_close(found[0], found[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_reference_is_differentiable_to_second_order(cell):
+    tensors, call = gradcheck_inputs(cell, 2, 1, 1, 2)
+    assert torch.autograd.gradcheck(call("reference", "gates"), tensors)
+
+
+def test_lengths_in_the_reference_are_the_packed_result():
+    torch.manual_seed(0)
+    layer = torch.nn.LSTM(3, 4, dtype=torch.float64)
+    x, lengths = torch.randn(6, 3, 3, dtype=torch.float64), torch.tensor([6, 2, 4])
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+    y, (h, c) = layer(packed)
+    padded, _ = torch.nn.utils.rnn.pad_packed_sequence(y)
+    zero = torch.zeros(3, 4, dtype=torch.float64)
+    got, final = reference.scan(reference.lstm_cell, x, (zero, zero), *layer.parameters(), lengths=lengths)
+    torch.testing.assert_close((got, *final), (padded, h[0], c[0]))
