@@ -54,18 +54,27 @@ def _power_of_2(n: int, least: int, most: int) -> int:
 
 
 def resident_bytes(gates: int, H: int, itemsize: int, block_b: int) -> int:
-    """Shared memory of the resident kernels: U whole, and one tile to exchange the state and convert layouts."""
+    """Shared memory of the resident kernels, an upper bound on what the compiler reports.
+
+    U whole, and the larger of what the directions exchange: forward the state and a layout conversion in float32;
+    backward an operand tile a gate and a conversion.
+    """
     block_h = _power_of_2(H, 16, 1 << 30)
-    return gates * block_h * block_h * itemsize + block_h * block_b * max(4, itemsize) + block_h * block_b * itemsize
+    exchange = max((gates + 1) * itemsize, 4 + itemsize)
+    return block_h * (gates * block_h * itemsize + exchange * block_b)
 
 
 def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan:
     block_h = _power_of_2(H, 16, 1 << 30)
     # As few rows a program as keep every program on its own processor; more rows only lengthen a step.
     block_b = _power_of_2(-(-B // device.processors), 8, 32)
-    while block_b > 8 and resident_bytes(gates, H, itemsize, block_b) > device.shared:
+    # Gates of a tile beyond 16 KB spill registers on some target (found with the report; float64 at half that).
+    most = 16384 if itemsize < 8 else 8192
+    while block_b > 8 and (
+        gates * block_h * block_b * itemsize > most or resident_bytes(gates, H, itemsize, block_b) > device.shared
+    ):
         block_b //= 2
-    num_warps = 8 if block_h * block_b * itemsize > 128 * 8 * 2 else 4
+    num_warps = 8 if gates * block_h * block_b * itemsize > 8192 else 4
     needed = resident_bytes(gates, H, itemsize, block_b)
     why = (
         f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // 1024} KB of the {device.shared // 1024} KB of "
@@ -92,16 +101,19 @@ def _stepwise(gates: int, B: int, H: int, itemsize: int, device: Device, reason:
 def plan(gates: int, B: int, H: int, itemsize: int, device: Device, schedule: str | None = None) -> Plan:
     """The plan of a scan: gates G, batch B, hidden size H, bytes an element of the data's type, the device's facts.
 
-    schedule: None chooses; a name forces it. ValueError for an unknown name, or for "resident" where U does not fit.
+    schedule: None chooses; a name forces it. ValueError for an unknown name, or for "resident" where it does not fit.
     """
     if schedule not in (None, *SCHEDULES):
         raise ValueError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
     if schedule == "stepwise":
         return _stepwise(gates, B, H, itemsize, device, "stepwise was asked for")
     needed = resident_bytes(gates, H, itemsize, 8)
-    if needed <= device.shared:
+    if needed > device.shared:
+        reason = f"U would take {needed // 1024} KB of the {device.shared // 1024} KB of shared memory on {device.name}"
+    elif itemsize == 8 and H > 32:
+        reason = "beyond 32 hidden units float64 products spill registers"  # found with the report, sm_90 and sm_100
+    else:
         return _resident(gates, B, H, itemsize, device)
-    reason = f"U would take {needed // 1024} KB of the {device.shared // 1024} KB of shared memory on {device.name}"
     if schedule == "resident":
         raise ValueError(f"the resident schedule does not fit hidden size {H}: {reason}")
     return _stepwise(gates, B, H, itemsize, device, reason)

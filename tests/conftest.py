@@ -1,4 +1,4 @@
-"""The kernels run on the GPU if there is one, else in Triton's interpreter, which must be chosen before triton is imported."""
+"""The kernels run on the GPU if there is one, else in Triton's interpreter, chosen before triton is imported."""
 
 import os
 
@@ -8,9 +8,13 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
 torch.set_num_threads(1)
+# The first example of a property may compile or interpret much: time says nothing about it.
+hypothesis.settings.register_profile("seqcells", deadline=None)
+hypothesis.settings.load_profile("seqcells")
 
 
 @pytest.fixture

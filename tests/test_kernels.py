@@ -46,7 +46,7 @@ class Guards:
 
 def scan_arguments(cell, shape, dtype=torch.float32):
     declared = cells.get(cell)
-    x, w_ih, w_hh, b_ih, b_hh, *states = check.inputs(cell, shape, dtype, DEVICE)
+    x, w_ih, w_hh, _, b_hh, *states = check.inputs(cell, shape, dtype, DEVICE)
     h0, c0 = states if len(states) == 2 else (states[0], None)
     inner = b_hh[-declared.inner * shape.H :] if declared.inner else None
     resets = torch.rand(shape.T, shape.B, generator=torch.Generator().manual_seed(0)) < 0.3
@@ -201,7 +201,7 @@ def test_memory_kept_for_backward(cell):
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_step_beyond_two_to_the_31_elements(direction):
-    """gx and y are large enough that a 32-bit offset to the last step would wrap; their pages are touched there only."""
+    """The buffers are large enough that a 32-bit offset to the last step would wrap; only pages used there exist."""
     declared, (gx, u, bias, h0, c0, _) = scan_arguments("rnn_relu", Shape(2, 2, 2, 16))
     chosen = plan(1, 2, 16, 4, scan.device_facts(gx.device), "stepwise")
     launches = []
@@ -212,7 +212,7 @@ def test_a_step_beyond_two_to_the_31_elements(direction):
         scan.backward(declared, gx, None, None, *state, plan=chosen, launch=launches.append)
     (launch,) = (x for x in launches if x.arguments["t"] == 1)
 
-    T = (1 << 26) + 1  # 2 rows of 16 units: 2^31 elements before the last step
+    T = (1 << 26) + 2  # 2 rows of 16 units: 2^31 elements before the last step
 
     def placed(name):
         """A buffer of T steps whose last ones are the small buffer's."""

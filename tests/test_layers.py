@@ -154,7 +154,7 @@ def layer_calls(m):
 @pytest.mark.parametrize("backend", ["auto", "triton"])
 @pytest.mark.parametrize("call", list(layer_calls(torch.nn)))
 def test_bad_input_raises_what_torch_raises(call, backend, monkeypatch):
-    with pytest.raises(Exception) as theirs:  # noqa: PT011
+    with pytest.raises(Exception) as theirs:
         layer_calls(torch.nn)[call]()
     launched = []
     if seqcells.functional.ops is not None:

@@ -1,0 +1,99 @@
+"""The plan as a pure function, and the compiled kernels' static cost on three targets, which needs no GPU."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from seqcells.kernels import report
+from seqcells.kernels.plan import KNOWN, plan, resident_bytes
+
+sizes = st.integers(1, 5000)
+
+
+@given(
+    gates=st.integers(1, 6),
+    B=sizes,
+    H=sizes,
+    itemsize=st.sampled_from([2, 4, 8]),
+    device=st.sampled_from(list(KNOWN.values())),
+)
+def test_a_plan_fits_and_covers(gates, B, H, itemsize, device):
+    chosen = plan(gates, B, H, itemsize, device)
+    assert chosen == plan(gates, B, H, itemsize, device)
+    for size in (chosen.block_h, chosen.block_b, chosen.block_k):
+        assert size & (size - 1) == 0
+    assert chosen.block_b >= 8 and chosen.block_h >= 16 and chosen.block_k >= 16
+    assert chosen.num_warps in (4, 8) and chosen.num_warps * 32 * chosen.registers <= 65536
+    if chosen.schedule == "resident":
+        assert chosen.block_h >= H
+        assert resident_bytes(gates, H, itemsize, chosen.block_b) <= device.shared
+    else:
+        assert resident_bytes(gates, H, itemsize, 8) > device.shared or (itemsize == 8 and H > 32)
+    assert plan(gates, B, H, itemsize, device, "stepwise").schedule == "stepwise"
+    assert chosen.why
+
+
+def test_a_schedule_that_does_not_exist_or_fit_is_refused():
+    with pytest.raises(ValueError, match="unknown schedule 'grid'"):
+        plan(4, 8, 64, 2, KNOWN["sm_90"], "grid")
+    with pytest.raises(ValueError, match="does not fit hidden size 1024"):
+        plan(4, 8, 1024, 2, KNOWN["sm_90"], "resident")
+
+
+def compiled(*arguments):
+    """The report in a process of its own: this one interprets."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "seqcells.kernels.report", *arguments]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+
+
+@pytest.mark.parametrize("target", list(KNOWN))
+def test_everything_compiles_without_spills_and_fits(target, tmp_path):
+    result = compiled("--target", target, "--cell", "lstm", "--json", str(tmp_path / "r.json"))
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = json.loads((tmp_path / "r.json").read_text())["rows"]
+    assert len(rows) > 60
+    assert {r["schedule"] for r in rows} == {"resident", "stepwise", "recompute"}
+    for r in rows:
+        assert r["spills"] == 0 and r["registers"] <= 255
+        if r["schedule"] == "resident":
+            c = r["case"]
+            size = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}[c["dtype"]]
+            needed = resident_bytes(4, c["hidden"], size, int(r["block"].split("x")[1]))
+            assert r["shared"] <= needed, "what fits is what the plan says fits"
+            assert r["instructions"] > 0 and r["slots"] == r["instructions"] * r["warps"] / 4
+    if target == "sm_90":
+        cost = {
+            r["case"]["hidden"]: r
+            for r in rows
+            if (r["case"]["direction"], r["case"]["dtype"], r["case"]["batch"]) == ("infer", "bf16", 8)
+        }
+        for hidden, slots in ((64, 430), (128, 850)):
+            assert cost[hidden]["slots"] <= slots and cost[hidden]["counts"]["BAR"] <= 10
+
+
+def test_a_bad_kernel_gives_a_bad_exit_status(monkeypatch):
+    case = report.Case("lstm", "infer", "bf16", 8, 64, "sm_90")
+    fields = {"case": case, "schedule": "resident", "kernel": "k", "phase": "-", "warps": 4, "block": "64x8"}
+    fields |= {"registers": 255, "limit": 9, "code": 1, "instructions": 1, "slots": 1.0, "counts": {}}
+    assert report.Row(**fields, spills=0, shared=9).good
+    assert not report.Row(**fields, spills=1, shared=9).good
+    assert not report.Row(**fields, spills=0, shared=10).good
+    assert "BAD" in report.table([report.Row(**fields, spills=1, shared=9)])
+
+
+def test_the_loop_is_the_widest_backward_branch():
+    code = [
+        (0, "MOV R0, R1"),
+        (16, "IADD3 R2, R2, 1, RZ"),
+        (32, "@P0 BRA 0x10"),
+        (48, "@!P1 BRA 0x0"),
+        (64, "BRA 0x40"),
+    ]
+    assert report.widest_loop(code) == [i for _, i in code[:4]]
+    assert report.widest_loop(code[4:]) == []

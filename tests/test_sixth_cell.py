@@ -1,0 +1,45 @@
+"""A cell defined outside gets both schedules, every dtype, both save modes, resets and gradcheck for nothing."""
+
+from pathlib import Path
+
+import coupled_lstm
+import pytest
+import torch
+from conftest import DEVICE
+from shapes import HALVES, SAVES, SCHEDULES
+
+from seqcells import functional
+from seqcells.check import Shape, errors, inputs, tolerance
+from seqcells.kernels import cells
+
+
+@pytest.fixture(autouse=True)
+def known():
+    assert cells.get("coupled_lstm").forward is coupled_lstm.forward
+
+
+def test_it_is_under_a_hundred_lines():
+    assert len(Path(coupled_lstm.__file__).read_text().splitlines()) < 100
+
+
+@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("save", SAVES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
+def test_parity(dtype, schedule, save, resets, poison):
+    shape = Shape(4, 9, 2, 20)
+    found = errors("coupled_lstm", shape, dtype, DEVICE, backend=f"triton:{schedule}", save=save, resets=resets)
+    assert max(found.values()) <= tolerance("coupled_lstm", dtype), found
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_gradcheck(schedule):
+    tensors = [t.requires_grad_() for t in inputs("coupled_lstm", Shape(2, 2, 1, 2), torch.float64, DEVICE)]
+
+    def function(x, w_ih, w_hh, b_ih, b_hh, h, c):
+        options = {"backend": f"triton:{schedule}"}
+        y, final = functional.scan("coupled_lstm", x, (h, c), w_ih, w_hh, b_ih, b_hh, **options)
+        return y, *final
+
+    assert torch.autograd.gradcheck(function, tensors)
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)

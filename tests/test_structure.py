@@ -1,0 +1,139 @@
+"""The house: which rooms may know which, what is in a wheel, and how long a file may be."""
+
+import ast
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+ARROWS = {  # room: the rooms of the project it may import
+    "kernels.math": set(),
+    "kernels.plan": set(),
+    "kernels.cells": {"kernels.math"},
+    "kernels.tiles": {"kernels.math"},
+    "kernels.resident": {"kernels.math", "kernels.tiles"},
+    "kernels.stepwise": {"kernels.math", "kernels.tiles"},
+    "kernels.recompute": {"kernels.tiles"},
+    "kernels.scan": {"kernels.cells", "kernels.plan", "kernels.recompute", "kernels.resident", "kernels.stepwise"},
+    "kernels.report": {"kernels.cells", "kernels.plan", "kernels.scan"},
+    "kernels": set(),
+    "reference": set(),
+    "backends": set(),
+    "ops": {"reference", "kernels.cells", "kernels.plan", "kernels.scan"},
+    "functional": {"backends", "reference", "ops", "kernels.cells", "kernels.plan", "kernels.scan"},
+    "cells": {"functional", "reference"},
+    "layers": {"functional", "reference"},
+    "check": {"backends", "functional", "reference"},
+    "training": set(),
+    "plots": {"training"},
+    "progress": set(),
+    "tasks": {"layers", "training"},
+}
+TOP = {"__init__", "__main__"}  # these may import anything
+
+
+def sources():
+    for folder, package in ((ROOT / "kernels", ("kernels",)), (ROOT / "seqcells", ())):
+        for file in sorted(folder.rglob("*.py")):
+            if "kernels" in file.relative_to(folder).parts:
+                continue  # the link
+            parts = package + file.relative_to(folder).with_suffix("").parts
+            yield file, tuple(p for p in parts if p != "__init__") if len(parts) > 1 else parts
+
+
+def room(parts):
+    """kernels.cells.lstm is in the room kernels.cells, tasks.count_ones in tasks."""
+    return ".".join(parts[:2] if parts[:1] == ("kernels",) else parts[:1])
+
+
+def imports(file, parts, is_package):
+    """The project's modules a file imports, as parts below seqcells."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [a.name.split(".") for a in node.names]
+            names = [n[1:] for n in names if n[0] == "seqcells"]
+        elif isinstance(node, ast.ImportFrom):
+            module = node.module.split(".") if node.module else []
+            if node.level:
+                here = list(parts) if is_package else list(parts[:-1])
+                base = here[: len(here) - (node.level - 1)] + module
+            elif module[:1] == ["seqcells"]:
+                base = module[1:]
+            else:
+                continue
+            names = [[*base, a.name] for a in node.names]
+        yield from names
+
+
+def test_imports_run_one_way():
+    known = {room(parts) for _, parts in sources()} | set(ARROWS)
+    seen = set()
+    for file, parts in sources():
+        here = room(parts)
+        if parts[0] in TOP:
+            continue
+        assert here in ARROWS, f"{file} is a room the plan of the house does not have"
+        for name in imports(file, parts, file.name == "__init__.py"):
+            there = room(tuple(name))
+            if there in known and there != here:
+                seen.add((here, there))
+                assert there in ARROWS[here], f"{file}: {here} must not import {there}"
+    assert ("ops", "kernels.scan") in seen and ("tasks", "layers") in seen and ("kernels.cells", "kernels.math") in seen
+
+
+def test_plan_is_pure():
+    source = (ROOT / "kernels" / "plan.py").read_text()
+    modules = {n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)}
+    assert modules == {"__future__", "dataclasses"} and "import torch" not in source
+
+
+def test_no_file_is_longer_than_500_lines():
+    files = [f for f in ROOT.rglob("*.py") if ".venv" not in f.parts and "build" not in f.parts]
+    long = {str(f): n for f in files if (n := len(f.read_text().splitlines())) > 500}
+    assert files and not long
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    out = tmp_path_factory.mktemp("wheel")
+    command = [sys.executable, "-m", "build", "--wheel", "--outdir", str(out), str(ROOT)]
+    built = subprocess.run(command, capture_output=True, text=True, cwd=out)
+    assert built.returncode == 0, built.stdout + built.stderr
+    (path,) = out.glob("*.whl")
+    return path
+
+
+def test_a_wheel_holds_each_file_once(wheel):
+    names = [n for n in zipfile.ZipFile(wheel).namelist() if n.endswith(".py")]
+    assert len(names) == len(set(names))
+    expected = {"/".join(("seqcells", *f.relative_to(ROOT).parts)) for f in (ROOT / "kernels").rglob("*.py")}
+    expected |= {
+        str(f.relative_to(ROOT))
+        for f in (ROOT / "seqcells").rglob("*.py")
+        if "kernels" not in f.relative_to(ROOT).parts
+    }
+    assert set(names) == expected, "no top-level package kernels, and nothing twice"
+
+
+def test_a_wheel_works_in_a_fresh_environment_elsewhere(wheel, tmp_path):
+    """torch and the rest are this environment's (a second torch would take gigabytes); seqcells is the wheel's."""
+    venv.create(tmp_path / "env", with_pip=True)
+    python = tmp_path / "env" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    (site,) = (tmp_path / "env" / "lib").glob("python*/site-packages")
+    others = [p for p in sys.path if p.endswith("site-packages")]
+    (site / "others.pth").write_text("\n".join(others))
+    code = (
+        "import seqcells, seqcells.kernels.scan, torch; print(seqcells.__file__);"
+        "layer = seqcells.LSTM(2, 3, backend='triton'); layer(torch.ones(2, 1, 2))[0].sum().backward(); print('ran')"
+    )
+    environment = {"TRITON_INTERPRET": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)}
+    run = subprocess.run([python, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert str(site) in run.stdout and "ran" in run.stdout
