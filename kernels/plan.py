@@ -86,6 +86,9 @@ def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan
 def _stepwise(gates: int, B: int, H: int, itemsize: int, device: Device, reason: str) -> Plan:
     block_b = _power_of_2(B, 8, 16 if itemsize == 8 else 64)
     block_h = _power_of_2(H, 16, 16 if itemsize == 8 else 64)
+    # Accumulators of all gates beyond 8192 elements spill on some target (found with the report).
+    while gates * block_h * block_b > 8192 and block_b > 16:
+        block_b //= 2
     # Smaller tiles while some processors would have none.
     while -(-H // block_h) * -(-B // block_b) < device.processors and (block_h > 16 or block_b > 16):
         if block_h >= block_b and block_h > 16:
@@ -93,7 +96,7 @@ def _stepwise(gates: int, B: int, H: int, itemsize: int, device: Device, reason:
         else:
             block_b //= 2
     block_k = _power_of_2(H, 16, 128 // itemsize)
-    num_warps = 8 if gates * block_h * block_b >= 8192 else 4
+    num_warps = 8 if gates * block_h * block_b > 4096 else 4
     why = f"{reason}, so every step is one launch over tiles of {block_h} units and {block_b} rows"
     return Plan("stepwise", block_h, block_b, block_k, num_warps, 2, 255, device.capability > 0, why)
 
