@@ -55,13 +55,18 @@ LARGE = (
 )
 
 
-def inputs(cell: str, shape: Shape, dtype: torch.dtype, device: str | torch.device, seed: int = 0) -> list[Tensor]:
-    """x, w_ih, w_hh, b_ih, b_hh, h0[, c0] of a cell, random, on a scale at which the gates work."""
+def inputs(
+    cell: str, shape: Shape, dtype: torch.dtype, device: str | torch.device, scale: float = 1.0, seed: int = 0
+) -> list[Tensor]:
+    """x, w_ih, w_hh, b_ih, b_hh, h0[, c0] of a cell, random; at scale 1 the gates work from one end to the other."""
     spec, generator = reference.get(cell), torch.Generator().manual_seed(seed)
     T, B, I, H, G = shape.T, shape.B, shape.I, shape.H, spec.gates  # noqa: E741
     sizes = [(T, B, I), (G * H, I), (G * H, H), (G * H,), (G * H,), *[(B, H)] * spec.states]
     scales = [1.0, I**-0.5, H**-0.5, 0.5, 0.5, 0.5, 0.5]
-    made = [s * torch.randn(n, generator=generator, dtype=torch.float64) for n, s in zip(sizes, scales, strict=False)]
+    made = [
+        scale * s * torch.randn(n, generator=generator, dtype=torch.float64)
+        for n, s in zip(sizes, scales, strict=False)
+    ]
     return [t.to(device, dtype) for t in made]
 
 
@@ -89,10 +94,18 @@ def run(
 
 
 def errors(
-    cell: str, shape: Shape, dtype: torch.dtype, device: str, *, backend: str, save: str = "gates", resets: bool = False
+    cell: str,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    backend: str,
+    save: str = "gates",
+    resets: bool = False,
+    scale: float = 1.0,
 ) -> dict[str, float]:
     """The relative error of each output and gradient of a backend against the reference in float64."""
-    tensors = inputs(cell, shape, dtype, device)
+    tensors = inputs(cell, shape, dtype, device, scale)
     mask = None
     if resets:
         mask = (torch.rand(shape.T, shape.B, generator=torch.Generator().manual_seed(2)) < 0.3).to(device)

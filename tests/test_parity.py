@@ -11,13 +11,13 @@ from seqcells import check, functional, reference
 from seqcells.check import Shape, errors, tolerance
 
 
-def assert_parity(cell, schedule, save, dtype, shape, resets=False):
+def assert_parity(cell, schedule, save, dtype, shape, resets=False, scale=1.0):
     backend = f"triton:{schedule}"
     if not fits(cell, schedule, shape, dtype):
         with pytest.raises(ValueError, match="resident schedule does not fit"):
             errors(cell, shape, dtype, DEVICE, backend=backend)
         return
-    found = errors(cell, shape, dtype, DEVICE, backend=backend, save=save, resets=resets)
+    found = errors(cell, shape, dtype, DEVICE, backend=backend, save=save, resets=resets, scale=scale)
     tf32 = DEVICE == "cuda" and dtype == torch.float32 and functional.rnn_precision() == "tf32"
     allowed = tolerance(cell, "tf32" if tf32 else dtype)
     wrong = {name: e for name, e in found.items() if not e <= allowed}
@@ -61,7 +61,8 @@ def test_resets(cell, schedule, save, poison):
     resets=st.booleans(),
 )
 def test_any_shape(cell, schedule, save, dtype, T, B, input_size, H, resets):
-    assert_parity(cell, schedule, save, dtype, Shape(T, B, input_size, H), resets)
+    # At this scale nothing saturates: the gradient of one saturated unit, 1 - h*h, is ill-conditioned in h's last bit.
+    assert_parity(cell, schedule, save, dtype, Shape(T, B, input_size, H), resets, scale=0.4)
 
 
 @pytest.mark.slow
