@@ -74,7 +74,7 @@ def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan
         gates * block_h * block_b * itemsize > most or resident_bytes(gates, H, itemsize, block_b) > device.shared
     ):
         block_b //= 2
-    num_warps = 8 if gates * block_h * block_b * itemsize > 8192 else 4
+    num_warps = 8 if gates * block_h * block_b * itemsize > 8192 or block_h > 128 else 4
     needed = resident_bytes(gates, H, itemsize, block_b)
     why = (
         f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // 1024} KB of the {device.shared // 1024} KB of "
@@ -104,10 +104,13 @@ def _stepwise(gates: int, B: int, H: int, itemsize: int, device: Device, reason:
 def plan(gates: int, B: int, H: int, itemsize: int, device: Device, schedule: str | None = None) -> Plan:
     """The plan of a scan: gates G, batch B, hidden size H, bytes an element of the data's type, the device's facts.
 
-    schedule: None chooses; a name forces it. ValueError for an unknown name, or for "resident" where it does not fit.
+    schedule: None chooses; a name forces it. ValueError for an unknown name, for "resident" where it does not fit, and
+    for a U of 2^31 elements or more.
     """
     if schedule not in (None, *SCHEDULES):
         raise ValueError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
+    if gates * H * H >= 1 << 31:
+        raise ValueError(f"hidden size {H} is too large: the recurrent weights must have less than 2^31 elements")
     if schedule == "stepwise":
         return _stepwise(gates, B, H, itemsize, device, "stepwise was asked for")
     needed = resident_bytes(gates, H, itemsize, 8)

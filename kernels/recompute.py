@@ -8,17 +8,17 @@ second product), and the rest is pointwise. Shapes as in `resident`, with N = T*
 import triton
 import triton.language as tl
 
-from .tiles import biases, keep_rows, load_tiles, store_tiles
+from .tiles import biases, keep_rows, load_tiles, pack_tiles, store_tiles
 
 
 @triton.jit(do_not_specialize=["N"])
 def kernel(
-    gx_ptr, hu_ptr, bias_ptr, y_ptr, c_ptr, extra_ptr, resets_ptr, m_ptr, N,
+    gx_ptr, hu_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, m_ptr, N,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
-    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, EXTRA: tl.constexpr,
-    STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr, FAST: tl.constexpr,
+    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
+    PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """PHASE 0: m, from the first gates' products. PHASE 1: the saved tiles, over gx and into extra."""
+    """PHASE 0: m, from the first gates' products. PHASE 1: the saved tiles."""
     units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_mask = row < N
@@ -43,6 +43,7 @@ def kernel(
         tl.store(m_ptr + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
     else:
         states, saved = STEP(gx, hu, states, FAST)
-        store_tiles(gx_ptr, at_g, mask, saved, 0, G, H)
-        if EXTRA > 0:
-            store_tiles(extra_ptr, row[None, :] * (EXTRA * H) + units[:, None], mask, saved, G, G + EXTRA, H)
+        SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
+        WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
+        at_s = row[None, :] * (WORDS * H) + units[:, None]
+        store_tiles(saved_ptr, at_s, mask, pack_tiles(saved, SAVED, SAVED_PACK, y_ptr.dtype.element_ty), 0, WORDS, H)

@@ -35,7 +35,7 @@ from . import cells, plan, scan
 KINDS = ("BAR", "HMMA", "HGMMA", "UTCHMMA", "LDS", "LDSM", "STS", "STSM", "LDG", "STG", "MUFU", "LDL", "STL")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
-POINTERS[torch.uint8] = "*u8"
+POINTERS |= {torch.uint8: "*u8", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def launches(case: Case) -> list[scan.Launch]:
         scan.recompute(cell, gx, u, bias, saved.y, saved.c, resets, plan=chosen, launch=note)
     elif case.direction == "backward":
         saved = scan.allocate(cell, gx, "gates")
-        scan.backward(cell, gx[..., :H], state, second, u, saved.y, saved.c, gx, saved.extra, resets, **options)
+        scan.backward(cell, gx[..., :H], state, second, u, saved.y, saved.c, saved.saved, resets, **options)
     else:
         save = "gates" if case.direction == "train" else "none"
         scan.forward(cell, gx, u, bias, state, second, resets, save=save, **options)

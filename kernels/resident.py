@@ -1,8 +1,8 @@
 """Schedule `resident`: one program keeps all of U on chip and walks the whole sequence for BLOCK_B batch rows.
 
 Shapes (time-major, contiguous; T steps, B batch, H hidden, G gates, S saved tiles):
-    gx     [T, B, G*H]  input projection; overwritten by the first G saved tiles when SAVE
-    extra  [T, B, (S-G)*H]  the other saved tiles
+    gx     [T, B, G*H]  input projection
+    saved  [T, B, W, H] the S saved tiles in W words (see `tiles`)
     u      [G*H, H]     weight_hh          bias [INNER*H]  b_hh of the inner gates, or None
     y, c   [T+1, B, H]  states, y[t] before step t (y[0] = h0, c[0] = c0 are given); c [1, B, H] where nothing is saved
     resets [T, B] uint8, or None: where set, the states before that step are zero
@@ -15,7 +15,18 @@ import triton
 import triton.language as tl
 
 from .math import product
-from .tiles import biases, join_tuples, keep_rows, load_tiles, products, replace_first, store_tiles
+from .tiles import (
+    biases,
+    in_layout_of,
+    join_tuples,
+    keep_rows,
+    load_tiles,
+    pack_tiles,
+    products,
+    replace_first,
+    store_tiles,
+    unpack_tiles,
+)
 
 
 @triton.jit
@@ -25,10 +36,10 @@ def _load_keep(resets_ptr, r, valid):
 
 @triton.jit(do_not_specialize=["T", "B"])
 def forward_kernel(
-    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, extra_ptr, resets_ptr, hn_ptr, cn_ptr, T, B,
+    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, hn_ptr, cn_ptr, T, B,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
-    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, EXTRA: tl.constexpr,
-    KEEPS: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
+    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
+    PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     units = tl.arange(0, BLOCK_H)
@@ -39,7 +50,11 @@ def forward_kernel(
     # Offsets inside a step are small; the step's start is a 64-bit scalar that advances.
     at_h = r[None, :] * H + units[:, None]
     at_g = r[None, :] * (G * H) + units[:, None]
-    at_e = r[None, :] * (EXTRA * H) + units[:, None]
+    TYPE: tl.constexpr = y_ptr.dtype.element_ty
+    GX_PACK: tl.constexpr = PACK if G > 1 else 1
+    SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
+    WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
+    at_s = r[None, :] * (WORDS * H) + units[:, None]
     per_step = B.to(tl.int64) * H
     gx_ptr += row0 * (G * H)
     y_ptr += row0 * H
@@ -52,9 +67,9 @@ def forward_kernel(
     if STATES == 2:
         c_ptr += row0 * H
         states = states + (tl.load(c_ptr + at_h, mask=mask, other=0.0).to(ACC),)
-    if EXTRA > 0 and SAVE:
-        extra_ptr += row0 * (EXTRA * H)
-    gx = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
+    if SAVED > 0:
+        saved_ptr += row0 * (WORDS * H)
+    gx_words = pack_tiles(load_tiles(gx_ptr, at_g, mask, G, H, TYPE), G, GX_PACK, TYPE)
     keep = valid
     if resets_ptr is not None:
         resets_ptr += row0
@@ -63,12 +78,15 @@ def forward_kernel(
     for t in range(T):
         # The next step's inputs are asked for before this step's product, which hides their latency.
         ahead = tl.where(t + 1 < T, mask, False)  # not &: Triton's interpreter widens a scalar operand
-        gx_next = load_tiles(gx_ptr + per_step * G, at_g, ahead, G, H, ACC)
+        gx_ptr += per_step * G
+        gx_next = pack_tiles(load_tiles(gx_ptr, at_g, ahead, G, H, TYPE), G, GX_PACK, TYPE)
         if resets_ptr is not None:
             resets_ptr += B
             keep_next = _load_keep(resets_ptr, r, tl.where(t + 1 < T, valid, False))
             states = keep_rows(states, keep, STATES)
             keep = keep_next
+        gx_words = in_layout_of(states[0], gx_words, (G + GX_PACK - 1) // GX_PACK, GX_PACK)
+        gx = unpack_tiles(gx_words, G, GX_PACK, TYPE, ACC)
         hu = products(U, states[0], start, 0, SPLIT, PRECISION)
         if SPLIT < G:
             m = MIDDLE(gx, hu, states, FAST)
@@ -76,17 +94,13 @@ def forward_kernel(
         states, saved = STEP(gx, hu, states, FAST)
         y_ptr += per_step
         store_tiles(y_ptr, at_h, mask, states, 0, 1, 0)
-        if SAVE:
-            if STATES == 2:
-                c_ptr += per_step
-                store_tiles(c_ptr, at_h, mask, states, 1, 2, 0)
-            if KEEPS:
-                store_tiles(gx_ptr, at_g, mask, saved, 0, G, H)
-            if EXTRA > 0:
-                store_tiles(extra_ptr, at_e, mask, saved, G, G + EXTRA, H)
-                extra_ptr += per_step * EXTRA
-        gx_ptr += per_step * G
-        gx = gx_next
+        if SAVE and STATES == 2:
+            c_ptr += per_step
+            store_tiles(c_ptr, at_h, mask, states, 1, 2, 0)
+        if SAVED > 0:
+            store_tiles(saved_ptr, at_s, mask, pack_tiles(saved, SAVED, SAVED_PACK, TYPE), 0, WORDS, H)
+            saved_ptr += per_step * WORDS
+        gx_words = gx_next
 
     store_tiles(hn_ptr + row0 * H, at_h, mask, states, 0, 1, 0)
     if STATES == 2:
@@ -95,32 +109,30 @@ def forward_kernel(
 
 @triton.jit
 def _load_step(
-    dy_ptr, y_ptr, c_ptr, gx_ptr, extra_ptr, at_h, at_g, at_e, mask,
-    H: tl.constexpr, ACC: tl.constexpr, G: tl.constexpr, STATES: tl.constexpr, EXTRA: tl.constexpr,
-    KEEPS: tl.constexpr,
+    dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask,
+    H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr, PACK: tl.constexpr,
 ):  # fmt: skip
-    """What a step of backward reads: (dy, states before the step, saved tiles)."""
-    dy = 0.0
+    """What a step of backward reads: words of dy (if any) and the last state before the step; h if that is c; saved."""
+    TYPE: tl.constexpr = y_ptr.dtype.element_ty
+    # c is packed with dy, and h alone: a cell that does not look at it, as the LSTM, then does not load it.
+    pair = load_tiles(c_ptr if STATES == 2 else y_ptr, at_h, mask, 1, 0, TYPE)
     if dy_ptr is not None:
-        dy = tl.load(dy_ptr + at_h, mask=mask, other=0.0).to(ACC)
-    before = load_tiles(y_ptr, at_h, mask, 1, 0, ACC)
+        dy = load_tiles(dy_ptr, at_h, mask, 1, 0, TYPE)
+        pair = pack_tiles(join_tuples(dy, pair, 0, 1), 2, PACK, TYPE)
+    h = ()
     if STATES == 2:
-        before = before + load_tiles(c_ptr, at_h, mask, 1, 0, ACC)
-    saved = ()
-    if KEEPS:
-        saved = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
-        if EXTRA > 0:
-            saved = join_tuples(saved, load_tiles(extra_ptr, at_e, mask, EXTRA, H, ACC), 0, EXTRA)
-    return dy, before, saved
+        h = load_tiles(y_ptr, at_h, mask, 1, 0, TYPE)
+    saved = load_tiles(saved_ptr, at_s, mask, WORDS, H, saved_ptr.dtype.element_ty)
+    return pair, h, saved
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def backward_kernel(
-    dy_ptr, dhn_ptr, dcn_ptr, u_ptr, y_ptr, c_ptr, gx_ptr, extra_ptr, resets_ptr,
+    dy_ptr, dhn_ptr, dcn_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr,
     dgx_ptr, dhu_ptr, m_ptr, dh0_ptr, dc0_ptr, T, B,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
-    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, EXTRA: tl.constexpr,
-    KEEPS: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
+    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
+    PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     units = tl.arange(0, BLOCK_H)
@@ -130,21 +142,25 @@ def backward_kernel(
     mask = (units[:, None] < H) & valid[None, :]
     at_h = r[None, :] * H + units[:, None]
     at_g = r[None, :] * (G * H) + units[:, None]
-    at_e = r[None, :] * (EXTRA * H) + units[:, None]
+    TYPE: tl.constexpr = y_ptr.dtype.element_ty
+    PAIR: tl.constexpr = 1 if dy_ptr is None else 2
+    PAIR_PACK: tl.constexpr = 1 if dy_ptr is None else PACK
+    SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
+    WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
+    at_s = r[None, :] * (WORDS * H) + units[:, None]
     at_i = r[None, :] * (INNER * H) + units[:, None]
     per_step = B.to(tl.int64) * H
     last = (T - 1).to(tl.int64) * per_step
 
     # Every pointer stands at the last step and walks back. y and c have T+1 rows of states.
     y_ptr += last + row0 * H
-    gx_ptr += last * G + row0 * (G * H)
     dgx_ptr += last * G + row0 * (G * H)
     if dy_ptr is not None:
         dy_ptr += last + row0 * H
     if STATES == 2:
         c_ptr += last + row0 * H
-    if EXTRA > 0:
-        extra_ptr += last * EXTRA + row0 * (EXTRA * H)
+    if SAVED > 0:
+        saved_ptr += last * WORDS + row0 * (WORDS * H)
     if INNER > 0:
         dhu_ptr += last * INNER + row0 * (INNER * H)
     if SPLIT < G:
@@ -166,30 +182,37 @@ def backward_kernel(
             dc = tl.load(dcn_ptr + row0 * H + at_h, mask=mask, other=0.0).to(ACC)
         dstates = dstates + (dc,)
         after = after + load_tiles(c_ptr + per_step, at_h, mask, 1, 0, ACC)
-    dy, before, saved = _load_step(
-        dy_ptr, y_ptr, c_ptr, gx_ptr, extra_ptr, at_h, at_g, at_e, mask, H, ACC, G, STATES, EXTRA, KEEPS
+    pair_words, h_before, saved_words = _load_step(
+        dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask, H, STATES, WORDS, PACK
     )
 
     for t in range(T):
         ahead = tl.where(t + 1 < T, mask, False)
         y_ptr -= per_step
-        gx_ptr -= per_step * G
         if dy_ptr is not None:
             dy_ptr -= per_step
         if STATES == 2:
             c_ptr -= per_step
-        if EXTRA > 0:
-            extra_ptr -= per_step * EXTRA
-        dy_next, before_next, saved_next = _load_step(
-            dy_ptr, y_ptr, c_ptr, gx_ptr, extra_ptr, at_h, at_g, at_e, ahead, H, ACC, G, STATES, EXTRA, KEEPS
+        if SAVED > 0:
+            saved_ptr -= per_step * WORDS
+        pair_next, h_next, saved_next = _load_step(
+            dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, ahead, H, STATES, WORDS, PACK
         )
+        pair_words = in_layout_of(dstates[0], pair_words, (PAIR + PAIR_PACK - 1) // PAIR_PACK, PAIR_PACK)
+        pair = unpack_tiles(pair_words, PAIR, PAIR_PACK, TYPE, ACC)
+        before = (pair[PAIR - 1],)
+        if STATES == 2:
+            before = (h_before[0].to(ACC), pair[PAIR - 1])
+        saved_words = in_layout_of(dstates[0], saved_words, WORDS, SAVED_PACK)
+        saved = unpack_tiles(saved_words, SAVED, SAVED_PACK, TYPE, ACC)
         keep = valid
         before_step = before
         if resets_ptr is not None:
             keep = _load_keep(resets_ptr, r, valid)
             before_step = keep_rows(before, keep, STATES)
             resets_ptr -= B
-        dstates = replace_first(dstates, dstates[0] + dy, STATES)
+        if dy_ptr is not None:
+            dstates = replace_first(dstates, dstates[0] + pair[0], STATES)
         dm = None
         if SPLIT < G:
             d_second, m = MIDDLE(dstates, saved, before_step, after, FAST)
@@ -211,9 +234,9 @@ def backward_kernel(
         if resets_ptr is not None:
             dstates = keep_rows(dstates, keep, STATES)
         after = before
-        before = before_next
-        saved = saved_next
-        dy = dy_next
+        pair_words = pair_next
+        h_before = h_next
+        saved_words = saved_next
 
     store_tiles(dh0_ptr + row0 * H, at_h, mask, dstates, 0, 1, 0)
     if STATES == 2:

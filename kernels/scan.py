@@ -83,9 +83,9 @@ def _bytes(resets: Tensor | None) -> Tensor | None:
 def _constants(cell: Cell, H: int, plan: Plan, u: Tensor, precision: str) -> dict[str, Any]:
     """The constexprs all kernels share. precision: tl.dot's input_precision for float32."""
     tiles = {"H": H, "BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b, "ACC": ACCUMULATE[u.dtype]}
-    shape = {"G": cell.gates, "SPLIT": cell.split, "INNER": cell.inner, "STATES": cell.states, "EXTRA": cell.extra}
+    shape = {"G": cell.gates, "SPLIT": cell.split, "INNER": cell.inner, "STATES": cell.states, "SAVED": cell.saved}
     fast = u.dtype in (torch.float16, torch.bfloat16) and plan.nvidia
-    return {**tiles, **shape, "KEEPS": cell.saved > 0, "PRECISION": precision, "FAST": fast}
+    return {**tiles, **shape, "PACK": 8 // u.element_size(), "PRECISION": precision, "FAST": fast}
 
 
 def _scratch(like: Tensor, *shape: int) -> Tensor:
@@ -94,11 +94,11 @@ def _scratch(like: Tensor, *shape: int) -> Tensor:
 
 
 class Scanned(NamedTuple):
-    """y [T+1, B, H] (y[0] = h0), c [T+1 or 1, B, H] or [0], extra [T, B, (S-G)*H] or [0], hn, cn [B, H] (cn [0])."""
+    """y [T+1, B, H] (y[0] = h0), c [T+1 or 1, B, H] or [0], saved [T, B, W, H] or [0], hn, cn [B, H] (cn [0])."""
 
     y: Tensor
     c: Tensor
-    extra: Tensor
+    saved: Tensor
     hn: Tensor
     cn: Tensor
 
@@ -110,9 +110,11 @@ def _fill(state: Tensor, start: Tensor | None) -> None:
         state.copy_(start)
 
 
-def allocate_extra(cell: Cell, gx: Tensor) -> Tensor:
+def allocate_saved(cell: Cell, gx: Tensor) -> Tensor:
+    """Room for the saved tiles [T, B, W, H]: W 64-bit words of them, or the one tile of a cell that saves one."""
     T, B, H = gx.shape[0], gx.shape[1], gx.shape[2] // cell.gates
-    return gx.new_empty(T, B, cell.extra * H) if cell.extra else gx.new_empty(0)
+    pack = 8 // gx.element_size() if cell.saved > 1 else 1
+    return gx.new_empty(T, B, -(-cell.saved // pack), H, dtype=gx.dtype if pack == 1 else torch.int64)
 
 
 def allocate(cell: Cell, gx: Tensor, save: str) -> Scanned:
@@ -122,7 +124,7 @@ def allocate(cell: Cell, gx: Tensor, save: str) -> Scanned:
     return Scanned(
         gx.new_empty(T + 1, B, H),
         gx.new_empty(1 if save == "none" else T + 1, B, H) if two else gx.new_empty(0),
-        allocate_extra(cell, gx) if save == "gates" else gx.new_empty(0),
+        allocate_saved(cell, gx) if save == "gates" else gx.new_empty(0),
         gx.new_empty(B, H),
         gx.new_empty(B, H) if two else gx.new_empty(0),
     )
@@ -144,8 +146,8 @@ def forward(
 ) -> Scanned:
     """All steps forward.
 
-    gx [T, B, G*H] (contiguous; overwritten by the saved gates when save="gates"), u [G*H, H], bias [inner*H] (b_hh of
-    the inner gates), h0, c0 [B, H], resets [T, B] bool.
+    gx [T, B, G*H] (contiguous), u [G*H, H], bias [inner*H] (b_hh of the inner gates), h0, c0 [B, H],
+    resets [T, B] bool.
     save: "none"; "states" keeps c beside y; "gates" all that backward wants.
     """
     T, B, H = gx.shape[0], gx.shape[1], u.shape[1]
@@ -154,13 +156,11 @@ def forward(
     if cell.states == 2:
         _fill(out.c[0], c0)
     constants = _constants(cell, H, plan, u, precision)
-    constants |= {"KEEPS": cell.saved > 0 and save == "gates", "SAVE": save != "none"}
-    if save != "gates":
-        constants["EXTRA"] = 0
+    constants |= {"SAVE": save != "none", "SAVED": cell.saved if save == "gates" else 0}
     constants |= {"STEP": cell.forward, "MIDDLE": cell.middle}
     arguments = {
         "gx_ptr": gx, "u_ptr": _aligned(u), "bias_ptr": _aligned(bias), "y_ptr": out.y, "c_ptr": out.c,
-        "extra_ptr": out.extra, "resets_ptr": _bytes(resets), "B": B,
+        "saved_ptr": out.saved, "resets_ptr": _bytes(resets), "B": B,
     }  # fmt: skip
     if plan.schedule == "resident":
         arguments |= {"hn_ptr": out.hn, "cn_ptr": out.cn, "T": T}
@@ -217,8 +217,7 @@ def backward(
     u: Tensor,
     y: Tensor,
     c: Tensor,
-    gates: Tensor,
-    extra: Tensor,
+    saved: Tensor,
     resets: Tensor | None,
     *,
     plan: Plan,
@@ -227,14 +226,14 @@ def backward(
 ) -> Gradients:
     """All steps backward.
 
-    dy [T, B, H], dhn, dcn [B, H] (None: zero); y, c, extra from `forward`; gates: what it left in gx.
+    dy [T, B, H], dhn, dcn [B, H] (None: zero); y, c, saved from `forward`.
     """
     T, B, H = y.shape[0] - 1, y.shape[1], y.shape[2]
     out = allocate_gradients(cell, y)
     constants = _constants(cell, H, plan, u, precision)
     constants |= {"STEP": cell.backward, "MIDDLE": cell.backward_middle}
     arguments = {
-        "dy_ptr": _aligned(dy), "u_ptr": _aligned(u), "y_ptr": y, "c_ptr": c, "gx_ptr": gates, "extra_ptr": extra,
+        "dy_ptr": _aligned(dy), "u_ptr": _aligned(u), "y_ptr": y, "c_ptr": c, "saved_ptr": saved,
         "resets_ptr": _bytes(resets), "dgx_ptr": out.dgx, "dhu_ptr": out.dhu, "m_ptr": out.m, "B": B,
     }  # fmt: skip
     if plan.schedule == "resident":
@@ -274,11 +273,11 @@ def recompute(
     plan: Plan,
     launch: Callable[[Launch], None] = run,
 ) -> Tensor:
-    """What save="gates" would have kept, from save="states": gx [T, B, G*H] becomes the gates; returns extra."""
+    """What save="gates" would have kept, from what save="states" keeps."""
     T, B, H = y.shape[0] - 1, y.shape[1], y.shape[2]
-    extra = allocate_extra(cell, gx)
+    saved = allocate_saved(cell, gx)
     if not cell.saved:
-        return extra
+        return saved
     h = previous_outputs(y, resets).view(T * B, H)
     split = cell.split * H
     hu = gx.new_empty(T * B, cell.gates * H)
@@ -291,10 +290,9 @@ def recompute(
         "STEP": cell.forward,
         "MIDDLE": cell.middle,
     }
-    for name in ("KEEPS", "PRECISION"):
-        del constants[name]
+    del constants["PRECISION"]
     arguments = {
-        "gx_ptr": gx, "hu_ptr": hu, "bias_ptr": _aligned(bias), "y_ptr": y, "c_ptr": c, "extra_ptr": extra,
+        "gx_ptr": gx, "hu_ptr": hu, "bias_ptr": _aligned(bias), "y_ptr": y, "c_ptr": c, "saved_ptr": saved,
         "resets_ptr": _bytes(resets), "m_ptr": m, "N": T * B,
     }  # fmt: skip
     grid = (triton.cdiv(T * B, constants["BLOCK_B"]), triton.cdiv(H, constants["BLOCK_H"]))
@@ -303,7 +301,7 @@ def recompute(
         launch(Launch(recompute_schedule.kernel, grid, {**arguments, **constants, "PHASE": 0}, plan))
         hu[:, split:] = m @ u[split:].t()
     launch(Launch(recompute_schedule.kernel, grid, {**arguments, **constants, "PHASE": 1}, plan))
-    return extra
+    return saved
 
 
 def previous_outputs(y: Tensor, resets: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from .math import product
-from .tiles import biases, join_tuples, keep_rows, load_tiles, store_tiles
+from .tiles import biases, join_tuples, keep_rows, load_tiles, pack_tiles, store_tiles, unpack_tiles
 
 
 @triton.jit
@@ -42,10 +42,10 @@ def _accumulate(
 
 @triton.jit(do_not_specialize=["t", "B"])
 def forward_kernel(
-    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, extra_ptr, resets_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, t, B,
+    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, t, B,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
-    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, EXTRA: tl.constexpr,
-    KEEPS: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr,
+    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
+    PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Step t. PHASE 0: the first product, and the whole step if it is the only one. PHASE 1: the second product."""
@@ -92,14 +92,14 @@ def forward_kernel(
         store_tiles(y_ptr + B.to(tl.int64) * H, at_h, mask, states, 0, 1, 0)
         if STATES == 2:
             store_tiles(sc_ptr, at_h, mask, states, 1, 2, 0)
-        if SAVE:
-            if STATES == 2:
-                store_tiles(c_ptr + (rows_before + B) * H, at_h, mask, states, 1, 2, 0)
-            if KEEPS:
-                store_tiles(gx_ptr, at_g, mask, saved, 0, G, H)
-            if EXTRA > 0:
-                at_e = row[None, :] * (EXTRA * H) + units[:, None]
-                store_tiles(extra_ptr + rows_before * (EXTRA * H), at_e, mask, saved, G, G + EXTRA, H)
+        if SAVE and STATES == 2:
+            store_tiles(c_ptr + (rows_before + B) * H, at_h, mask, states, 1, 2, 0)
+        if SAVED > 0:
+            SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
+            WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
+            at_s = (rows_before + row)[None, :] * (WORDS * H) + units[:, None]
+            words = pack_tiles(saved, SAVED, SAVED_PACK, y_ptr.dtype.element_ty)
+            store_tiles(saved_ptr, at_s, mask, words, 0, WORDS, H)
 
 
 @triton.jit
@@ -109,23 +109,25 @@ def _accumulate_transposed(
 ):  # fmt: skip
     """acc + the sum of U[n]^T @ d[n] over the gates n in FROM..TO; d_ptr is where d[FROM] begins."""
     k = tl.arange(0, BLOCK_K)
-    for n in tl.static_range(FROM, TO):
-        for k0 in range(0, H, BLOCK_K):
-            ks = k0 + k
-            at_d = row[None, :] * d_stride + (n - FROM) * H + ks[:, None]
-            d = tl.load(d_ptr + at_d, mask=row_mask[None, :] & (ks[:, None] < H), other=0.0)
-            at_u = ks[None, :] * H + units[:, None]
-            U = tl.load(u_ptr + n * H * H + at_u, mask=(units[:, None] < H) & (ks[None, :] < H), other=0.0)
-            acc = product(U, d.to(U.dtype), acc, PRECISION)
+    TILES: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
+    # One loop over gates and tiles: one pipeline, and no gate is unrolled next to the others.
+    for i in range((TO - FROM) * TILES):
+        n = i // TILES
+        ks = (i % TILES) * BLOCK_K + k
+        at_d = row[None, :] * d_stride + n * H + ks[:, None]
+        d = tl.load(d_ptr + at_d, mask=row_mask[None, :] & (ks[:, None] < H), other=0.0)
+        at_u = ((FROM + n) * H + ks)[None, :] * H + units[:, None]
+        U = tl.load(u_ptr + at_u, mask=(units[:, None] < H) & (ks[None, :] < H), other=0.0)
+        acc = product(U, d.to(U.dtype), acc, PRECISION)
     return acc
 
 
 @triton.jit(do_not_specialize=["t", "B"])
 def backward_kernel(
-    dy_ptr, u_ptr, y_ptr, c_ptr, gx_ptr, extra_ptr, resets_ptr, dgx_ptr, dhu_ptr, m_ptr, dsh_ptr, dsc_ptr, t, B,
+    dy_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, dgx_ptr, dhu_ptr, m_ptr, dsh_ptr, dsc_ptr, t, B,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
-    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, EXTRA: tl.constexpr,
-    KEEPS: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr, FIRST: tl.constexpr,
+    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
+    PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr, FIRST: tl.constexpr,
     LAST: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Step t. PHASE 0 takes step t+1's gradients through U^T (not if FIRST, when there is no such step), then does the
@@ -168,12 +170,12 @@ def backward_kernel(
             before = before + load_tiles(c_ptr + rows_before * H, at_h, mask, 1, 0, ACC)
             dstates = dstates + load_tiles(dsc_ptr, at_h, mask, 1, 0, ACC)
         saved = ()
-        if KEEPS:
-            saved = load_tiles(gx_ptr + rows_before * (G * H), at_g, mask, G, H, ACC)
-            if EXTRA > 0:
-                at_e = row[None, :] * (EXTRA * H) + units[:, None]
-                extra = load_tiles(extra_ptr + rows_before * (EXTRA * H), at_e, mask, EXTRA, H, ACC)
-                saved = join_tuples(saved, extra, 0, EXTRA)
+        if SAVED > 0:
+            SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
+            WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
+            at_s = (rows_before + row)[None, :] * (WORDS * H) + units[:, None]
+            words = load_tiles(saved_ptr, at_s, mask, WORDS, H, saved_ptr.dtype.element_ty)
+            saved = unpack_tiles(words, SAVED, SAVED_PACK, y_ptr.dtype.element_ty, ACC)
         keep = row_mask
         if resets_ptr is not None:
             keep = tl.load(resets_ptr + rows_before + row, mask=row_mask, other=0) == 0

@@ -37,7 +37,7 @@ def _scan_forward(
     schedule: str,
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See kernels.scan.forward. gx is overwritten with the gates when save="gates"."""
+    """See kernels.scan.forward."""
     declared = cells.get(cell)
     chosen = plan_for(declared, gx.shape[1], gx, u.shape[1], schedule)
     return tuple(scan.forward(declared, gx, u, bias, h0, c0, resets, save=save, plan=chosen, precision=precision))  # type: ignore[return-value]
@@ -65,8 +65,7 @@ def _scan_backward(
     u: Tensor,
     y: Tensor,
     c: Tensor,
-    gates: Tensor,
-    extra: Tensor,
+    saved: Tensor,
     resets: Tensor | None,
     cell: str,
     schedule: str,
@@ -75,7 +74,7 @@ def _scan_backward(
     """See kernels.scan.backward."""
     declared = cells.get(cell)
     chosen = plan_for(declared, y.shape[1], y, u.shape[1], schedule)
-    return tuple(scan.backward(declared, dy, dhn, dcn, u, y, c, gates, extra, resets, plan=chosen, precision=precision))  # type: ignore[return-value]
+    return tuple(scan.backward(declared, dy, dhn, dcn, u, y, c, saved, resets, plan=chosen, precision=precision))  # type: ignore[return-value]
 
 
 def _scan_backward_fake(
@@ -85,8 +84,7 @@ def _scan_backward_fake(
     u: Tensor,
     y: Tensor,
     c: Tensor,
-    gates: Tensor,
-    extra: Tensor,
+    saved: Tensor,
     resets: Tensor | None,
     cell: str,
     schedule: str,
@@ -98,7 +96,7 @@ def _scan_backward_fake(
 def _recompute(
     gx: Tensor, u: Tensor, bias: Tensor | None, y: Tensor, c: Tensor, resets: Tensor | None, cell: str
 ) -> Tensor:
-    """See kernels.scan.recompute. gx is overwritten with the gates."""
+    """See kernels.scan.recompute."""
     declared = cells.get(cell)
     chosen = plan_for(declared, y.shape[1], gx, u.shape[1], "")
     return scan.recompute(declared, gx, u, bias, y, c, resets, plan=chosen)
@@ -107,14 +105,14 @@ def _recompute(
 def _recompute_fake(
     gx: Tensor, u: Tensor, bias: Tensor | None, y: Tensor, c: Tensor, resets: Tensor | None, cell: str
 ) -> Tensor:
-    return scan.allocate_extra(cells.get(cell), gx)
+    return scan.allocate_saved(cells.get(cell), gx)
 
 
-scan_forward = torch.library.custom_op("seqcells::scan_forward", _scan_forward, mutates_args=("gx",))
+scan_forward = torch.library.custom_op("seqcells::scan_forward", _scan_forward, mutates_args=())
 scan_forward.register_fake(_scan_forward_fake)
 scan_backward = torch.library.custom_op("seqcells::scan_backward", _scan_backward, mutates_args=())
 scan_backward.register_fake(_scan_backward_fake)
-recompute = torch.library.custom_op("seqcells::recompute", _recompute, mutates_args=("gx",))
+recompute = torch.library.custom_op("seqcells::recompute", _recompute, mutates_args=())
 recompute.register_fake(_recompute_fake)
 
 
@@ -140,9 +138,8 @@ class _Scan(torch.autograd.Function):
         cell = cells.get(name)
         gx, bias = input_projection(cell, x, w_ih, b_ih, b_hh)
         out = scan_forward(gx, w_hh, bias, h0, c0, resets, name, save, schedule, precision)
-        y, c, extra, hn, cn = out
-        kept = (gx, extra) if save == "gates" and cell.saved else (None, None)
-        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, resets, y, c, *kept)
+        y, c, saved, hn, cn = out
+        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, resets, y, c, saved if save == "gates" else None)
         ctx.set_materialize_grads(False)
         ctx.options = name, schedule, precision
         return (y[1:], hn, cn) if cell.states == 2 else (y[1:], hn)
@@ -153,13 +150,13 @@ class _Scan(torch.autograd.Function):
         nothing = (None,) * 5
         if torch.is_grad_enabled():  # create_graph=True
             return *_differentiable_gradients(name, ctx.saved_tensors[:8], ctx.needs_input_grad, grads), *nothing
-        x, _, _, w_ih, w_hh, b_ih, b_hh, resets, y, c, gates, extra = ctx.saved_tensors
+        x, _, _, w_ih, w_hh, b_ih, b_hh, resets, y, c, saved = ctx.saved_tensors
         cell = cells.get(name)
-        if gates is None:
-            gates, bias = input_projection(cell, x, w_ih, b_ih, b_hh)
-            extra = recompute(gates, w_hh, bias, y, c, resets, name)
+        if saved is None:
+            gx, bias = input_projection(cell, x, w_ih, b_ih, b_hh)
+            saved = recompute(gx, w_hh, bias, y, c, resets, name)
         dy, dhn, dcn = grads if cell.states == 2 else (*grads, None)
-        out = scan_backward(dy, dhn, dcn, w_hh, y, c, gates, extra, resets, name, schedule, precision)
+        out = scan_backward(dy, dhn, dcn, w_hh, y, c, saved, resets, name, schedule, precision)
         dgx, dhu, m, dh0, dc0 = out
         need = ctx.needs_input_grad
         dx = dgx @ w_ih if need[0] else None

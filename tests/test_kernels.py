@@ -62,18 +62,16 @@ def test_nothing_outside_the_buffers_is_read_or_written(cell, schedule, save, sh
     chosen = plan(declared.gates, shape.B, shape.H, 4, scan.device_facts(gx.device), schedule)
     results = []
     for launch in (scan.run, Guards()):
-        gates = gx.clone()
-        out = scan.forward(declared, gates, *rest, save=save, plan=chosen, launch=launch)
+        out = scan.forward(declared, gx, *rest, save=save, plan=chosen, launch=launch)
         found = [out.y, out.hn, out.cn]
         if save != "none":
             u, bias, _, _, resets = rest
-            extra = out.extra
+            saved = out.saved
             if save == "states":
-                gates = gx.clone()
-                extra = scan.recompute(declared, gates, u, bias, out.y, out.c, resets, plan=chosen, launch=launch)
+                saved = scan.recompute(declared, gx, u, bias, out.y, out.c, resets, plan=chosen, launch=launch)
             dy = torch.ones_like(out.y[1:])
             dcn = out.cn if declared.states == 2 else None
-            state = (u, out.y, out.c, gates, extra, resets)
+            state = (u, out.y, out.c, saved, resets)
             found += scan.backward(declared, dy, out.hn, dcn, *state, plan=chosen, launch=launch)
         results.append(found)
         if isinstance(launch, Guards):
@@ -188,7 +186,7 @@ def test_memory_kept_for_backward(cell):
         def pack(t, kept=kept):
             storage = t.untyped_storage()
             if storage.data_ptr() not in inputs:
-                kept[storage.data_ptr()] = storage.nbytes() // t.element_size()
+                kept[storage.data_ptr()] = storage.nbytes() // 4
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
@@ -208,7 +206,7 @@ def test_a_step_beyond_two_to_the_31_elements(direction):
     out = scan.forward(declared, gx, u, bias, h0, c0, None, save="gates", plan=chosen, launch=launches.append)
     if direction == "backward":
         launches.clear()
-        state = (u, out.y, out.c, gx, out.extra, None)
+        state = (u, out.y, out.c, out.saved, None)
         scan.backward(declared, gx, None, None, *state, plan=chosen, launch=launches.append)
     (launch,) = (x for x in launches if x.arguments["t"] == 1)
 
@@ -222,7 +220,7 @@ def test_a_step_beyond_two_to_the_31_elements(direction):
         big[-small.shape[0] :] = small
         return big
 
-    names = ["gx_ptr", "y_ptr"] if direction == "forward" else ["dy_ptr", "gx_ptr", "y_ptr", "dgx_ptr"]
+    names = ["gx_ptr", "y_ptr"] if direction == "forward" else ["dy_ptr", "y_ptr", "dgx_ptr"]
     if direction == "forward":
         launch.arguments["y_ptr"].normal_()
     large = {name: placed(name) for name in names}

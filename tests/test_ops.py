@@ -22,12 +22,11 @@ def op_arguments(cell, save):
     h0, c0 = states if len(states) == 2 else (states[0], None)
     gx, bias = ops.input_projection(declared, x, w_ih, b_ih, b_hh)
     resets = torch.zeros(3, 2, dtype=torch.bool, device=DEVICE)
-    gates = gx.clone()
-    y, c, extra, hn, cn = ops.scan_forward(gates, w_hh, bias, h0, c0, resets, cell, save, "", "ieee")
+    y, c, saved, hn, cn = ops.scan_forward(gx, w_hh, bias, h0, c0, resets, cell, save, "", "ieee")
     forward = (gx, w_hh, bias, h0, c0, resets, cell, save, "", "ieee")
     dcn = cn if c0 is not None else None
-    backward = (torch.ones_like(y[1:]), hn, dcn, w_hh, y, c, gates, extra, resets, cell, "", "ieee")
-    return forward, backward, (gx.clone(), w_hh, bias, y, c, resets, cell)
+    backward = (torch.ones_like(y[1:]), hn, dcn, w_hh, y, c, saved, resets, cell, "", "ieee")
+    return forward, backward, (gx, w_hh, bias, y, c, resets, cell)
 
 
 @pytest.mark.parametrize("cell", CELLS)

@@ -43,6 +43,8 @@ def test_a_schedule_that_does_not_exist_or_fit_is_refused():
         plan(4, 8, 64, 2, KNOWN["sm_90"], "grid")
     with pytest.raises(ValueError, match="does not fit hidden size 1024"):
         plan(4, 8, 1024, 2, KNOWN["sm_90"], "resident")
+    with pytest.raises(ValueError, match="hidden size 30000 is too large"):
+        plan(4, 8, 30_000, 2, KNOWN["sm_90"])
 
 
 def compiled(*arguments):

@@ -32,7 +32,7 @@ class Cell:
     name: str
     gates: int  # G: weight_ih and weight_hh have G*H rows
     states: int  # 1: h; 2: h and c
-    saved: int  # tiles kept for backward: 0, or at least G (the first G take the place of gx)
+    saved: int  # tiles kept for backward
     forward: Any
     backward: Any
     inner: int = 0  # trailing gates whose recurrent product does more than add to gx
@@ -43,8 +43,6 @@ class Cell:
     def __post_init__(self) -> None:
         if self.states not in (1, 2):
             raise ValueError(f"cell {self.name!r}: states must be 1 (h) or 2 (h and c), got {self.states}")
-        if self.saved and self.saved < self.gates:
-            raise ValueError(f"cell {self.name!r}: saved must be 0 or at least gates={self.gates}, got {self.saved}")
         if (self.first is None) != (self.middle is None) or (self.middle is None) != (self.backward_middle is None):
             raise ValueError(f"cell {self.name!r}: first, middle and backward_middle go together")
         if self.inner and self.first is not None:
@@ -54,11 +52,6 @@ class Cell:
     def split(self) -> int:
         """Gates of the first product."""
         return self.gates if self.first is None else self.first
-
-    @property
-    def extra(self) -> int:
-        """Saved tiles that do not fit in the place of gx."""
-        return max(0, self.saved - self.gates)
 
 
 _CELLS: dict[str, Cell] = {}
