@@ -1,6 +1,7 @@
 """The house: which rooms may know which, what is in a wheel, and how long a file may be."""
 
 import ast
+import re
 import subprocess
 import sys
 import venv
@@ -8,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import DEVICE
 
 ROOT = Path(__file__).parents[1]
 ARROWS = {  # room: the rooms of the project it may import
@@ -137,3 +139,9 @@ def test_a_wheel_works_in_a_fresh_environment_elsewhere(wheel, tmp_path):
     run = subprocess.run([python, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert str(site) in run.stdout and "ran" in run.stdout
+
+
+def test_the_readmes_example_runs():
+    """Its Python block as it stands, on whatever device there is."""
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    exec(compile(block.replace('"cuda"', f'"{DEVICE}"'), "README.md", "exec"), {})
