@@ -16,6 +16,7 @@ parser.add_argument("--epochs", type=int, default=10)
 parser.add_argument("--plot", default="count_ones.png")
 options = parser.parse_args()
 device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.set_num_threads(1)  # tensors this small gain nothing from more
 
 
 def strings(count):

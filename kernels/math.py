@@ -2,7 +2,8 @@
 
 All work in the accumulation type: float32, or float64 for float64 data. FAST chooses the one-instruction
 approximation (relative error 2^-11, of the order of float16's and below bfloat16's own rounding); everything else is
-accurate to a few units in the last place, saturates, and is finite for every finite argument.
+accurate to a few units in the last place of the result (a sigmoid near 0: of 1), saturates, and is finite for every
+finite argument.
 """
 
 import triton

@@ -101,11 +101,13 @@ def _stepwise(gates: int, B: int, H: int, itemsize: int, device: Device, reason:
     return Plan("stepwise", block_h, block_b, block_k, num_warps, 2, 255, device.capability > 0, why)
 
 
-def plan(gates: int, B: int, H: int, itemsize: int, device: Device, schedule: str | None = None) -> Plan:
+def plan(
+    gates: int, B: int, H: int, itemsize: int, device: Device, schedule: str | None = None, precision: str = "tf32"
+) -> Plan:
     """The plan of a scan: gates G, batch B, hidden size H, bytes an element of the data's type, the device's facts.
 
-    schedule: None chooses; a name forces it. ValueError for an unknown name, for "resident" where it does not fit, and
-    for a U of 2^31 elements or more.
+    precision: what float32 products are done in, "tf32" or "ieee". schedule: None chooses; a name forces it.
+    ValueError for an unknown name, for "resident" where it does not fit, and for a U of 2^31 elements or more.
     """
     if schedule not in (None, *SCHEDULES):
         raise ValueError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
@@ -118,6 +120,8 @@ def plan(gates: int, B: int, H: int, itemsize: int, device: Device, schedule: st
         reason = f"U would take {needed // 1024} KB of the {device.shared // 1024} KB of shared memory on {device.name}"
     elif itemsize == 8 and H > 32:
         reason = "beyond 32 hidden units float64 products spill registers"  # found with the report, sm_90 and sm_100
+    elif itemsize == 4 and precision == "ieee" and H > 64:
+        reason = "beyond 64 hidden units float32 products without TF32 spill registers"  # likewise
     else:
         return _resident(gates, B, H, itemsize, device)
     if schedule == "resident":

@@ -82,7 +82,7 @@ def launches(case: Case) -> list[scan.Launch]:
     cell = cells.get(case.cell)
     dtype, T, B, H = DTYPES[case.dtype], 3, case.batch, case.hidden
     device = plan.KNOWN[case.target]
-    chosen = plan.plan(cell.gates, B, H, dtype.itemsize, device, case.schedule)
+    chosen = plan.plan(cell.gates, B, H, dtype.itemsize, device, case.schedule, case.precision)
     found: dict[str, scan.Launch] = {}
 
     def note(launch: scan.Launch) -> None:
@@ -200,7 +200,7 @@ def measure(case: Case) -> list[Row]:
 
 def grid(targets: list[str], names: list[str], full: bool) -> Iterator[Case]:
     """The cases of the report: the shapes at which the plan changes its mind, and with `full` many between."""
-    shapes = [(1, 8), (20, 8), (64, 8), (128, 8), (256, 64), (64, 16384), (128, 16384), (1024, 1024)]
+    shapes = [(1, 8), (20, 8), (64, 8), (128, 8), (256, 64), (64, 16384), (128, 16384), (64, 2000), (1024, 1024)]
     if full:
         shapes += [(h, b) for h in (2, 16, 32, 100, 150, 192, 512, 768, 1024) for b in (8, 64)]
         shapes += [(h, b) for h in (64, 128, 1024) for b in (1, 64, 256)]
@@ -216,7 +216,9 @@ def grid(targets: list[str], names: list[str], full: bool) -> Iterator[Case]:
             yield Case(name, "train", "bf16", 8, 64, target, schedule="stepwise", resets=True)
             yield Case(name, "backward", "bf16", 8, 64, target, schedule="stepwise", resets=True)
             yield Case(name, "recompute", "bf16", 8, 64, target)
-            yield Case(name, "backward", "fp32", 8, 64, target, precision="ieee")
+            for hidden, batch in ((20, 8), (64, 8), (128, 8), (64, 16384)):
+                for direction in ("train", "backward"):
+                    yield Case(name, direction, "fp32", batch, hidden, target, precision="ieee")
             for hidden, batch in ((20, 8), (64, 8), (20, 16384), (256, 64)):
                 for direction in ("train", "backward"):
                     yield Case(name, direction, "fp64", batch, hidden, target, precision="ieee")

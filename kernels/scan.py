@@ -77,7 +77,7 @@ def _aligned(x: Tensor | None) -> Tensor | None:
 
 
 def _bytes(resets: Tensor | None) -> Tensor | None:
-    return None if resets is None else resets.contiguous().view(torch.uint8)
+    return None if resets is None else _aligned(resets).view(torch.uint8)  # type: ignore[union-attr]
 
 
 def _constants(cell: Cell, H: int, plan: Plan, u: Tensor, precision: str) -> dict[str, Any]:
@@ -94,7 +94,7 @@ def _scratch(like: Tensor, *shape: int) -> Tensor:
 
 
 class Scanned(NamedTuple):
-    """y [T+1, B, H] (y[0] = h0), c [T+1 or 1, B, H] or [0], saved [T, B, W, H] or [0], hn, cn [B, H] (cn [0])."""
+    """y [T+1, B, H] (y[0] = h0), c [T+1 or 1, B, H] or [0], saved [T, B, W, H] or [0], hn, cn [1, B, H] (cn [0])."""
 
     y: Tensor
     c: Tensor
@@ -107,7 +107,7 @@ def _fill(state: Tensor, start: Tensor | None) -> None:
     if start is None:
         state.zero_()
     else:
-        state.copy_(start)
+        state.copy_(start.reshape(state.shape))
 
 
 def allocate_saved(cell: Cell, gx: Tensor) -> Tensor:
@@ -125,8 +125,9 @@ def allocate(cell: Cell, gx: Tensor, save: str) -> Scanned:
         gx.new_empty(T + 1, B, H),
         gx.new_empty(1 if save == "none" else T + 1, B, H) if two else gx.new_empty(0),
         allocate_saved(cell, gx) if save == "gates" else gx.new_empty(0),
-        gx.new_empty(B, H),
-        gx.new_empty(B, H) if two else gx.new_empty(0),
+        # With torch.nn's leading axis of one layer: a view made afterwards could not be detached in place.
+        gx.new_empty(1, B, H),
+        gx.new_empty(1, B, H) if two else gx.new_empty(0),
     )
 
 
@@ -226,7 +227,7 @@ def backward(
 ) -> Gradients:
     """All steps backward.
 
-    dy [T, B, H], dhn, dcn [B, H] (None: zero); y, c, saved from `forward`.
+    dy [T, B, H], dhn, dcn [1, B, H] (None: zero); y, c, saved from `forward`.
     """
     T, B, H = y.shape[0] - 1, y.shape[1], y.shape[2]
     out = allocate_gradients(cell, y)

@@ -25,6 +25,14 @@ def _default_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def _device(options: argparse.Namespace) -> str:
+    """The device asked for, or the default. RuntimeError if it is not there."""
+    device = options.device or _default_device()
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"--device {device}: no CUDA device is available")
+    return device
+
+
 def info(_: argparse.Namespace) -> int:
     """What is installed and which backends there are."""
     print(f"seqcells {seqcells.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
@@ -44,7 +52,7 @@ def info(_: argparse.Namespace) -> int:
 
 def check(options: argparse.Namespace) -> int:
     """Parity of the kernels with the reference."""
-    device = options.device or _default_device()
+    device = _device(options)
     if not backends.TRITON:
         print("the kernels need triton: pip install triton (Linux)", file=sys.stderr)
         return 1
@@ -60,7 +68,11 @@ def check(options: argparse.Namespace) -> int:
     where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "Triton's interpreter, CPU"
     print(f"largest relative errors against the float64 reference ({where}):\n")
     results = []
-    count = len(options.cell or reference.CELLS) * len(backends.SCHEDULES) * 4
+    count = (
+        len(options.cell or reference.CELLS)
+        * len(backends.SCHEDULES)
+        * (5 if torch.device(device).type == "cuda" else 4)
+    )
     with bar(total=count, desc="check") as progress:
         for result in checking.sweep(device, options.cell):
             results.append(result)
@@ -103,7 +115,11 @@ def run(options: argparse.Namespace) -> int:
     from .progress import bar
     from .training import Row, train
 
-    task, device = TASKS[options.task], options.device or _default_device()
+    task, device = TASKS[options.task], _device(options)
+    if torch.device(device).type == "cpu":
+        torch.set_num_threads(
+            1
+        )  # tensors this small gain nothing from a second thread, and lose much where cores are busy
     recipe = task.FULL if options.full else task.QUICK
     if options.resume and not options.save:
         raise SystemExit("--resume needs --save DIR, where the checkpoints are")

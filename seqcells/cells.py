@@ -10,6 +10,16 @@ from torch import Tensor, nn
 
 from . import functional, reference
 
+# As torch's matrix product names dtypes in its errors.
+_NAMES = {
+    torch.float64: "Double",
+    torch.float32: "Float",
+    torch.float16: "Half",
+    torch.bfloat16: "BFloat16",
+    torch.int64: "Long",
+    torch.int32: "Int",
+}
+
 
 class _Cell(nn.Module):
     """One step. weight_ih [G*H, I], weight_hh [G*H, H], bias_ih and bias_hh [G*H], all U(-1/sqrt(H), 1/sqrt(H))."""
@@ -59,15 +69,21 @@ class _Cell(nn.Module):
         kind = type(self).__name__
         if input.dim() not in (1, 2):
             raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if states is not None and len(states) != len(names):
+            raise TypeError(f"{kind}: expected hx to be {len(names)} tensors, got {len(states)}")
         for name, s in zip(names, states or (), strict=False):
             if s.dim() not in (1, 2):
                 raise ValueError(f"{kind}: Expected {name} to be 1D or 2D, got {s.dim()}D instead")
         batched = input.dim() == 2
         x = input if batched else input[None]
         if states is not None and not batched:
-            states = tuple(s[None] if s.dim() == 1 else s for s in states)
+            states = tuple(s[None] for s in states)
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
+        for t in (x, *(states or ())):
+            if t.dtype != self.weight_ih.dtype and not functional.autocasting(x.device):
+                got = f"{_NAMES.get(t.dtype, t.dtype)} and {_NAMES.get(self.weight_ih.dtype, self.weight_ih.dtype)}"
+                raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {got}")
         for i, s in enumerate(states or ()):
             if s.dim() != 2 or s.shape[0] != x.shape[0]:
                 raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{i} batch size {s.shape[0]}")
@@ -76,7 +92,9 @@ class _Cell(nn.Module):
                     f"hidden{i} has inconsistent hidden_size: got {s.shape[1]}, expected {self.hidden_size}"
                 )
         weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        _, final = functional.scan(self.cell, x[None], states, *weights, backend=self.backend)
+        _, final = functional.run(self.cell, x[None], states, *weights, backend=self.backend, one_step=True)
+        # [1, B, H] from the kernels; a copy, since a view could not be detached in place.
+        final = tuple(torch.squeeze_copy(s, 0) if s.dim() == 3 else s for s in final)
         return final if batched else tuple(s[0] for s in final)
 
 
@@ -98,6 +116,8 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, backend)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        if isinstance(hx, Tensor):
+            raise TypeError("LSTMCell: expected hx to be a tuple of two tensors (h, c), got a tensor")
         h, c = self._step(input, hx, ("hx[0]", "hx[1]"))
         return h, c
 

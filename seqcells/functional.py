@@ -87,27 +87,62 @@ def _check(
             raise RuntimeError(f"resets must be on the input's device {x.device}, got {resets.device}")
 
 
+@torch.compiler.disable
+def _aten_lstm(*arguments: Any) -> tuple[Tensor, ...]:
+    """torch.lstm, outside torch.compile: what it does on the CPU cannot be traced with gradients (torch.nn.LSTM breaks
+    the graph for it too)."""
+    return torch.lstm(*arguments)
+
+
 def _aten(
     cell: str, x: Tensor, states: tuple[Tensor, ...], weights: tuple[Tensor | None, ...]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """torch's own fused layer; it wants both biases or neither."""
+    """torch's own fused layer; it wants both biases or neither. The final states are [1, B, H]."""
     w_ih, w_hh, b_ih, b_hh = weights
     if (b_ih is None) != (b_hh is None):
         given = b_hh if b_ih is None else b_ih
         assert given is not None
         b_ih, b_hh = (torch.zeros_like(given) if b is None else b for b in (b_ih, b_hh))
     flat = [t for t in (w_ih, w_hh, b_ih, b_hh) if t is not None]
-    options = (len(flat) == 4, 1, 0.0, False, False, False)
+    # cuDNN keeps what its backward needs only in training mode.
+    train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *flat))
+    options = (len(flat) == 4, 1, 0.0, train, False, False)
     hx = [s[None] for s in states]
     if cell == "lstm":
-        y, *final = torch.lstm(x, hx, flat, *options)
+        run = _aten_lstm if x.device.type == "cpu" else torch.lstm
+        y, *final = run(x, hx, flat, *options)
     else:
         run = {"gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}[cell]
         y, *final = run(x, hx[0], flat, *options)
-    return y, tuple(f[0] for f in final)
+    return y, tuple(final)
 
 
-def scan(
+def _aten_step(
+    cell: str, x: Tensor, states: tuple[Tensor, ...], weights: tuple[Tensor | None, ...]
+) -> tuple[Tensor, ...]:
+    """torch's own fused cell, x [B, I]."""
+    if cell == "lstm":
+        return torch.lstm_cell(x, states, *weights)  # type: ignore[arg-type]
+    run = {"gru": torch.gru_cell, "rnn_tanh": torch.rnn_tanh_cell, "rnn_relu": torch.rnn_relu_cell}[cell]
+    return (run(x, states[0], *weights),)  # type: ignore[arg-type]
+
+
+def autocasting(device: torch.device) -> bool:
+    """Whether torch.autocast is on for tensors of that device."""
+    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+
+
+def _autocast(*tensors: Tensor | None) -> list[Tensor | None] | None:
+    """The tensors in autocast's dtype, as torch casts the arguments of its own RNNs; None where autocast is off."""
+    device = next(t for t in tensors if t is not None).device
+    if not autocasting(device):
+        return None
+    dtype = torch.get_autocast_dtype(device.type)
+    low = (torch.float16, torch.bfloat16, torch.float32)
+    return [t.to(dtype) if t is not None and t.dtype in low else t for t in tensors]
+
+
+def run(
     cell: str,
     x: Tensor,
     states: tuple[Tensor | None, ...] | None,
@@ -119,14 +154,11 @@ def scan(
     resets: Tensor | None = None,
     save: str = "gates",
     backend: str | None = None,
+    one_step: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """A registered cell over all steps of x: (y, final states). Shapes: see the module.
+    """What `scan` and the modules share: `scan`, with final states [1, B, H] as torch.nn has them.
 
-    states: (h0,) or (h0, c0); None, whole or in part, is zero. resets: where set, the states before that step are zero.
-    save: what the triton backend keeps for backward: "gates", or "states" (about a third of the memory, one more GEMM).
-    backend: see seqcells.backends; None is the context's, else "auto".
-
-    Raises RuntimeError, ValueError or TypeError as torch.nn does for shapes, dtypes and devices that do not fit.
+    one_step: a cell's call, x [1, B, I], for which aten has kernels of its own.
     """
     spec = reference.get(cell)
     if save not in SAVES:
@@ -134,18 +166,54 @@ def scan(
     given = (None,) * spec.states if states is None else tuple(states)
     if len(given) != spec.states:
         raise RuntimeError(f"{cell} has {spec.states} state{'s' * (spec.states > 1)}, got {len(given)}")
+    if cast := _autocast(x, w_ih, w_hh, b_ih, b_hh, *given):
+        inputs: list[Any] = [cast[0], cast[5:], *cast[1:5]]
+        with torch.autocast(x.device.type, enabled=False):
+            return run(cell, *inputs, resets=resets, save=save, backend=backend, one_step=one_step)
     weights = (w_ih, w_hh, b_ih, b_hh)
     _check(x, given, weights, resets, spec.gates)
     chosen = backends.choose(cell, x.device, x.dtype, resets=resets is not None, requested=backend)
     if chosen.backend == "triton" and x.shape[1] > 0:
         precision = rnn_precision() if x.dtype == torch.float32 else "ieee"
-        options = {"cell": cell, "save": save, "schedule": chosen.schedule, "precision": precision}
-        return ops.apply(x, given, w_ih, w_hh, b_ih, b_hh, resets, **options)
+        if chosen.schedule:  # it may not fit: say so before anything runs
+            ops.plan_for(ops.cells.get(cell), x.shape[1], w_hh, chosen.schedule, precision)
+        how = {"cell": cell, "save": save, "schedule": chosen.schedule, "precision": precision}
+        return ops.apply(x, given, w_ih, w_hh, b_ih, b_hh, resets, **how)
     zero = x.new_zeros(x.shape[1], w_hh.shape[1])
     full = tuple(zero if s is None else s for s in given)
+    if chosen.backend == "aten" and one_step:
+        final = _aten_step(cell, x[0], full, weights)
+        return final[0][None], final
     if chosen.backend == "aten":
         return _aten(cell, x, full, weights)
-    return reference.scan(spec.step, x, full, w_ih, w_hh, b_ih, b_hh, resets=resets)
+    y, final = reference.scan(spec.step, x, full, w_ih, w_hh, b_ih, b_hh, resets=resets)
+    return y, final if one_step else tuple(torch.stack([s]) for s in final)
+
+
+def scan(
+    cell: str,
+    x: Tensor,
+    states: tuple[Tensor | None, ...] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """A registered cell over all steps of x: (y, final states [B, H]). Shapes: see the module.
+
+    states: (h0,) or (h0, c0); None, whole or in part, is zero. Options:
+    resets: where set, the states before that step are zero.
+    save: what the triton backend keeps for backward: "gates", or "states" (about a third of the memory, one more GEMM).
+    backend: see seqcells.backends; None is the context's, else "auto".
+
+    Under autocast all tensors are cast to its dtype, as torch does for its own RNNs. y must not be changed in place
+    while backward still needs it; that raises.
+
+    Raises RuntimeError, ValueError or TypeError as torch.nn does for shapes, dtypes and devices that do not fit.
+    """
+    y, final = run(cell, x, states, w_ih, w_hh, b_ih, b_hh, **options)
+    return y, tuple(s[0] for s in final)
 
 
 def lstm(
@@ -234,6 +302,8 @@ def explain(
             raise ValueError(f"{name} must be greater than zero, got {size}")
     elsewhere = isinstance(device, str) and device.startswith("sm_")
     place = torch.device("cuda" if elsewhere else device)
+    if place.type == "cuda" and place.index is None and torch.cuda.is_available():
+        place = torch.device("cuda", torch.cuda.current_device())
     chosen = backends.choose(cell, place, dtype, resets=resets, requested=backend)
     if chosen.backend != "triton":
         return Explanation(chosen.backend, None, chosen.why)
@@ -243,5 +313,5 @@ def explain(
         raise ValueError(f"unknown device {device!r}: expected a torch device or one of {', '.join(plan.KNOWN)}")
     facts = plan.KNOWN[str(device)] if elsewhere else scan.device_facts(place)
     gates = cells.get(cell).gates
-    planned = plan.plan(gates, batch, hidden_size, dtype.itemsize, facts, chosen.schedule or None)
+    planned = plan.plan(gates, batch, hidden_size, dtype.itemsize, facts, chosen.schedule or None, rnn_precision())
     return Explanation("triton", planned, f"{chosen.why}; {planned.schedule} schedule: {planned.why}")

@@ -148,7 +148,7 @@ class _Layer(nn.Module):
                     name = f"hidden[{i}]" if len(states) == 2 else "hidden"
                     raise RuntimeError(f"Expected {name} size {expected}, got {list(s.shape)}")
             states = tuple(s[0] for s in states)
-        y, final = functional.scan(
+        y, final = functional.run(
             self.cell,
             x,
             states,
@@ -161,8 +161,8 @@ class _Layer(nn.Module):
             backend=self.backend,
         )
         if not batched:
-            return y[:, 0], final
-        return (y.transpose(0, 1) if self.batch_first else y), tuple(s[None] for s in final)
+            return y[:, 0], tuple(s[:, 0] for s in final)
+        return (y.transpose(0, 1) if self.batch_first else y), final
 
     @staticmethod
     def _check_states(states: tuple[Tensor, ...] | None, batched: bool) -> None:

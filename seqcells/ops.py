@@ -19,10 +19,10 @@ from .kernels.cells import Cell
 from .kernels.plan import Plan, plan
 
 
-def plan_for(cell: Cell, batch: int, like: Tensor, hidden: int, schedule: str) -> Plan:
-    """The plan of a scan of this shape on like's device. schedule: "" chooses."""
-    facts = scan.device_facts(like.device)
-    return plan(cell.gates, batch, hidden, like.element_size(), facts, schedule or None)
+def plan_for(cell: Cell, batch: int, u: Tensor, schedule: str, precision: str) -> Plan:
+    """The plan of a scan with these recurrent weights. schedule: "" chooses. Raises ValueError as `plan` does."""
+    facts = scan.device_facts(u.device)
+    return plan(cell.gates, batch, u.shape[1], u.element_size(), facts, schedule or None, precision)
 
 
 def _scan_forward(
@@ -39,7 +39,7 @@ def _scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See kernels.scan.forward."""
     declared = cells.get(cell)
-    chosen = plan_for(declared, gx.shape[1], gx, u.shape[1], schedule)
+    chosen = plan_for(declared, gx.shape[1], u, schedule, precision)
     return tuple(scan.forward(declared, gx, u, bias, h0, c0, resets, save=save, plan=chosen, precision=precision))  # type: ignore[return-value]
 
 
@@ -73,7 +73,7 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See kernels.scan.backward."""
     declared = cells.get(cell)
-    chosen = plan_for(declared, y.shape[1], y, u.shape[1], schedule)
+    chosen = plan_for(declared, y.shape[1], u, schedule, precision)
     return tuple(scan.backward(declared, dy, dhn, dcn, u, y, c, saved, resets, plan=chosen, precision=precision))  # type: ignore[return-value]
 
 
@@ -98,7 +98,7 @@ def _recompute(
 ) -> Tensor:
     """See kernels.scan.recompute."""
     declared = cells.get(cell)
-    chosen = plan_for(declared, y.shape[1], gx, u.shape[1], "")
+    chosen = plan_for(declared, y.shape[1], u, "", "ieee")
     return scan.recompute(declared, gx, u, bias, y, c, resets, plan=chosen)
 
 
@@ -139,7 +139,9 @@ class _Scan(torch.autograd.Function):
         gx, bias = input_projection(cell, x, w_ih, b_ih, b_hh)
         out = scan_forward(gx, w_hh, bias, h0, c0, resets, name, save, schedule, precision)
         y, c, saved, hn, cn = out
-        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, resets, y, c, saved if save == "gates" else None)
+        if save == "states" and cell.saved:
+            saved = None
+        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, resets, y, c, saved)
         ctx.set_materialize_grads(False)
         ctx.options = name, schedule, precision
         return (y[1:], hn, cn) if cell.states == 2 else (y[1:], hn)
@@ -195,7 +197,8 @@ def _differentiable_gradients(
     assert x is not None and w_ih is not None and w_hh is not None
     zero = x.new_zeros(x.shape[1], w_hh.shape[1])
     states = (zero if h0 is None else h0, zero if c0 is None else c0)[: cells.get(name).states]
-    y, final = reference.scan(reference.get(name).step, x, states, w_ih, w_hh, b_ih, b_hh, resets=resets)
+    y, last = reference.scan(reference.get(name).step, x, states, w_ih, w_hh, b_ih, b_hh, resets=resets)
+    final = [s[None] for s in last]
     pairs = [(o, g) for o, g in zip((y, *final), grads, strict=True) if g is not None and o.requires_grad]
     wanted = [t for t, n in zip(aliases, need, strict=False) if n and t is not None]
     outputs, outer = [o for o, _ in pairs], [g for _, g in pairs]
@@ -217,7 +220,7 @@ def apply(
     schedule: str,
     precision: str,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """y [T, B, H] and the final states, by the kernels. Arguments are taken as checked."""
+    """y [T, B, H] and the final states [1, B, H], by the kernels. Arguments are taken as checked."""
     h0, c0 = states if len(states) == 2 else (states[0], None)
     inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs):

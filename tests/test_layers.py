@@ -14,6 +14,14 @@ LAYERS = ["LSTM", "GRU", "RNN"]
 CELL_CLASSES = ["LSTMCell", "GRUCell", "RNNCell"]
 
 
+@pytest.fixture(autouse=True)
+def on_the_device():
+    """Tensors and modules are made where the kernels run."""
+    torch.set_default_device(DEVICE)
+    yield
+    torch.set_default_device(None)
+
+
 def pair(name, *args, **options):
     """torch.nn's module and ours, with the same seed."""
     torch.manual_seed(0)
@@ -147,6 +155,9 @@ def layer_calls(m):
         "cell hx rank": lambda: m.GRUCell(3, 4)(x[0], h),
         "cell input": lambda: m.GRUCell(3, 4)(x[0, :, :2]),
         "cell batch": lambda: m.LSTMCell(3, 4)(x[0], (h[0], h[0, :1])),
+        "cell dtype": lambda: m.GRUCell(3, 4)(x[0].double()),
+        "cell integers": lambda: m.GRUCell(3, 4)(x[0].long()),
+        "cell hx dtype": lambda: m.GRUCell(3, 4)(x[0], h[0].double()),
         "cell hidden": lambda: m.GRUCell(3, 4)(x[0], h[0, :, :2]),
     }
 
@@ -198,6 +209,12 @@ def ours_alone():
             NotImplementedError,
             "PackedSequence",
         ),
+        "no fit": (
+            lambda: seqcells.LSTM(3, 600, backend="triton:resident")(x),
+            ValueError,
+            "resident schedule does not fit hidden size 600",
+        ),
+        "cell hx": (lambda: seqcells.LSTMCell(3, 4)(x[0], h), TypeError, "tuple of two tensors"),
         "layers": (lambda: seqcells.LSTM(3, 4, 2), NotImplementedError, "only num_layers=1"),
         "directions": (lambda: seqcells.GRU(3, 4, bidirectional=True), NotImplementedError, "only bidirectional=False"),
         "w_hh": (
@@ -273,3 +290,43 @@ def test_handwritten_cells_load_into_the_fused_ones(kind, dtype):
     again = type(hand)(2, 20).to(dtype)
     again.load_cell_state_dict({k.removesuffix("_l0"): v for k, v in fused.state_dict().items()})
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), hand.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference", "triton"])
+@pytest.mark.parametrize("name", LAYERS + CELL_CLASSES)
+def test_states_can_be_detached_in_place(name, backend):
+    """As truncated back-propagation does."""
+    module = getattr(seqcells, name)(3, 4, backend=backend)
+    x = torch.randn(2, 3) if name in CELL_CLASSES else torch.randn(5, 2, 3)
+    result = module(x)
+    final = result if name in CELL_CLASSES else result[1]
+    for state in final if isinstance(final, tuple) else (final,):
+        assert state.requires_grad
+        state.detach_()
+
+
+@pytest.mark.parametrize("backend", ["aten", "reference", "triton"])
+@pytest.mark.parametrize("name", LAYERS + CELL_CLASSES)
+def test_autocast(name, backend):
+    """Everything runs in autocast's dtype, whatever mixture comes in; gradients are in the parameters' own."""
+    torch.manual_seed(0)
+    module, before = getattr(seqcells, name)(3, 20, backend=backend), torch.nn.Linear(3, 3)
+    x = torch.randn(2, 3) if name in CELL_CLASSES else torch.randn(5, 2, 3)
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        y = flat(module(before(x)))[0]
+    assert y.dtype == torch.bfloat16
+    y.float().sum().backward()
+    exact = flat(module.double()(before.double()(x.double())))[0]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
+    assert seqcells.check.relative(y.detach(), exact.detach()) < 0.02
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_compile_of_the_default_backend_trains(name):
+    torch.manual_seed(0)
+    module = getattr(seqcells, name)(3, 4)
+    x = torch.randn(5, 2, 3)
+    expected = torch.autograd.grad(module(x)[0].sum(), list(module.parameters()))
+    torch._dynamo.reset()
+    compiled = torch.compile(module, backend="aot_eager")
+    torch.testing.assert_close(torch.autograd.grad(compiled(x)[0].sum(), list(module.parameters())), expected)

@@ -19,7 +19,7 @@ def assert_parity(cell, schedule, save, dtype, shape, resets=False, scale=1.0):
         return
     found = errors(cell, shape, dtype, DEVICE, backend=backend, save=save, resets=resets, scale=scale)
     tf32 = DEVICE == "cuda" and dtype == torch.float32 and functional.rnn_precision() == "tf32"
-    allowed = tolerance(cell, "tf32" if tf32 else dtype)
+    allowed = tolerance(cell, "tf32" if tf32 else dtype, shape)
     wrong = {name: e for name, e in found.items() if not e <= allowed}
     assert not wrong, f"{wrong} > {allowed}; all: {found}"
 

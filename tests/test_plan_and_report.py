@@ -10,8 +10,9 @@ import pytest
 import triton
 from hypothesis import given
 from hypothesis import strategies as st
+from triton.runtime.jit import KernelInterface
 
-from seqcells.kernels import report
+from seqcells.kernels import recompute, report, resident, stepwise
 from seqcells.kernels.plan import KNOWN, plan, resident_bytes
 
 ROOT = Path(__file__).parents[1]
@@ -48,6 +49,19 @@ def test_a_schedule_that_does_not_exist_or_fit_is_refused():
         plan(4, 8, 1024, 2, KNOWN["sm_90"], "resident")
     with pytest.raises(ValueError, match="hidden size 30000 is too large"):
         plan(4, 8, 30_000, 2, KNOWN["sm_90"])
+
+
+def test_batches_share_a_few_tile_sizes_and_lengths_share_all():
+    """What a kernel is compiled for is the plan's sizes; T is in none of them, and B only through a few tiles."""
+    for gates, H in ((4, 64), (3, 128), (4, 1024)):
+        plans = {plan(gates, B, H, 2, KNOWN["sm_90"]) for B in range(1, 5000)}
+        assert len({(p.schedule, p.block_h, p.block_b, p.block_k, p.num_warps) for p in plans}) <= 5
+    for module in (resident, stepwise, recompute):
+        for kernel in (v for v in vars(module).values() if isinstance(v, KernelInterface)):
+            for p in kernel.params if hasattr(kernel, "params") else ():
+                assert not (p.name in ("T", "B", "t", "N") and not p.is_constexpr) or p.do_not_specialize
+    source = "".join(Path(m.__file__).read_text() for m in (resident, stepwise, recompute))
+    assert source.count("do_not_specialize") == source.count("_kernel(") + source.count("def kernel(") == 5
 
 
 def compiled(*arguments):
