@@ -120,7 +120,7 @@ def plan(
         reason = f"U would take {needed // 1024} KB of the {device.shared // 1024} KB of shared memory on {device.name}"
     elif itemsize == 8 and H > 32:
         reason = "beyond 32 hidden units float64 products spill registers"  # found with the report, sm_90 and sm_100
-    elif itemsize == 4 and precision == "ieee" and H > (most := 32 if gates > 2 else 64):
+    elif itemsize == 4 and precision == "ieee" and (most := 32 if gates > 2 else 64) < H:
         reason = f"beyond {most} hidden units float32 products without TF32 spill registers"  # likewise
     else:
         return _resident(gates, B, H, itemsize, device)
