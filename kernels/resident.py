@@ -69,22 +69,24 @@ def forward_kernel(
         states = states + (tl.load(c_ptr + at_h, mask=mask, other=0.0).to(ACC),)
     if SAVED > 0:
         saved_ptr += row0 * (WORDS * H)
-    gx_words = pack_tiles(load_tiles(gx_ptr, at_g, mask, G, H, TYPE), G, GX_PACK, TYPE)
+    loaded = load_tiles(gx_ptr, at_g, mask, G, H, TYPE)
     keep = valid
     if resets_ptr is not None:
         resets_ptr += row0
         keep = _load_keep(resets_ptr, r, valid)
 
     for t in range(T):
-        # The next step's inputs are asked for before this step's product, which hides their latency.
+        # The next step's inputs are asked for before this step's product, which hides their latency. Until the next
+        # step nothing touches what was loaded, not even to pack it: that would wait for it here.
         ahead = tl.where(t + 1 < T, mask, False)  # not &: Triton's interpreter widens a scalar operand
         gx_ptr += per_step * G
-        gx_next = pack_tiles(load_tiles(gx_ptr, at_g, ahead, G, H, TYPE), G, GX_PACK, TYPE)
+        loaded_next = load_tiles(gx_ptr, at_g, ahead, G, H, TYPE)
         if resets_ptr is not None:
             resets_ptr += B
             keep_next = _load_keep(resets_ptr, r, tl.where(t + 1 < T, valid, False))
             states = keep_rows(states, keep, STATES)
             keep = keep_next
+        gx_words = pack_tiles(loaded, G, GX_PACK, TYPE)
         gx_words = in_layout_of(states[0], gx_words, (G + GX_PACK - 1) // GX_PACK, GX_PACK)
         gx = unpack_tiles(gx_words, G, GX_PACK, TYPE, ACC)
         hu = products(U, states[0], start, 0, SPLIT, PRECISION)
@@ -100,7 +102,7 @@ def forward_kernel(
         if SAVED > 0:
             store_tiles(saved_ptr, at_s, mask, pack_tiles(saved, SAVED, SAVED_PACK, TYPE), 0, WORDS, H)
             saved_ptr += per_step * WORDS
-        gx_words = gx_next
+        loaded = loaded_next
 
     store_tiles(hn_ptr + row0 * H, at_h, mask, states, 0, 1, 0)
     if STATES == 2:
@@ -110,15 +112,14 @@ def forward_kernel(
 @triton.jit
 def _load_step(
     dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask,
-    H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr, PACK: tl.constexpr,
+    H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """What a step of backward reads: words of dy (if any) and the last state before the step; h if that is c; saved."""
+    """What a step of backward reads: dy (if any) and the last state before the step; h if that is c; saved words."""
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
-    # c is packed with dy, and h alone: a cell that does not look at it, as the LSTM, then does not load it.
+    # c will be packed with dy, and h alone: a cell that does not look at it, as the LSTM, then does not load it.
     pair = load_tiles(c_ptr if STATES == 2 else y_ptr, at_h, mask, 1, 0, TYPE)
     if dy_ptr is not None:
-        dy = load_tiles(dy_ptr, at_h, mask, 1, 0, TYPE)
-        pair = pack_tiles(join_tuples(dy, pair, 0, 1), 2, PACK, TYPE)
+        pair = join_tuples(load_tiles(dy_ptr, at_h, mask, 1, 0, TYPE), pair, 0, 1)
     h = ()
     if STATES == 2:
         h = load_tiles(y_ptr, at_h, mask, 1, 0, TYPE)
@@ -182,9 +183,7 @@ def backward_kernel(
             dc = tl.load(dcn_ptr + row0 * H + at_h, mask=mask, other=0.0).to(ACC)
         dstates = dstates + (dc,)
         after = after + load_tiles(c_ptr + per_step, at_h, mask, 1, 0, ACC)
-    pair_words, h_before, saved_words = _load_step(
-        dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask, H, STATES, WORDS, PACK
-    )
+    pair_loaded, h_before, saved_words = _load_step(dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask, H, STATES, WORDS)
 
     for t in range(T):
         ahead = tl.where(t + 1 < T, mask, False)
@@ -195,9 +194,8 @@ def backward_kernel(
             c_ptr -= per_step
         if SAVED > 0:
             saved_ptr -= per_step * WORDS
-        pair_next, h_next, saved_next = _load_step(
-            dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, ahead, H, STATES, WORDS, PACK
-        )
+        pair_next, h_next, saved_next = _load_step(dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, ahead, H, STATES, WORDS)
+        pair_words = pack_tiles(pair_loaded, PAIR, PAIR_PACK, TYPE)
         pair_words = in_layout_of(dstates[0], pair_words, (PAIR + PAIR_PACK - 1) // PAIR_PACK, PAIR_PACK)
         pair = unpack_tiles(pair_words, PAIR, PAIR_PACK, TYPE, ACC)
         before = (pair[PAIR - 1],)
@@ -234,7 +232,7 @@ def backward_kernel(
         if resets_ptr is not None:
             dstates = keep_rows(dstates, keep, STATES)
         after = before
-        pair_words = pair_next
+        pair_loaded = pair_next
         h_before = h_next
         saved_words = saved_next
 
