@@ -74,7 +74,8 @@ def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan
         gates * block_h * block_b * itemsize > most or resident_bytes(gates, H, itemsize, block_b) > device.shared
     ):
         block_b //= 2
-    num_warps = 8 if gates * block_h * block_b * itemsize > 8192 or block_h > 128 else 4
+    wide = block_h > 128 or block_h * block_b >= 4096
+    num_warps = 8 if wide or gates * block_h * block_b * itemsize > 8192 else 4
     needed = resident_bytes(gates, H, itemsize, block_b)
     why = (
         f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // 1024} KB of the {device.shared // 1024} KB of "
