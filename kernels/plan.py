@@ -67,7 +67,7 @@ def resident_bytes(gates: int, H: int, itemsize: int, block_b: int) -> int:
 def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan:
     block_h = _power_of_2(H, 16, 1 << 30)
     # As few rows a program as keep every program on its own processor; more rows only lengthen a step.
-    block_b = _power_of_2(-(-B // device.processors), 8, 32)
+    block_b = _power_of_2(-(-B // device.processors), 8, 32 if block_h <= 128 else 8)
     # Gates of a tile beyond 16 KB spill registers on some target (found with the report; float64 at half that).
     most = 16384 if itemsize < 8 else 8192
     while block_b > 8 and (

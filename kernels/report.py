@@ -203,7 +203,7 @@ def grid(targets: list[str], names: list[str], full: bool) -> Iterator[Case]:
     shapes = [(1, 8), (20, 8), (64, 8), (128, 8), (256, 64), (64, 16384), (128, 16384), (64, 2000), (1024, 1024)]
     if full:
         shapes += [(h, b) for h in (2, 16, 32, 100, 150, 192, 512, 768, 1024) for b in (8, 64)]
-        shapes += [(h, b) for h in (64, 128, 1024) for b in (1, 64, 256)]
+        shapes += [(h, b) for h in (64, 128, 1024) for b in (1, 64, 256)] + [(200, 4000)]
     dtypes = list(DTYPES) if full else ["bf16", "fp32"]
     for target in targets:
         for name in names:
