@@ -2,9 +2,8 @@
 
 Words: several tiles of the data's type packed into one tile of 64-bit integers (PACK of them: 4 of 16 bits, 2 of 32;
 float64 is not packed). The compiler gives the recurrent product one register layout, and loads and stores another; a
-tile that crosses costs a trip through shared memory and two barriers. A word crosses once for all its tiles. By the
-report for sm_90, LSTM, bfloat16, 64 hidden units, 8 rows, issue slots and barriers a step, tiles crossing alone and as
-words: inference 207, 10 and 191, 6; training forward 294, 20 and 251, 10; backward 377, 22 and 343, 12.
+tile that crosses costs a trip through shared memory and two barriers. A word crosses once for all its
+tiles; the report counts the barriers.
 
 A tile is [units, rows]: hidden units down, batch rows across, so that the recurrent product U h has its many units on
 the tensor cores' long side and a small batch on the short one. In memory the units are contiguous.

@@ -43,18 +43,8 @@ def _scan_forward(
     return tuple(scan.forward(declared, gx, u, bias, h0, c0, resets, save=save, plan=chosen, precision=precision))  # type: ignore[return-value]
 
 
-def _scan_forward_fake(
-    gx: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    h0: Tensor | None,
-    c0: Tensor | None,
-    resets: Tensor | None,
-    cell: str,
-    save: str,
-    schedule: str,
-    precision: str,
-) -> tuple[Tensor, ...]:
+def _scan_forward_fake(gx: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    cell, save = others[5:7]
     return tuple(scan.allocate(cells.get(cell), gx, save))
 
 
@@ -77,19 +67,8 @@ def _scan_backward(
     return tuple(scan.backward(declared, dy, dhn, dcn, u, y, c, saved, resets, plan=chosen, precision=precision))  # type: ignore[return-value]
 
 
-def _scan_backward_fake(
-    dy: Tensor | None,
-    dhn: Tensor | None,
-    dcn: Tensor | None,
-    u: Tensor,
-    y: Tensor,
-    c: Tensor,
-    saved: Tensor,
-    resets: Tensor | None,
-    cell: str,
-    schedule: str,
-    precision: str,
-) -> tuple[Tensor, ...]:
+def _scan_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    y, cell = arguments[4], arguments[8]
     return tuple(scan.allocate_gradients(cells.get(cell), y))
 
 

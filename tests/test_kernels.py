@@ -119,7 +119,8 @@ def test_activations_are_exact(dtype):
     eps = torch.finfo(dtype).eps * (4 if DEVICE == "cuda" else 1)
     exact_t, exact_s = x.double().tanh(), x.double().sigmoid()
     assert ((t.double() - exact_t).abs() <= 4 * eps * exact_t.abs()).all(), "tanh, relative, small arguments included"
-    assert ((s.double() - exact_s).abs() <= 8 * eps * exact_s * (1 + x.double().abs()) + 1e-37).all()
+    growth = 1 + x.double().abs() if DEVICE == "cuda" else 1  # of the rounded product's error, in exp
+    assert ((s.double() - exact_s).abs() <= 8 * eps * exact_s * growth + 1e-37).all()
 
 
 @pytest.mark.parametrize("cell", CELLS)
