@@ -1,39 +1,105 @@
-"""Which schedule, tiles and warps for a shape on a device: a pure function, and its reason in words.
+"""Which schedule, tiles and warps for a shape on a device: a pure function, and its reason in words and numbers.
 
 Imports neither torch nor triton: facts in, a frozen Plan out.
+
+The cost of a step is a floor, in microseconds, of what each schedule cannot avoid (`Floor`): reading U from where it
+is kept, the tensor cores' work, the activations, what programs exchange through L2, the barrier or the launch, and the
+latency of one step's chain of dependent operations. The rates are the vendors' data sheets and tuning guides; the
+latencies are rounded from published microbenchmarks (Luo et al., arXiv:2402.13499 for Hopper). None is fitted to
+this library: a floor ranks schedules, it does not promise a time.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Protocol
 
-SCHEDULES = ("resident", "stepwise")
+SCHEDULES = ("resident", "grid", "stepwise")
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+
+
+class Shape(Protocol):
+    """What of a cell matters here (see `cells.Cell`)."""
+
+    @property
+    def gates(self) -> int: ...
+    @property
+    def split(self) -> int: ...
+    @property
+    def inner(self) -> int: ...
+    @property
+    def saved(self) -> int: ...
 
 
 @dataclass(frozen=True)
 class Device:
-    """What a plan needs to know of a device. shared: bytes a program may have. capability: 90 for sm_90, 0 not CUDA."""
+    """Facts of a device. capability: 90 for sm_90, 0 where it is not CUDA. shared: bytes a program may have.
+
+    tensor: floating-point operations a clock and processor in bf16, dense. l2: bytes a clock and processor from the
+    second-level cache when all read at once. memory: GB/s. cache: bytes of second-level cache.
+    """
 
     name: str
     capability: int
     processors: int
     shared: int
+    clock: float = 1.8  # GHz
+    tensor: int = 4096
+    l2: float = 40.0
+    memory: float = 3350.0
+    cache: int = 50 << 20
+
+    def microseconds(self, clocks: float) -> float:
+        return clocks / (self.clock * 1000)
 
 
-# NVIDIA's tuning guides: shared memory a block may opt into, and multiprocessors of the largest part.
+KB = 1024
+# Vendors' data sheets and tuning guides; the largest part of each kind.
 KNOWN = {
-    "sm_80": Device("sm_80 (A100)", 80, 108, 163 * 1024),
-    "sm_90": Device("sm_90 (H100)", 90, 132, 227 * 1024),
-    "sm_100": Device("sm_100 (B200)", 100, 148, 227 * 1024),
+    "sm_80": Device("A100 (sm_80)", 80, 108, 163 * KB, 1.41, 2048, 47, 2039, 40 << 20),
+    "sm_89": Device("RTX 4090 (sm_89)", 89, 128, 99 * KB, 2.52, 512, 20, 1008, 72 << 20),
+    "sm_90": Device("H100 (sm_90)", 90, 132, 227 * KB, 1.83, 4096, 39, 3350, 50 << 20),
+    "sm_100": Device("B200 (sm_100)", 100, 148, 227 * KB, 1.85, 8192, 39, 8000, 126 << 20),
+    "A100": Device("A100", 80, 108, 163 * KB, 1.41, 2048, 47, 2039, 40 << 20),
+    "H100": Device("H100", 90, 132, 227 * KB, 1.83, 4096, 39, 3350, 50 << 20),
+    "H200": Device("H200", 90, 132, 227 * KB, 1.83, 4096, 39, 4800, 50 << 20),
+    "B200": Device("B200", 100, 148, 227 * KB, 1.85, 8192, 39, 8000, 126 << 20),
+    "L4": Device("L4", 89, 58, 99 * KB, 2.04, 1024, 32, 300, 48 << 20),
+    "RTX4090": Device("RTX 4090", 89, 128, 99 * KB, 2.52, 512, 20, 1008, 72 << 20),
+    "MI300X": Device("MI300X", 0, 304, 64 * KB, 2.1, 2048, 27, 5300, 4 << 20),
 }
-INTERPRETER = Device("interpreter", 0, 132, 227 * 1024)
+INTERPRETER = Device("interpreter", 0, 132, 227 * KB)
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The parts of a step's floor, in microseconds."""
+
+    u: float  # reading U from shared memory, L2 or memory
+    tensor: float  # the products; beside reading U, not after it
+    activations: float
+    exchange: float  # states or gradients from other programs, through L2
+    start: float  # a barrier or a launch
+    chain: float  # latency of the dependent operations of a step
+
+    @property
+    def total(self) -> float:
+        return max(self.u, self.tensor) + self.activations + self.exchange + self.start + self.chain
+
+    def __str__(self) -> str:
+        parts = {"U": self.u, "tensor cores": self.tensor, "activations": self.activations, "exchange": self.exchange}
+        parts |= {"barrier or launch": self.start, "latency": self.chain}
+        shown = [f"{name} {us:.2f}" for name, us in parts.items() if us >= 0.005]
+        return f"at least {self.total:.2f} us a step ({', '.join(shown)})"
 
 
 @dataclass(frozen=True)
 class Plan:
     """How a scan runs. registers: the most a thread may take (left to itself, ptxas spills a few to make room for more
-    programs on a processor, which a scan does not have). nvidia: PTX may be used
-    (the one-instruction tanh of float16 and bfloat16)."""
+    programs on a processor, which a scan does not have). nvidia: PTX may be used (the one-instruction tanh of
+    float16 and bfloat16). programs: of one launch. microseconds: the model's floor for one step."""
 
     schedule: str
     block_h: int
@@ -44,6 +110,8 @@ class Plan:
     registers: int
     nvidia: bool
     why: str
+    programs: int = 1
+    microseconds: float = 0.0
 
 
 def _power_of_2(n: int, least: int, most: int) -> int:
@@ -51,6 +119,39 @@ def _power_of_2(n: int, least: int, most: int) -> int:
     while p < n and p < most:
         p *= 2
     return p
+
+
+def _ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def parts(rows: int) -> int:
+    """In how many parts the four warps of a `grid` program share the inner sum of a product of so many rows."""
+    return max(1, 64 // rows)
+
+
+def chunks(columns: int, rows: int, most: int) -> tuple[int, ...]:
+    """The powers of two, equal but for the last, that a `grid` program's slice [rows, columns] of U is held in.
+
+    One chunk, padded, if at most an eighth is padding; else the largest that fits, and what is left.
+    """
+    least = 16 * parts(rows)
+    whole = _power_of_2(columns, least, 1 << 30)
+    if whole <= most and (whole == least or (whole - columns) * 8 <= columns):
+        return (whole,)
+    first = min(most, whole // 2)
+    count = columns // first
+    rest = columns - count * first
+    return (first,) * count + ((min(first, _power_of_2(rest, least, 1 << 30)),) if rest else ())
+
+
+def slices(cell: Shape, H: int, block_h: int, backward: bool) -> list[tuple[int, int]]:
+    """(rows, columns) of the slices of U that a `grid` program holds. Forward a gate is a row a unit, padded to a power
+    of two; backward the units are the rows and the gates lie side by side."""
+    first, second = cell.split, cell.gates - cell.split
+    if backward:
+        return [(block_h, n * H) for n in (first - cell.inner, cell.inner, second) if n]
+    return [(block_h * _power_of_2(n, 1, 8), H) for n in (first, second) if n]
 
 
 def resident_bytes(gates: int, H: int, itemsize: int, block_b: int) -> int:
@@ -64,67 +165,223 @@ def resident_bytes(gates: int, H: int, itemsize: int, block_b: int) -> int:
     return block_h * (gates * block_h * itemsize + exchange * block_b)
 
 
-def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan:
-    block_h = _power_of_2(H, 16, 1 << 30)
-    # As few rows a program as keep every program on its own processor; more rows only lengthen a step.
-    block_b = _power_of_2(-(-B // device.processors), 8, 32 if block_h <= 128 else 8)
-    # Gates of a tile beyond 16 KB spill registers on some target (found with the report; float64 at half that).
-    most = 16384 if itemsize < 8 else 8192
-    while block_b > 8 and (
-        gates * block_h * block_b * itemsize > most or resident_bytes(gates, H, itemsize, block_b) > device.shared
-    ):
-        block_b //= 2
-    wide = block_h > 128 or block_h * block_b >= 4096
-    num_warps = 8 if wide or gates * block_h * block_b * itemsize > 8192 else 4
-    needed = resident_bytes(gates, H, itemsize, block_b)
-    why = (
-        f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // 1024} KB of the {device.shared // 1024} KB of "
-        f"shared memory, so one program keeps it and walks all steps for {block_b} rows"
-    )
-    return Plan("resident", block_h, block_b, block_h, num_warps, 1, 255, device.capability > 0, why)
+def grid_bytes(cell: Shape, H: int, itemsize: int, block_h: int, block_b: int, most: int, backward: bool) -> int:
+    """Shared memory of a `grid` program, an upper bound on what the compiler reports: its slices of U, and the larger
+    of a chunk of the operand and a product's parts on their way to the layout of the step."""
+    held, passing = 0, 0
+    for rows, columns in slices(cell, H, block_h, backward):
+        sizes = chunks(columns, rows, most)
+        held += rows * sum(sizes) * itemsize
+        passing = max(passing, sizes[0] * block_b * itemsize, parts(rows) * rows * block_b * 4)
+    return held + passing + 1024
 
 
-def _stepwise(gates: int, B: int, H: int, itemsize: int, device: Device, reason: str) -> Plan:
-    block_b = _power_of_2(B, 8, 16 if itemsize == 8 else 64)
-    block_h = _power_of_2(H, 16, 16 if itemsize == 8 else 64)
-    # Accumulators of all gates beyond 8192 elements spill on some target (found with the report).
-    while gates * block_h * block_b > 8192 and block_b > 16:
-        block_b //= 2
-    # Smaller tiles while some processors would have none.
-    while -(-H // block_h) * -(-B // block_b) < device.processors and (block_h > 16 or block_b > 16):
-        if block_h >= block_b and block_h > 16:
-            block_h //= 2
-        else:
+def _rate(itemsize: int, precision: str) -> float:
+    """Tensor-core operations relative to bf16: tf32 half, three products for tf32x3, none for ieee and float64."""
+    if itemsize == 2:
+        return 1.0
+    if itemsize == 8:
+        return 1 / 32
+    return {"tf32": 1 / 2, "tf32x3": 1 / 6}.get(precision, 1 / 16)
+
+
+# Latencies in clocks. A step's chain: operand through shared memory, a product's pipeline, activations, a layout
+# conversion. A grid barrier: store, release, poll and load, each a trip to L2. A launch in microseconds: between a
+# graph's (about 2) and Python's (15 and more).
+CHAIN, TRIP, LAUNCH = 450, 280, 5.0
+SHARED_RATE = 128  # bytes a clock
+ACTIVATION_RATE = 16  # one-instruction functions a clock; the exact ones take about four
+
+
+class _Problem:
+    """One scan to plan: the arguments of `plan`, and what its schedules have in common."""
+
+    def __init__(
+        self, cell: Shape, B: int, H: int, groups: int, itemsize: int, device: Device, precision: str, backward: bool
+    ) -> None:
+        self.cell, self.B, self.H, self.groups, self.itemsize = cell, B, H, groups, itemsize
+        self.device, self.precision, self.backward = device, precision, backward
+        self.gates = cell.gates
+
+    def floor(self, u_bytes: int, u_rate: float, rows: int, units: int, columns: int, exchange: int, start: float) -> Floor:
+        """Of a program with that many rows and units, whose products' inner sums are columns long in all."""
+        d = self.device
+        work = 2 * rows * units * columns / (d.tensor * _rate(self.itemsize, self.precision))
+        functions = rows * units * (1 if self.backward else self.gates + 1) / ACTIVATION_RATE
+        exact = 4 if self.itemsize > 2 else 1
+        return Floor(
+            u=d.microseconds(u_bytes / u_rate),
+            tensor=d.microseconds(work),
+            activations=d.microseconds(functions * exact),
+            exchange=d.microseconds(exchange / d.l2),
+            start=start,
+            chain=d.microseconds(CHAIN * (2 if self.cell.split < self.gates else 1)),
+        )
+
+    def made(self, schedule: str, tile: tuple[int, int, int], warps: int, stages: int, programs: int, why: str, us: float) -> Plan:
+        return Plan(schedule, *tile, warps, stages, 255, self.device.capability > 0, why, programs, us)
+
+    # resident
+
+    def unfit_resident(self) -> str | None:
+        """Why `resident` cannot be; None if it can."""
+        gates, H, itemsize, device = self.gates, self.H, self.itemsize, self.device
+        needed = resident_bytes(gates, H, itemsize, 8)
+        if needed > device.shared:
+            return f"U would take {needed // KB} KB of the {device.shared // KB} KB of shared memory on {device.name}"
+        if itemsize == 8 and H > 32:
+            return "beyond 32 hidden units float64 products spill registers"  # found with the report, sm_90 and sm_100
+        if itemsize == 4 and self.precision == "ieee" and (most := 32 if gates > 2 else 64) < H:
+            return f"beyond {most} hidden units float32 products without TF32 spill registers"  # likewise
+        return None
+
+    def resident(self) -> Plan:
+        gates, H, itemsize, device = self.gates, self.H, self.itemsize, self.device
+        block_h = _power_of_2(H, 16, 1 << 30)
+        # As few rows a program as keep every program on its own processor; more rows only lengthen a step.
+        share = _ceil(self.B * self.groups, device.processors)
+        block_b = _power_of_2(share, 8, 32 if block_h <= 128 else 8)
+        # Gates of a tile beyond 16 KB spill registers on some target (found with the report; float64 at half that).
+        most = 16384 if itemsize < 8 else 8192
+        while block_b > 8 and (
+            gates * block_h * block_b * itemsize > most or resident_bytes(gates, H, itemsize, block_b) > device.shared
+        ):
             block_b //= 2
-    block_k = _power_of_2(H, 16, 128 // itemsize)
-    num_warps = 8 if gates * block_h * block_b > 4096 else 4
-    why = f"{reason}, so every step is one launch over tiles of {block_h} units and {block_b} rows"
-    return Plan("stepwise", block_h, block_b, block_k, num_warps, 2, 255, device.capability > 0, why)
+        wide = block_h > 128 or block_h * block_b >= 4096
+        num_warps = 8 if wide or gates * block_h * block_b * itemsize > 8192 else 4
+        needed = resident_bytes(gates, H, itemsize, block_b)
+        programs = _ceil(self.B, block_b) * self.groups
+        u_bytes = gates * block_h * block_h * itemsize
+        floor = self.floor(u_bytes, SHARED_RATE, block_b, block_h, gates * block_h, 0, 0.0)
+        # Programs that share a processor share its rates, and hide each other's latency.
+        together = _ceil(programs, device.processors)
+        us = max(floor.total, together * (floor.total - floor.chain))
+        why = (
+            f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // KB} KB of the {device.shared // KB} KB of "
+            f"shared memory, so one program keeps it and walks all steps for {block_b} rows; {floor}"
+        )
+        return self.made("resident", (block_h, block_b, block_h), num_warps, 1, programs, why, us)
+
+    # grid
+
+    def unfit_grid(self) -> str | None:
+        if self.gates > 4:
+            return "a program holds at most four gates"
+        if self.device.capability == 0 and self.device is not INTERPRETER:
+            return f"{self.device.name} has no cooperative launch here"
+        if next(self._grids(), None) is None:
+            return (
+                f"U ({self.gates}x{self.H}x{self.H}) and the batch do not fit the shared memory of "
+                f"{self.device.processors} processors on {self.device.name}"
+            )
+        return None
+
+    def _grids(self) -> Iterator[tuple[float, Floor, int, int, int, int, int]]:
+        """What fits: (floor, its parts, block_h, block_b, block_k, programs, bytes of shared memory)."""
+        device, interpreted = self.device, self.device is INTERPRETER
+        for block_h in (16, 32):
+            for block_b in (8, 16, 32, 64):
+                if block_b > 8 and block_b >= 2 * self.B:
+                    continue
+                programs = _ceil(self.H, block_h) * _ceil(self.B, block_b) * self.groups
+                if programs > device.processors and not interpreted:
+                    continue
+                most = self._most(block_h, block_b)
+                needed = grid_bytes(self.cell, self.H, self.itemsize, block_h, block_b, most, self.backward)
+                if needed > device.shared or self._spills(block_h, block_b):
+                    continue
+                held = slices(self.cell, self.H, block_h, self.backward)
+                columns = sum(sum(chunks(c, r, most)) * r for r, c in held) // block_h
+                u_bytes = columns * block_h * self.itemsize
+                exchange = sum(c for _, c in held) * min(block_b, self.B) * self.itemsize
+                barriers = 2 if self.cell.split < self.gates else 1
+                start = device.microseconds(4 * TRIP * barriers)
+                floor = self.floor(u_bytes, SHARED_RATE, block_b, block_h, columns, exchange, start)
+                yield floor.total, floor, block_h, block_b, most, programs, needed
+
+    def _most(self, block_h: int, block_b: int) -> int:
+        """The longest chunk: what a step loads at once lives in registers on its way."""
+        return max(128, 32768 // (block_b * self.itemsize))
+
+    def _spills(self, block_h: int, block_b: int) -> bool:
+        return False
+
+    def grid(self) -> Plan:
+        _, floor, block_h, block_b, most, programs, needed = min(self._grids(), key=lambda found: found[0])
+        rows = max(r for r, _ in slices(self.cell, self.H, block_h, self.backward))
+        warps = 8 if rows * block_b >= 2048 else 4
+        why = (
+            f"U ({self.gates}x{self.H}x{self.H}) is spread over {programs} programs of {block_h} units and {block_b} "
+            f"rows, {needed // KB} KB of {self.device.shared // KB} KB of shared memory each, with a barrier a step; {floor}"
+        )
+        return self.made("grid", (block_h, block_b, most), warps, 1, programs, why, floor.total)
+
+    # stepwise
+
+    def stepwise(self) -> Plan:
+        gates, B, H, itemsize, device = self.gates, self.B, self.H, self.itemsize, self.device
+        block_b = _power_of_2(B, 8, 16 if itemsize == 8 else 64)
+        block_h = _power_of_2(H, 16, 16 if itemsize == 8 else 64)
+        # Accumulators of all gates beyond 8192 elements spill on some target (found with the report).
+        while gates * block_h * block_b > 8192 and block_b > 16:
+            block_b //= 2
+        # Smaller tiles while some processors would have none.
+        while _ceil(H, block_h) * _ceil(B, block_b) * self.groups < device.processors and (block_h > 16 or block_b > 16):
+            if block_h >= block_b and block_h > 16:
+                block_h //= 2
+            else:
+                block_b //= 2
+        block_k = _power_of_2(H, 16, 128 // itemsize)
+        num_warps = 8 if gates * block_h * block_b > 4096 else 4
+        programs = _ceil(H, block_h) * _ceil(B, block_b) * self.groups
+        launches = 2 if self.cell.split < gates else 1
+        waves = _ceil(programs, device.processors)
+        u_bytes = gates * H * H * itemsize * self.groups
+        # U comes from L2 if it fits there beside the rest, else from memory; each program reads its slice and its rows.
+        l2_bytes = gates * block_h * H * itemsize * waves
+        from_memory = 0.0 if u_bytes < device.cache * 0.7 else u_bytes / device.memory / 1000
+        columns = H if not self.backward else gates * H
+        work = (block_h * gates if not self.backward else block_h) * waves
+        floor = self.floor(l2_bytes, device.l2, block_b, work, columns, block_b * columns * itemsize * waves, launches * LAUNCH)
+        us = floor.total + max(0.0, from_memory - floor.u)
+        why = f"every step is one launch over tiles of {block_h} units and {block_b} rows; {floor}"
+        return self.made("stepwise", (block_h, block_b, block_k), num_warps, 2, programs, why, us)
 
 
+@cache
 def plan(
-    gates: int, B: int, H: int, itemsize: int, device: Device, schedule: str | None = None, precision: str = "tf32"
+    cell: Shape,
+    *,
+    B: int,
+    H: int,
+    itemsize: int,
+    device: Device,
+    groups: int = 1,
+    schedule: str | None = None,
+    precision: str = "tf32",
+    backward: bool = False,
 ) -> Plan:
-    """The plan of a scan: gates G, batch B, hidden size H, bytes an element of the data's type, the device's facts.
+    """The plan of a scan: batch B, hidden size H, bytes an element of the data's type, the device's facts.
 
-    precision: what float32 products are done in, "tf32" or "ieee". schedule: None chooses; a name forces it.
-    ValueError for an unknown name, for "resident" where it does not fit, and for a U of 2^31 elements or more.
+    precision: what float32 products are done in. schedule: None takes the one with the lowest floor; a name forces it.
+    ValueError for an unknown name, for a schedule that does not fit, and for a U of 2^31 elements or more.
     """
     if schedule not in (None, *SCHEDULES):
         raise ValueError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
-    if gates * H * H >= 1 << 31:
+    if cell.gates * H * H >= 1 << 31:
         raise ValueError(f"hidden size {H} is too large: the recurrent weights must have less than 2^31 elements")
-    if schedule == "stepwise":
-        return _stepwise(gates, B, H, itemsize, device, "stepwise was asked for")
-    needed = resident_bytes(gates, H, itemsize, 8)
-    if needed > device.shared:
-        reason = f"U would take {needed // 1024} KB of the {device.shared // 1024} KB of shared memory on {device.name}"
-    elif itemsize == 8 and H > 32:
-        reason = "beyond 32 hidden units float64 products spill registers"  # found with the report, sm_90 and sm_100
-    elif itemsize == 4 and precision == "ieee" and (most := 32 if gates > 2 else 64) < H:
-        reason = f"beyond {most} hidden units float32 products without TF32 spill registers"  # likewise
-    else:
-        return _resident(gates, B, H, itemsize, device)
-    if schedule == "resident":
-        raise ValueError(f"the resident schedule does not fit hidden size {H}: {reason}")
-    return _stepwise(gates, B, H, itemsize, device, reason)
+    problem = _Problem(cell, B, H, groups, itemsize, device, precision, backward)
+    unfit = {"resident": problem.unfit_resident(), "grid": problem.unfit_grid(), "stepwise": None}
+    if schedule is not None and unfit[schedule]:
+        raise ValueError(f"the {schedule} schedule does not fit hidden size {H}, batch {B}: {unfit[schedule]}")
+    names = [schedule] if schedule else [name for name in SCHEDULES if not unfit[name]]
+    found = {name: getattr(problem, name)() for name in names}
+    # Interpreted, a barrier is a launch: nothing is gained by it.
+    if schedule is None and device is INTERPRETER:
+        found.pop("grid", None)
+    best = min(found.values(), key=lambda p: p.microseconds)
+    others = [f"{p.schedule} would take {p.microseconds:.2f} us" for p in found.values() if p is not best]
+    others += [f"no {name}: {why}" for name, why in unfit.items() if why and schedule is None]
+    if not others:
+        return best
+    return replace(best, why="; ".join([best.why, *others]))

@@ -2,7 +2,7 @@
 
 Given every state, the steps no longer depend on each other: the recurrent products are one GEMM (two for a cell with a
 second product), and the rest is pointwise. Shapes as in `resident`, with N = T*B rows and
-    hu [N, G*H]  the recurrent products, without biases;  m [N, H]  operand of the second product
+    hu [N, K, G*H]  the recurrent products, without biases;  m [N, K, H]  operand of the second product
 """
 
 import triton
@@ -11,9 +11,10 @@ import triton.language as tl
 from .tiles import biases, keep_rows, load_tiles, pack_tiles, store_tiles
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "B"])
 def kernel(
-    gx_ptr, hu_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, m_ptr, N,
+    gx_ptr, hu_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, m_ptr, N, B,
+    GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr, FAST: tl.constexpr,
@@ -23,16 +24,23 @@ def kernel(
     row = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_mask = row < N
     mask = (units[:, None] < H) & row_mask[None, :]
-    at_h = row[None, :] * H + units[:, None]
-    at_g = row[None, :] * (G * H) + units[:, None]
+    group = tl.program_id(2)
+    line = row * GROUPS + group
+    at_h = (line * H)[None, :] + units[:, None]
+    at_g = (line * (G * H))[None, :] + units[:, None]
+    at_before = at_h
+    if REVERSED > 0:  # a reversed group comes from the row after
+        at_before += ((REVERSED >> group) & 1).to(tl.int64) * 2 * B * (GROUPS * H)
 
-    states = load_tiles(y_ptr, at_h, mask, 1, 0, ACC)
+    states = load_tiles(y_ptr, at_before, mask, 1, 0, ACC)
     if STATES == 2:
-        states = states + load_tiles(c_ptr, at_h, mask, 1, 0, ACC)
+        states = states + load_tiles(c_ptr, at_before, mask, 1, 0, ACC)
     if resets_ptr is not None:
         keep = tl.load(resets_ptr + row, mask=row_mask, other=0) == 0
         states = keep_rows(states, keep, STATES)
     gx = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
+    if bias_ptr is not None:
+        bias_ptr += group * (INNER * H)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
     products = load_tiles(hu_ptr, at_g, mask, SPLIT if PHASE == 0 else G, H, ACC)
     hu = ()
@@ -45,5 +53,5 @@ def kernel(
         states, saved = STEP(gx, hu, states, FAST)
         SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
         WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
-        at_s = row[None, :] * (WORDS * H) + units[:, None]
+        at_s = (line * (WORDS * H))[None, :] + units[:, None]
         store_tiles(saved_ptr, at_s, mask, pack_tiles(saved, SAVED, SAVED_PACK, y_ptr.dtype.element_ty), 0, WORDS, H)

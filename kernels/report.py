@@ -35,7 +35,7 @@ from . import cells, plan, scan
 KINDS = ("BAR", "HMMA", "HGMMA", "UTCHMMA", "LDS", "LDSM", "STS", "STSM", "LDG", "STG", "MUFU", "LDL", "STL")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
-POINTERS |= {torch.uint8: "*u8", torch.int64: "*i64"}
+POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,7 @@ class Case:
     schedule: str | None = None
     resets: bool = False
     precision: str = "tf32"
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def launches(case: Case) -> list[scan.Launch]:
     cell = cells.get(case.cell)
     dtype, T, B, H = DTYPES[case.dtype], 3, case.batch, case.hidden
     device = plan.KNOWN[case.target]
-    chosen = plan.plan(cell.gates, B, H, dtype.itemsize, device, case.schedule, case.precision)
+    size = {"B": B, "H": H, "itemsize": dtype.itemsize, "groups": case.groups}
+    how = {"schedule": case.schedule, "precision": case.precision, "backward": case.direction == "backward"}
+    chosen = plan.plan(cell, device=device, **size, **how)
     found: dict[str, scan.Launch] = {}
 
     def note(launch: scan.Launch) -> None:
@@ -92,8 +95,9 @@ def launches(case: Case) -> list[scan.Launch]:
         return torch.empty(shape, dtype=like, device="meta")
 
     resets = empty(T, B, like=torch.bool) if case.resets else None
-    gx, u, state = empty(T, B, cell.gates * H), empty(cell.gates * H, H), empty(B, H)
-    bias = empty(cell.inner * H) if cell.inner else None
+    K = case.groups
+    gx, u, state = empty(T, B, K, cell.gates * H), empty(K, cell.gates * H, H), empty(K, B, H)
+    bias = empty(K, cell.inner * H) if cell.inner else None
     second = state if cell.states == 2 else None
     options: dict[str, Any] = {"plan": chosen, "precision": case.precision, "launch": note}
     if case.direction == "recompute":

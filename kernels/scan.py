@@ -1,6 +1,7 @@
 """The scan over time: allocates, and launches the kernels of the planned schedule. Tensors in, tensors out.
 
-Legend: B batch, T steps, H hidden units, G gates, S saved tiles (see `cells`), time-major and contiguous throughout.
+Legend: B batch, T steps, K groups (see `tiles`), H hidden units, G gates, S saved tiles (see `cells`); time-major and
+contiguous throughout. reversed: an integer; group k walks from the last step to the first if its bit k is set.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import recompute as recompute_schedule
-from . import resident, stepwise
+from . import grid, resident, stepwise
 from .cells import Cell
 from .plan import INTERPRETER, Device, Plan
 
@@ -54,6 +55,8 @@ def compile_options(plan: Plan) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
     if plan.nvidia:
         options["maxnreg"] = plan.registers
+        # The driver then starts all programs at once, or refuses: none can wait for one that never comes.
+        options["launch_cooperative_grid"] = plan.schedule == "grid"
     return options
 
 
@@ -80,9 +83,10 @@ def _bytes(resets: Tensor | None) -> Tensor | None:
     return None if resets is None else _aligned(resets).view(torch.uint8)  # type: ignore[union-attr]
 
 
-def _constants(cell: Cell, H: int, plan: Plan, u: Tensor, precision: str) -> dict[str, Any]:
+def _constants(cell: Cell, plan: Plan, u: Tensor, reversed: int, precision: str) -> dict[str, Any]:
     """The constexprs all kernels share. precision: tl.dot's input_precision for float32."""
-    tiles = {"H": H, "BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b, "ACC": ACCUMULATE[u.dtype]}
+    tiles = {"GROUPS": u.shape[0], "REVERSED": reversed, "H": u.shape[2]}
+    tiles |= {"BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b, "ACC": ACCUMULATE[u.dtype]}
     shape = {"G": cell.gates, "SPLIT": cell.split, "INNER": cell.inner, "STATES": cell.states, "SAVED": cell.saved}
     fast = u.dtype in (torch.float16, torch.bfloat16) and plan.nvidia
     return {**tiles, **shape, "PACK": 8 // u.element_size(), "PRECISION": precision, "FAST": fast}
@@ -94,7 +98,8 @@ def _scratch(like: Tensor, *shape: int) -> Tensor:
 
 
 class Scanned(NamedTuple):
-    """y [T+1, B, H] (y[0] = h0), c [T+1 or 1, B, H] or [0], saved [T, B, W, H] or [0], hn, cn [1, B, H] (cn [0])."""
+    """y [T+1, B, K, H] (see `resident`), c like y, or [1, B, K, H], or [0]; saved [T, B, K, W, H] or [0];
+    hn, cn [K, B, H] (cn [0])."""
 
     y: Tensor
     c: Tensor
@@ -102,33 +107,84 @@ class Scanned(NamedTuple):
     hn: Tensor
     cn: Tensor
 
+    def outputs(self, reversed: int = 0) -> Tensor:
+        """y [T, B, K, H]: the rows that are neither group's start."""
+        return outputs(self.y, reversed)
+
+
+def outputs(y: Tensor, reversed: int) -> Tensor:
+    """The states after each step [T, B, K, H] of a buffer y."""
+    return y[1:-1] if reversed else y[1:]
+
+
+def _steps(y: Tensor, reversed: int) -> int:
+    return y.shape[0] - (2 if reversed else 1)
+
+
+def is_reversed(group: int, reversed: int) -> bool:
+    return bool(reversed >> group & 1)
+
 
 def _fill(state: Tensor, start: Tensor | None) -> None:
     if start is None:
         state.zero_()
     else:
-        state.copy_(start.reshape(state.shape))
+        state.copy_(start)
+
+
+def _start(rows: Tensor, start: Tensor | None, reversed: int) -> None:
+    """start [K, B, H] into the row of the buffer [., B, K, H] where each group begins."""
+    for k in range(rows.shape[2]) if reversed else (slice(None),):
+        backward = reversed and is_reversed(k, reversed)  # type: ignore[arg-type]
+        row = rows[-1 if backward else 0].transpose(0, 1)
+        _fill(row[k], None if start is None else start[k])
 
 
 def allocate_saved(cell: Cell, gx: Tensor) -> Tensor:
-    """Room for the saved tiles [T, B, W, H]: W 64-bit words of them, or the one tile of a cell that saves one."""
-    T, B, H = gx.shape[0], gx.shape[1], gx.shape[2] // cell.gates
+    """Room for the saved tiles [T, B, K, W, H]: W 64-bit words of them, or the one tile of a cell that saves one."""
+    T, B, K, H = *gx.shape[:3], gx.shape[3] // cell.gates
     pack = 8 // gx.element_size() if cell.saved > 1 else 1
-    return gx.new_empty(T, B, -(-cell.saved // pack), H, dtype=gx.dtype if pack == 1 else torch.int64)
+    return gx.new_empty(T, B, K, -(-cell.saved // pack), H, dtype=gx.dtype if pack == 1 else torch.int64)
 
 
-def allocate(cell: Cell, gx: Tensor, save: str) -> Scanned:
+def allocate(cell: Cell, gx: Tensor, save: str, reversed: int = 0) -> Scanned:
     """The uninitialised outputs of `forward`."""
-    T, B, H = gx.shape[0], gx.shape[1], gx.shape[2] // cell.gates
+    T, B, K, H = *gx.shape[:3], gx.shape[3] // cell.gates
     two = cell.states == 2
+    rows = T + (2 if reversed else 1)
     return Scanned(
-        gx.new_empty(T + 1, B, H),
-        gx.new_empty(1 if save == "none" else T + 1, B, H) if two else gx.new_empty(0),
+        gx.new_empty(rows, B, K, H),
+        gx.new_empty(1 if save == "none" else rows, B, K, H) if two else gx.new_empty(0),
         allocate_saved(cell, gx) if save == "gates" else gx.new_empty(0),
-        # With torch.nn's leading axis of one layer: a view made afterwards could not be detached in place.
-        gx.new_empty(1, B, H),
-        gx.new_empty(1, B, H) if two else gx.new_empty(0),
+        gx.new_empty(K, B, H),
+        gx.new_empty(K, B, H) if two else gx.new_empty(0),
     )
+
+
+def _grid(plan: Plan, B: int, K: int, H: int) -> tuple[int, ...]:
+    """Programs: batch tiles and groups; where units are spread, unit tiles first."""
+    tiles = triton.cdiv(B, plan.block_b)
+    return (tiles, K) if plan.schedule == "resident" else (triton.cdiv(H, plan.block_h), tiles, K)
+
+
+def _walk(
+    kernel: Any,
+    arguments: dict[str, Any],
+    phases: tuple[int, ...],
+    programs: tuple[int, ...],
+    plan: Plan,
+    T: int,
+    launch: Callable[[Launch], None],
+) -> None:
+    """The `grid` schedule: one launch for all steps; or, interpreted, one for each part of each step between barriers."""
+    counter = torch.zeros(programs[1] * programs[2], dtype=torch.int32, device=arguments["y_ptr"].device)
+    arguments = {**arguments, "counter_ptr": counter, "CHUNK": plan.block_k}
+    if plan.nvidia:
+        launch(Launch(kernel, programs, {**arguments, "first": 0, "last": T, "PHASE": -1}, plan))
+        return
+    for t in range(T):
+        for phase in phases:
+            launch(Launch(kernel, programs, {**arguments, "first": t, "last": t + 1, "PHASE": phase}, plan))
 
 
 def forward(
@@ -142,54 +198,58 @@ def forward(
     *,
     save: str,
     plan: Plan,
+    reversed: int = 0,
     precision: str = "ieee",
     launch: Callable[[Launch], None] = run,
 ) -> Scanned:
     """All steps forward.
 
-    gx [T, B, G*H] (contiguous), u [G*H, H], bias [inner*H] (b_hh of the inner gates), h0, c0 [B, H],
+    gx [T, B, K, G*H] (contiguous), u [K, G*H, H], bias [K, inner*H] (b_hh of the inner gates), h0, c0 [K, B, H],
     resets [T, B] bool.
     save: "none"; "states" keeps c beside y; "gates" all that backward wants.
     """
-    T, B, H = gx.shape[0], gx.shape[1], u.shape[1]
-    out = allocate(cell, gx, save)
-    _fill(out.y[0], h0)
-    if cell.states == 2:
-        _fill(out.c[0], c0)
-    constants = _constants(cell, H, plan, u, precision)
+    T, B, K, H = *gx.shape[:3], u.shape[2]
+    out = allocate(cell, gx, save, reversed)
+    _start(out.y, h0, reversed)
+    if cell.states == 2 and (save != "none" or plan.schedule == "resident"):
+        _start(out.c, c0, reversed if save != "none" else 0)
+    constants = _constants(cell, plan, u, reversed, precision)
     constants |= {"SAVE": save != "none", "SAVED": cell.saved if save == "gates" else 0}
     constants |= {"STEP": cell.forward, "MIDDLE": cell.middle}
     arguments = {
         "gx_ptr": gx, "u_ptr": _aligned(u), "bias_ptr": _aligned(bias), "y_ptr": out.y, "c_ptr": out.c,
-        "saved_ptr": out.saved, "resets_ptr": _bytes(resets), "B": B,
+        "saved_ptr": out.saved, "resets_ptr": _bytes(resets), "T": T, "B": B, **constants,
     }  # fmt: skip
+    programs = _grid(plan, B, K, H)
     if plan.schedule == "resident":
-        arguments |= {"hn_ptr": out.hn, "cn_ptr": out.cn, "T": T}
-        launch(Launch(resident.forward_kernel, (triton.cdiv(B, plan.block_b),), {**arguments, **constants}, plan))
+        launch(Launch(resident.forward_kernel, programs, {**arguments, "hn_ptr": out.hn, "cn_ptr": out.cn}, plan))
         return out
 
-    sh, sc = _scratch(gx, B, H), _scratch(gx, *out.cn.shape)
+    sh, sc = _scratch(gx, K, B, H), _scratch(gx, *out.cn.shape)
     _fill(sh, h0)
     _fill(sc, c0)
     second = cell.split < cell.gates
     arguments |= {
         "sh_ptr": sh,
         "sc_ptr": sc,
-        "hu_first_ptr": _scratch(gx, B, cell.split * H) if second else None,
-        "m_ptr": gx.new_empty(B, H) if second else None,
+        "hu_first_ptr": _scratch(gx, K, B, cell.split * H) if second else None,
+        "m_ptr": gx.new_empty(B, K, H) if second else None,
     }
-    grid = (triton.cdiv(H, plan.block_h), triton.cdiv(B, plan.block_b))
-    for t in range(T):
-        for phase in (0, 1) if second else (0,):
-            varying = {"t": t, "PHASE": phase, "BLOCK_K": plan.block_k}
-            launch(Launch(stepwise.forward_kernel, grid, {**arguments, **constants, **varying}, plan))
+    phases = (0, 1) if second else (0,)
+    if plan.schedule == "grid":
+        _walk(grid.forward_kernel, arguments, phases, programs, plan, T, launch)
+    else:
+        for t in range(T):
+            for phase in phases:
+                varying = {"t": t, "PHASE": phase, "BLOCK_K": plan.block_k}
+                launch(Launch(stepwise.forward_kernel, programs, {**arguments, **varying}, plan))
     out.hn.copy_(sh)
     out.cn.copy_(sc)
     return out
 
 
 class Gradients(NamedTuple):
-    """dgx [T, B, G*H]; dhu [T, B, inner*H] or [0]; m [T, B, H] or [0]; dh0, dc0 [B, H] (dc0 [0])."""
+    """dgx [T, B, K, G*H]; dhu [T, B, K, inner*H] or [0]; m [T, B, K, H] or [0]; dh0, dc0 [K, B, H] (dc0 [0])."""
 
     dgx: Tensor
     dhu: Tensor
@@ -198,15 +258,15 @@ class Gradients(NamedTuple):
     dc0: Tensor
 
 
-def allocate_gradients(cell: Cell, y: Tensor) -> Gradients:
+def allocate_gradients(cell: Cell, y: Tensor, reversed: int = 0) -> Gradients:
     """The uninitialised outputs of `backward`."""
-    T, B, H = y.shape[0] - 1, y.shape[1], y.shape[2]
+    T, B, K, H = _steps(y, reversed), *y.shape[1:]
     return Gradients(
-        y.new_empty(T, B, cell.gates * H),
-        y.new_empty(T, B, cell.inner * H) if cell.inner else y.new_empty(0),
-        y.new_empty(T, B, H) if cell.split < cell.gates else y.new_empty(0),
-        y.new_empty(B, H),
-        y.new_empty(B, H) if cell.states == 2 else y.new_empty(0),
+        y.new_empty(T, B, K, cell.gates * H),
+        y.new_empty(T, B, K, cell.inner * H) if cell.inner else y.new_empty(0),
+        y.new_empty(T, B, K, H) if cell.split < cell.gates else y.new_empty(0),
+        y.new_empty(K, B, H),
+        y.new_empty(K, B, H) if cell.states == 2 else y.new_empty(0),
     )
 
 
@@ -222,41 +282,41 @@ def backward(
     resets: Tensor | None,
     *,
     plan: Plan,
+    reversed: int = 0,
     precision: str = "ieee",
     launch: Callable[[Launch], None] = run,
 ) -> Gradients:
     """All steps backward.
 
-    dy [T, B, H], dhn, dcn [1, B, H] (None: zero); y, c, saved from `forward`.
+    dy [T, B, K, H], dhn, dcn [K, B, H] (None: zero); y, c, saved from `forward`.
     """
-    T, B, H = y.shape[0] - 1, y.shape[1], y.shape[2]
-    out = allocate_gradients(cell, y)
-    constants = _constants(cell, H, plan, u, precision)
+    T, B, K, H = _steps(y, reversed), *y.shape[1:]
+    out = allocate_gradients(cell, y, reversed)
+    constants = _constants(cell, plan, u, reversed, precision)
     constants |= {"STEP": cell.backward, "MIDDLE": cell.backward_middle}
     arguments = {
         "dy_ptr": _aligned(dy), "u_ptr": _aligned(u), "y_ptr": y, "c_ptr": c, "saved_ptr": saved,
-        "resets_ptr": _bytes(resets), "dgx_ptr": out.dgx, "dhu_ptr": out.dhu, "m_ptr": out.m, "B": B,
+        "resets_ptr": _bytes(resets), "dgx_ptr": out.dgx, "dhu_ptr": out.dhu, "m_ptr": out.m, "T": T, "B": B,
+        **constants,
     }  # fmt: skip
+    programs = _grid(plan, B, K, H)
     if plan.schedule == "resident":
-        arguments |= {
-            "dhn_ptr": _aligned(dhn),
-            "dcn_ptr": _aligned(dcn),
-            "dh0_ptr": out.dh0,
-            "dc0_ptr": out.dc0,
-            "T": T,
-        }
-        launch(Launch(resident.backward_kernel, (triton.cdiv(B, plan.block_b),), {**arguments, **constants}, plan))
+        arguments |= {"dhn_ptr": _aligned(dhn), "dcn_ptr": _aligned(dcn), "dh0_ptr": out.dh0, "dc0_ptr": out.dc0}
+        launch(Launch(resident.backward_kernel, programs, arguments, plan))
         return out
 
-    dsh, dsc = _scratch(y, B, H), _scratch(y, *out.dc0.shape)
+    dsh, dsc = _scratch(y, K, B, H), _scratch(y, *out.dc0.shape)
     _fill(dsh, dhn)
     _fill(dsc, dcn)
-    arguments |= {"dsh_ptr": dsh, "dsc_ptr": dsc, "BLOCK_K": plan.block_k}
-    grid = (triton.cdiv(H, plan.block_h), triton.cdiv(B, plan.block_b))
-    for t in range(T - 1, -2, -1):
-        for phase in (0, 1) if cell.split < cell.gates and t >= 0 else (0,):
-            varying = {"t": t, "PHASE": phase, "FIRST": t == T - 1, "LAST": t < 0}
-            launch(Launch(stepwise.backward_kernel, grid, {**arguments, **constants, **varying}, plan))
+    arguments |= {"dsh_ptr": dsh, "dsc_ptr": dsc}
+    second = cell.split < cell.gates
+    if plan.schedule == "grid":
+        _walk(grid.backward_kernel, arguments, (0, 1, 2) if second else (1, 2), programs, plan, T, launch)
+    else:
+        for t in range(T - 1, -2, -1):
+            for phase in (0, 1) if second and t >= 0 else (0,):
+                varying = {"t": t, "PHASE": phase, "FIRST": t == T - 1, "LAST": t < 0, "BLOCK_K": plan.block_k}
+                launch(Launch(stepwise.backward_kernel, programs, {**arguments, **varying}, plan))
     out.dh0.copy_(dsh)
     out.dc0.copy_(dsc)
     return out
@@ -272,18 +332,18 @@ def recompute(
     resets: Tensor | None,
     *,
     plan: Plan,
+    reversed: int = 0,
     launch: Callable[[Launch], None] = run,
 ) -> Tensor:
     """What save="gates" would have kept, from what save="states" keeps."""
-    T, B, H = y.shape[0] - 1, y.shape[1], y.shape[2]
+    T, B, K, H = _steps(y, reversed), *y.shape[1:]
     saved = allocate_saved(cell, gx)
     if not cell.saved:
         return saved
-    h = previous_outputs(y, resets).view(T * B, H)
     split = cell.split * H
-    hu = gx.new_empty(T * B, cell.gates * H)
-    m = gx.new_empty(T * B, H) if cell.split < cell.gates else None
-    constants = _constants(cell, H, plan, u, "ieee")
+    hu = gx.new_empty(T * B, K, cell.gates * H)
+    m = gx.new_empty(T * B, K, H) if cell.split < cell.gates else None
+    constants = _constants(cell, plan, u, reversed, "ieee")
     # Pointwise over T*B rows: any tile will do, and this one keeps loads whole.
     constants |= {
         "BLOCK_H": min(128, triton.next_power_of_2(H)),
@@ -294,17 +354,22 @@ def recompute(
     del constants["PRECISION"]
     arguments = {
         "gx_ptr": gx, "hu_ptr": hu, "bias_ptr": _aligned(bias), "y_ptr": y, "c_ptr": c, "saved_ptr": saved,
-        "resets_ptr": _bytes(resets), "m_ptr": m, "N": T * B,
+        "resets_ptr": _bytes(resets), "m_ptr": m, "N": T * B, "B": B,
     }  # fmt: skip
-    grid = (triton.cdiv(T * B, constants["BLOCK_B"]), triton.cdiv(H, constants["BLOCK_H"]))
-    hu[:, :split] = h @ u[:split].t()
+    programs = (triton.cdiv(T * B, constants["BLOCK_B"]), triton.cdiv(H, constants["BLOCK_H"]), K)
+    for k in range(K):
+        hu[:, k, :split] = previous_outputs(y, resets, reversed, k).flatten(0, 1) @ u[k, :split].t()
     if m is not None:
-        launch(Launch(recompute_schedule.kernel, grid, {**arguments, **constants, "PHASE": 0}, plan))
-        hu[:, split:] = m @ u[split:].t()
-    launch(Launch(recompute_schedule.kernel, grid, {**arguments, **constants, "PHASE": 1}, plan))
+        launch(Launch(recompute_schedule.kernel, programs, {**arguments, **constants, "PHASE": 0}, plan))
+        for k in range(K):
+            hu[:, k, split:] = m[:, k] @ u[k, split:].t()
+    launch(Launch(recompute_schedule.kernel, programs, {**arguments, **constants, "PHASE": 1}, plan))
     return saved
 
 
-def previous_outputs(y: Tensor, resets: Tensor | None) -> Tensor:
-    """h before each step as the recurrent product saw it: y[:-1], zero where reset. [T, B, H]"""
-    return y[:-1] if resets is None else y[:-1].masked_fill(resets[..., None], 0)
+def previous_outputs(y: Tensor, resets: Tensor | None, reversed: int, group: int) -> Tensor:
+    """A group's h before each step as the recurrent product saw it: zero where reset. [T, B, H]"""
+    T = _steps(y, reversed)
+    first = 2 if is_reversed(group, reversed) else 0
+    h = y[first : first + T, :, group]
+    return h if resets is None else h.masked_fill(resets[..., None], 0)

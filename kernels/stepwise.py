@@ -1,10 +1,11 @@
 """Schedule `stepwise`: one launch a step (two for a cell with a second product), U streamed from L2; any H, any B.
 
 Each program owns BLOCK_H units of BLOCK_B rows. A launch orders the steps, so no program waits for another.
-Shapes as in `resident`, and per-launch scratch, all [B, H] unless said, in the accumulation type:
+Shapes as in `resident`, and per-launch scratch, all [K, B, H] unless said, in the accumulation type:
     sh, sc    the states h and c in full precision, in place: a program reads and writes its own tile only
-    hu_first  [B, SPLIT*H]  recurrent product of the first gates, from PHASE 0 to PHASE 1
-    m         the second product's operand, in the data's type
+    hu_first  [K, B, SPLIT*H]  recurrent product of the first gates, from PHASE 0 to PHASE 1
+    m         [B, K, H] the second product's operand, in the data's type
+t counts the steps as the group takes them: a reversed group's first is the last in memory.
     dsh, dsc  gradients of the states (dsh without what still has to pass through U); in place likewise
 """
 
@@ -12,20 +13,20 @@ import triton
 import triton.language as tl
 
 from .math import product
-from .tiles import biases, join_tuples, keep_rows, load_tiles, pack_tiles, store_tiles, unpack_tiles
+from .tiles import biases, join_tuples, keep_rows, load_tiles, pack_tiles, store_tiles, unpack_tiles, walk
 
 
 @triton.jit
 def _accumulate(
-    acc, u_ptr, x_ptr, x_stride, units, row, row_mask, keep, H: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
+    acc, u_ptr, x_ptr, x_stride, units, line, row_mask, keep, H: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
     BLOCK_K: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc[n] + U[n] @ x for the gates n in FROM..TO, streaming U [G*H, H] and x [B, H] in tiles of BLOCK_K."""
+    """acc[n] + U[n] @ x for the gates n in FROM..TO, streaming U [G*H, H] and x in tiles of BLOCK_K."""
     k = tl.arange(0, BLOCK_K)
     for k0 in range(0, H, BLOCK_K):
         ks = k0 + k
         x = tl.load(
-            x_ptr + row[None, :] * x_stride + ks[:, None], mask=row_mask[None, :] & (ks[:, None] < H), other=0.0
+            x_ptr + line[None, :] * x_stride + ks[:, None], mask=row_mask[None, :] & (ks[:, None] < H), other=0.0
         )
         if MASKED:
             x = tl.where(keep[None, :], x, 0.0).to(x.dtype)
@@ -40,9 +41,10 @@ def _accumulate(
     return acc
 
 
-@triton.jit(do_not_specialize=["t", "B"])
+@triton.jit(do_not_specialize=["t", "T", "B"])
 def forward_kernel(
-    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, t, B,
+    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, t, T, B,
+    GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr,
@@ -53,58 +55,67 @@ def forward_kernel(
     row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_mask = row < B
     mask = (units[:, None] < H) & row_mask[None, :]
-    rows_before = t.to(tl.int64) * B
-    at_h = row[None, :] * H + units[:, None]
-    at_g = row[None, :] * (G * H) + units[:, None]
-    gx_ptr += rows_before * (G * H)
-    y_ptr += rows_before * H
+    group = tl.program_id(2).to(tl.int64)
+    step, sign = walk(group, t, T, REVERSED)
+    steps_before = step.to(tl.int64) * B
+    line = row * GROUPS + group
+    per_step = B.to(tl.int64) * (GROUPS * H)
+    at_h = (line * H)[None, :] + units[:, None]
+    at_g = (line * (G * H))[None, :] + units[:, None]
+    in_group = group * B + row
+    at_state = (in_group * H)[None, :] + units[:, None]
+    gx_ptr += step * per_step * G
+    y_ptr += (step + 1) * per_step  # after the step
+    u_ptr += group * (G * H * H)
+    if bias_ptr is not None:
+        bias_ptr += group * (INNER * H)
 
     keep = row_mask
-    states = load_tiles(sh_ptr, at_h, mask, 1, 0, ACC)
+    states = load_tiles(sh_ptr, at_state, mask, 1, 0, ACC)
     if STATES == 2:
-        states = states + load_tiles(sc_ptr, at_h, mask, 1, 0, ACC)
+        states = states + load_tiles(sc_ptr, at_state, mask, 1, 0, ACC)
     if resets_ptr is not None:
-        keep = tl.load(resets_ptr + rows_before + row, mask=row_mask, other=0) == 0
+        keep = tl.load(resets_ptr + steps_before + row, mask=row_mask, other=0) == 0
         states = keep_rows(states, keep, STATES)
     gx = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
 
+    at_first = (in_group * (SPLIT * H))[None, :] + units[:, None]
     if PHASE == 0:
         hu = _accumulate(
-            join_tuples((), start, 0, SPLIT), u_ptr, y_ptr, H, units, row, row_mask, keep,
+            join_tuples((), start, 0, SPLIT), u_ptr, y_ptr - sign * per_step, H, units, line, row_mask, keep,
             H, 0, SPLIT, BLOCK_K, resets_ptr is not None, PRECISION,
         )  # fmt: skip
     else:
         second = _accumulate(
-            join_tuples((), start, SPLIT, G), u_ptr, m_ptr, H, units, row, row_mask, keep,
+            join_tuples((), start, SPLIT, G), u_ptr, m_ptr, H, units, line, row_mask, keep,
             H, SPLIT, G, BLOCK_K, False, PRECISION,
         )  # fmt: skip
-        at_first = row[None, :] * (SPLIT * H) + units[:, None]
         hu = join_tuples(load_tiles(hu_first_ptr, at_first, mask, SPLIT, H, ACC), second, 0, G - SPLIT)
 
     if PHASE == 0 and SPLIT < G:
-        store_tiles(hu_first_ptr, row[None, :] * (SPLIT * H) + units[:, None], mask, hu, 0, SPLIT, H)
+        store_tiles(hu_first_ptr, at_first, mask, hu, 0, SPLIT, H)
         m = MIDDLE(gx, hu, states, FAST)
         tl.store(m_ptr + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
     else:
         states, saved = STEP(gx, hu, states, FAST)
-        store_tiles(sh_ptr, at_h, mask, states, 0, 1, 0)
-        store_tiles(y_ptr + B.to(tl.int64) * H, at_h, mask, states, 0, 1, 0)
+        store_tiles(sh_ptr, at_state, mask, states, 0, 1, 0)
+        store_tiles(y_ptr, at_h, mask, states, 0, 1, 0)
         if STATES == 2:
-            store_tiles(sc_ptr, at_h, mask, states, 1, 2, 0)
+            store_tiles(sc_ptr, at_state, mask, states, 1, 2, 0)
         if SAVE and STATES == 2:
-            store_tiles(c_ptr + (rows_before + B) * H, at_h, mask, states, 1, 2, 0)
+            store_tiles(c_ptr + (step + 1) * per_step, at_h, mask, states, 1, 2, 0)
         if SAVED > 0:
             SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
             WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
-            at_s = (rows_before + row)[None, :] * (WORDS * H) + units[:, None]
+            at_s = (line * (WORDS * H))[None, :] + units[:, None]
             words = pack_tiles(saved, SAVED, SAVED_PACK, y_ptr.dtype.element_ty)
-            store_tiles(saved_ptr, at_s, mask, words, 0, WORDS, H)
+            store_tiles(saved_ptr + step * per_step * WORDS, at_s, mask, words, 0, WORDS, H)
 
 
 @triton.jit
 def _accumulate_transposed(
-    acc, u_ptr, d_ptr, d_stride, units, row, row_mask, H: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
+    acc, u_ptr, d_ptr, d_stride, units, line, row_mask, H: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc + the sum of U[n]^T @ d[n] over the gates n in FROM..TO; d_ptr is where d[FROM] begins."""
@@ -114,7 +125,7 @@ def _accumulate_transposed(
     for i in range((TO - FROM) * TILES):
         n = i // TILES
         ks = (i % TILES) * BLOCK_K + k
-        at_d = row[None, :] * d_stride + n * H + ks[:, None]
+        at_d = line[None, :] * d_stride + n * H + ks[:, None]
         d = tl.load(d_ptr + at_d, mask=row_mask[None, :] & (ks[:, None] < H), other=0.0)
         at_u = ((FROM + n) * H + ks)[None, :] * H + units[:, None]
         U = tl.load(u_ptr + at_u, mask=(units[:, None] < H) & (ks[None, :] < H), other=0.0)
@@ -122,9 +133,10 @@ def _accumulate_transposed(
     return acc
 
 
-@triton.jit(do_not_specialize=["t", "B"])
+@triton.jit(do_not_specialize=["t", "T", "B"])
 def backward_kernel(
-    dy_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, dgx_ptr, dhu_ptr, m_ptr, dsh_ptr, dsc_ptr, t, B,
+    dy_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, dgx_ptr, dhu_ptr, m_ptr, dsh_ptr, dsc_ptr, t, T, B,
+    GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr, FIRST: tl.constexpr,
@@ -136,72 +148,82 @@ def backward_kernel(
     row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_mask = row < B
     mask = (units[:, None] < H) & row_mask[None, :]
-    rows_before = t.to(tl.int64) * B
-    at_h = row[None, :] * H + units[:, None]
-    at_g = row[None, :] * (G * H) + units[:, None]
-    dgx_ptr += rows_before * (G * H)
+    group = tl.program_id(2).to(tl.int64)
+    step, sign = walk(group, t, T, REVERSED)
+    steps_before = step.to(tl.int64) * B
+    line = row * GROUPS + group
+    per_step = B.to(tl.int64) * (GROUPS * H)
+    forth = sign * per_step
+    at_h = (line * H)[None, :] + units[:, None]
+    at_g = (line * (G * H))[None, :] + units[:, None]
+    at_i = (line * (INNER * H))[None, :] + units[:, None]
+    at_state = ((group * B + row) * H)[None, :] + units[:, None]
+    dgx_ptr += step * per_step * G
+    if INNER > 0:
+        dhu_ptr += step * per_step * INNER
+    u_ptr += group * (G * H * H)
 
-    dh = tl.load(dsh_ptr + at_h, mask=mask, other=0.0)
+    dh = tl.load(dsh_ptr + at_state, mask=mask, other=0.0)
     if PHASE == 0:
         if not FIRST:
-            dgx_after = dgx_ptr + B.to(tl.int64) * (G * H)
             dh = _accumulate_transposed(
-                dh, u_ptr, dgx_after, G * H, units, row, row_mask, H, 0, SPLIT - INNER, BLOCK_K, PRECISION
+                dh, u_ptr, dgx_ptr + forth * G, G * H, units, line, row_mask, H, 0, SPLIT - INNER, BLOCK_K, PRECISION
             )
             if INNER > 0:
-                dhu_after = dhu_ptr + (rows_before + B) * (INNER * H)
                 dh = _accumulate_transposed(
-                    dh, u_ptr, dhu_after, INNER * H, units, row, row_mask, H, SPLIT - INNER, SPLIT, BLOCK_K, PRECISION
-                )
+                    dh, u_ptr, dhu_ptr + forth * INNER, INNER * H, units, line, row_mask, H, SPLIT - INNER, SPLIT,
+                    BLOCK_K, PRECISION,
+                )  # fmt: skip
             if resets_ptr is not None:
-                keep_after = tl.load(resets_ptr + rows_before + B + row, mask=row_mask, other=0) == 0
+                keep_after = tl.load(resets_ptr + steps_before + sign * B + row, mask=row_mask, other=0) == 0
                 dh = tl.where(keep_after[None, :], dh, 0.0)
         if not LAST and dy_ptr is not None:
-            dh += tl.load(dy_ptr + rows_before * H + at_h, mask=mask, other=0.0).to(ACC)
+            dh += tl.load(dy_ptr + step * per_step + at_h, mask=mask, other=0.0).to(ACC)
 
     if LAST:
-        tl.store(dsh_ptr + at_h, dh, mask=mask)
+        tl.store(dsh_ptr + at_state, dh, mask=mask)
     else:
-        after = load_tiles(y_ptr + (rows_before + B) * H, at_h, mask, 1, 0, ACC)
-        before = load_tiles(y_ptr + rows_before * H, at_h, mask, 1, 0, ACC)
+        after_row = (step + 1) * per_step
+        before_row = after_row - forth
+        after = load_tiles(y_ptr + after_row, at_h, mask, 1, 0, ACC)
+        before = load_tiles(y_ptr + before_row, at_h, mask, 1, 0, ACC)
         dstates = (dh,)
         if STATES == 2:
-            after = after + load_tiles(c_ptr + (rows_before + B) * H, at_h, mask, 1, 0, ACC)
-            before = before + load_tiles(c_ptr + rows_before * H, at_h, mask, 1, 0, ACC)
-            dstates = dstates + load_tiles(dsc_ptr, at_h, mask, 1, 0, ACC)
+            after = after + load_tiles(c_ptr + after_row, at_h, mask, 1, 0, ACC)
+            before = before + load_tiles(c_ptr + before_row, at_h, mask, 1, 0, ACC)
+            dstates = dstates + load_tiles(dsc_ptr, at_state, mask, 1, 0, ACC)
         saved = ()
         if SAVED > 0:
             SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
             WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
-            at_s = (rows_before + row)[None, :] * (WORDS * H) + units[:, None]
-            words = load_tiles(saved_ptr, at_s, mask, WORDS, H, saved_ptr.dtype.element_ty)
+            at_s = (line * (WORDS * H))[None, :] + units[:, None]
+            words = load_tiles(saved_ptr + step * per_step * WORDS, at_s, mask, WORDS, H, saved_ptr.dtype.element_ty)
             saved = unpack_tiles(words, SAVED, SAVED_PACK, y_ptr.dtype.element_ty, ACC)
         keep = row_mask
         if resets_ptr is not None:
-            keep = tl.load(resets_ptr + rows_before + row, mask=row_mask, other=0) == 0
+            keep = tl.load(resets_ptr + steps_before + row, mask=row_mask, other=0) == 0
             before = keep_rows(before, keep, STATES)
 
         if PHASE == 0 and SPLIT < G:
             d_second, m = MIDDLE(dstates, saved, before, after, FAST)
-            tl.store(m_ptr + rows_before * H + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
+            tl.store(m_ptr + step * per_step + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
             store_tiles(dgx_ptr + SPLIT * H, at_g, mask, d_second, 0, G - SPLIT, H)
-            tl.store(dsh_ptr + at_h, dh, mask=mask)
+            tl.store(dsh_ptr + at_state, dh, mask=mask)
         else:
             dm = None
             if SPLIT < G:
                 dm = _accumulate_transposed(
-                    tl.zeros([BLOCK_H, BLOCK_B], ACC), u_ptr, dgx_ptr + SPLIT * H, G * H, units, row, row_mask,
+                    tl.zeros([BLOCK_H, BLOCK_B], ACC), u_ptr, dgx_ptr + SPLIT * H, G * H, units, line, row_mask,
                     H, SPLIT, G, BLOCK_K, PRECISION,
                 )  # fmt: skip
             dgx, dhu, dstates = STEP(dstates, dm, saved, before, after, FAST)
             # Other programs of this launch read the second gates' dgx, which PHASE 0 wrote: only the first are stored.
             store_tiles(dgx_ptr, at_g, mask, dgx, 0, SPLIT, H)
             if INNER > 0:
-                at_i = row[None, :] * (INNER * H) + units[:, None]
-                store_tiles(dhu_ptr + rows_before * (INNER * H), at_i, mask, dhu, G - INNER, G, H)
-            tl.store(dsh_ptr + at_h, dstates[0], mask=mask)
+                store_tiles(dhu_ptr, at_i, mask, dhu, G - INNER, G, H)
+            tl.store(dsh_ptr + at_state, dstates[0], mask=mask)
             if STATES == 2:
                 dc = dstates[1]
                 if resets_ptr is not None:
                     dc = tl.where(keep[None, :], dc, 0.0)
-                tl.store(dsc_ptr + at_h, dc, mask=mask)
+                tl.store(dsc_ptr + at_state, dc, mask=mask)

@@ -7,12 +7,26 @@ tiles; the report counts the barriers.
 
 A tile is [units, rows]: hidden units down, batch rows across, so that the recurrent product U h has its many units on
 the tensor cores' long side and a small batch on the short one. In memory the units are contiguous.
+
+Groups: scans that share nothing but their shapes and the launch (the two directions of a layer, block-diagonal heads).
+A row of memory holds one batch row's groups side by side.
 """
 
 import triton
 import triton.language as tl
 
 from .math import product
+
+
+@triton.jit
+def walk(group, n, T, REVERSED: tl.constexpr):
+    """(the n-th step a group takes, and +1 or -1, where the next one lies): from the first step to the last, or, for the
+    groups whose bit is set in REVERSED, from the last to the first."""
+    if REVERSED == 0:
+        return n, 1
+    else:
+        back = ((REVERSED >> group) & 1).to(tl.int32)
+        return n + back * (T - 1 - 2 * n), 1 - 2 * back
 
 
 @triton.jit

@@ -27,7 +27,7 @@ except ModuleNotFoundError:
     TRITON = INTERPRETED = False
 
 NAMES = ("auto", "triton", "aten", "reference")
-SCHEDULES = ("resident", "stepwise")
+SCHEDULES = ("resident", "grid", "stepwise")
 ATEN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

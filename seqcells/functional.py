@@ -6,6 +6,7 @@ G = 4 for LSTM (i f g o), 3 for GRU (r z n), 1 for RNN, in torch's order. y [T, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -176,8 +177,9 @@ def run(
     if chosen.backend == "triton" and x.shape[1] > 0:
         precision = rnn_precision() if x.dtype == torch.float32 else "ieee"
         if chosen.schedule:  # it may not fit: say so before anything runs
-            ops.plan_for(ops.cells.get(cell), x.shape[1], w_hh, chosen.schedule, precision)
-        how = {"cell": cell, "save": save, "schedule": chosen.schedule, "precision": precision}
+            for backward in (False, True):
+                ops.plan_for(ops.cells.get(cell), x.shape[1], w_hh[None], chosen.schedule, precision, backward)
+        how = {"cell": cell, "save": save, "reversed": 0, "schedule": chosen.schedule, "precision": precision}
         return ops.apply(x, given, w_ih, w_hh, b_ih, b_hh, resets, **how)
     zero = x.new_zeros(x.shape[1], w_hh.shape[1])
     full = tuple(zero if s is None else s for s in given)
@@ -214,6 +216,70 @@ def scan(
     """
     y, final = run(cell, x, states, w_ih, w_hh, b_ih, b_hh, **options)
     return y, tuple(s[0] for s in final)
+
+
+def scan_groups(
+    cell: str,
+    x: Tensor,
+    states: tuple[Tensor | None, ...] | None,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    reverse: Sequence[bool] = (),
+    resets: Tensor | None = None,
+    save: str = "gates",
+    backend: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """K independent scans of one cell, on the triton backend in one launch: y [T, B, K*H], final states [K, B, H].
+
+    The two directions of a layer: x [T, B, I], reverse (False, True); y is then torch.nn's, forward beside backward.
+    Heads (a block-diagonal recurrence): x [T, B, K, I]. w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H],
+    states [K, B, H]. reverse: for each group, whether it walks from the last step to the first; () is none.
+    Other options, and what is raised: as in `scan`.
+    """
+    if w_hh.dim() != 3 or w_ih.dim() != 3:
+        raise RuntimeError(f"w_ih and w_hh must have 3 dimensions, got {w_ih.dim()} and {w_hh.dim()}")
+    K, spec = w_hh.shape[0], reference.get(cell)
+    given = (None,) * spec.states if states is None else tuple(states)
+    if len(given) != spec.states:
+        raise RuntimeError(f"{cell} has {spec.states} state{'s' * (spec.states > 1)}, got {len(given)}")
+    flags = tuple(reverse) or (False,) * K
+    if len(flags) != K:
+        raise ValueError(f"reverse must have one value for each of {K} groups, got {len(flags)}")
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    for name, t in zip(("w_ih", "w_hh", "b_ih", "b_hh", *("states",) * len(given)), (*weights, *given), strict=True):
+        if t is not None and t.shape[0] != K:
+            raise RuntimeError(f"{name} must have {K} groups, got {t.shape[0]}")
+    if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[2] != K):
+        raise RuntimeError(f"input must have shape (T, B, I) or (T, B, {K}, I), got {tuple(x.shape)}")
+    options: dict[str, Any] = {"resets": resets, "save": save}
+    if cast := _autocast(x, *weights, *given):
+        inputs: list[Any] = [cast[0], cast[5:], *cast[1:5]]
+        with torch.autocast(x.device.type, enabled=False):
+            return scan_groups(cell, *inputs, reverse=flags, backend=backend, **options)
+    if save not in SAVES:
+        raise ValueError(f"unknown save {save!r}: expected one of {', '.join(SAVES)}")
+    for k in range(K):
+        of_group = [tuple(None if t is None else t[k] for t in tensors) for tensors in (given, weights)]
+        _check(x if x.dim() == 3 else x[:, :, k], *of_group, resets, spec.gates)
+    chosen = backends.choose(cell, x.device, x.dtype, resets=resets is not None, requested=backend)
+    if chosen.backend == "triton" and x.shape[1] > 0:
+        precision = rnn_precision() if x.dtype == torch.float32 else "ieee"
+        bits = sum(1 << k for k in range(K) if flags[k])
+        how = {"cell": cell, "save": save, "reversed": bits, "schedule": chosen.schedule, "precision": precision}
+        return ops.apply(x, given, *weights, resets, **how)
+    outputs, finals = [], []
+    for k in range(K):
+        of_group = [tuple(None if t is None else t[k] for t in tensors) for tensors in (given, weights)]
+        mine, mask = (x if x.dim() == 3 else x[:, :, k]), resets
+        if flags[k]:
+            mine, mask = mine.flip(0), None if mask is None else mask.flip(0)
+        y, final = scan(cell, mine, of_group[0], *of_group[1], resets=mask, save=save, backend=backend)  # type: ignore[arg-type]
+        outputs.append(y.flip(0) if flags[k] else y)
+        finals.append(final)
+    return torch.cat(outputs, 2), tuple(torch.stack(s) for s in zip(*finals, strict=True))
 
 
 def lstm(
@@ -272,14 +338,20 @@ def rnn_cell_name(nonlinearity: str) -> str:
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend a scan would use and, for triton, the Plan; why, in words."""
+    """Which backend a scan would use and, for triton, the Plan forward and the one backward; why, in words."""
 
     backend: str
     plan: Any
     why: str
+    backward: Any = None
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.why}"
+
+
+def _known_devices() -> tuple[str, ...]:
+    """The devices that `explain` knows without having one."""
+    return () if ops is None else tuple(ops.KNOWN)
 
 
 def explain(
@@ -294,13 +366,14 @@ def explain(
 ) -> Explanation:
     """What a scan of this shape would run on, without running it.
 
-    device: a torch device, or a target that need not be present: "sm_80", "sm_90", "sm_100". Raises as `scan` does.
+    device: a torch device, or one that need not be present: a name of kernels.plan.KNOWN, as "sm_90" or "L4". Raises
+    as `scan` does.
     """
     reference.get(cell)
     for name, size in (("batch", batch), ("hidden_size", hidden_size)):
         if size < 1:
             raise ValueError(f"{name} must be greater than zero, got {size}")
-    elsewhere = isinstance(device, str) and device.startswith("sm_")
+    elsewhere = isinstance(device, str) and (device in _known_devices() or device.startswith("sm_"))
     place = torch.device("cuda" if elsewhere else device)
     if place.type == "cuda" and place.index is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
@@ -312,6 +385,8 @@ def explain(
     if elsewhere and device not in plan.KNOWN:
         raise ValueError(f"unknown device {device!r}: expected a torch device or one of {', '.join(plan.KNOWN)}")
     facts = plan.KNOWN[str(device)] if elsewhere else scan.device_facts(place)
-    gates = cells.get(cell).gates
-    planned = plan.plan(gates, batch, hidden_size, dtype.itemsize, facts, chosen.schedule or None, rnn_precision())
-    return Explanation("triton", planned, f"{chosen.why}; {planned.schedule} schedule: {planned.why}")
+    options: Any = {"B": batch, "H": hidden_size, "itemsize": dtype.itemsize, "device": facts}
+    options |= {"schedule": chosen.schedule or None, "precision": rnn_precision()}
+    there, back = (plan.plan(cells.get(cell), backward=b, **options) for b in (False, True))
+    why = f"{chosen.why}; forward, {there.schedule} schedule: {there.why}; backward, {back.schedule}: {back.why}"
+    return Explanation("triton", there, why, back)

@@ -128,6 +128,41 @@ def scan(
     return torch.stack(outputs), states
 
 
+def scan_groups(
+    step: Step,
+    x: Tensor,
+    states: States,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None,
+    *,
+    resets: Tensor | None = None,
+    reversed: int = 0,
+) -> tuple[Tensor, States]:
+    """K scans side by side: outputs [T, B, K*H] and the final states [K, B, H].
+
+    w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H], states [K, B, H] (of one group also without K); x [T, B, I]
+    for all groups or [T, B, K, I] for each. Group k walks from the last step to the first if bit k of reversed is set.
+    """
+    if w_hh.dim() == 2:
+        w_ih, w_hh = w_ih[None], w_hh[None]
+        b_ih, b_hh = (None if b is None else b[None] for b in (b_ih, b_hh))
+    K, H = w_hh.shape[0], w_hh.shape[2]
+    states = tuple(s.reshape(K, -1, H) for s in states)
+    outputs, finals = [], []
+    for k in range(K):
+        back = reversed >> k & 1
+        inputs, mask = (x if x.dim() == 3 else x[:, :, k]), resets
+        if back:
+            inputs, mask = inputs.flip(0), None if resets is None else resets.flip(0)
+        weights = (None if w is None else w[k] for w in (w_ih, w_hh, b_ih, b_hh))
+        y, final = scan(step, inputs, tuple(s[k] for s in states), *weights, resets=mask)  # type: ignore[arg-type]
+        outputs.append(y.flip(0) if back else y)
+        finals.append(final)
+    return torch.cat(outputs, 2), tuple(torch.stack(s) for s in zip(*finals, strict=True))
+
+
 class HandwrittenLSTMCell(nn.Module):
     """The LSTM cell as people write it by hand: one Linear for the input, one for the state, both with bias.
 

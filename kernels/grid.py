@@ -1,0 +1,426 @@
+"""Schedule `grid`: one launch walks the whole sequence with U spread over the device, a barrier a step.
+
+Each program owns BLOCK_H hidden units with all their gates, of BLOCK_B batch rows and one group, and keeps its slice of
+U on chip. What the others need of a step (h forward, the gates' gradients backward) goes through global memory and L2.
+
+The barrier
+-----------
+The programs of one batch tile and one group share a counter, zero at launch and never reset: program p's n-th `arrive`
+adds one, and `wait(n * programs)` returns once all have arrived n times.
+
+No read is stale. Each value that is exchanged is (1) stored by some warp of the writer, (2) ordered before the
+writer's release by the block barrier in `arrive` (Triton up to 3.8 puts none there itself, and a release orders only
+what its own thread knows of), (3) made visible to the device by the release, which is cumulative, (4) seen by the
+reader's one polling thread, whose acquire reads a counter that includes that release, (5) handed to the reader's other
+warps by the block barrier in `wait`, and (6) read with `.cg`, from L2: an older copy in the first-level cache is
+never looked at. Each location is written once a launch (y has a row a step), but the operand of a second product, which is
+rewritten a step later: between a program's reads of it and any program's next write lies the barrier after y.
+
+No program waits for ever. All are on the device at once, or the cooperative launch fails and none starts; between two
+waits a program does finite work and then arrives; so the counter reaches every target. Launches do not share counters:
+two streams, or a graph replayed, cannot see each other's. Programs of other tiles and groups are never waited for.
+
+Without a device the interpreter runs programs one after another and a barrier would hang: PHASE then names the part
+of a step between two barriers, and a launch does that part of one step only. Parts hand each other what registers
+would hold through `sh`, `sc` and `hu_first`; the code is the same.
+
+Shapes are those of `resident`; scratch is that of `stepwise`; counter [groups * batch tiles] int32, zero.
+"""
+
+import triton
+import triton.language as tl
+
+from .math import product
+from .plan import chunks, parts
+from .tiles import biases, join_tuples, keep_rows, load_tiles, pack_tiles, replace_first, store_tiles, unpack_tiles, walk
+
+
+@triton.jit
+def arrive(counter_ptr):
+    """Publish what this program has stored, and count it in. See the module's docstring."""
+    tl.debug_barrier()
+    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+
+
+@triton.jit
+def wait(counter_ptr, target):
+    """Until the counter reaches target; then every load sees what was published. See the module's docstring."""
+    # An atomic that adds nothing is the portable acquiring load.
+    while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < target:
+        pass
+    tl.debug_barrier()
+
+
+@triton.constexpr_function
+def _parts(M):
+    """In how many parts the warps share a product's inner sum: M rows alone would leave some idle, or repeat others."""
+    return parts(M)
+
+
+@triton.constexpr_function
+def _chunks(K, M, MOST):
+    return chunks(K, M, MOST)
+
+
+@triton.jit
+def _slice(u_ptr, at_m, valid_m, k_stride, M: tl.constexpr, K: tl.constexpr, MOST: tl.constexpr):
+    """U's elements at_m[m] + k * k_stride for k < K, chunk by chunk: [M, size], or shared out, [PARTS, M, size / PARTS]."""
+    PARTS: tl.constexpr = _parts(M)
+    SIZES: tl.constexpr = _chunks(K, M, MOST)
+    slices = ()
+    for n in tl.static_range(len(SIZES)):
+        PART: tl.constexpr = SIZES[n] // PARTS
+        if PARTS == 1:
+            ks = (n * SIZES[0] + tl.arange(0, PART))[None, :]
+            u = tl.load(u_ptr + at_m[:, None] + ks * k_stride, mask=valid_m[:, None] & (ks < K), other=0.0)
+        else:
+            ks = n * SIZES[0] + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
+            u = tl.load(u_ptr + at_m[None, :, None] + ks * k_stride, mask=valid_m[None, :, None] & (ks < K), other=0.0)
+        slices = slices + (u,)
+    return slices
+
+
+@triton.jit
+def _sum(acc, N: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The sum over the first of acc's three axes, N long (a power of two). [M, BLOCK_B]
+
+    By halves and not tl.sum: one trip through shared memory brings a thread all its parts, and the result is free of
+    the product's register layout, which the rest of the step would inherit and leave again tile by tile.
+    """
+    if N == 1:
+        return tl.reshape(acc, [M, BLOCK_B])
+    else:
+        a, b = tl.split(tl.permute(tl.reshape(acc, [2, N // 2, M, BLOCK_B]), (1, 2, 3, 0)))
+        return _sum(a + b, N // 2, M, BLOCK_B)
+
+
+@triton.jit
+def _product(
+    U, x_ptr, at_row, valid, keep, ACC: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr, K: tl.constexpr,
+    MOST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """U @ x [M, BLOCK_B], x[k, row] at x_ptr + at_row + k: what other programs have published."""
+    PARTS: tl.constexpr = _parts(M)
+    SIZES: tl.constexpr = _chunks(K, M, MOST)
+    if PARTS == 1:
+        acc = tl.zeros([M, BLOCK_B], ACC)
+    else:
+        acc = tl.zeros([PARTS, M, BLOCK_B], ACC)
+    for n in tl.static_range(len(SIZES)):
+        PART: tl.constexpr = SIZES[n] // PARTS
+        if PARTS == 1:
+            ks = (n * SIZES[0] + tl.arange(0, PART))[:, None]
+            x = tl.load(x_ptr + at_row[None, :] + ks, mask=valid[None, :] & (ks < K), other=0.0, cache_modifier=".cg")
+            if MASKED:
+                x = tl.where(keep[None, :], x, 0.0).to(x.dtype)
+        else:
+            ks = n * SIZES[0] + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
+            mask = valid[None, None, :] & (ks < K)
+            x = tl.load(x_ptr + at_row[None, None, :] + ks, mask=mask, other=0.0, cache_modifier=".cg")
+            if MASKED:
+                x = tl.where(keep[None, None, :], x, 0.0).to(x.dtype)
+        acc = product(U[n], x.to(U[n].dtype), acc, PRECISION)
+    return acc if PARTS == 1 else _sum(acc, PARTS, M, BLOCK_B)
+
+
+@triton.jit
+def _gates(acc, G: tl.constexpr, PADDED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The G gates' tiles [BLOCK_H, BLOCK_B] of a product whose row is unit * PADDED + gate."""
+    if PADDED == 1:
+        return (acc,)
+    elif PADDED == 2:
+        first, second = tl.split(tl.permute(tl.reshape(acc, [BLOCK_H, 2, BLOCK_B]), (0, 2, 1)))
+        return (first, second)
+    else:
+        even, odd = tl.split(tl.permute(tl.reshape(acc, [BLOCK_H, 2, 2, BLOCK_B]), (0, 3, 1, 2)))
+        a, c = tl.split(even)
+        b, d = tl.split(odd)
+        if G == 3:
+            return (a, b, c)
+        else:
+            return (a, b, c, d)
+
+
+@triton.jit
+def _rows(unit0, FROM: tl.constexpr, TO: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr):
+    """Where in U each row of a slice begins, row unit * PADDED + gate, and whether it exists."""
+    m = tl.arange(0, BLOCK_H * PADDED)
+    unit = unit0 + m // PADDED
+    gate = m % PADDED
+    return ((FROM + gate) * H + unit) * H, (unit < H) & (gate < TO - FROM)
+
+
+@triton.jit(do_not_specialize=["first", "last", "T", "B"])
+def forward_kernel(
+    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, counter_ptr,
+    first, last, T, B,
+    GROUPS: tl.constexpr, REVERSED: tl.constexpr,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, CHUNK: tl.constexpr,
+    ACC: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr,
+    SAVED: tl.constexpr, PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
+    PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Steps first..last-1. PHASE -1: all of each. 0: the first product, and the step if it is the only one. 1: the second."""
+    group = tl.program_id(2).to(tl.int64)
+    unit0 = tl.program_id(0) * BLOCK_H
+    units = unit0 + tl.arange(0, BLOCK_H)
+    row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    valid = row < B
+    mask = (units[:, None] < H) & valid[None, :]
+    counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
+    target = tl.num_programs(0)
+    TYPE: tl.constexpr = y_ptr.dtype.element_ty
+    SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
+    WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
+    PADDED: tl.constexpr = triton.next_power_of_2(SPLIT)
+    PADDED_2: tl.constexpr = triton.next_power_of_2(G - SPLIT) if SPLIT < G else 1
+
+    gx_row = (row * GROUPS + group) * (G * H)
+    h_row = (row * GROUPS + group) * H
+    at_g = gx_row[None, :] + units[:, None]
+    at_h = h_row[None, :] + units[:, None]
+    at_s = (row * GROUPS + group)[None, :] * (WORDS * H) + units[:, None]
+    at_state = (group * B + row)[None, :] * H + units[:, None]
+    at_first = (group * B + row)[None, :] * (SPLIT * H) + units[:, None]
+    step, sign = walk(group, first, T, REVERSED)
+    per_step = B.to(tl.int64) * (GROUPS * H)
+    begin = step.to(tl.int64) * per_step
+    forth = sign * per_step
+    gx_ptr += begin * G
+    y_ptr += begin + per_step - forth  # the row before the step
+    if SAVE and STATES == 2:
+        c_ptr += begin + per_step
+    if SAVED > 0:
+        saved_ptr += begin * WORDS
+    u_ptr += group * (G * H * H)
+    if bias_ptr is not None:
+        bias_ptr += group * (INNER * H)
+
+    at_m, valid_m = _rows(unit0, 0, SPLIT, H, BLOCK_H, PADDED)
+    U = _slice(u_ptr, at_m, valid_m, 1, PADDED * BLOCK_H, H, CHUNK)
+    if SPLIT < G:
+        at_m, valid_m = _rows(unit0, SPLIT, G, H, BLOCK_H, PADDED_2)
+        U_2 = _slice(u_ptr, at_m, valid_m, 1, PADDED_2 * BLOCK_H, H, CHUNK)
+    start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
+    states = load_tiles(sh_ptr, at_state, mask, 1, 0, ACC)
+    if STATES == 2:
+        states = states + load_tiles(sc_ptr, at_state, mask, 1, 0, ACC)
+    loaded = load_tiles(gx_ptr, at_g, mask, G, H, TYPE)
+    keep = valid
+    if resets_ptr is not None:
+        resets_ptr += step.to(tl.int64) * B
+        keep = tl.load(resets_ptr + row, mask=valid, other=0) == 0
+
+    for i in range(first, last):
+        gx = pack_tiles(loaded, G, 1, ACC)
+        if resets_ptr is not None:
+            states = keep_rows(states, keep, STATES)
+        if PHASE != 1:
+            acc = _product(
+                U, y_ptr, h_row, valid, keep, ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK,
+                resets_ptr is not None, PRECISION,
+            )  # fmt: skip
+            sums = _gates(acc, SPLIT, PADDED, BLOCK_H, BLOCK_B)
+            hu = ()
+            for n in tl.static_range(SPLIT):
+                hu = hu + (sums[n] + start[n],)
+        else:
+            hu = load_tiles(hu_first_ptr, at_first, mask, SPLIT, H, ACC)
+        if SPLIT < G:
+            if PHASE != 1:
+                m = MIDDLE(gx, hu, states, FAST)
+                tl.store(m_ptr + at_h, m.to(TYPE), mask=mask)
+            if PHASE == 0:
+                store_tiles(hu_first_ptr, at_first, mask, hu, 0, SPLIT, H)
+            if PHASE == -1:
+                arrive(counter_ptr)
+                wait(counter_ptr, target)
+                target += tl.num_programs(0)
+            if PHASE != 0:
+                acc = _product(
+                    U_2, m_ptr, h_row, valid, keep, ACC, PADDED_2 * BLOCK_H, BLOCK_B, H, CHUNK,
+                    False, PRECISION,
+                )  # fmt: skip
+                sums = _gates(acc, G - SPLIT, PADDED_2, BLOCK_H, BLOCK_B)
+                for n in tl.static_range(G - SPLIT):
+                    hu = hu + (sums[n] + start[SPLIT + n],)
+        if SPLIT == G or PHASE != 0:
+            states, saved = STEP(gx, hu, states, FAST)
+            y_ptr += forth
+            store_tiles(y_ptr, at_h, mask, states, 0, 1, 0)
+            if PHASE == -1:
+                arrive(counter_ptr)
+            # None waits for the rest of the step: it is stored, and the next step's input asked for, behind the arrival.
+            if SAVE and STATES == 2:
+                store_tiles(c_ptr, at_h, mask, states, 1, 2, 0)
+                c_ptr += forth
+            if SAVED > 0:
+                store_tiles(saved_ptr, at_s, mask, pack_tiles(saved, SAVED, SAVED_PACK, TYPE), 0, WORDS, H)
+                saved_ptr += forth * WORDS
+            ahead = tl.where(i + 1 < last, mask, False)
+            gx_ptr += forth * G
+            loaded = load_tiles(gx_ptr, at_g, ahead, G, H, TYPE)
+            if resets_ptr is not None:
+                resets_ptr += sign * B
+                keep = tl.load(resets_ptr + row, mask=tl.where(i + 1 < last, valid, False), other=0) == 0
+            if PHASE == -1:
+                wait(counter_ptr, target)
+                target += tl.num_programs(0)
+
+    store_tiles(sh_ptr, at_state, mask, states, 0, 1, 0)
+    if STATES == 2:
+        store_tiles(sc_ptr, at_state, mask, states, 1, 2, 0)
+
+
+@triton.jit
+def _load_step(
+    dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask,
+    H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr,
+):  # fmt: skip
+    """What a step of backward reads: dy (zero tiles of it where there is none), the states before it, saved words."""
+    TYPE: tl.constexpr = y_ptr.dtype.element_ty
+    dy = ()
+    if dy_ptr is not None:
+        dy = load_tiles(dy_ptr, at_h, mask, 1, 0, TYPE)
+    before = load_tiles(y_ptr, at_h, mask, 1, 0, TYPE)
+    if STATES == 2:
+        before = before + load_tiles(c_ptr, at_h, mask, 1, 0, TYPE)
+    return dy, before, load_tiles(saved_ptr, at_s, mask, WORDS, H, saved_ptr.dtype.element_ty)
+
+
+@triton.jit(do_not_specialize=["first", "last", "T", "B"])
+def backward_kernel(
+    dy_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, dgx_ptr, dhu_ptr, m_ptr, dsh_ptr, dsc_ptr, counter_ptr,
+    first, last, T, B,
+    GROUPS: tl.constexpr, REVERSED: tl.constexpr,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, CHUNK: tl.constexpr,
+    ACC: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr,
+    SAVED: tl.constexpr, PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
+    PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Steps T-1-first..T-last, back in time. PHASE -1: all of each. 0: up to the second product. 1: the pointwise step.
+    2: its gradients through U^T."""
+    group = tl.program_id(2).to(tl.int64)
+    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    valid = row < B
+    mask = (units[:, None] < H) & valid[None, :]
+    counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
+    target = tl.num_programs(0)
+    TYPE: tl.constexpr = y_ptr.dtype.element_ty
+    SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
+    WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
+    PLAIN: tl.constexpr = SPLIT - INNER  # gates of the first product whose dhu is their dgx
+
+    line = row * GROUPS + group
+    gx_row = line * (G * H)
+    inner_row = line * (INNER * H)
+    at_g = gx_row[None, :] + units[:, None]
+    at_i = inner_row[None, :] + units[:, None]
+    at_h = (line * H)[None, :] + units[:, None]
+    at_s = line[None, :] * (WORDS * H) + units[:, None]
+    at_state = (group * B + row)[None, :] * H + units[:, None]
+    step, sign = walk(group, T - 1 - first, T, REVERSED)
+    per_step = B.to(tl.int64) * (GROUPS * H)
+    begin = step.to(tl.int64) * per_step
+    forth = -sign * per_step
+    # y and c have a row more at the start: row step+1 is after the step, and the one it came from before it.
+    y_ptr += begin + per_step + forth
+    dgx_ptr += begin * G
+    if dy_ptr is not None:
+        dy_ptr += begin
+    if STATES == 2:
+        c_ptr += begin + per_step + forth
+    if SAVED > 0:
+        saved_ptr += begin * WORDS
+    if INNER > 0:
+        dhu_ptr += begin * INNER
+    if SPLIT < G:
+        m_ptr += begin
+    if resets_ptr is not None:
+        resets_ptr += step.to(tl.int64) * B
+    u_ptr += group * (G * H * H)
+
+    there = units < H
+    if PLAIN > 0:
+        UT = _slice(u_ptr, units, there, H, BLOCK_H, PLAIN * H, CHUNK)
+    if INNER > 0:
+        UT_inner = _slice(u_ptr + PLAIN * H * H, units, there, H, BLOCK_H, INNER * H, CHUNK)
+    if SPLIT < G:
+        UT_2 = _slice(u_ptr + SPLIT * H * H, units, there, H, BLOCK_H, (G - SPLIT) * H, CHUNK)
+    dstates = load_tiles(dsh_ptr, at_state, mask, 1, 0, ACC)
+    after = load_tiles(y_ptr - forth, at_h, mask, 1, 0, ACC)
+    if STATES == 2:
+        dstates = dstates + load_tiles(dsc_ptr, at_state, mask, 1, 0, ACC)
+        after = after + load_tiles(c_ptr - forth, at_h, mask, 1, 0, ACC)
+    dy, loaded, words = _load_step(dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask, H, STATES, WORDS)
+
+    for i in range(first, last):
+        keep = valid
+        before = pack_tiles(loaded, STATES, 1, ACC)
+        before_step = before
+        saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
+        if resets_ptr is not None:
+            keep = tl.load(resets_ptr + row, mask=valid, other=0) == 0
+            before_step = keep_rows(before, keep, STATES)
+            resets_ptr -= sign * B
+        if dy_ptr is not None and PHASE < (1 if SPLIT < G else 2):
+            dstates = replace_first(dstates, dstates[0] + dy[0].to(ACC), STATES)
+        dm = None
+        if SPLIT < G:
+            if PHASE < 1:
+                d_second, m = MIDDLE(dstates, saved, before_step, after, FAST)
+                tl.store(m_ptr + at_h, m.to(TYPE), mask=mask)
+                store_tiles(dgx_ptr + SPLIT * H, at_g, mask, d_second, 0, G - SPLIT, H)
+                m_ptr += forth
+            if PHASE == -1:
+                arrive(counter_ptr)
+                wait(counter_ptr, target)
+                target += tl.num_programs(0)
+            if PHASE == -1 or PHASE == 1:
+                dm = _product(
+                    UT_2, dgx_ptr + SPLIT * H, gx_row, valid, keep, ACC, BLOCK_H, BLOCK_B, (G - SPLIT) * H,
+                    CHUNK, False, PRECISION,
+                )  # fmt: skip
+        if PHASE == -1 or PHASE == 1:
+            dgx, dhu, dstates = STEP(dstates, dm, saved, before_step, after, FAST)
+            # Other programs of this launch may still read the second gates' dgx: only the first are stored.
+            store_tiles(dgx_ptr, at_g, mask, dgx, 0, SPLIT, H)
+            if INNER > 0:
+                store_tiles(dhu_ptr, at_i, mask, dhu, G - INNER, G, H)
+        if PHASE == -1:
+            arrive(counter_ptr)
+        after = before
+        y_ptr += forth
+        if dy_ptr is not None:
+            dy_ptr += forth
+        if STATES == 2:
+            c_ptr += forth
+        if SAVED > 0:
+            saved_ptr += forth * WORDS
+        ahead = tl.where(i + 1 < last, mask, False)
+        dy, loaded, words = _load_step(dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, ahead, H, STATES, WORDS)
+        if PHASE == -1:
+            wait(counter_ptr, target)
+            target += tl.num_programs(0)
+        if PHASE == -1 or PHASE == 2:
+            dh = dstates[0]
+            if PLAIN > 0:
+                dh += _product(
+                    UT, dgx_ptr, gx_row, valid, keep, ACC, BLOCK_H, BLOCK_B, PLAIN * H, CHUNK, False, PRECISION
+                )
+            if INNER > 0:
+                dh += _product(
+                    UT_inner, dhu_ptr, inner_row, valid, keep, ACC, BLOCK_H, BLOCK_B, INNER * H, CHUNK,
+                    False, PRECISION,
+                )  # fmt: skip
+            dstates = replace_first(dstates, dh, STATES)
+            if resets_ptr is not None:
+                dstates = keep_rows(dstates, keep, STATES)
+        dgx_ptr += forth * G
+        if INNER > 0:
+            dhu_ptr += forth * INNER
+
+    store_tiles(dsh_ptr, at_state, mask, dstates, 0, 1, 0)
+    if STATES == 2:
+        store_tiles(dsc_ptr, at_state, mask, dstates, 1, 2, 0)
