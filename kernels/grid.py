@@ -31,8 +31,19 @@ import triton
 import triton.language as tl
 
 from .math import product
-from .plan import chunks, parts
-from .tiles import biases, join_tuples, keep_rows, load_tiles, pack_tiles, replace_first, store_tiles, unpack_tiles, walk
+from .tiles import (
+    biases,
+    gate_rows,
+    join_tuples,
+    keep_rows,
+    load_tiles,
+    pack_tiles,
+    replace_first,
+    split_gates,
+    store_tiles,
+    unpack_tiles,
+    walk,
+)
 
 
 @triton.jit
@@ -51,33 +62,55 @@ def wait(counter_ptr, target):
     tl.debug_barrier()
 
 
-@triton.constexpr_function
-def _parts(M):
-    """In how many parts the warps share a product's inner sum: M rows alone would leave some idle, or repeat others."""
-    return parts(M)
-
-
-@triton.constexpr_function
-def _chunks(K, M, MOST):
-    return chunks(K, M, MOST)
+@triton.jit
+def _load_u(u_ptr, at_m, valid_m, k_stride, k0, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr):
+    """U's elements at_m[m] + k * k_stride for k0 <= k < k0 + SIZE: [M, SIZE], or [PARTS, M, SIZE / PARTS]."""
+    PART: tl.constexpr = SIZE // PARTS
+    if PARTS == 1:
+        ks = (k0 + tl.arange(0, PART))[None, :]
+        return tl.load(u_ptr + at_m[:, None] + ks * k_stride, mask=valid_m[:, None] & (ks < K), other=0.0)
+    else:
+        ks = k0 + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
+        mask = valid_m[None, :, None] & (ks < K)
+        return tl.load(u_ptr + at_m[None, :, None] + ks * k_stride, mask=mask, other=0.0)
 
 
 @triton.jit
-def _slice(u_ptr, at_m, valid_m, k_stride, M: tl.constexpr, K: tl.constexpr, MOST: tl.constexpr):
-    """U's elements at_m[m] + k * k_stride for k < K, chunk by chunk: [M, size], or shared out, [PARTS, M, size / PARTS]."""
-    PARTS: tl.constexpr = _parts(M)
-    SIZES: tl.constexpr = _chunks(K, M, MOST)
-    slices = ()
-    for n in tl.static_range(len(SIZES)):
-        PART: tl.constexpr = SIZES[n] // PARTS
-        if PARTS == 1:
-            ks = (n * SIZES[0] + tl.arange(0, PART))[None, :]
-            u = tl.load(u_ptr + at_m[:, None] + ks * k_stride, mask=valid_m[:, None] & (ks < K), other=0.0)
-        else:
-            ks = n * SIZES[0] + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-            u = tl.load(u_ptr + at_m[None, :, None] + ks * k_stride, mask=valid_m[None, :, None] & (ks < K), other=0.0)
-        slices = slices + (u,)
-    return slices
+def _load_x(
+    x_ptr, at_row, valid, keep, k0, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """The operand that meets it, from L2: [SIZE, rows], or [PARTS, SIZE / PARTS, rows]; zero where keep is false."""
+    PART: tl.constexpr = SIZE // PARTS
+    if PARTS == 1:
+        ks = (k0 + tl.arange(0, PART))[:, None]
+        x = tl.load(x_ptr + at_row[None, :] + ks, mask=valid[None, :] & (ks < K), other=0.0, cache_modifier=".cg")
+        if MASKED:
+            x = tl.where(keep[None, :], x, 0.0).to(x.dtype)
+    else:
+        ks = k0 + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
+        mask = valid[None, None, :] & (ks < K)
+        x = tl.load(x_ptr + at_row[None, None, :] + ks, mask=mask, other=0.0, cache_modifier=".cg")
+        if MASKED:
+            x = tl.where(keep[None, None, :], x, 0.0).to(x.dtype)
+    return x
+
+
+@triton.jit
+def _slice(u_ptr, at_m, valid_m, k_stride, M: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
+    """A program's rows of U, in chunks of CHUNK columns and a last one of what is left (sizes: `plan.chunks`).
+
+    Rows below 64 would leave warps idle, or repeating each other's work: they share the inner sum instead.
+    """
+    PARTS: tl.constexpr = 64 // M if M < 64 else 1
+    WHOLE: tl.constexpr = K // CHUNK
+    REST: tl.constexpr = triton.next_power_of_2(K - WHOLE * CHUNK) if K > WHOLE * CHUNK else 0
+    chunks = ()
+    for n in tl.static_range(WHOLE):
+        chunks = chunks + (_load_u(u_ptr, at_m, valid_m, k_stride, n * CHUNK, K, PARTS, CHUNK),)
+    if REST > 0:
+        LAST: tl.constexpr = 16 * PARTS if REST < 16 * PARTS else REST
+        chunks = chunks + (_load_u(u_ptr, at_m, valid_m, k_stride, WHOLE * CHUNK, K, PARTS, LAST),)
+    return chunks
 
 
 @triton.jit
@@ -97,57 +130,24 @@ def _sum(acc, N: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr):
 @triton.jit
 def _product(
     U, x_ptr, at_row, valid, keep, ACC: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr, K: tl.constexpr,
-    MOST: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U @ x [M, BLOCK_B], x[k, row] at x_ptr + at_row + k: what other programs have published."""
-    PARTS: tl.constexpr = _parts(M)
-    SIZES: tl.constexpr = _chunks(K, M, MOST)
+    """U @ x [M, BLOCK_B], U as `_slice` gives it, x[k, row] at x_ptr + at_row + k: what other programs have published."""
+    PARTS: tl.constexpr = 64 // M if M < 64 else 1
+    WHOLE: tl.constexpr = K // CHUNK
+    REST: tl.constexpr = triton.next_power_of_2(K - WHOLE * CHUNK) if K > WHOLE * CHUNK else 0
     if PARTS == 1:
         acc = tl.zeros([M, BLOCK_B], ACC)
     else:
         acc = tl.zeros([PARTS, M, BLOCK_B], ACC)
-    for n in tl.static_range(len(SIZES)):
-        PART: tl.constexpr = SIZES[n] // PARTS
-        if PARTS == 1:
-            ks = (n * SIZES[0] + tl.arange(0, PART))[:, None]
-            x = tl.load(x_ptr + at_row[None, :] + ks, mask=valid[None, :] & (ks < K), other=0.0, cache_modifier=".cg")
-            if MASKED:
-                x = tl.where(keep[None, :], x, 0.0).to(x.dtype)
-        else:
-            ks = n * SIZES[0] + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
-            mask = valid[None, None, :] & (ks < K)
-            x = tl.load(x_ptr + at_row[None, None, :] + ks, mask=mask, other=0.0, cache_modifier=".cg")
-            if MASKED:
-                x = tl.where(keep[None, None, :], x, 0.0).to(x.dtype)
+    for n in tl.static_range(WHOLE):
+        x = _load_x(x_ptr, at_row, valid, keep, n * CHUNK, K, PARTS, CHUNK, MASKED)
         acc = product(U[n], x.to(U[n].dtype), acc, PRECISION)
+    if REST > 0:
+        LAST: tl.constexpr = 16 * PARTS if REST < 16 * PARTS else REST
+        x = _load_x(x_ptr, at_row, valid, keep, WHOLE * CHUNK, K, PARTS, LAST, MASKED)
+        acc = product(U[WHOLE], x.to(U[WHOLE].dtype), acc, PRECISION)
     return acc if PARTS == 1 else _sum(acc, PARTS, M, BLOCK_B)
-
-
-@triton.jit
-def _gates(acc, G: tl.constexpr, PADDED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
-    """The G gates' tiles [BLOCK_H, BLOCK_B] of a product whose row is unit * PADDED + gate."""
-    if PADDED == 1:
-        return (acc,)
-    elif PADDED == 2:
-        first, second = tl.split(tl.permute(tl.reshape(acc, [BLOCK_H, 2, BLOCK_B]), (0, 2, 1)))
-        return (first, second)
-    else:
-        even, odd = tl.split(tl.permute(tl.reshape(acc, [BLOCK_H, 2, 2, BLOCK_B]), (0, 3, 1, 2)))
-        a, c = tl.split(even)
-        b, d = tl.split(odd)
-        if G == 3:
-            return (a, b, c)
-        else:
-            return (a, b, c, d)
-
-
-@triton.jit
-def _rows(unit0, FROM: tl.constexpr, TO: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr):
-    """Where in U each row of a slice begins, row unit * PADDED + gate, and whether it exists."""
-    m = tl.arange(0, BLOCK_H * PADDED)
-    unit = unit0 + m // PADDED
-    gate = m % PADDED
-    return ((FROM + gate) * H + unit) * H, (unit < H) & (gate < TO - FROM)
 
 
 @triton.jit(do_not_specialize=["first", "last", "T", "B"])
@@ -155,7 +155,7 @@ def forward_kernel(
     gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, counter_ptr,
     first, last, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
-    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, CHUNK: tl.constexpr,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
     ACC: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr,
     SAVED: tl.constexpr, PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
     PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
@@ -196,11 +196,11 @@ def forward_kernel(
     if bias_ptr is not None:
         bias_ptr += group * (INNER * H)
 
-    at_m, valid_m = _rows(unit0, 0, SPLIT, H, BLOCK_H, PADDED)
+    at_m, valid_m = gate_rows(unit0, 0, SPLIT, H, BLOCK_H, PADDED)
     U = _slice(u_ptr, at_m, valid_m, 1, PADDED * BLOCK_H, H, CHUNK)
     if SPLIT < G:
-        at_m, valid_m = _rows(unit0, SPLIT, G, H, BLOCK_H, PADDED_2)
-        U_2 = _slice(u_ptr, at_m, valid_m, 1, PADDED_2 * BLOCK_H, H, CHUNK)
+        at_m, valid_m = gate_rows(unit0, SPLIT, G, H, BLOCK_H, PADDED_2)
+        U_2 = _slice(u_ptr, at_m, valid_m, 1, PADDED_2 * BLOCK_H, H, CHUNK_2)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
     states = load_tiles(sh_ptr, at_state, mask, 1, 0, ACC)
     if STATES == 2:
@@ -220,7 +220,7 @@ def forward_kernel(
                 U, y_ptr, h_row, valid, keep, ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK,
                 resets_ptr is not None, PRECISION,
             )  # fmt: skip
-            sums = _gates(acc, SPLIT, PADDED, BLOCK_H, BLOCK_B)
+            sums = split_gates(acc, SPLIT, PADDED, BLOCK_H, BLOCK_B)
             hu = ()
             for n in tl.static_range(SPLIT):
                 hu = hu + (sums[n] + start[n],)
@@ -238,10 +238,10 @@ def forward_kernel(
                 target += tl.num_programs(0)
             if PHASE != 0:
                 acc = _product(
-                    U_2, m_ptr, h_row, valid, keep, ACC, PADDED_2 * BLOCK_H, BLOCK_B, H, CHUNK,
+                    U_2, m_ptr, h_row, valid, keep, ACC, PADDED_2 * BLOCK_H, BLOCK_B, H, CHUNK_2,
                     False, PRECISION,
                 )  # fmt: skip
-                sums = _gates(acc, G - SPLIT, PADDED_2, BLOCK_H, BLOCK_B)
+                sums = split_gates(acc, G - SPLIT, PADDED_2, BLOCK_H, BLOCK_B)
                 for n in tl.static_range(G - SPLIT):
                     hu = hu + (sums[n] + start[SPLIT + n],)
         if SPLIT == G or PHASE != 0:
@@ -293,7 +293,7 @@ def backward_kernel(
     dy_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, dgx_ptr, dhu_ptr, m_ptr, dsh_ptr, dsc_ptr, counter_ptr,
     first, last, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
-    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, CHUNK: tl.constexpr,
+    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
     ACC: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr,
     SAVED: tl.constexpr, PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
     PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
@@ -345,9 +345,9 @@ def backward_kernel(
     if PLAIN > 0:
         UT = _slice(u_ptr, units, there, H, BLOCK_H, PLAIN * H, CHUNK)
     if INNER > 0:
-        UT_inner = _slice(u_ptr + PLAIN * H * H, units, there, H, BLOCK_H, INNER * H, CHUNK)
+        UT_inner = _slice(u_ptr + PLAIN * H * H, units, there, H, BLOCK_H, INNER * H, CHUNK_2 if PLAIN > 0 else CHUNK)
     if SPLIT < G:
-        UT_2 = _slice(u_ptr + SPLIT * H * H, units, there, H, BLOCK_H, (G - SPLIT) * H, CHUNK)
+        UT_2 = _slice(u_ptr + SPLIT * H * H, units, there, H, BLOCK_H, (G - SPLIT) * H, CHUNK_2)
     dstates = load_tiles(dsh_ptr, at_state, mask, 1, 0, ACC)
     after = load_tiles(y_ptr - forth, at_h, mask, 1, 0, ACC)
     if STATES == 2:
@@ -380,7 +380,7 @@ def backward_kernel(
             if PHASE == -1 or PHASE == 1:
                 dm = _product(
                     UT_2, dgx_ptr + SPLIT * H, gx_row, valid, keep, ACC, BLOCK_H, BLOCK_B, (G - SPLIT) * H,
-                    CHUNK, False, PRECISION,
+                    CHUNK_2, False, PRECISION,
                 )  # fmt: skip
         if PHASE == -1 or PHASE == 1:
             dgx, dhu, dstates = STEP(dstates, dm, saved, before_step, after, FAST)
@@ -411,7 +411,8 @@ def backward_kernel(
                 )
             if INNER > 0:
                 dh += _product(
-                    UT_inner, dhu_ptr, inner_row, valid, keep, ACC, BLOCK_H, BLOCK_B, INNER * H, CHUNK,
+                    UT_inner, dhu_ptr, inner_row, valid, keep, ACC, BLOCK_H, BLOCK_B, INNER * H,
+                    CHUNK_2 if PLAIN > 0 else CHUNK,
                     False, PRECISION,
                 )  # fmt: skip
             dstates = replace_first(dstates, dh, STATES)

@@ -173,7 +173,7 @@ def grid_bytes(cell: Shape, H: int, itemsize: int, block_h: int, block_b: int, m
         sizes = chunks(columns, rows, most)
         held += rows * sum(sizes) * itemsize
         passing = max(passing, sizes[0] * block_b * itemsize, parts(rows) * rows * block_b * 4)
-    return held + passing + 1024
+    return held + passing + 4 * KB
 
 
 def _rate(itemsize: int, precision: str) -> float:
@@ -189,6 +189,9 @@ def _rate(itemsize: int, precision: str) -> float:
 # conversion. A grid barrier: store, release, poll and load, each a trip to L2. A launch in microseconds: between a
 # graph's (about 2) and Python's (15 and more).
 CHAIN, TRIP, LAUNCH = 450, 280, 5.0
+# Units a `grid` program owns. Fewer would leave the tensor cores' 16 rows half empty backward; more, U's slice of the
+# largest layers too large for one processor, and the registers (tried with the report: 32 spill).
+GRID_UNITS = 16
 SHARED_RATE = 128  # bytes a clock
 ACTIVATION_RATE = 16  # one-instruction functions a clock; the exact ones take about four
 
@@ -276,76 +279,87 @@ class _Problem:
             )
         return None
 
-    def _grids(self) -> Iterator[tuple[float, Floor, int, int, int, int, int]]:
-        """What fits: (floor, its parts, block_h, block_b, block_k, programs, bytes of shared memory)."""
+    def _grids(self) -> Iterator[tuple[Floor, Plan, int]]:
+        """What fits: (floor, plan without its reason, bytes of shared memory)."""
         device, interpreted = self.device, self.device is INTERPRETER
-        for block_h in (16, 32):
-            for block_b in (8, 16, 32, 64):
-                if block_b > 8 and block_b >= 2 * self.B:
-                    continue
-                programs = _ceil(self.H, block_h) * _ceil(self.B, block_b) * self.groups
-                if programs > device.processors and not interpreted:
-                    continue
-                most = self._most(block_h, block_b)
-                needed = grid_bytes(self.cell, self.H, self.itemsize, block_h, block_b, most, self.backward)
-                if needed > device.shared or self._spills(block_h, block_b):
-                    continue
-                held = slices(self.cell, self.H, block_h, self.backward)
-                columns = sum(sum(chunks(c, r, most)) * r for r, c in held) // block_h
-                u_bytes = columns * block_h * self.itemsize
-                exchange = sum(c for _, c in held) * min(block_b, self.B) * self.itemsize
-                barriers = 2 if self.cell.split < self.gates else 1
-                start = device.microseconds(4 * TRIP * barriers)
-                floor = self.floor(u_bytes, SHARED_RATE, block_b, block_h, columns, exchange, start)
-                yield floor.total, floor, block_h, block_b, most, programs, needed
-
-    def _most(self, block_h: int, block_b: int) -> int:
-        """The longest chunk: what a step loads at once lives in registers on its way."""
-        return max(128, 32768 // (block_b * self.itemsize))
-
-    def _spills(self, block_h: int, block_b: int) -> bool:
-        return False
+        held = slices(self.cell, self.H, GRID_UNITS, self.backward)
+        for block_b in (8, 16, 32, 64):
+            programs = _ceil(self.H, GRID_UNITS) * _ceil(self.B, block_b) * self.groups
+            if (block_b > 8 and block_b >= 2 * self.B) or (programs > device.processors and not interpreted):
+                continue
+            # More rows spill registers (found with the report).
+            if block_b > (64 if self.H <= 512 else 32 if self.backward or self.H <= 1024 else 8):
+                continue
+            num_warps = 4 if block_b <= 16 else 8
+            # A thread carries at most 256 bytes of the operand from L2 to shared memory at once; more would spill, and
+            # beyond 1024 columns forward a quarter of that (likewise).
+            most = 256 * 32 * num_warps // (block_b * self.itemsize)
+            if not self.backward and self.H > 1024:
+                most //= 4
+            for block_k in (most, most // 2, most // 4):
+                needed = grid_bytes(self.cell, self.H, self.itemsize, GRID_UNITS, block_b, block_k, self.backward)
+                if block_k >= 64 and needed <= device.shared:
+                    columns = sum(sum(chunks(c, r, block_k)) * r for r, c in held) // GRID_UNITS
+                    u_bytes = columns * GRID_UNITS * self.itemsize
+                    exchange = sum(c for _, c in held) * min(block_b, self.B) * self.itemsize
+                    barriers = 2 if self.cell.split < self.gates else 1
+                    start = device.microseconds(4 * TRIP * barriers)
+                    floor = self.floor(u_bytes, SHARED_RATE, block_b, GRID_UNITS, columns, exchange, start)
+                    tile = GRID_UNITS, block_b, block_k
+                    yield floor, self.made("grid", tile, num_warps, 1, programs, "", floor.total), needed
+                    break
 
     def grid(self) -> Plan:
-        _, floor, block_h, block_b, most, programs, needed = min(self._grids(), key=lambda found: found[0])
-        rows = max(r for r, _ in slices(self.cell, self.H, block_h, self.backward))
-        warps = 8 if rows * block_b >= 2048 else 4
+        floor, chosen, needed = min(self._grids(), key=lambda found: found[0].total)
         why = (
-            f"U ({self.gates}x{self.H}x{self.H}) is spread over {programs} programs of {block_h} units and {block_b} "
-            f"rows, {needed // KB} KB of {self.device.shared // KB} KB of shared memory each, with a barrier a step; {floor}"
+            f"U ({self.gates}x{self.H}x{self.H}) is spread over {chosen.programs} programs of {GRID_UNITS} units and "
+            f"{chosen.block_b} rows, {needed // KB} KB of {self.device.shared // KB} KB of shared memory each, with a "
+            f"barrier a step; {floor}"
         )
-        return self.made("grid", (block_h, block_b, most), warps, 1, programs, why, floor.total)
+        return replace(chosen, why=why)
 
     # stepwise
 
     def stepwise(self) -> Plan:
-        gates, B, H, itemsize, device = self.gates, self.B, self.H, self.itemsize, self.device
-        block_b = _power_of_2(B, 8, 16 if itemsize == 8 else 64)
-        block_h = _power_of_2(H, 16, 16 if itemsize == 8 else 64)
-        # Accumulators of all gates beyond 8192 elements spill on some target (found with the report).
-        while gates * block_h * block_b > 8192 and block_b > 16:
-            block_b //= 2
-        # Smaller tiles while some processors would have none.
-        while _ceil(H, block_h) * _ceil(B, block_b) * self.groups < device.processors and (block_h > 16 or block_b > 16):
-            if block_h >= block_b and block_h > 16:
-                block_h //= 2
-            else:
-                block_b //= 2
+        tile, num_warps, num_stages, programs, floor, us = min(self._tiles(), key=lambda found: found[-1])
+        why = f"every step is a launch of {programs} programs over tiles of {tile[0]} units and {tile[1]} rows; {floor}"
+        return self.made("stepwise", tile, num_warps, num_stages, programs, why, us)
+
+    def _tiles(self) -> Iterator[tuple[tuple[int, int, int], int, int, int, Floor, float]]:
+        """Tiles of `stepwise`: (tile, warps, stages, programs, its floor, and that with what does not overlap)."""
+        cell, B, H, itemsize, device = self.cell, self.B, self.H, self.itemsize, self.device
+        exact = itemsize == 8 or (itemsize == 4 and self.precision != "tf32")
+        gates = 1 if self.backward else _power_of_2(max(cell.split, cell.gates - cell.split), 1, 8)
+        columns = (cell.gates if self.backward else 1) * H
         block_k = _power_of_2(H, 16, 128 // itemsize)
-        num_warps = 8 if gates * block_h * block_b > 4096 else 4
-        programs = _ceil(H, block_h) * _ceil(B, block_b) * self.groups
-        launches = 2 if self.cell.split < gates else 1
-        waves = _ceil(programs, device.processors)
-        u_bytes = gates * H * H * itemsize * self.groups
-        # U comes from L2 if it fits there beside the rest, else from memory; each program reads its slice and its rows.
-        l2_bytes = gates * block_h * H * itemsize * waves
-        from_memory = 0.0 if u_bytes < device.cache * 0.7 else u_bytes / device.memory / 1000
-        columns = H if not self.backward else gates * H
-        work = (block_h * gates if not self.backward else block_h) * waves
-        floor = self.floor(l2_bytes, device.l2, block_b, work, columns, block_b * columns * itemsize * waves, launches * LAUNCH)
-        us = floor.total + max(0.0, from_memory - floor.u)
-        why = f"every step is one launch over tiles of {block_h} units and {block_b} rows; {floor}"
-        return self.made("stepwise", (block_h, block_b, block_k), num_warps, 2, programs, why, us)
+        for block_h in (16, 32, 64):
+            for block_b in (8, 16, 32, 64, 128):
+                if (block_h > 16 and block_h >= 2 * H) or (block_b > 8 and block_b >= 2 * B):
+                    continue
+                # What a thread may hold of the pointwise step and of the product (found with the report).
+                rows = gates * block_h
+                tile = block_h * block_b
+                if tile > (self._most_elements() if not exact else 512) or rows * block_b > 16384:
+                    continue
+                num_warps = 8 if rows * block_b > 4096 or tile > 2048 else 4
+                programs = _ceil(H, block_h) * _ceil(B, block_b) * self.groups
+                waves = _ceil(programs, device.processors)
+                num_stages = 3 if 3 * (rows + block_b) * block_k * itemsize <= device.shared - 2 * KB else 2
+                floor = self.floor(
+                    (rows + block_b) * columns * itemsize * waves, device.l2, block_b, block_h * waves,
+                    columns * (1 if self.backward else cell.gates), 0, LAUNCH * (2 if cell.split < cell.gates else 1),
+                )  # fmt: skip
+                # U streams from L2 if it stays there, else from memory.
+                u_bytes = cell.gates * H * H * itemsize * self.groups
+                memory = u_bytes / device.memory / 1000 if u_bytes > 0.7 * device.cache else 0.0
+                us = floor.total + max(0.0, memory - max(floor.u, floor.tensor))
+                yield (block_h, block_b, block_k), num_warps, num_stages, programs, floor, us
+
+    def _most_elements(self) -> int:
+        """Elements of a stepwise tile. Blackwell's products come back from tensor memory all at once."""
+        if not self.backward:
+            return 4096
+        return 8192 if self.itemsize == 2 and self.device.capability < 100 else 4096
 
 
 @cache
@@ -379,7 +393,8 @@ def plan(
     # Interpreted, a barrier is a launch: nothing is gained by it.
     if schedule is None and device is INTERPRETER:
         found.pop("grid", None)
-    best = min(found.values(), key=lambda p: p.microseconds)
+    # Programs that wait for each other have more to lose against their floor than one that runs alone.
+    best = min(found.values(), key=lambda p: p.microseconds * (1.25 if p.schedule == "grid" else 1.0))
     others = [f"{p.schedule} would take {p.microseconds:.2f} us" for p in found.values() if p is not best]
     others += [f"no {name}: {why}" for name, why in unfit.items() if why and schedule is None]
     if not others:

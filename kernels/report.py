@@ -65,7 +65,8 @@ class Row:
     warps: int
     block: str
     registers: int
-    spills: int
+    spills: int  # loads and stores of spilled registers, in the loop if there is one
+    stack: int  # bytes of local memory
     shared: int
     limit: int
     code: int  # instructions of the whole kernel, its loop once: all there is where a short loop was unrolled
@@ -190,7 +191,9 @@ def measure(case: Case) -> list[Row]:
                 warps=p.num_warps,
                 block=f"{arguments['BLOCK_H']}x{arguments['BLOCK_B']}",
                 registers=int(usage.group(1)),
-                spills=int(usage.group(2)) + int(usage.group(3)) + everywhere["LDL"] + everywhere["STL"],
+                # What a set-up spills is paid once; what a loop spills, every step.
+                spills=sum((counts if body else everywhere)[k] for k in ("LDL", "STL")),
+                stack=int(usage.group(2)) + int(usage.group(3)),
                 shared=compiled.metadata.shared,
                 limit=device.shared,
                 code=len(code),

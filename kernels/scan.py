@@ -19,7 +19,7 @@ from torch import Tensor
 from . import recompute as recompute_schedule
 from . import grid, resident, stepwise
 from .cells import Cell
-from .plan import INTERPRETER, Device, Plan
+from .plan import INTERPRETER, Device, Plan, chunks, slices
 
 ACCUMULATE = {
     torch.float16: tl.float32,
@@ -167,6 +167,12 @@ def _grid(plan: Plan, B: int, K: int, H: int) -> tuple[int, ...]:
     return (tiles, K) if plan.schedule == "resident" else (triton.cdiv(H, plan.block_h), tiles, K)
 
 
+def _chunks(cell: Cell, H: int, plan: Plan, backward: bool) -> dict[str, int]:
+    """How the `grid` kernels cut the columns of their slices of U: by how many (the last chunk may be smaller)."""
+    sizes = [chunks(columns, rows, plan.block_k)[0] for rows, columns in slices(cell, H, plan.block_h, backward)]
+    return {"CHUNK": sizes[0], "CHUNK_2": sizes[-1]}
+
+
 def _walk(
     kernel: Any,
     arguments: dict[str, Any],
@@ -178,7 +184,7 @@ def _walk(
 ) -> None:
     """The `grid` schedule: one launch for all steps; or, interpreted, one for each part of each step between barriers."""
     counter = torch.zeros(programs[1] * programs[2], dtype=torch.int32, device=arguments["y_ptr"].device)
-    arguments = {**arguments, "counter_ptr": counter, "CHUNK": plan.block_k}
+    arguments = {**arguments, "counter_ptr": counter}
     if plan.nvidia:
         launch(Launch(kernel, programs, {**arguments, "first": 0, "last": T, "PHASE": -1}, plan))
         return
@@ -237,6 +243,7 @@ def forward(
     }
     phases = (0, 1) if second else (0,)
     if plan.schedule == "grid":
+        arguments |= _chunks(cell, H, plan, False)
         _walk(grid.forward_kernel, arguments, phases, programs, plan, T, launch)
     else:
         for t in range(T):
@@ -311,6 +318,7 @@ def backward(
     arguments |= {"dsh_ptr": dsh, "dsc_ptr": dsc}
     second = cell.split < cell.gates
     if plan.schedule == "grid":
+        arguments |= _chunks(cell, H, plan, True)
         _walk(grid.backward_kernel, arguments, (0, 1, 2) if second else (1, 2), programs, plan, T, launch)
     else:
         for t in range(T - 1, -2, -1):

@@ -13,32 +13,32 @@ import triton
 import triton.language as tl
 
 from .math import product
-from .tiles import biases, join_tuples, keep_rows, load_tiles, pack_tiles, store_tiles, unpack_tiles, walk
+from .tiles import biases, gate_rows, keep_rows, load_tiles, pack_tiles, split_gates, store_tiles, unpack_tiles, walk
 
 
 @triton.jit
-def _accumulate(
-    acc, u_ptr, x_ptr, x_stride, units, line, row_mask, keep, H: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
-    BLOCK_K: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def _product(
+    u_ptr, unit0, x_ptr, line, row_mask, keep, H: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc[n] + U[n] @ x for the gates n in FROM..TO, streaming U [G*H, H] and x in tiles of BLOCK_K."""
+    """U[n] @ x for the gates n in FROM..TO as a tuple, streaming U [G*H, H] and x in tiles of BLOCK_K.
+
+    One product of all gates' rows, unit by unit: one operand of U for the compiler to pipeline, one accumulator.
+    """
+    PADDED: tl.constexpr = triton.next_power_of_2(TO - FROM)
+    at_m, valid_m = gate_rows(unit0, FROM, TO, H, BLOCK_H, PADDED)
     k = tl.arange(0, BLOCK_K)
+    at_u = at_m[:, None] + k[None, :]
+    at_x = line[None, :] * H + k[:, None]
+    acc = tl.zeros([PADDED * BLOCK_H, BLOCK_B], ACC)
     for k0 in range(0, H, BLOCK_K):
-        ks = k0 + k
-        x = tl.load(
-            x_ptr + line[None, :] * x_stride + ks[:, None], mask=row_mask[None, :] & (ks[:, None] < H), other=0.0
-        )
+        x = tl.load(x_ptr + at_x + k0, mask=row_mask[None, :] & (k0 + k[:, None] < H), other=0.0)
         if MASKED:
             x = tl.where(keep[None, :], x, 0.0).to(x.dtype)
-        U = load_tiles(
-            u_ptr + FROM * H * H, units[:, None] * H + ks[None, :], (units[:, None] < H) & (ks[None, :] < H),
-            TO - FROM, H * H, u_ptr.dtype.element_ty,
-        )  # fmt: skip
-        out = ()
-        for n in tl.static_range(TO - FROM):
-            out = out + (product(U[n], x.to(U[n].dtype), acc[n], PRECISION),)
-        acc = out
-    return acc
+        U = tl.load(u_ptr + at_u + k0, mask=valid_m[:, None] & (k0 + k[None, :] < H), other=0.0)
+        acc = product(U, x.to(U.dtype), acc, PRECISION)
+    return split_gates(acc, TO - FROM, PADDED, BLOCK_H, BLOCK_B)
 
 
 @triton.jit(do_not_specialize=["t", "T", "B"])
@@ -51,7 +51,8 @@ def forward_kernel(
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Step t. PHASE 0: the first product, and the whole step if it is the only one. PHASE 1: the second product."""
-    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    unit0 = tl.program_id(0) * BLOCK_H
+    units = unit0 + tl.arange(0, BLOCK_H)
     row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_mask = row < B
     mask = (units[:, None] < H) & row_mask[None, :]
@@ -79,19 +80,22 @@ def forward_kernel(
         states = keep_rows(states, keep, STATES)
     gx = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
-
     at_first = (in_group * (SPLIT * H))[None, :] + units[:, None]
+    hu = ()
     if PHASE == 0:
-        hu = _accumulate(
-            join_tuples((), start, 0, SPLIT), u_ptr, y_ptr - sign * per_step, H, units, line, row_mask, keep,
-            H, 0, SPLIT, BLOCK_K, resets_ptr is not None, PRECISION,
+        sums = _product(
+            u_ptr, unit0, y_ptr - sign * per_step, line, row_mask, keep, H, 0, SPLIT, BLOCK_H, BLOCK_B, BLOCK_K, ACC,
+            resets_ptr is not None, PRECISION,
         )  # fmt: skip
+        for n in tl.static_range(SPLIT):
+            hu = hu + (sums[n] + start[n],)
     else:
-        second = _accumulate(
-            join_tuples((), start, SPLIT, G), u_ptr, m_ptr, H, units, line, row_mask, keep,
-            H, SPLIT, G, BLOCK_K, False, PRECISION,
-        )  # fmt: skip
-        hu = join_tuples(load_tiles(hu_first_ptr, at_first, mask, SPLIT, H, ACC), second, 0, G - SPLIT)
+        sums = _product(
+            u_ptr, unit0, m_ptr, line, row_mask, keep, H, SPLIT, G, BLOCK_H, BLOCK_B, BLOCK_K, ACC, False, PRECISION
+        )
+        hu = load_tiles(hu_first_ptr, at_first, mask, SPLIT, H, ACC)
+        for n in tl.static_range(G - SPLIT):
+            hu = hu + (sums[n] + start[SPLIT + n],)
 
     if PHASE == 0 and SPLIT < G:
         store_tiles(hu_first_ptr, at_first, mask, hu, 0, SPLIT, H)

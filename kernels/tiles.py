@@ -91,6 +91,32 @@ def biases(bias_ptr, units, zero, G: tl.constexpr, INNER: tl.constexpr, H: tl.co
 
 
 @triton.jit
+def split_gates(acc, G: tl.constexpr, PADDED: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The G gates' tiles [BLOCK_H, BLOCK_B] of a product whose row is unit * PADDED + gate (see `gate_rows`)."""
+    if PADDED == 1:
+        return (acc,)
+    else:
+        pairs = tl.reshape(acc, [BLOCK_H, PADDED // 2, 2, BLOCK_B])
+        even, odd = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+        HALF: tl.constexpr = PADDED // 2
+        evens = split_gates(tl.reshape(even, [BLOCK_H * HALF, BLOCK_B]), HALF, HALF, BLOCK_H, BLOCK_B)
+        odds = split_gates(tl.reshape(odd, [BLOCK_H * HALF, BLOCK_B]), HALF, HALF, BLOCK_H, BLOCK_B)
+        tiles = ()
+        for n in tl.static_range(G):
+            tiles = tiles + (evens[n // 2] if n % 2 == 0 else odds[n // 2],)
+        return tiles
+
+
+@triton.jit
+def gate_rows(unit0, FROM: tl.constexpr, TO: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr):
+    """Where in U each row of a slice begins, row unit * PADDED + gate, and whether it exists."""
+    m = tl.arange(0, BLOCK_H * PADDED)
+    unit = unit0 + m // PADDED
+    gate = m % PADDED
+    return ((FROM + gate) * H + unit) * H, (unit < H) & (gate < TO - FROM)
+
+
+@triton.jit
 def _bits(x, TYPE: tl.constexpr):
     if TYPE.primitive_bitwidth == 16:
         return x.to(TYPE).to(tl.uint16, bitcast=True).to(tl.int64)
