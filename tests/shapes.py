@@ -7,7 +7,7 @@ from seqcells import functional, reference
 from seqcells.check import Shape
 
 CELLS = list(reference.CELLS)
-SCHEDULES = ["resident", "stepwise"]
+SCHEDULES = ["resident", "grid", "stepwise"]
 SAVES = ["gates", "states"]
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -25,7 +25,10 @@ SHAPES = [
 
 
 def fits(cell: str, schedule: str, shape: Shape, dtype: torch.dtype) -> bool:
-    """Whether the schedule exists there: U must fit in shared memory for `resident`."""
+    """Whether the schedule exists there: U must fit in shared memory, of one processor or of all."""
     size = {"batch": shape.B, "hidden_size": shape.H, "dtype": dtype}
-    planned = functional.explain(cell, device=DEVICE, backend="triton", **size).plan
-    return schedule == "stepwise" or planned.schedule == "resident"
+    try:
+        functional.explain(cell, device=DEVICE, backend=f"triton:{schedule}", **size)
+    except ValueError:
+        return False
+    return True

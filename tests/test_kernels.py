@@ -44,35 +44,40 @@ class Guards:
         return torch.nan if value.is_floating_point() else 77
 
 
-def scan_arguments(cell, shape, dtype=torch.float32):
+def scan_arguments(cell, shape, dtype=torch.float32, groups=1):
+    """The cell, and gx, u, bias, h0, c0, resets of `scan.forward`: the same scan in every group."""
     declared = cells.get(cell)
     x, w_ih, w_hh, _, b_hh, *states = check.inputs(cell, shape, dtype, DEVICE)
     h0, c0 = states if len(states) == 2 else (states[0], None)
     inner = b_hh[-declared.inner * shape.H :] if declared.inner else None
     resets = torch.rand(shape.T, shape.B, generator=torch.Generator().manual_seed(0)) < 0.3
-    return declared, (x @ w_ih.t(), w_hh, inner, h0, c0, resets.to(DEVICE))
+    gx = torch.stack([x @ w_ih.t()] * groups, 2)
+    u, inner, h0, c0 = (None if t is None else torch.stack([t] * groups) for t in (w_hh, inner, h0, c0))
+    return declared, (gx, u, inner, h0, c0, resets.to(DEVICE))
 
 
+@pytest.mark.parametrize("reversed", [0, 2])
 @pytest.mark.parametrize("shape", [Shape(3, 1, 2, 1), Shape(2, 17, 2, 33), Shape(3, 9, 1, 16)], ids=str)
 @pytest.mark.parametrize("save", ["gates", "states", "none"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("cell", CELLS)
-def test_nothing_outside_the_buffers_is_read_or_written(cell, schedule, save, shape, poison):
-    declared, (gx, *rest) = scan_arguments(cell, shape)
-    chosen = plan(declared.gates, shape.B, shape.H, 4, scan.device_facts(gx.device), schedule)
+def test_nothing_outside_the_buffers_is_read_or_written(cell, schedule, save, shape, reversed, poison):
+    declared, (gx, *rest) = scan_arguments(cell, shape, groups=2 if reversed else 1)
+    size = {"B": shape.B, "H": shape.H, "itemsize": 4, "device": scan.device_facts(gx.device)}
+    there, back = (plan(declared, **size, schedule=schedule, backward=b) for b in (False, True))
     results = []
     for launch in (scan.run, Guards()):
-        out = scan.forward(declared, gx, *rest, save=save, plan=chosen, launch=launch)
-        found = [out.y, out.hn, out.cn]
+        out = scan.forward(declared, gx, *rest, save=save, plan=there, reversed=reversed, launch=launch)
+        found = [scan.outputs(out.y, reversed), out.hn, out.cn]  # beside them are rows that no group starts from
         if save != "none":
             u, bias, _, _, resets = rest
             saved = out.saved
             if save == "states":
-                saved = scan.recompute(declared, gx, u, bias, out.y, out.c, resets, plan=chosen, launch=launch)
-            dy = torch.ones_like(out.y[1:])
+                saved = scan.recompute(declared, gx, u, bias, out.y, out.c, resets, plan=there, reversed=reversed, launch=launch)
+            dy = torch.ones_like(scan.outputs(out.y, reversed))
             dcn = out.cn if declared.states == 2 else None
             state = (u, out.y, out.c, saved, resets)
-            found += scan.backward(declared, dy, out.hn, dcn, *state, plan=chosen, launch=launch)
+            found += scan.backward(declared, dy, out.hn, dcn, *state, plan=back, reversed=reversed, launch=launch)
         results.append(found)
         if isinstance(launch, Guards):
             assert launch.launches > 0
@@ -87,7 +92,7 @@ def test_the_guards_see_a_write_outside():
         tl.store(y_ptr + n, 1.0)
 
     y = torch.zeros(4, device=DEVICE)
-    chosen = plan(1, 1, 1, 4, scan.device_facts(y.device))
+    chosen = plan(cells.get("rnn_tanh"), B=1, H=1, itemsize=4, device=scan.device_facts(y.device))
     with pytest.raises(AssertionError, match="wrote outside y_ptr"):
         Guards()(scan.Launch(careless, (1,), {"y_ptr": y, "n": 4}, chosen))
 
@@ -203,7 +208,8 @@ def test_memory_kept_for_backward(cell):
 def test_a_step_beyond_two_to_the_31_elements(direction):
     """The buffers are large enough that a 32-bit offset to the last step would wrap; only pages used there exist."""
     declared, (gx, u, bias, h0, c0, _) = scan_arguments("rnn_relu", Shape(2, 2, 2, 16))
-    chosen = plan(1, 2, 16, 4, scan.device_facts(gx.device), "stepwise")
+    size = {"B": 2, "H": 16, "itemsize": 4, "device": scan.device_facts(gx.device), "schedule": "stepwise"}
+    chosen = plan(declared, **size, backward=direction == "backward")
     launches = []
     out = scan.forward(declared, gx, u, bias, h0, c0, None, save="gates", plan=chosen, launch=launches.append)
     if direction == "backward":
@@ -218,7 +224,7 @@ def test_a_step_beyond_two_to_the_31_elements(direction):
         """A buffer of T steps whose last ones are the small buffer's."""
         small = launch.arguments[name]
         steps = T - 2 + small.shape[0]
-        big = small.new_empty(0).set_(torch.UntypedStorage(steps * 32 * 4, device=DEVICE), 0, (steps, 2, 16))
+        big = small.new_empty(0).set_(torch.UntypedStorage(steps * 32 * 4, device=DEVICE), 0, (steps, 2, 1, 16))
         big[-small.shape[0] :] = small
         return big
 
@@ -229,6 +235,6 @@ def test_a_step_beyond_two_to_the_31_elements(direction):
     scratch = {n: launch.arguments[n].fill_(0.5) for n in ("sh_ptr", "dsh_ptr") if n in launch.arguments}
     scratch = {n: t.clone() for n, t in scratch.items()}
     scan.run(launch)
-    scan.run(launch._replace(arguments={**launch.arguments, **large, **scratch, "t": T - 1}))
+    scan.run(launch._replace(arguments={**launch.arguments, **large, **scratch, "t": T - 1, "T": T}))
     written = "y_ptr" if direction == "forward" else "dgx_ptr"
     assert torch.equal(large[written][-1], launch.arguments[written][-1])

@@ -78,7 +78,8 @@ def test_explain_says_why():
     small = seqcells.explain("lstm", batch=8, hidden_size=64, dtype=torch.bfloat16, device="sm_90")
     assert small.backend == "triton" and small.plan.schedule == "resident" and "keeps it" in str(small)
     large = seqcells.explain("lstm", batch=8, hidden_size=1024, dtype=torch.bfloat16, device="sm_90")
-    assert large.plan.schedule == "stepwise" and "KB of the 227 KB of shared memory" in str(large)
+    assert large.plan.schedule == "grid" == large.backward.schedule
+    assert "128 programs" not in str(small) and "64 programs of 16 units" in str(large) and "us a step" in str(large)
     assert seqcells.explain("gru", batch=8, hidden_size=64).plan is None
     with pytest.raises(ValueError, match="unknown device 'sm_1'"):
         seqcells.explain("gru", batch=8, hidden_size=64, device="sm_1")

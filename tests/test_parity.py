@@ -14,7 +14,7 @@ from seqcells.check import Shape, errors, tolerance
 def assert_parity(cell, schedule, save, dtype, shape, resets=False, scale=1.0):
     backend = f"triton:{schedule}"
     if not fits(cell, schedule, shape, dtype):
-        with pytest.raises(ValueError, match="resident schedule does not fit"):
+        with pytest.raises(ValueError, match=f"{schedule} schedule does not fit"):
             errors(cell, shape, dtype, DEVICE, backend=backend)
         return
     found = errors(cell, shape, dtype, DEVICE, backend=backend, save=save, resets=resets, scale=scale)
