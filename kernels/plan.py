@@ -53,18 +53,20 @@ def _power_of_2(n: int, least: int, most: int) -> int:
     return p
 
 
-def resident_bytes(gates: int, H: int, itemsize: int, block_b: int) -> int:
+def resident_bytes(gates: int, H: int, itemsize: int, block_b: int, precision: str = "tf32") -> int:
     """Shared memory of the resident kernels, an upper bound on what the compiler reports.
 
     U whole, and the larger of what the directions exchange: forward the state and a layout conversion in float32;
-    backward an operand tile a gate and a conversion.
+    backward an operand tile a gate and a conversion. For "tf32x3" the compiler keeps U twice, its TF32 part and the
+    rest.
     """
     block_h = _power_of_2(H, 16, 1 << 30)
     exchange = max((gates + 1) * itemsize, 4 + itemsize)
-    return block_h * (gates * block_h * itemsize + exchange * block_b)
+    copies = 2 if itemsize == 4 and precision == "tf32x3" else 1
+    return block_h * (copies * gates * block_h * itemsize + exchange * block_b)
 
 
-def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan:
+def _resident(gates: int, B: int, H: int, itemsize: int, device: Device, precision: str) -> Plan:
     block_h = _power_of_2(H, 16, 1 << 30)
     # As few rows a program as keep every program on its own processor; more rows only lengthen a step.
     block_b = _power_of_2(-(-B // device.processors), 8, 32 if block_h <= 128 else 8)
@@ -74,9 +76,12 @@ def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan
         gates * block_h * block_b * itemsize > most or resident_bytes(gates, H, itemsize, block_b) > device.shared
     ):
         block_b //= 2
+    # Three products a gate: beyond 16 units more rows spill (found with the report), and cost as much as more programs.
+    if itemsize == 4 and precision == "tf32x3" and block_h > 16:
+        block_b = 8
     wide = block_h > 128 or block_h * block_b >= 4096
     num_warps = 8 if wide or gates * block_h * block_b * itemsize > 8192 else 4
-    needed = resident_bytes(gates, H, itemsize, block_b)
+    needed = resident_bytes(gates, H, itemsize, block_b, precision)
     why = (
         f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // 1024} KB of the {device.shared // 1024} KB of "
         f"shared memory, so one program keeps it and walks all steps for {block_b} rows"
@@ -84,12 +89,15 @@ def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan
     return Plan("resident", block_h, block_b, block_h, num_warps, 1, 255, device.capability > 0, why)
 
 
-def _stepwise(gates: int, B: int, H: int, itemsize: int, device: Device, reason: str) -> Plan:
+def _stepwise(gates: int, B: int, H: int, itemsize: int, device: Device, precision: str, reason: str) -> Plan:
     block_b = _power_of_2(B, 8, 16 if itemsize == 8 else 64)
     block_h = _power_of_2(H, 16, 16 if itemsize == 8 else 64)
     # Accumulators of all gates beyond 8192 elements spill on some target (found with the report).
     while gates * block_h * block_b > 8192 and block_b > 16:
         block_b //= 2
+    # So does one gate's widest tile in three products.
+    if itemsize == 4 and precision == "tf32x3":
+        block_b = min(block_b, 32)
     # Smaller tiles while some processors would have none.
     while -(-H // block_h) * -(-B // block_b) < device.processors and (block_h > 16 or block_b > 16):
         if block_h >= block_b and block_h > 16:
@@ -107,7 +115,7 @@ def plan(
 ) -> Plan:
     """The plan of a scan: gates G, batch B, hidden size H, bytes an element of the data's type, the device's facts.
 
-    precision: what float32 products are done in, "tf32" or "ieee". schedule: None chooses; a name forces it.
+    precision: what float32 products are done in, "tf32", "tf32x3" or "ieee". schedule: None chooses; a name forces it.
     ValueError for an unknown name, for "resident" where it does not fit, and for a U of 2^31 elements or more.
     """
     if schedule not in (None, *SCHEDULES):
@@ -115,16 +123,18 @@ def plan(
     if gates * H * H >= 1 << 31:
         raise ValueError(f"hidden size {H} is too large: the recurrent weights must have less than 2^31 elements")
     if schedule == "stepwise":
-        return _stepwise(gates, B, H, itemsize, device, "stepwise was asked for")
-    needed = resident_bytes(gates, H, itemsize, 8)
+        return _stepwise(gates, B, H, itemsize, device, precision, "stepwise was asked for")
+    needed = resident_bytes(gates, H, itemsize, 8, precision)
     if needed > device.shared:
         reason = f"U would take {needed // 1024} KB of the {device.shared // 1024} KB of shared memory on {device.name}"
     elif itemsize == 8 and H > 32:
         reason = "beyond 32 hidden units float64 products spill registers"  # found with the report, sm_90 and sm_100
     elif itemsize == 4 and precision == "ieee" and (most := 32 if gates > 2 else 64) < H:
         reason = f"beyond {most} hidden units float32 products without TF32 spill registers"  # likewise
+    elif itemsize == 4 and precision == "tf32x3" and (most := 32 if gates > 2 else 64) < H:
+        reason = f"beyond {most} hidden units float32 products by three TF32 products spill registers"  # likewise
     else:
-        return _resident(gates, B, H, itemsize, device)
+        return _resident(gates, B, H, itemsize, device, precision)
     if schedule == "resident":
         raise ValueError(f"the resident schedule does not fit hidden size {H}: {reason}")
-    return _stepwise(gates, B, H, itemsize, device, reason)
+    return _stepwise(gates, B, H, itemsize, device, precision, reason)
