@@ -22,6 +22,7 @@ except ModuleNotFoundError as missing:  # without triton all but the triton back
     ops = None  # type: ignore[assignment]
 
 SAVES = ("gates", "states")
+PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 def rnn_precision() -> str:
@@ -34,6 +35,17 @@ def rnn_precision() -> str:
         if setting != "none":
             return "tf32" if setting == "tf32" else "ieee"
     return "ieee"
+
+
+def check_precision(asked: str | None) -> None:
+    """ValueError for anything but None and the names of PRECISIONS."""
+    if asked not in (None, *PRECISIONS):
+        raise ValueError(f"unknown precision {asked!r}: expected one of {', '.join(PRECISIONS)}")
+
+
+def _product_precision(asked: str | None, dtype: torch.dtype) -> str:
+    """What recurrent products of that dtype are done in. Only float32 has a choice: `asked`, or PyTorch's switches."""
+    return (asked or rnn_precision()) if dtype == torch.float32 else "ieee"
 
 
 def _check(
@@ -154,6 +166,7 @@ def run(
     resets: Tensor | None = None,
     save: str = "gates",
     backend: str | None = None,
+    precision: str | None = None,
     one_step: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What `scan` and the modules share: `scan`, with final states [1, B, H] as torch.nn has them.
@@ -163,18 +176,20 @@ def run(
     spec = reference.get(cell)
     if save not in SAVES:
         raise ValueError(f"unknown save {save!r}: expected one of {', '.join(SAVES)}")
+    check_precision(precision)
     given = (None,) * spec.states if states is None else tuple(states)
     if len(given) != spec.states:
         raise RuntimeError(f"{cell} has {spec.states} state{'s' * (spec.states > 1)}, got {len(given)}")
     if cast := _autocast(x, w_ih, w_hh, b_ih, b_hh, *given):
         inputs: list[Any] = [cast[0], cast[5:], *cast[1:5]]
         with torch.autocast(x.device.type, enabled=False):
-            return run(cell, *inputs, resets=resets, save=save, backend=backend, one_step=one_step)
+            how: dict[str, Any] = {"save": save, "backend": backend, "precision": precision, "one_step": one_step}
+            return run(cell, *inputs, resets=resets, **how)
     weights = (w_ih, w_hh, b_ih, b_hh)
     _check(x, given, weights, resets, spec.gates)
     chosen = backends.choose(cell, x.device, x.dtype, resets=resets is not None, requested=backend)
     if chosen.backend == "triton" and x.shape[1] > 0:
-        precision = rnn_precision() if x.dtype == torch.float32 else "ieee"
+        precision = _product_precision(precision, x.dtype)
         if chosen.schedule:  # it may not fit: say so before anything runs
             ops.plan_for(ops.cells.get(cell), x.shape[1], w_hh, chosen.schedule, precision)
         how = {"cell": cell, "save": save, "schedule": chosen.schedule, "precision": precision}
@@ -206,6 +221,10 @@ def scan(
     resets: where set, the states before that step are zero.
     save: what the triton backend keeps for backward: "gates", or "states" (about a third of the memory, one more GEMM).
     backend: see seqcells.backends; None is the context's, else "auto".
+    precision: of float32 recurrent products on the triton backend: "ieee" (float32 itself), "tf32" (operands rounded to
+    11 bits), or "tf32x3" (three TF32 products for one of nearly float32's precision; NVIDIA only); None is what
+    PyTorch's switches for RNNs say, "tf32" or "ieee". Other dtypes and backends ignore it, as do the large products
+    outside the recurrence, which follow PyTorch's switches for matrix products.
 
     Under autocast all tensors are cast to its dtype, as torch does for its own RNNs. y must not be changed in place
     while backward still needs it; that raises.
@@ -291,12 +310,15 @@ def explain(
     device: str | torch.device = "cpu",
     resets: bool = False,
     backend: str | None = None,
+    precision: str | None = None,
 ) -> Explanation:
     """What a scan of this shape would run on, without running it.
 
-    device: a torch device, or a target that need not be present: "sm_80", "sm_90", "sm_100". Raises as `scan` does.
+    device: a torch device, or a target that need not be present: "sm_80", "sm_90", "sm_100". precision: as in `scan`.
+    Raises as `scan` does.
     """
     reference.get(cell)
+    check_precision(precision)
     for name, size in (("batch", batch), ("hidden_size", hidden_size)):
         if size < 1:
             raise ValueError(f"{name} must be greater than zero, got {size}")
@@ -313,5 +335,6 @@ def explain(
         raise ValueError(f"unknown device {device!r}: expected a torch device or one of {', '.join(plan.KNOWN)}")
     facts = plan.KNOWN[str(device)] if elsewhere else scan.device_facts(place)
     gates = cells.get(cell).gates
-    planned = plan.plan(gates, batch, hidden_size, dtype.itemsize, facts, chosen.schedule or None, rnn_precision())
+    products = _product_precision(precision, dtype)
+    planned = plan.plan(gates, batch, hidden_size, dtype.itemsize, facts, chosen.schedule or None, products)
     return Explanation("triton", planned, f"{chosen.why}; {planned.schedule} schedule: {planned.why}")
