@@ -154,24 +154,31 @@ def slices(cell: Shape, H: int, block_h: int, backward: bool) -> list[tuple[int,
     return [(block_h * _power_of_2(n, 1, 8), H) for n in (first, second) if n]
 
 
-def resident_bytes(gates: int, H: int, itemsize: int, block_b: int) -> int:
+def _copies(itemsize: int, precision: str) -> int:
+    return 2 if itemsize == 4 and precision == "tf32x3" else 1
+
+
+def resident_bytes(gates: int, H: int, itemsize: int, block_b: int, precision: str = "tf32") -> int:
     """Shared memory of the resident kernels, an upper bound on what the compiler reports.
 
     U whole, and the larger of what the directions exchange: forward the state and a layout conversion in float32;
-    backward an operand tile a gate and a conversion.
+    backward an operand tile a gate and a conversion. For "tf32x3" the compiler keeps U twice, its TF32 part and the
+    rest.
     """
     block_h = _power_of_2(H, 16, 1 << 30)
     exchange = max((gates + 1) * itemsize, 4 + itemsize)
-    return block_h * (gates * block_h * itemsize + exchange * block_b)
+    return block_h * (_copies(itemsize, precision) * gates * block_h * itemsize + exchange * block_b)
 
 
-def grid_bytes(cell: Shape, H: int, itemsize: int, block_h: int, block_b: int, most: int, backward: bool) -> int:
+def grid_bytes(
+    cell: Shape, H: int, itemsize: int, block_h: int, block_b: int, most: int, backward: bool, precision: str = "tf32"
+) -> int:
     """Shared memory of a `grid` program, an upper bound on what the compiler reports: its slices of U, and the larger
     of a chunk of the operand and a product's parts on their way to the layout of the step."""
     held, passing = 0, 0
     for rows, columns in slices(cell, H, block_h, backward):
         sizes = chunks(columns, rows, most)
-        held += rows * sum(sizes) * itemsize
+        held += rows * sum(sizes) * itemsize * _copies(itemsize, precision)
         passing = max(passing, sizes[0] * block_b * itemsize, parts(rows) * rows * block_b * 4)
     return held + passing + 4 * KB
 
@@ -229,13 +236,15 @@ class _Problem:
     def unfit_resident(self) -> str | None:
         """Why `resident` cannot be; None if it can."""
         gates, H, itemsize, device = self.gates, self.H, self.itemsize, self.device
-        needed = resident_bytes(gates, H, itemsize, 8)
+        needed = resident_bytes(gates, H, itemsize, 8, self.precision)
         if needed > device.shared:
             return f"U would take {needed // KB} KB of the {device.shared // KB} KB of shared memory on {device.name}"
         if itemsize == 8 and H > 32:
             return "beyond 32 hidden units float64 products spill registers"  # found with the report, sm_90 and sm_100
         if itemsize == 4 and self.precision == "ieee" and (most := 32 if gates > 2 else 64) < H:
             return f"beyond {most} hidden units float32 products without TF32 spill registers"  # likewise
+        if itemsize == 4 and self.precision == "tf32x3" and (most := 32 if gates > 2 else 64) < H:
+            return f"beyond {most} hidden units float32 products by three TF32 products spill registers"  # likewise
         return None
 
     def resident(self) -> Plan:
@@ -244,15 +253,18 @@ class _Problem:
         # As few rows a program as keep every program on its own processor; more rows only lengthen a step.
         share = _ceil(self.B * self.groups, device.processors)
         block_b = _power_of_2(share, 8, 32 if block_h <= 128 else 8)
+        # Three products a gate: beyond 16 units more rows spill (likewise), and cost as much as more programs.
+        if itemsize == 4 and self.precision == "tf32x3" and block_h > 16:
+            block_b = 8
         # Gates of a tile beyond 16 KB spill registers on some target (found with the report; float64 at half that).
         most = 16384 if itemsize < 8 else 8192
         while block_b > 8 and (
-            gates * block_h * block_b * itemsize > most or resident_bytes(gates, H, itemsize, block_b) > device.shared
+            gates * block_h * block_b * itemsize > most or resident_bytes(gates, H, itemsize, block_b, self.precision) > device.shared
         ):
             block_b //= 2
         wide = block_h > 128 or block_h * block_b >= 4096
         num_warps = 8 if wide or gates * block_h * block_b * itemsize > 8192 else 4
-        needed = resident_bytes(gates, H, itemsize, block_b)
+        needed = resident_bytes(gates, H, itemsize, block_b, self.precision)
         programs = _ceil(self.B, block_b) * self.groups
         u_bytes = gates * block_h * block_h * itemsize
         floor = self.floor(u_bytes, SHARED_RATE, block_b, block_h, gates * block_h, 0, 0.0)
@@ -297,7 +309,7 @@ class _Problem:
             if not self.backward and self.H > 1024:
                 most //= 4
             for block_k in (most, most // 2, most // 4):
-                needed = grid_bytes(self.cell, self.H, self.itemsize, GRID_UNITS, block_b, block_k, self.backward)
+                needed = grid_bytes(self.cell, self.H, self.itemsize, GRID_UNITS, block_b, block_k, self.backward, self.precision)
                 if block_k >= 64 and needed <= device.shared:
                     columns = sum(sum(chunks(c, r, block_k)) * r for r, c in held) // GRID_UNITS
                     u_bytes = columns * GRID_UNITS * self.itemsize

@@ -226,6 +226,11 @@ def grid(targets: list[str], names: list[str], full: bool) -> Iterator[Case]:
             for hidden, batch in ((20, 8), (64, 8), (128, 8), (64, 16384)):
                 for direction in ("train", "backward"):
                     yield Case(name, direction, "fp32", batch, hidden, target, precision="ieee")
+            for hidden, batch in ((10, 16384), (20, 8), (20, 16384), (64, 8), (64, 16384), (1024, 1024)):
+                for direction in ("train", "backward"):
+                    yield Case(name, direction, "fp32", batch, hidden, target, precision="tf32x3")
+            # The most registers: resets, and a tile that H does not fill.
+            yield Case(name, "backward", "fp32", 8, 20, target, resets=True, precision="tf32x3")
             for hidden, batch in ((20, 8), (64, 8), (20, 16384), (256, 64)):
                 for direction in ("train", "backward"):
                     yield Case(name, direction, "fp64", batch, hidden, target, precision="ieee")

@@ -68,11 +68,7 @@ def check(options: argparse.Namespace) -> int:
     where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "Triton's interpreter, CPU"
     print(f"largest relative errors against the float64 reference ({where}):\n")
     results = []
-    count = (
-        len(options.cell or reference.CELLS)
-        * len(backends.SCHEDULES)
-        * (5 if torch.device(device).type == "cuda" else 4)
-    )
+    count = len(options.cell or reference.CELLS) * len(backends.SCHEDULES) * len(checking.kinds(device))
     with bar(total=count, desc="check") as progress:
         for result in checking.sweep(device, options.cell):
             results.append(result)
@@ -93,6 +89,7 @@ def explain(options: argparse.Namespace) -> int:
         device=options.device or _default_device(),
         resets=options.resets,
         backend=options.backend,
+        precision=options.precision,
     )
     print(found)
     if found.plan is not None:
@@ -195,6 +192,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--device", help="cpu, cuda, or a target that need not be present: sm_80, sm_90, sm_100")
     p.add_argument("--resets", action="store_true", help="with a reset mask")
     p.add_argument("--backend")
+    p.add_argument(
+        "--precision", choices=functional.PRECISIONS, help="of float32 products; default: PyTorch's switches"
+    )
     p.set_defaults(call=explain)
 
     p = commands.add_parser("run", help=run.__doc__)

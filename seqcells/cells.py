@@ -36,12 +36,15 @@ class _Cell(nn.Module):
         device: Any = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
+        precision: str | None = None,
     ) -> None:
         super().__init__()
+        functional.check_precision(precision)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
         self.backend = backend
+        self.precision = precision
         rows = reference.get(self.cell).gates * hidden_size
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight_ih = nn.Parameter(torch.empty(rows, input_size, **place))
@@ -63,7 +66,10 @@ class _Cell(nn.Module):
             text += f", nonlinearity={self.nonlinearity}"
         if getattr(self, "reset_after", True) is not True:
             text += f", reset_after={self.reset_after}"
-        return text if self.backend is None else f"{text}, backend={self.backend!r}"
+        for name in ("backend", "precision"):
+            if getattr(self, name) is not None:
+                text += f", {name}={getattr(self, name)!r}"
+        return text
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         kind = type(self).__name__
@@ -92,14 +98,18 @@ class _Cell(nn.Module):
                     f"hidden{i} has inconsistent hidden_size: got {s.shape[1]}, expected {self.hidden_size}"
                 )
         weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        _, final = functional.run(self.cell, x[None], states, *weights, backend=self.backend, one_step=True)
+        how: dict[str, Any] = {"backend": self.backend, "precision": self.precision, "one_step": True}
+        _, final = functional.run(self.cell, x[None], states, *weights, **how)
         # [1, B, H] from the kernels; a copy, since a view could not be detached in place.
         final = tuple(torch.squeeze_copy(s, 0) if s.dim() == 3 else s for s in final)
         return final if batched else tuple(s[0] for s in final)
 
 
 class LSTMCell(_Cell):
-    """torch.nn.LSTMCell, with backend= (see seqcells.backends). Input [B, I] or [I]; hx (h, c), each [B, H] or [H]."""
+    """torch.nn.LSTMCell, with backend= (see seqcells.backends) and precision= (see functional.scan).
+
+    Input [B, I] or [I]; hx (h, c), each [B, H] or [H].
+    """
 
     cell = "lstm"
 
@@ -112,8 +122,9 @@ class LSTMCell(_Cell):
         dtype: torch.dtype | None = None,
         *,
         backend: str | None = None,
+        precision: str | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype, backend)
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend, precision)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if isinstance(hx, Tensor):
@@ -123,7 +134,7 @@ class LSTMCell(_Cell):
 
 
 class GRUCell(_Cell):
-    """torch.nn.GRUCell, with backend= and reset_after= (False: Cho et al. 2014 v1).
+    """torch.nn.GRUCell, with backend= and precision= (see LSTMCell), and reset_after= (False: Cho et al. 2014 v1).
 
     Input [B, I] or [I]; hx [B, H] or [H].
     """
@@ -138,9 +149,10 @@ class GRUCell(_Cell):
         *,
         reset_after: bool = True,
         backend: str | None = None,
+        precision: str | None = None,
     ) -> None:
         self.cell = "gru" if reset_after else "gru_before"
-        super().__init__(input_size, hidden_size, bias, device, dtype, backend)
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend, precision)
         self.reset_after = reset_after
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
@@ -148,7 +160,10 @@ class GRUCell(_Cell):
 
 
 class RNNCell(_Cell):
-    """torch.nn.RNNCell, with backend=. nonlinearity: "tanh" or "relu". Input [B, I] or [I]; hx [B, H] or [H]."""
+    """torch.nn.RNNCell, with backend= and precision= (see LSTMCell).
+
+    nonlinearity: "tanh" or "relu". Input [B, I] or [I]; hx [B, H] or [H].
+    """
 
     def __init__(
         self,
@@ -160,9 +175,10 @@ class RNNCell(_Cell):
         dtype: torch.dtype | None = None,
         *,
         backend: str | None = None,
+        precision: str | None = None,
     ) -> None:
         self.cell = functional.rnn_cell_name(nonlinearity)
-        super().__init__(input_size, hidden_size, bias, device, dtype, backend)
+        super().__init__(input_size, hidden_size, bias, device, dtype, backend, precision)
         self.nonlinearity = nonlinearity
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:

@@ -6,8 +6,8 @@ TOLERANCE is the project's one table: the tests use it too.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,11 +15,13 @@ from torch import Tensor
 from . import backends, functional, reference
 
 # Largest relative error ||a - b|| / ||b|| against float64 on the same (rounded) inputs. Half precision: a few roundings
-# of 2^-8 (bfloat16) or 2^-11 (float16) a value, gathered over the steps. "tf32": products rounded to 2^-11.
+# of 2^-8 (bfloat16) or 2^-11 (float16) a value, gathered over the steps. "tf32": products rounded to 2^-11. "tf32x3":
+# an operand's two parts leave 2^-22 of it.
 TOLERANCE: dict[torch.dtype | str, float] = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
     "tf32": 3e-3,
+    "tf32x3": 1e-5,
     torch.float16: 5e-3,
     torch.bfloat16: 4e-2,
 }
@@ -33,7 +35,7 @@ def tolerance(cell: str, dtype: torch.dtype | str, shape: Shape) -> float:
     Where rounding moves a pre-activation across zero, relu's derivative jumps, and that element's gradient is lost
     whole, in any implementation, the more the longer the sequence.
     """
-    if cell != "rnn_relu" or dtype in (torch.float64, torch.float32):
+    if cell != "rnn_relu" or dtype in (torch.float64, torch.float32, "tf32x3"):
         return TOLERANCE[dtype]
     # float16 rounds as TF32 does.
     low = torch.float16 if dtype == "tf32" else dtype
@@ -83,14 +85,14 @@ def run(
     *,
     backend: str,
     save: str = "gates",
+    precision: str | None = None,
     seed: int = 1,
 ) -> dict[str, Tensor]:
     """Every output and every gradient of a weighted sum of the outputs, by name (gradients with a leading d)."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     x, w_ih, w_hh, b_ih, b_hh, *states = leaves
-    y, final = functional.scan(
-        cell, x, tuple(states), w_ih, w_hh, b_ih, b_hh, resets=resets, save=save, backend=backend
-    )
+    how: dict[str, Any] = {"resets": resets, "save": save, "backend": backend, "precision": precision}
+    y, final = functional.scan(cell, x, tuple(states), w_ih, w_hh, b_ih, b_hh, **how)
     outputs = (y, *final)
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
@@ -107,6 +109,7 @@ def errors(
     *,
     backend: str,
     save: str = "gates",
+    precision: str | None = None,
     resets: bool = False,
     scale: float = 1.0,
 ) -> dict[str, float]:
@@ -115,7 +118,7 @@ def errors(
     mask = None
     if resets:
         mask = (torch.rand(shape.T, shape.B, generator=torch.Generator().manual_seed(2)) < 0.3).to(device)
-    got = run(cell, tensors, mask, backend=backend, save=save)
+    got = run(cell, tensors, mask, backend=backend, save=save, precision=precision)
     # The reference runs on the CPU: the device's own matmuls are not to judge themselves.
     exact = run(cell, [t.cpu().double() for t in tensors], None if mask is None else mask.cpu(), backend="reference")
     return {name: relative(got[name], exact[name]) for name in exact}
@@ -140,46 +143,38 @@ class Result:
         return max(self.errors.values()) <= self.tolerance
 
 
-@contextmanager
-def _rnn_precision(setting: str) -> Iterator[None]:
-    switch = torch.backends.cudnn.rnn
-    before = switch.fp32_precision  # type: ignore[attr-defined]
-    switch.fp32_precision = setting  # type: ignore[attr-defined]
-    try:
-        yield
-    finally:
-        switch.fp32_precision = before  # type: ignore[attr-defined]
+def kinds(device: str) -> list[torch.dtype | str]:
+    """What `sweep` runs a cell and schedule in: keys of TOLERANCE."""
+    products = ["tf32", "tf32x3"] if torch.device(device).type == "cuda" else []
+    return [torch.float64, torch.float32, *products, torch.float16, torch.bfloat16]
 
 
 def sweep(device: str, cells: list[str] | None = None) -> Iterator[Result]:
     """The largest errors over the device's shapes, with and without resets, by cell, schedule and dtype.
 
-    On a device float32 is checked twice, with TF32 and without.
+    On a device float32 is checked at every precision; the interpreter has only one.
     """
-    on_device = torch.device(device).type == "cuda"
-    kinds: list[torch.dtype | str] = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
-    if on_device:
-        kinds.insert(2, "tf32")
+    shapes = LARGE if torch.device(device).type == "cuda" else SMALL
     for cell in cells or list(reference.CELLS):
         for schedule in backends.SCHEDULES:
-            for kind in kinds:
-                with _rnn_precision("tf32" if kind == "tf32" else "ieee"):
-                    yield _worst(cell, schedule, kind, device, LARGE if on_device else SMALL)
+            for kind in kinds(device):
+                yield _worst(cell, schedule, kind, device, shapes)
 
 
 def _worst(cell: str, schedule: str, kind: torch.dtype | str, device: str, shapes: tuple[Shape, ...]) -> Result:
-    dtype = kind if isinstance(kind, torch.dtype) else torch.float32
+    dtype, precision = (kind, "ieee") if isinstance(kind, torch.dtype) else (torch.float32, kind)
     worst: dict[str, float] = {}
     allowed = 0.0
     for shape in shapes:
         # Where U does not fit, the resident schedule does not exist.
-        size = {"batch": shape.B, "hidden_size": shape.H, "dtype": dtype}
-        planned = functional.explain(cell, device=device, backend="triton", **size).plan  # type: ignore[arg-type]
+        size: dict[str, Any] = {"batch": shape.B, "hidden_size": shape.H, "dtype": dtype}
+        planned = functional.explain(cell, device=device, backend="triton", precision=precision, **size).plan
         if schedule == "resident" and planned.schedule != "resident":
             continue
         allowed = max(allowed, tolerance(cell, kind, shape))
         for save, resets in (("gates", False), ("states", True)):
-            found = errors(cell, shape, dtype, device, backend=f"triton:{schedule}", save=save, resets=resets)
+            how: dict[str, Any] = {"save": save, "precision": precision, "resets": resets}
+            found = errors(cell, shape, dtype, device, backend=f"triton:{schedule}", **how)
             worst = {n: max(e, worst.get(n, 0.0)) for n, e in found.items()}
     return Result(cell, schedule, str(kind).removeprefix("torch."), worst, allowed)
 

@@ -23,6 +23,7 @@ except ModuleNotFoundError as missing:  # without triton all but the triton back
     ops = None  # type: ignore[assignment]
 
 SAVES = ("gates", "states")
+PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 def rnn_precision() -> str:
@@ -35,6 +36,17 @@ def rnn_precision() -> str:
         if setting != "none":
             return "tf32" if setting == "tf32" else "ieee"
     return "ieee"
+
+
+def check_precision(asked: str | None) -> None:
+    """ValueError for anything but None and the names of PRECISIONS."""
+    if asked not in (None, *PRECISIONS):
+        raise ValueError(f"unknown precision {asked!r}: expected one of {', '.join(PRECISIONS)}")
+
+
+def _product_precision(asked: str | None, dtype: torch.dtype) -> str:
+    """What recurrent products of that dtype are done in. Only float32 has a choice: `asked`, or PyTorch's switches."""
+    return (asked or rnn_precision()) if dtype == torch.float32 else "ieee"
 
 
 def _check(
@@ -155,6 +167,7 @@ def run(
     resets: Tensor | None = None,
     save: str = "gates",
     backend: str | None = None,
+    precision: str | None = None,
     one_step: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """What `scan` and the modules share: `scan`, with final states [1, B, H] as torch.nn has them.
@@ -164,18 +177,20 @@ def run(
     spec = reference.get(cell)
     if save not in SAVES:
         raise ValueError(f"unknown save {save!r}: expected one of {', '.join(SAVES)}")
+    check_precision(precision)
     given = (None,) * spec.states if states is None else tuple(states)
     if len(given) != spec.states:
         raise RuntimeError(f"{cell} has {spec.states} state{'s' * (spec.states > 1)}, got {len(given)}")
     if cast := _autocast(x, w_ih, w_hh, b_ih, b_hh, *given):
         inputs: list[Any] = [cast[0], cast[5:], *cast[1:5]]
         with torch.autocast(x.device.type, enabled=False):
-            return run(cell, *inputs, resets=resets, save=save, backend=backend, one_step=one_step)
+            how: dict[str, Any] = {"save": save, "backend": backend, "precision": precision, "one_step": one_step}
+            return run(cell, *inputs, resets=resets, **how)
     weights = (w_ih, w_hh, b_ih, b_hh)
     _check(x, given, weights, resets, spec.gates)
     chosen = backends.choose(cell, x.device, x.dtype, resets=resets is not None, requested=backend)
     if chosen.backend == "triton" and x.shape[1] > 0:
-        precision = rnn_precision() if x.dtype == torch.float32 else "ieee"
+        precision = _product_precision(precision, x.dtype)
         if chosen.schedule:  # it may not fit: say so before anything runs
             for backward in (False, True):
                 ops.plan_for(ops.cells.get(cell), x.shape[1], w_hh[None], chosen.schedule, precision, backward)
@@ -208,6 +223,10 @@ def scan(
     resets: where set, the states before that step are zero.
     save: what the triton backend keeps for backward: "gates", or "states" (about a third of the memory, one more GEMM).
     backend: see seqcells.backends; None is the context's, else "auto".
+    precision: of float32 recurrent products on the triton backend: "ieee" (float32 itself), "tf32" (operands rounded to
+    11 bits), or "tf32x3" (three TF32 products for one of nearly float32's precision; NVIDIA only); None is what
+    PyTorch's switches for RNNs say, "tf32" or "ieee". Other dtypes and backends ignore it, as do the large products
+    outside the recurrence, which follow PyTorch's switches for matrix products.
 
     Under autocast all tensors are cast to its dtype, as torch does for its own RNNs. y must not be changed in place
     while backward still needs it; that raises.
@@ -230,6 +249,7 @@ def scan_groups(
     reverse: Sequence[bool] = (),
     resets: Tensor | None = None,
     save: str = "gates",
+    precision: str | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """K independent scans of one cell, on the triton backend in one launch: y [T, B, K*H], final states [K, B, H].
@@ -254,7 +274,8 @@ def scan_groups(
             raise RuntimeError(f"{name} must have {K} groups, got {t.shape[0]}")
     if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[2] != K):
         raise RuntimeError(f"input must have shape (T, B, I) or (T, B, {K}, I), got {tuple(x.shape)}")
-    options: dict[str, Any] = {"resets": resets, "save": save}
+    options: dict[str, Any] = {"resets": resets, "save": save, "precision": precision}
+    check_precision(precision)
     if cast := _autocast(x, *weights, *given):
         inputs: list[Any] = [cast[0], cast[5:], *cast[1:5]]
         with torch.autocast(x.device.type, enabled=False):
@@ -266,7 +287,7 @@ def scan_groups(
         _check(x if x.dim() == 3 else x[:, :, k], *of_group, resets, spec.gates)
     chosen = backends.choose(cell, x.device, x.dtype, resets=resets is not None, requested=backend)
     if chosen.backend == "triton" and x.shape[1] > 0:
-        precision = rnn_precision() if x.dtype == torch.float32 else "ieee"
+        precision = _product_precision(precision, x.dtype)
         bits = sum(1 << k for k in range(K) if flags[k])
         how = {"cell": cell, "save": save, "reversed": bits, "schedule": chosen.schedule, "precision": precision}
         return ops.apply(x, given, *weights, resets, **how)
@@ -276,7 +297,7 @@ def scan_groups(
         mine, mask = (x if x.dim() == 3 else x[:, :, k]), resets
         if flags[k]:
             mine, mask = mine.flip(0), None if mask is None else mask.flip(0)
-        y, final = scan(cell, mine, of_group[0], *of_group[1], resets=mask, save=save, backend=backend)  # type: ignore[arg-type]
+        y, final = scan(cell, mine, of_group[0], *of_group[1], backend=backend, **options | {"resets": mask})  # type: ignore[arg-type]
         outputs.append(y.flip(0) if flags[k] else y)
         finals.append(final)
     return torch.cat(outputs, 2), tuple(torch.stack(s) for s in zip(*finals, strict=True))
@@ -363,13 +384,15 @@ def explain(
     device: str | torch.device = "cpu",
     resets: bool = False,
     backend: str | None = None,
+    precision: str | None = None,
 ) -> Explanation:
     """What a scan of this shape would run on, without running it.
 
-    device: a torch device, or one that need not be present: a name of kernels.plan.KNOWN, as "sm_90" or "L4". Raises
-    as `scan` does.
+    device: a torch device, or one that need not be present: a name of kernels.plan.KNOWN, as "sm_90" or "L4".
+    precision: as in `scan`. Raises as `scan` does.
     """
     reference.get(cell)
+    check_precision(precision)
     for name, size in (("batch", batch), ("hidden_size", hidden_size)):
         if size < 1:
             raise ValueError(f"{name} must be greater than zero, got {size}")
@@ -386,7 +409,7 @@ def explain(
         raise ValueError(f"unknown device {device!r}: expected a torch device or one of {', '.join(plan.KNOWN)}")
     facts = plan.KNOWN[str(device)] if elsewhere else scan.device_facts(place)
     options: Any = {"B": batch, "H": hidden_size, "itemsize": dtype.itemsize, "device": facts}
-    options |= {"schedule": chosen.schedule or None, "precision": rnn_precision()}
+    options |= {"schedule": chosen.schedule or None, "precision": _product_precision(precision, dtype)}
     there, back = (plan.plan(cells.get(cell), backward=b, **options) for b in (False, True))
     why = f"{chosen.why}; forward, {there.schedule} schedule: {there.why}; backward, {back.schedule}: {back.why}"
     return Explanation("triton", there, why, back)

@@ -40,11 +40,13 @@ class _Layer(nn.Module):
         *,
         backend: str | None = None,
         save: str = "gates",
+        precision: str | None = None,
     ) -> None:
         super().__init__()
         self._check_options(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         if save not in functional.SAVES:
             raise ValueError(f"unknown save {save!r}: expected one of {', '.join(functional.SAVES)}")
+        functional.check_precision(precision)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -55,6 +57,7 @@ class _Layer(nn.Module):
         self.proj_size = proj_size
         self.backend = backend
         self.save = save
+        self.precision = precision
         rows = reference.get(self.cell).gates * hidden_size
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight_ih_l0 = nn.Parameter(torch.empty(rows, input_size, **place))
@@ -118,7 +121,7 @@ class _Layer(nn.Module):
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
         shown: dict[str, Any] = {"bias": True, "batch_first": False, "dropout": 0.0, "reset_after": True}
-        shown |= {"nonlinearity": "tanh", "backend": None, "save": "gates"}
+        shown |= {"nonlinearity": "tanh", "backend": None, "save": "gates", "precision": None}
         for name, default in shown.items():
             if getattr(self, name, default) != default:
                 text += f", {name}={getattr(self, name)!r}"
@@ -159,6 +162,7 @@ class _Layer(nn.Module):
             resets=resets,
             save=self.save,
             backend=self.backend,
+            precision=self.precision,
         )
         if not batched:
             return y[:, 0], tuple(s[:, 0] for s in final)
@@ -178,7 +182,7 @@ class _Layer(nn.Module):
 
 
 class LSTM(_Layer):
-    """torch.nn.LSTM with resets= and backend= (see seqcells.backends), and save= (see functional.scan).
+    """torch.nn.LSTM with resets= and backend= (see seqcells.backends), save= and precision= (see functional.scan).
 
     input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched); hx (h_0, c_0), each [1, B, H] ([1, H]); resets bool
     [T, B] ([B, T], [T]): where set, the states before that step are zero. Returns output, (h_n, c_n).
@@ -196,7 +200,7 @@ class LSTM(_Layer):
 
 
 class GRU(_Layer):
-    """torch.nn.GRU with resets=, backend= and save= (see LSTM), and reset_after=.
+    """torch.nn.GRU with resets=, backend=, save= and precision= (see LSTM), and reset_after=.
 
     reset_after: True is torch's and cuDNN's form; False applies the reset to h before the product (Cho et al. 2014,
     arXiv:1406.1078 v1). hx [1, B, H] ([1, H] unbatched). Returns output, h_n.
@@ -217,7 +221,7 @@ class GRU(_Layer):
 
 
 class RNN(_Layer):
-    """torch.nn.RNN with resets=, backend= and save= (see LSTM).
+    """torch.nn.RNN with resets=, backend=, save= and precision= (see LSTM).
 
     nonlinearity: "tanh" or "relu"; the fourth argument, as in torch. hx [1, B, H] ([1, H] unbatched).
     Returns output, h_n.

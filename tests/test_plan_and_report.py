@@ -33,7 +33,12 @@ def test_a_plan_fits_and_covers(gates, B, H, itemsize, device):
         assert size & (size - 1) == 0
     assert chosen.block_b >= 8 and chosen.block_h >= 16 and chosen.block_k >= 16
     assert chosen.num_warps in (4, 8) and chosen.num_warps * 32 * chosen.registers <= 65536
-    assert plan(gates, B, 65, 4, device, precision="ieee").schedule == "stepwise"
+    for precision in ("ieee", "tf32x3"):
+        assert plan(gates, B, 65, 4, device, precision=precision).schedule == "stepwise"
+    three = plan(gates, B, H, 4, device, precision="tf32x3")
+    if three.schedule == "resident":
+        assert resident_bytes(gates, H, 4, three.block_b, "tf32x3") <= device.shared
+        assert three.block_h == 16 or three.block_b == 8
     if chosen.schedule == "resident":
         assert chosen.block_h >= H
         assert resident_bytes(gates, H, itemsize, chosen.block_b) <= device.shared
@@ -89,7 +94,7 @@ def test_everything_compiles_without_spills_and_fits(target, tmp_path):
         if r["schedule"] == "resident":
             c = r["case"]
             size = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}[c["dtype"]]
-            needed = resident_bytes(4, c["hidden"], size, int(r["block"].split("x")[1]))
+            needed = resident_bytes(4, c["hidden"], size, int(r["block"].split("x")[1]), c["precision"])
             assert r["shared"] <= needed, "what fits is what the plan says fits"
             assert r["instructions"] > 0 and r["slots"] == r["instructions"] * r["warps"] / 4
     if target == "sm_90":
