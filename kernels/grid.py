@@ -13,8 +13,8 @@ writer's release by the block barrier in `arrive` (Triton up to 3.8 puts none th
 what its own thread knows of), (3) made visible to the device by the release, which is cumulative, (4) seen by the
 reader's one polling thread, whose acquire reads a counter that includes that release, (5) handed to the reader's other
 warps by the block barrier in `wait`, and (6) read with `.cg`, from L2: an older copy in the first-level cache is
-never looked at. Each location is written once a launch (y has a row a step), but the operand of a second product, which is
-rewritten a step later: between a program's reads of it and any program's next write lies the barrier after y.
+never looked at. Each location is written once a launch (y has a row a step), but the operand of a second product, which
+is rewritten a step later: between a program's reads of it and any program's next write lies the barrier after y.
 
 No program waits for ever. All are on the device at once, or the cooperative launch fails and none starts; between two
 waits a program does finite work and then arrives; so the counter reaches every target. Launches do not share counters:
@@ -34,7 +34,6 @@ from .math import product
 from .tiles import (
     biases,
     gate_rows,
-    join_tuples,
     keep_rows,
     load_tiles,
     pack_tiles,
@@ -132,11 +131,11 @@ def _product(
     U, x_ptr, at_row, valid, keep, ACC: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr, K: tl.constexpr,
     CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U @ x [M, BLOCK_B], U as `_slice` gives it, x[k, row] at x_ptr + at_row + k: what other programs have published."""
+    """U @ x [M, BLOCK_B], U as `_slice` gives it, x[k, row] at x_ptr + at_row + k: what others have published."""
     PARTS: tl.constexpr = 64 // M if M < 64 else 1
     WHOLE: tl.constexpr = K // CHUNK
     REST: tl.constexpr = triton.next_power_of_2(K - WHOLE * CHUNK) if K > WHOLE * CHUNK else 0
-    if PARTS == 1:
+    if PARTS == 1:  # noqa: SIM108  (the compiler wants both shapes apart)
         acc = tl.zeros([M, BLOCK_B], ACC)
     else:
         acc = tl.zeros([PARTS, M, BLOCK_B], ACC)
@@ -160,7 +159,7 @@ def forward_kernel(
     SAVED: tl.constexpr, PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
     PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Steps first..last-1. PHASE -1: all of each. 0: the first product, and the step if it is the only one. 1: the second."""
+    """Steps first..last-1. PHASE -1: all of each. 0: the first product, and the step if that is all. 1: the second."""
     group = tl.program_id(2).to(tl.int64)
     unit0 = tl.program_id(0) * BLOCK_H
     units = unit0 + tl.arange(0, BLOCK_H)
@@ -250,7 +249,7 @@ def forward_kernel(
             store_tiles(y_ptr, at_h, mask, states, 0, 1, 0)
             if PHASE == -1:
                 arrive(counter_ptr)
-            # None waits for the rest of the step: it is stored, and the next step's input asked for, behind the arrival.
+            # None waits for the rest of the step: stored, and the next step's input asked for, behind the arrival.
             if SAVE and STATES == 2:
                 store_tiles(c_ptr, at_h, mask, states, 1, 2, 0)
                 c_ptr += forth
@@ -364,7 +363,7 @@ def backward_kernel(
             keep = tl.load(resets_ptr + row, mask=valid, other=0) == 0
             before_step = keep_rows(before, keep, STATES)
             resets_ptr -= sign * B
-        if dy_ptr is not None and PHASE < (1 if SPLIT < G else 2):
+        if dy_ptr is not None and (1 if SPLIT < G else 2) > PHASE:
             dstates = replace_first(dstates, dstates[0] + dy[0].to(ACC), STATES)
         dm = None
         if SPLIT < G:

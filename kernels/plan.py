@@ -213,7 +213,9 @@ class _Problem:
         self.device, self.precision, self.backward = device, precision, backward
         self.gates = cell.gates
 
-    def floor(self, u_bytes: int, u_rate: float, rows: int, units: int, columns: int, exchange: int, start: float) -> Floor:
+    def floor(
+        self, u_bytes: int, u_rate: float, rows: int, units: int, columns: int, exchange: int, start: float
+    ) -> Floor:
         """Of a program with that many rows and units, whose products' inner sums are columns long in all."""
         d = self.device
         work = 2 * rows * units * columns / (d.tensor * _rate(self.itemsize, self.precision))
@@ -228,7 +230,9 @@ class _Problem:
             chain=d.microseconds(CHAIN * (2 if self.cell.split < self.gates else 1)),
         )
 
-    def made(self, schedule: str, tile: tuple[int, int, int], warps: int, stages: int, programs: int, why: str, us: float) -> Plan:
+    def made(
+        self, schedule: str, tile: tuple[int, int, int], warps: int, stages: int, programs: int, why: str, us: float
+    ) -> Plan:
         return Plan(schedule, *tile, warps, stages, 255, self.device.capability > 0, why, programs, us)
 
     # resident
@@ -259,7 +263,8 @@ class _Problem:
         # Gates of a tile beyond 16 KB spill registers on some target (found with the report; float64 at half that).
         most = 16384 if itemsize < 8 else 8192
         while block_b > 8 and (
-            gates * block_h * block_b * itemsize > most or resident_bytes(gates, H, itemsize, block_b, self.precision) > device.shared
+            gates * block_h * block_b * itemsize > most
+            or resident_bytes(gates, H, itemsize, block_b, self.precision) > device.shared
         ):
             block_b //= 2
         wide = block_h > 128 or block_h * block_b >= 4096
@@ -280,8 +285,10 @@ class _Problem:
     # grid
 
     def unfit_grid(self) -> str | None:
+        if self.backward and self.itemsize == 4 and self.precision == "ieee" and self.device is not INTERPRETER:
+            return "backward, float32 products without TF32 spill registers"  # found with the report
         if self.gates > 4:
-            return "a program holds at most four gates"
+            return "its tiles are tried for at most four gates"
         if self.device.capability == 0 and self.device is not INTERPRETER:
             return f"{self.device.name} has no cooperative launch here"
         if next(self._grids(), None) is None:
@@ -309,7 +316,8 @@ class _Problem:
             if not self.backward and self.H > 1024:
                 most //= 4
             for block_k in (most, most // 2, most // 4):
-                needed = grid_bytes(self.cell, self.H, self.itemsize, GRID_UNITS, block_b, block_k, self.backward, self.precision)
+                tile = GRID_UNITS, block_b, block_k
+                needed = grid_bytes(self.cell, self.H, self.itemsize, *tile, self.backward, self.precision)
                 if block_k >= 64 and needed <= device.shared:
                     columns = sum(sum(chunks(c, r, block_k)) * r for r, c in held) // GRID_UNITS
                     u_bytes = columns * GRID_UNITS * self.itemsize
@@ -317,7 +325,6 @@ class _Problem:
                     barriers = 2 if self.cell.split < self.gates else 1
                     start = device.microseconds(4 * TRIP * barriers)
                     floor = self.floor(u_bytes, SHARED_RATE, block_b, GRID_UNITS, columns, exchange, start)
-                    tile = GRID_UNITS, block_b, block_k
                     yield floor, self.made("grid", tile, num_warps, 1, programs, "", floor.total), needed
                     break
 

@@ -16,8 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import recompute as recompute_schedule
 from . import grid, resident, stepwise
+from . import recompute as recompute_schedule
 from .cells import Cell
 from .plan import INTERPRETER, Device, Plan, chunks, slices
 
@@ -182,7 +182,7 @@ def _walk(
     T: int,
     launch: Callable[[Launch], None],
 ) -> None:
-    """The `grid` schedule: one launch for all steps; or, interpreted, one for each part of each step between barriers."""
+    """The `grid` schedule: one launch for all steps; or, interpreted, one for each part of a step between barriers."""
     counter = torch.zeros(programs[1] * programs[2], dtype=torch.int32, device=arguments["y_ptr"].device)
     arguments = {**arguments, "counter_ptr": counter}
     if plan.nvidia:

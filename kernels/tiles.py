@@ -20,7 +20,7 @@ from .math import product
 
 @triton.jit
 def walk(group, n, T, REVERSED: tl.constexpr):
-    """(the n-th step a group takes, and +1 or -1, where the next one lies): from the first step to the last, or, for the
+    """The n-th step a group takes, and +1 or -1, where the next one lies: from the first step to the last, or, for the
     groups whose bit is set in REVERSED, from the last to the first."""
     if REVERSED == 0:
         return n, 1
@@ -108,7 +108,9 @@ def split_gates(acc, G: tl.constexpr, PADDED: tl.constexpr, BLOCK_H: tl.constexp
 
 
 @triton.jit
-def gate_rows(unit0, FROM: tl.constexpr, TO: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr):
+def gate_rows(
+    unit0, FROM: tl.constexpr, TO: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr
+):
     """Where in U each row of a slice begins, row unit * PADDED + gate, and whether it exists."""
     m = tl.arange(0, BLOCK_H * PADDED)
     unit = unit0 + m // PADDED

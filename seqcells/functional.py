@@ -237,6 +237,14 @@ def scan(
     return y, tuple(s[0] for s in final)
 
 
+def _of_group(
+    k: int, x: Tensor, states: tuple[Tensor | None, ...], weights: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Any, Any]:
+    """Group k's input, states and weights."""
+    of_k, weights_k = (tuple(None if t is None else t[k] for t in tensors) for tensors in (states, weights))
+    return x if x.dim() == 3 else x[:, :, k], of_k, weights_k
+
+
 def scan_groups(
     cell: str,
     x: Tensor,
@@ -283,21 +291,27 @@ def scan_groups(
     if save not in SAVES:
         raise ValueError(f"unknown save {save!r}: expected one of {', '.join(SAVES)}")
     for k in range(K):
-        of_group = [tuple(None if t is None else t[k] for t in tensors) for tensors in (given, weights)]
-        _check(x if x.dim() == 3 else x[:, :, k], *of_group, resets, spec.gates)
+        mine, of_k, weights_k = _of_group(k, x, given, weights)
+        _check(mine, of_k, weights_k, resets, spec.gates)
     chosen = backends.choose(cell, x.device, x.dtype, resets=resets is not None, requested=backend)
     if chosen.backend == "triton" and x.shape[1] > 0:
         precision = _product_precision(precision, x.dtype)
         bits = sum(1 << k for k in range(K) if flags[k])
-        how = {"cell": cell, "save": save, "reversed": bits, "schedule": chosen.schedule, "precision": precision}
+        how: dict[str, Any] = {
+            "cell": cell,
+            "save": save,
+            "reversed": bits,
+            "schedule": chosen.schedule,
+            "precision": precision,
+        }
         return ops.apply(x, given, *weights, resets, **how)
     outputs, finals = [], []
     for k in range(K):
-        of_group = [tuple(None if t is None else t[k] for t in tensors) for tensors in (given, weights)]
-        mine, mask = (x if x.dim() == 3 else x[:, :, k]), resets
+        mine, of_k, weights_k = _of_group(k, x, given, weights)
+        mask = resets
         if flags[k]:
             mine, mask = mine.flip(0), None if mask is None else mask.flip(0)
-        y, final = scan(cell, mine, of_group[0], *of_group[1], backend=backend, **options | {"resets": mask})  # type: ignore[arg-type]
+        y, final = scan(cell, mine, of_k, *weights_k, backend=backend, **options | {"resets": mask})
         outputs.append(y.flip(0) if flags[k] else y)
         finals.append(final)
     return torch.cat(outputs, 2), tuple(torch.stack(s) for s in zip(*finals, strict=True))

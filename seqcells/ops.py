@@ -20,7 +20,7 @@ from .kernels.plan import KNOWN, Plan, plan  # noqa: F401  (functional names the
 
 
 def plan_for(cell: Cell, batch: int, u: Tensor, schedule: str, precision: str, backward: bool) -> Plan:
-    """The plan of a scan with these recurrent weights [K, G*H, H]. schedule: "" chooses. ValueError as `plan` raises."""
+    """The plan of a scan with these recurrent weights [K, G*H, H]. schedule: "" chooses. Raises as `plan` does."""
     options: Any = {"B": batch, "H": u.shape[2], "groups": u.shape[0], "itemsize": u.element_size()}
     options |= {"device": scan.device_facts(u.device), "schedule": schedule or None, "precision": precision}
     return plan(cell, backward=backward, **options)
@@ -130,12 +130,11 @@ class _Scan(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, ...]:
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, resets, *options = inputs
-        name, save, reversed, *_ = options
+        _, save, reversed, *_ = options
         out, cell = _run(*inputs)
         y, c, saved, hn, cn = out
-        if save == "states" and cell.saved:
-            saved = None
-        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, resets, y, c, saved)
+        kept = None if save == "states" and cell.saved else saved
+        ctx.save_for_backward(x, h0, c0, w_ih, w_hh, b_ih, b_hh, resets, y, c, kept)
         ctx.set_materialize_grads(False)
         ctx.options = options
         return _visible(y, hn, cn, cell, reversed)

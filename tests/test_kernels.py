@@ -56,8 +56,9 @@ def scan_arguments(cell, shape, dtype=torch.float32, groups=1):
     return declared, (gx, u, inner, h0, c0, resets.to(DEVICE))
 
 
-@pytest.mark.parametrize("reversed", [0, 2])
-@pytest.mark.parametrize("shape", [Shape(3, 1, 2, 1), Shape(2, 17, 2, 33), Shape(3, 9, 1, 16)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "reversed"), [(Shape(3, 1, 2, 1), 0), (Shape(2, 17, 2, 33), 0), (Shape(3, 9, 1, 16), 2)], ids=str
+)
 @pytest.mark.parametrize("save", ["gates", "states", "none"])
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("cell", CELLS)
@@ -73,7 +74,9 @@ def test_nothing_outside_the_buffers_is_read_or_written(cell, schedule, save, sh
             u, bias, _, _, resets = rest
             saved = out.saved
             if save == "states":
-                saved = scan.recompute(declared, gx, u, bias, out.y, out.c, resets, plan=there, reversed=reversed, launch=launch)
+                saved = scan.recompute(
+                    declared, gx, u, bias, out.y, out.c, resets, plan=there, reversed=reversed, launch=launch
+                )
             dy = torch.ones_like(scan.outputs(out.y, reversed))
             dcn = out.cn if declared.states == 2 else None
             state = (u, out.y, out.c, saved, resets)

@@ -9,61 +9,114 @@ from pathlib import Path
 
 import pytest
 import triton
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqcells.kernels import recompute, report, resident, stepwise
-from seqcells.kernels.plan import KNOWN, plan, resident_bytes
+from seqcells.kernels import cells, grid, recompute, report, resident, stepwise
+from seqcells.kernels.plan import (
+    INTERPRETER,
+    KNOWN,
+    PRECISIONS,
+    chunks,
+    grid_bytes,
+    parts,
+    plan,
+    resident_bytes,
+)
 
 ROOT = Path(__file__).parents[1]
-sizes = st.integers(1, 5000)
+SHAPES = [cells.get(name) for name in cells.names()]
+ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
+
+
+@settings(max_examples=2000)
+@given(
+    cell=st.sampled_from(SHAPES),
+    B=st.integers(1, 5000),
+    H=st.one_of(st.integers(1, 300), st.integers(1, 5000)),
+    groups=st.integers(1, 12),
+    itemsize=st.sampled_from([2, 4, 8]),
+    precision=st.sampled_from(PRECISIONS),
+    device=st.sampled_from([*KNOWN.values(), INTERPRETER]),
+    backward=st.booleans(),
+)
+def test_a_plan_fits_is_co_resident_and_covers(cell, B, H, groups, itemsize, precision, device, backward):
+    """T is no argument: a plan holds for every length."""
+    size = {"B": B, "H": H, "itemsize": itemsize, "groups": groups, "precision": precision, "backward": backward}
+    chosen = plan(cell, device=device, **size)
+    for length in (chosen.block_h, chosen.block_b, chosen.block_k):
+        assert length & (length - 1) == 0
+    assert chosen.block_b >= 8 and chosen.block_h >= 16 and chosen.block_k >= 16
+    assert chosen.num_warps in (4, 8) and chosen.num_warps * 32 * chosen.registers <= 65536
+    assert chosen.microseconds > 0 and "us a step" in chosen.why
+    if chosen.schedule == "resident":
+        assert resident_bytes(cell.gates, H, itemsize, chosen.block_b, precision) <= device.shared
+    if chosen.schedule == "grid":
+        tile = chosen.block_h, chosen.block_b, chosen.block_k
+        assert grid_bytes(cell, H, itemsize, *tile, backward, precision) <= device.shared
+        assert chosen.programs <= device.processors, "all programs of a barrier run at once, one on a processor"
+    # Every unit of every row is in exactly one program: tiles begin where the last ended, and the last holds the end.
+    units = 1 if chosen.schedule == "resident" else -(-H // chosen.block_h)
+    rows = -(-B // chosen.block_b)
+    assert (units - 1) * chosen.block_h < H <= units * chosen.block_h
+    assert (rows - 1) * chosen.block_b < B <= rows * chosen.block_b
+    assert chosen.programs == units * rows * groups
 
 
 @given(
-    gates=st.integers(1, 6),
-    B=sizes,
-    H=sizes,
-    itemsize=st.sampled_from([2, 4, 8]),
-    device=st.sampled_from(list(KNOWN.values())),
+    columns=st.integers(1, 20_000),
+    rows=st.sampled_from([16, 32, 64]),
+    most=st.sampled_from([128, 512, 1024, 2048, 8192]),
 )
-def test_a_plan_fits_and_covers(gates, B, H, itemsize, device):
-    chosen = plan(gates, B, H, itemsize, device)
-    assert chosen == plan(gates, B, H, itemsize, device)
-    for size in (chosen.block_h, chosen.block_b, chosen.block_k):
-        assert size & (size - 1) == 0
-    assert chosen.block_b >= 8 and chosen.block_h >= 16 and chosen.block_k >= 16
-    assert chosen.num_warps in (4, 8) and chosen.num_warps * 32 * chosen.registers <= 65536
-    for precision in ("ieee", "tf32x3"):
-        assert plan(gates, B, 65, 4, device, precision=precision).schedule == "stepwise"
-    three = plan(gates, B, H, 4, device, precision="tf32x3")
-    if three.schedule == "resident":
-        assert resident_bytes(gates, H, 4, three.block_b, "tf32x3") <= device.shared
-        assert three.block_h == 16 or three.block_b == 8
-    if chosen.schedule == "resident":
-        assert chosen.block_h >= H
-        assert resident_bytes(gates, H, itemsize, chosen.block_b) <= device.shared
-    else:
-        assert resident_bytes(gates, H, itemsize, 8) > device.shared or (itemsize == 8 and H > 32)
-    assert plan(gates, B, H, itemsize, device, "stepwise").schedule == "stepwise"
-    assert chosen.why
+def test_chunks_cover_a_slices_columns_once(columns, rows, most):
+    sizes = chunks(columns, rows, most)
+    assert all(size & (size - 1) == 0 and 16 * parts(rows) <= size <= most for size in sizes)
+    assert len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0] and sum(sizes[:-1]) < columns <= sum(sizes)
+
+
+def planned(cell="lstm", B=8, H=64, itemsize=2, device="sm_90", **options):
+    return plan(cells.get(cell), B=B, H=H, itemsize=itemsize, device=KNOWN[device], **options)
 
 
 def test_a_schedule_that_does_not_exist_or_fit_is_refused():
-    with pytest.raises(ValueError, match="unknown schedule 'grid'"):
-        plan(4, 8, 64, 2, KNOWN["sm_90"], "grid")
-    with pytest.raises(ValueError, match="does not fit hidden size 1024"):
-        plan(4, 8, 1024, 2, KNOWN["sm_90"], "resident")
+    with pytest.raises(ValueError, match="unknown schedule 'turbo': expected one of resident, grid, stepwise"):
+        planned(schedule="turbo")
+    with pytest.raises(ValueError, match="resident schedule does not fit hidden size 1024, batch 8: U would take"):
+        planned(H=1024, schedule="resident")
+    with pytest.raises(
+        ValueError, match=r"grid schedule does not fit hidden size 4096, batch 8: .* shared memory of 132"
+    ):
+        planned(H=4096, schedule="grid")
+    with pytest.raises(ValueError, match="no cooperative launch"):
+        planned(H=512, schedule="grid", device="MI300X")
     with pytest.raises(ValueError, match="hidden size 30000 is too large"):
-        plan(4, 8, 30_000, 2, KNOWN["sm_90"])
+        planned(H=30_000)
+
+
+def test_what_the_plan_chooses():
+    """The shapes the schedules were made for; and the numbers it explains itself with."""
+    for backward in (False, True):
+        large = planned(B=16, H=1024, backward=backward)
+        assert large.schedule == "grid" and large.programs <= 132 and 1 < large.microseconds < 3
+        assert planned("gru", B=64, H=512, backward=backward).schedule == "grid"
+        assert planned(B=16, H=4096, backward=backward).schedule == "stepwise", "U is larger than all shared memory"
+        assert planned(B=16, H=64, backward=backward).schedule == "resident"
+        assert planned(B=1024, H=1024, backward=backward).schedule == "stepwise"
+        assert planned(B=16, H=512, device="MI300X", backward=backward).schedule == "stepwise"
+        for precision in ("ieee", "tf32x3"):
+            assert planned(H=65, itemsize=4, precision=precision, backward=backward).schedule != "resident"
+    assert (
+        "barrier or launch" in large.why and "stepwise would take" in large.why and "no resident: U would" in large.why
+    )
 
 
 def test_batches_share_a_few_tile_sizes_and_lengths_share_all():
     """What a kernel is compiled for is the plan's sizes; T is in none of them, and B only through a few tiles."""
-    for gates, H in ((4, 64), (3, 128), (4, 1024)):
-        plans = {plan(gates, B, H, 2, KNOWN["sm_90"]) for B in range(1, 5000)}
-        assert len({(p.schedule, p.block_h, p.block_b, p.block_k, p.num_warps) for p in plans}) <= 5
+    for cell, H in (("lstm", 64), ("gru", 128), ("lstm", 1024)):
+        plans = {planned(cell, B=B, H=H) for B in range(1, 5000)}
+        assert len({(p.schedule, p.block_h, p.block_b, p.block_k, p.num_warps, p.num_stages) for p in plans}) <= 10
     found = 0
-    for module in (resident, stepwise, recompute):
+    for module in (resident, grid, stepwise, recompute):
         for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if not (isinstance(node, ast.FunctionDef) and node.name.endswith("kernel")):
                 continue
@@ -72,7 +125,7 @@ def test_batches_share_a_few_tile_sizes_and_lengths_share_all():
             (decorator,) = node.decorator_list
             (option,) = decorator.keywords
             assert option.arg == "do_not_specialize" and set(ast.literal_eval(option.value)) == runtime, node.name
-    assert found == 5
+    assert found == 7
 
 
 def compiled(*arguments):
@@ -117,7 +170,8 @@ def as_in_the_readme(case):
 def test_a_bad_kernel_gives_a_bad_exit_status(monkeypatch):
     case = report.Case("lstm", "infer", "bf16", 8, 64, "sm_90")
     fields = {"case": case, "schedule": "resident", "kernel": "k", "phase": "-", "warps": 4, "block": "64x8"}
-    fields |= {"registers": 255, "limit": 9, "code": 1, "instructions": 1, "slots": 1.0, "counts": {}}
+    fields |= {"registers": 255, "limit": 9, "code": 1, "instructions": 1, "slots": 1.0}
+    fields |= {"counts": {}, "stack": 0}
     assert report.Row(**fields, spills=0, shared=9).good
     assert not report.Row(**fields, spills=1, shared=9).good
     assert not report.Row(**fields, spills=0, shared=10).good

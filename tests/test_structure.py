@@ -92,7 +92,10 @@ def test_imports_run_one_way():
 def test_plan_is_pure():
     source = (ROOT / "kernels" / "plan.py").read_text()
     modules = {n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)}
-    assert modules == {"__future__", "dataclasses"} and "import torch" not in source
+    assert (
+        modules <= {"__future__", "collections.abc", "dataclasses", "functools", "typing"}
+        and "import torch" not in source
+    )
 
 
 def test_no_file_is_longer_than_500_lines():

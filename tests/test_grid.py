@@ -1,0 +1,242 @@
+"""The grid schedule and the group axis: what they launch, and that it computes what the reference does.
+
+The barrier itself is modelled in test_barrier.py; here programs run one after another, a launch for each part of a step
+between two barriers.
+"""
+
+import pytest
+import torch
+from conftest import DEVICE
+from shapes import CELLS, SCHEDULES
+
+from seqcells import check, functional
+from seqcells.check import Shape, errors, relative, tolerance
+from seqcells.kernels import cells, grid, scan, stepwise
+from seqcells.kernels.plan import KNOWN, plan
+
+# (shape, dtype): three programs a batch tile at least and two tiles; H that fills its last program and that does not.
+SHAPES = [
+    (Shape(3, 17, 3, 48), torch.float64),
+    (Shape(2, 9, 2, 150), torch.float64),
+    (Shape(3, 33, 2, 160), torch.float32),
+    (Shape(2, 20, 2, 100), torch.bfloat16),
+]
+
+
+def planned(cell, shape, dtype, backward=False):
+    size = {"B": shape.B, "H": shape.H, "itemsize": dtype.itemsize, "device": scan.device_facts(torch.device(DEVICE))}
+    return plan(cells.get(cell), **size, schedule="grid", backward=backward)
+
+
+@pytest.mark.parametrize(("shape", "dtype"), SHAPES, ids=str)
+@pytest.mark.parametrize("cell", CELLS)
+def test_parity_over_many_programs(cell, shape, dtype, poison):
+    for backward in (False, True):
+        chosen = planned(cell, shape, dtype, backward)
+        units, tiles = -(-shape.H // chosen.block_h), -(-shape.B // chosen.block_b)
+        assert units >= 3 and tiles >= 2 and chosen.programs == units * tiles
+    for save, resets in (("gates", True), ("states", False)):
+        found = errors(cell, shape, dtype, DEVICE, backend="triton:grid", save=save, resets=resets)
+        assert max(found.values()) <= tolerance(cell, dtype, shape), found
+
+
+@pytest.mark.parametrize("H", [48, 160])
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradcheck_over_many_programs(cell, H):
+    shape = Shape(2, 9, 1, H)
+    assert planned(cell, shape, torch.float64).programs >= 6
+    tensors = [t.requires_grad_() for t in check.inputs(cell, shape, torch.float64, DEVICE, scale=0.5)]
+
+    def function(x, w_ih, w_hh, b_ih, b_hh, *states):
+        y, final = functional.scan(cell, x, states, w_ih, w_hh, b_ih, b_hh, backend="triton:grid")
+        return y, *final
+
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
+
+
+class Recorder:
+    """A launcher that runs nothing and keeps what it was given."""
+
+    def __init__(self):
+        self.launches = []
+
+    def __call__(self, launch):
+        self.launches.append(launch)
+
+
+def recorded(cell, target, T, B, H, schedule, dtype=torch.bfloat16, groups=1, reversed=0):
+    """The launches forward and backward of a scan on a device that is not here.
+
+    On meta tensors: what would read a value on the host (and so could not be captured in a CUDA graph) raises.
+    """
+    declared = cells.get(cell)
+    size = {"B": B, "H": H, "groups": groups, "itemsize": dtype.itemsize, "device": KNOWN[target]}
+    there, back = (plan(declared, **size, schedule=schedule, backward=b) for b in (False, True))
+
+    def empty(*sizes):
+        return torch.empty(sizes, dtype=dtype, device="meta")
+
+    gx, u = empty(T, B, groups, declared.gates * H), empty(groups, declared.gates * H, H)
+    bias = empty(groups, declared.inner * H) if declared.inner else None
+    forward, backward = Recorder(), Recorder()
+    options = {"save": "gates", "reversed": reversed}
+    out = scan.forward(declared, gx, u, bias, None, None, None, plan=there, launch=forward, **options)
+    state = (u, out.y, out.c, out.saved, None)
+    scan.backward(declared, empty(T, B, groups, H), None, None, *state, plan=back, reversed=reversed, launch=backward)
+    return forward.launches, backward.launches
+
+
+@pytest.mark.parametrize(
+    ("cell", "B", "H", "groups"),
+    [
+        ("lstm", 16, 1024, 1),
+        ("gru", 64, 512, 1),
+        ("gru_before", 16, 768, 1),
+        ("lstm", 16, 512, 2),
+        ("rnn_tanh", 8, 300, 3),
+    ],
+)
+def test_a_grid_scan_is_one_cooperative_launch(cell, B, H, groups):
+    for launches in recorded(cell, "sm_90", 1000, B, H, None, groups=groups, reversed=groups - 1):
+        (launch,) = launches
+        units, tiles, in_groups = launch.grid
+        assert launch.plan.schedule == "grid" and in_groups == groups
+        assert units * tiles * in_groups == launch.plan.programs <= KNOWN["sm_90"].processors
+        assert scan.compile_options(launch.plan)["launch_cooperative_grid"] is True
+        assert launch.arguments["PHASE"] == -1, "all steps, barriers between them"
+        assert (launch.arguments["first"], launch.arguments["last"]) == (0, 1000)
+        counter = launch.arguments["counter_ptr"]
+        assert counter.shape == (tiles * groups,) and counter.dtype == torch.int32
+
+
+def test_counters_are_fresh_and_zero_for_each_launch():
+    declared = cells.get("rnn_tanh")
+    seen = []
+
+    def launch(launch):
+        counter = launch.arguments["counter_ptr"]
+        assert not counter.any()
+        seen.append(counter)
+
+    gx, u = torch.zeros(2, 20, 1, 40, device=DEVICE), torch.zeros(1, 40, 40, device=DEVICE)
+    chosen = planned("rnn_tanh", Shape(2, 20, 1, 40), torch.float32)
+    for _ in range(2):
+        scan.forward(declared, gx, u, None, None, None, None, save="none", plan=chosen, launch=launch)
+    assert len({id(counter) for counter in seen}) == 2
+
+
+def test_interpreted_a_launch_does_one_part_of_one_step():
+    """What stands in for the barrier: every program finishes its part before any begins the next."""
+    chosen = planned("gru_before", Shape(2, 9, 1, 40), torch.float32)
+    if chosen.nvidia:
+        pytest.skip("interpreter only")
+    declared, launch = cells.get("gru_before"), Recorder()
+    gx, u = torch.zeros(2, 9, 1, 120), torch.zeros(1, 120, 40)
+    out = scan.forward(declared, gx, u, None, None, None, None, save="gates", plan=chosen, launch=launch)
+    parts = [(x.arguments["first"], x.arguments["last"], x.arguments["PHASE"]) for x in launch.launches]
+    assert parts == [(0, 1, 0), (0, 1, 1), (1, 2, 0), (1, 2, 1)]
+    assert {x.kernel for x in launch.launches} == {grid.forward_kernel}
+    launch.launches.clear()
+    state = (u, out.y, out.c, out.saved, None)
+    scan.backward(declared, None, None, None, *state, plan=chosen, launch=launch)
+    assert [x.arguments["PHASE"] for x in launch.launches] == [0, 1, 2, 0, 1, 2]
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_stepwise_launches_a_fixed_sequence(cell):
+    """A CUDA graph can hold it: the same kernels on the same buffers whatever the data, in the order of time."""
+    declared, T = cells.get(cell), 4
+    forward, backward = recorded(cell, "sm_90", T, 512, 1024, "stepwise")
+    phases = (0, 1) if declared.split < declared.gates else (0,)
+    assert [(x.arguments["t"], x.arguments["PHASE"]) for x in forward] == [(t, p) for t in range(T) for p in phases]
+    expected = [(t, p) for t in range(T - 1, -1, -1) for p in phases] + [(-1, 0)]
+    assert [(x.arguments["t"], x.arguments["PHASE"]) for x in backward] == expected
+    assert [x.arguments["FIRST"] for x in backward if x.arguments["PHASE"] == 0] == [True] + [False] * T
+    assert [x.arguments["LAST"] for x in backward] == [False] * (len(backward) - 1) + [True]
+    for launches, kernel in ((forward, stepwise.forward_kernel), (backward, stepwise.backward_kernel)):
+        assert {x.kernel for x in launches} == {kernel} and len({x.grid for x in launches}) == 1
+        buffers = [{n: id(a) for n, a in x.arguments.items() if isinstance(a, torch.Tensor)} for x in launches]
+        assert all(b == buffers[0] for b in buffers)
+
+
+def groups_run(cell, backend, heads, K, reverse, resets, save="gates"):
+    generator = torch.Generator().manual_seed(0)
+    spec = cells.get(cell)
+    T, B, I, H = 4, 9, 3, 20  # noqa: E741
+
+    def random(*sizes):
+        return (0.4 * torch.randn(sizes, generator=generator, dtype=torch.float64)).to(DEVICE).requires_grad_()
+
+    x = random(T, B, K, I) if heads else random(T, B, I)
+    weights = [random(K, spec.gates * H, I), random(K, spec.gates * H, H), *(random(K, spec.gates * H) for _ in "ih")]
+    states = [random(K, B, H) for _ in range(spec.states)]
+    mask = (torch.rand(T, B, generator=generator) < 0.3).to(DEVICE) if resets else None
+    options = {"reverse": reverse, "resets": mask, "save": save, "backend": backend}
+    y, final = functional.scan_groups(cell, x, tuple(states), *weights, **options)
+    outputs = (y, *final)
+    directions = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(DEVICE) for o in outputs]
+    return [*outputs, *torch.autograd.grad(outputs, [x, *weights, *states], directions)]
+
+
+@pytest.mark.parametrize(
+    ("heads", "K", "reverse", "resets", "save"),
+    [
+        (False, 2, (False, True), True, "gates"),
+        (True, 3, (), False, "states"),
+        (True, 2, (True, False), True, "states"),
+    ],
+)
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("cell", CELLS)
+def test_groups(cell, schedule, heads, K, reverse, resets, save, poison):
+    exact = groups_run(cell, "reference", heads, K, reverse, resets)
+    found = groups_run(cell, f"triton:{schedule}", heads, K, reverse, resets, save)
+    for got, want in zip(found, exact, strict=True):
+        assert got.shape == want.shape and relative(got.detach(), want.detach().cpu()) < 1e-12
+
+
+@pytest.mark.parametrize("backend", ["triton", "aten", "reference"])
+def test_two_groups_are_a_bidirectional_layer(backend):
+    torch.manual_seed(0)
+    layer = torch.nn.LSTM(3, 20, bidirectional=True).double().to(DEVICE)
+    x = torch.randn(5, 4, 3, dtype=torch.float64, device=DEVICE)
+    h, c = torch.randn(2, 2, 4, 20, dtype=torch.float64, device=DEVICE)
+    names = ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
+    stacked = [torch.stack([getattr(layer, n), getattr(layer, f"{n}_reverse")]) for n in names]
+    y, (hn, cn) = functional.scan_groups("lstm", x, (h, c), *stacked, reverse=(False, True), backend=backend)
+    want, final = layer(x, (h, c))
+    torch.testing.assert_close((y, hn, cn), (want, *final))
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_groups_compile_and_differentiate_twice(schedule):
+    """The ops' fakes know reversed groups, and double backward goes through them."""
+    K, T, B, I, H = 2, 2, 2, 1, 2  # noqa: E741
+    sizes = [(T, B, I), (K, B, H), (K, 3 * H, I), (K, 3 * H, H), (K, 3 * H), (K, 3 * H)]
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE).requires_grad_() for s in sizes]
+
+    def function(x, h, *weights):
+        options = {"reverse": (False, True), "backend": f"triton:{schedule}"}
+        y, (hn,) = functional.scan_groups("gru", x, (h,), *weights, **options)
+        return y, hn
+
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+    whole = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(whole(*tensors), function(*tensors))
+
+
+def test_groups_refuse_what_does_not_fit():
+    x, w_ih, w_hh = torch.zeros(2, 3, 4), torch.zeros(2, 15, 4), torch.zeros(2, 15, 5)
+    for arguments, options, error, message in [
+        ((x, None, w_ih, w_hh[0]), {}, RuntimeError, "w_ih and w_hh must have 3 dimensions, got 3 and 2"),
+        ((x, None, w_ih[:1], w_hh), {}, RuntimeError, "w_ih must have 2 groups, got 1"),
+        ((x, (torch.zeros(3, 3, 5),), w_ih, w_hh), {}, RuntimeError, "states must have 2 groups, got 3"),
+        ((x[:, :, None].repeat(1, 1, 3, 1), None, w_ih, w_hh), {}, RuntimeError, r"\(T, B, I\) or \(T, B, 2, I\)"),
+        ((x, None, w_ih, w_hh), {"reverse": (True,)}, ValueError, "one value for each of 2 groups, got 1"),
+        ((x, None, w_ih, w_hh), {"save": "all"}, ValueError, "unknown save 'all'"),
+        ((x[..., :3], None, w_ih, w_hh), {}, RuntimeError, "must be equal to input_size. Expected 4, got 3"),
+        ((x, (None, None), w_ih, w_hh), {}, RuntimeError, "gru has 1 state, got 2"),
+    ]:
+        with pytest.raises(error, match=message):
+            functional.scan_groups("gru", *arguments, **options)
