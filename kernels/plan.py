@@ -76,6 +76,8 @@ def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan
         block_b //= 2
     wide = block_h > 128 or block_h * block_b >= 4096
     num_warps = 8 if wide or gates * block_h * block_b * itemsize > 8192 else 4
+    # Triton gives every warp 16 units or more; warps beyond that would repeat the work of others.
+    num_warps = min(num_warps, block_h // 16)
     needed = resident_bytes(gates, H, itemsize, block_b)
     why = (
         f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // 1024} KB of the {device.shared // 1024} KB of "

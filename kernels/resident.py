@@ -17,15 +17,19 @@ import triton.language as tl
 from .math import product
 from .tiles import (
     biases,
-    in_layout_of,
+    cast_tiles,
     join_tuples,
     keep_rows,
     load_tiles,
+    memory_rows,
+    memory_units,
     pack_tiles,
     products,
+    read_tiles,
     replace_first,
-    store_tiles,
+    unit_order,
     unpack_tiles,
+    write_tiles,
 )
 
 
@@ -40,21 +44,31 @@ def forward_kernel(
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    units = tl.arange(0, BLOCK_H)
+    W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
+    ACROSS: tl.constexpr = WARPS // W if WARPS // W * 8 < BLOCK_B else BLOCK_B // 8
+    units = unit_order(BLOCK_H, W)
     r = tl.arange(0, BLOCK_B)
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_B
     valid = r < B - row0
-    mask = (units[:, None] < H) & valid[None, :]
+    # A load past the batch reads its last row instead (rows do not mix, and that one is not stored): no predicates.
+    rows = memory_rows(BLOCK_B, ACROSS)
+    row_mask = rows < B - row0
+    from_rows = tl.minimum(rows, B - 1 - row0).to(tl.int32)
+    tile_units = memory_units(BLOCK_H, W, y_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    readable = None if H == BLOCK_H else tl.broadcast_to(tile_units < H, (rows + tile_units).shape)
+    mask = (tile_units < H) & row_mask
     # Offsets inside a step are small; the step's start is a 64-bit scalar that advances.
-    at_h = r[None, :] * H + units[:, None]
-    at_g = r[None, :] * (G * H) + units[:, None]
+    at_h = rows * H + tile_units
+    from_h = from_rows * H + tile_units
+    from_g = from_rows * (G * H) + tile_units
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
-    GX_PACK: tl.constexpr = PACK if G > 1 else 1
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
-    at_s = r[None, :] * (WORDS * H) + units[:, None]
+    word_units = memory_units(BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
+    word_mask = (word_units < H) & row_mask
+    at_s = rows * (WORDS * H) + word_units
     per_step = B.to(tl.int64) * H
     gx_ptr += row0 * (G * H)
     y_ptr += row0 * H
@@ -63,13 +77,14 @@ def forward_kernel(
     U = load_tiles(u_ptr, square, (units[:, None] < H) & (units[None, :] < H), G, H * H, u_ptr.dtype.element_ty)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
 
-    states = (tl.load(y_ptr + at_h, mask=mask, other=0.0).to(ACC),)
+    states = read_tiles(y_ptr, from_h, readable, 1, 0, ACROSS)
     if STATES == 2:
         c_ptr += row0 * H
-        states = states + (tl.load(c_ptr + at_h, mask=mask, other=0.0).to(ACC),)
+        states = states + read_tiles(c_ptr, from_h, readable, 1, 0, ACROSS)
+    states = cast_tiles(states, STATES, ACC)
     if SAVED > 0:
         saved_ptr += row0 * (WORDS * H)
-    loaded = load_tiles(gx_ptr, at_g, mask, G, H, TYPE)
+    loaded = read_tiles(gx_ptr, from_g, readable, G, H, ACROSS)
     keep = valid
     if resets_ptr is not None:
         resets_ptr += row0
@@ -78,53 +93,52 @@ def forward_kernel(
     for t in range(T):
         # The next step's inputs are asked for before this step's product, which hides their latency. Until the next
         # step nothing touches what was loaded, not even to pack it: that would wait for it here.
-        ahead = tl.where(t + 1 < T, mask, False)  # not &: Triton's interpreter widens a scalar operand
-        gx_ptr += per_step * G
-        loaded_next = load_tiles(gx_ptr, at_g, ahead, G, H, TYPE)
+        # The last step asks for its own once more.
+        gx_ptr += tl.where(t + 1 < T, per_step * G, 0)
+        loaded_next = read_tiles(gx_ptr, from_g, readable, G, H, ACROSS)
         if resets_ptr is not None:
             resets_ptr += B
             keep_next = _load_keep(resets_ptr, r, tl.where(t + 1 < T, valid, False))
             states = keep_rows(states, keep, STATES)
             keep = keep_next
-        gx_words = pack_tiles(loaded, G, GX_PACK, TYPE)
-        gx_words = in_layout_of(states[0], gx_words, (G + GX_PACK - 1) // GX_PACK, GX_PACK)
-        gx = unpack_tiles(gx_words, G, GX_PACK, TYPE, ACC)
+        gx = cast_tiles(loaded, G, ACC)
         hu = products(U, states[0], start, 0, SPLIT, PRECISION)
         if SPLIT < G:
             m = MIDDLE(gx, hu, states, FAST)
             hu = join_tuples(hu, products(U, m, start, SPLIT, G, PRECISION), 0, G - SPLIT)
         states, saved = STEP(gx, hu, states, FAST)
         y_ptr += per_step
-        store_tiles(y_ptr, at_h, mask, states, 0, 1, 0)
+        write_tiles(y_ptr, at_h, mask, states, 0, 1, 0, ACROSS)
         if SAVE and STATES == 2:
             c_ptr += per_step
-            store_tiles(c_ptr, at_h, mask, states, 1, 2, 0)
+            write_tiles(c_ptr, at_h, mask, states, 1, 2, 0, ACROSS)
         if SAVED > 0:
-            store_tiles(saved_ptr, at_s, mask, pack_tiles(saved, SAVED, SAVED_PACK, TYPE), 0, WORDS, H)
+            words = pack_tiles(saved, SAVED, SAVED_PACK, TYPE)
+            write_tiles(saved_ptr, at_s, word_mask, words, 0, WORDS, H, ACROSS)
             saved_ptr += per_step * WORDS
         loaded = loaded_next
 
-    store_tiles(hn_ptr + row0 * H, at_h, mask, states, 0, 1, 0)
+    write_tiles(hn_ptr + row0 * H, at_h, mask, states, 0, 1, 0, ACROSS)
     if STATES == 2:
-        store_tiles(cn_ptr + row0 * H, at_h, mask, states, 1, 2, 0)
+        write_tiles(cn_ptr + row0 * H, at_h, mask, states, 1, 2, 0, ACROSS)
 
 
 @triton.jit
 def _load_step(
-    dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask,
-    H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr,
+    dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words,
+    H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr, ACROSS: tl.constexpr,
 ):  # fmt: skip
-    """What a step of backward reads: dy (if any) and the last state before the step; h if that is c; saved words."""
-    TYPE: tl.constexpr = y_ptr.dtype.element_ty
-    # c will be packed with dy, and h alone: a cell that does not look at it, as the LSTM, then does not load it.
-    pair = load_tiles(c_ptr if STATES == 2 else y_ptr, at_h, mask, 1, 0, TYPE)
-    if dy_ptr is not None:
-        pair = join_tuples(load_tiles(dy_ptr, at_h, mask, 1, 0, TYPE), pair, 0, 1)
-    h = ()
+    """What a step of backward reads: the states before it, saved words, and dy (if any).
+
+    A cell that does not look at h, as the LSTM, does not load it.
+    """
+    before = read_tiles(y_ptr, from_h, readable, 1, 0, ACROSS)
     if STATES == 2:
-        h = load_tiles(y_ptr, at_h, mask, 1, 0, TYPE)
-    saved = load_tiles(saved_ptr, at_s, mask, WORDS, H, saved_ptr.dtype.element_ty)
-    return pair, h, saved
+        before = before + read_tiles(c_ptr, from_h, readable, 1, 0, ACROSS)
+    dy = ()
+    if dy_ptr is not None:
+        dy = read_tiles(dy_ptr, from_h, readable, 1, 0, ACROSS)
+    return before, read_tiles(saved_ptr, from_s, readable_words, WORDS, H, ACROSS), dy
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -134,22 +148,31 @@ def backward_kernel(
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    units = tl.arange(0, BLOCK_H)
+    W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
+    ACROSS: tl.constexpr = WARPS // W if WARPS // W * 8 < BLOCK_B else BLOCK_B // 8
+    units = unit_order(BLOCK_H, W)
     r = tl.arange(0, BLOCK_B)
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_B
     valid = r < B - row0
-    mask = (units[:, None] < H) & valid[None, :]
-    at_h = r[None, :] * H + units[:, None]
-    at_g = r[None, :] * (G * H) + units[:, None]
+    # A load past the batch reads its last row instead (rows do not mix, and that one is not stored): no predicates.
+    rows = memory_rows(BLOCK_B, ACROSS)
+    row_mask = rows < B - row0
+    from_rows = tl.minimum(rows, B - 1 - row0).to(tl.int32)
+    tile_units = memory_units(BLOCK_H, W, y_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    readable = None if H == BLOCK_H else tl.broadcast_to(tile_units < H, (rows + tile_units).shape)
+    mask = (tile_units < H) & row_mask
+    at_h = rows * H + tile_units
+    from_h = from_rows * H + tile_units
+    at_g = rows * (G * H) + tile_units
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
-    PAIR: tl.constexpr = 1 if dy_ptr is None else 2
-    PAIR_PACK: tl.constexpr = 1 if dy_ptr is None else PACK
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
-    at_s = r[None, :] * (WORDS * H) + units[:, None]
-    at_i = r[None, :] * (INNER * H) + units[:, None]
+    word_units = memory_units(BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
+    readable_words = None if H == BLOCK_H else tl.broadcast_to(word_units < H, (rows + word_units).shape)
+    from_s = from_rows * (WORDS * H) + word_units
+    at_i = rows * (INNER * H) + tile_units
     per_step = B.to(tl.int64) * H
     last = (T - 1).to(tl.int64) * per_step
 
@@ -172,37 +195,36 @@ def backward_kernel(
     transposed = units[None, :] * H + units[:, None]
     UT = load_tiles(u_ptr, transposed, (units[:, None] < H) & (units[None, :] < H), G, H * H, u_ptr.dtype.element_ty)
     zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
-    dh = zero
+    dstates = (zero,)
     if dhn_ptr is not None:
-        dh = tl.load(dhn_ptr + row0 * H + at_h, mask=mask, other=0.0).to(ACC)
-    dstates = (dh,)
-    after = load_tiles(y_ptr + per_step, at_h, mask, 1, 0, ACC)
+        dstates = read_tiles(dhn_ptr + row0 * H, from_h, readable, 1, 0, ACROSS)
+    after = read_tiles(y_ptr + per_step, from_h, readable, 1, 0, ACROSS)
     if STATES == 2:
-        dc = zero
         if dcn_ptr is not None:
-            dc = tl.load(dcn_ptr + row0 * H + at_h, mask=mask, other=0.0).to(ACC)
-        dstates = dstates + (dc,)
-        after = after + load_tiles(c_ptr + per_step, at_h, mask, 1, 0, ACC)
-    pair_loaded, h_before, saved_words = _load_step(dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask, H, STATES, WORDS)
+            dstates = dstates + read_tiles(dcn_ptr + row0 * H, from_h, readable, 1, 0, ACROSS)
+        else:
+            dstates = dstates + (zero,)
+        after = after + read_tiles(c_ptr + per_step, from_h, readable, 1, 0, ACROSS)
+    dstates = cast_tiles(dstates, STATES, ACC)
+    after = cast_tiles(after, STATES, ACC)
+    loaded, words, dy = _load_step(
+        dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS, ACROSS
+    )
 
     for t in range(T):
-        ahead = tl.where(t + 1 < T, mask, False)
-        y_ptr -= per_step
+        back = tl.where(t + 1 < T, per_step, 0)
+        y_ptr -= back
         if dy_ptr is not None:
-            dy_ptr -= per_step
+            dy_ptr -= back
         if STATES == 2:
-            c_ptr -= per_step
+            c_ptr -= back
         if SAVED > 0:
-            saved_ptr -= per_step * WORDS
-        pair_next, h_next, saved_next = _load_step(dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, ahead, H, STATES, WORDS)
-        pair_words = pack_tiles(pair_loaded, PAIR, PAIR_PACK, TYPE)
-        pair_words = in_layout_of(dstates[0], pair_words, (PAIR + PAIR_PACK - 1) // PAIR_PACK, PAIR_PACK)
-        pair = unpack_tiles(pair_words, PAIR, PAIR_PACK, TYPE, ACC)
-        before = (pair[PAIR - 1],)
-        if STATES == 2:
-            before = (h_before[0].to(ACC), pair[PAIR - 1])
-        saved_words = in_layout_of(dstates[0], saved_words, WORDS, SAVED_PACK)
-        saved = unpack_tiles(saved_words, SAVED, SAVED_PACK, TYPE, ACC)
+            saved_ptr -= back * WORDS
+        loaded_next, words_next, dy_next = _load_step(
+            dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS, ACROSS
+        )
+        before = cast_tiles(loaded, STATES, ACC)
+        saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
         keep = valid
         before_step = before
         if resets_ptr is not None:
@@ -210,20 +232,20 @@ def backward_kernel(
             before_step = keep_rows(before, keep, STATES)
             resets_ptr -= B
         if dy_ptr is not None:
-            dstates = replace_first(dstates, dstates[0] + pair[0], STATES)
+            dstates = replace_first(dstates, dstates[0] + dy[0].to(ACC), STATES)
         dm = None
         if SPLIT < G:
             d_second, m = MIDDLE(dstates, saved, before_step, after, FAST)
-            tl.store(m_ptr + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
+            write_tiles(m_ptr, at_h, mask, (m,), 0, 1, 0, ACROSS)
             m_ptr -= per_step
             dm = zero
             for n in tl.static_range(SPLIT, G):
                 dm = product(UT[n], d_second[n - SPLIT].to(UT[n].dtype), dm, PRECISION)
         dgx, dhu, dstates = STEP(dstates, dm, saved, before_step, after, FAST)
-        store_tiles(dgx_ptr, at_g, mask, dgx, 0, G, H)
+        write_tiles(dgx_ptr, at_g, mask, dgx, 0, G, H, ACROSS)
         dgx_ptr -= per_step * G
         if INNER > 0:
-            store_tiles(dhu_ptr, at_i, mask, dhu, G - INNER, G, H)
+            write_tiles(dhu_ptr, at_i, mask, dhu, G - INNER, G, H, ACROSS)
             dhu_ptr -= per_step * INNER
         dh = dstates[0]
         for n in tl.static_range(SPLIT):
@@ -232,10 +254,10 @@ def backward_kernel(
         if resets_ptr is not None:
             dstates = keep_rows(dstates, keep, STATES)
         after = before
-        pair_loaded = pair_next
-        h_before = h_next
-        saved_words = saved_next
+        loaded = loaded_next
+        words = words_next
+        dy = dy_next
 
-    store_tiles(dh0_ptr + row0 * H, at_h, mask, dstates, 0, 1, 0)
+    write_tiles(dh0_ptr + row0 * H, at_h, mask, dstates, 0, 1, 0, ACROSS)
     if STATES == 2:
-        store_tiles(dc0_ptr + row0 * H, at_h, mask, dstates, 1, 2, 0)
+        write_tiles(dc0_ptr + row0 * H, at_h, mask, dstates, 1, 2, 0, ACROSS)

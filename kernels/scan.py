@@ -164,7 +164,7 @@ def forward(
         "saved_ptr": out.saved, "resets_ptr": _bytes(resets), "B": B,
     }  # fmt: skip
     if plan.schedule == "resident":
-        arguments |= {"hn_ptr": out.hn, "cn_ptr": out.cn, "T": T}
+        arguments |= {"hn_ptr": out.hn, "cn_ptr": out.cn, "T": T, "WARPS": plan.num_warps}
         launch(Launch(resident.forward_kernel, (triton.cdiv(B, plan.block_b),), {**arguments, **constants}, plan))
         return out
 
@@ -244,6 +244,7 @@ def backward(
             "dh0_ptr": out.dh0,
             "dc0_ptr": out.dc0,
             "T": T,
+            "WARPS": plan.num_warps,
         }
         launch(Launch(resident.backward_kernel, (triton.cdiv(B, plan.block_b),), {**arguments, **constants}, plan))
         return out

@@ -16,6 +16,90 @@ from .math import product
 
 
 @triton.jit
+def unit_order(BLOCK_H: tl.constexpr, W: tl.constexpr):
+    """The hidden unit that row m of a product's tile stands for (see `in_memory`): [BLOCK_H]."""
+    m = tl.arange(0, BLOCK_H)
+    return (m // 16 % W * 8 + m % 8) * (BLOCK_H // (8 * W)) + m // (16 * W) * 2 + m // 8 % 2
+
+
+@triton.jit
+def memory_units(BLOCK_H: tl.constexpr, W: tl.constexpr, BYTES: tl.constexpr):
+    """The units of `in_memory`'s shape, for elements of BYTES: [N, 1, W*8, 1, RUN]. RUN units fit one load."""
+    ALL: tl.constexpr = BLOCK_H // (8 * W)
+    RUN: tl.constexpr = ALL if ALL * BYTES <= 16 else 16 // BYTES
+    run = tl.arange(0, ALL // RUN)[:, None, None, None, None] * RUN + tl.arange(0, RUN)[None, None, None, None, :]
+    return tl.arange(0, 8 * W)[None, None, :, None, None] * ALL + run
+
+
+@triton.jit
+def memory_rows(BLOCK_B: tl.constexpr, ACROSS: tl.constexpr):
+    """The rows of `in_memory`'s shape: [1, BLOCK_B/4, 1, 4, 1]."""
+    n = tl.arange(0, BLOCK_B // 4)[None, :, None, None, None]
+    first = n % ACROSS * (BLOCK_B // ACROSS) + n // (2 * ACROSS) * 8 + n // ACROSS % 2
+    return first + 2 * tl.arange(0, 4)[None, None, None, :, None]
+
+
+@triton.jit
+def in_memory(tile, SHAPE: tl.constexpr, ACROSS: tl.constexpr):
+    """A tile [units, rows] of a product, in the shape it is loaded and stored in.
+
+    The layout Triton gives a load of that shape, units in the last axis together, is the one the tensor cores give
+    their result (16 x 8 blocks, a thread with two rows of two units of each; W warps down, ACROSS warps across). So
+    every thread loads and stores what it computes with, and nothing goes through shared memory. That a thread's units
+    be neighbours, `unit_order` deals them out. With another layout it is as right, and slower.
+    """
+    N: tl.constexpr = SHAPE[0]
+    W: tl.constexpr = SHAPE[2] // 8
+    RUN: tl.constexpr = SHAPE[4]
+    tile = tl.reshape(tile, [N, RUN // 2, W, 2, 8, ACROSS, SHAPE[1] // (2 * ACROSS), 4, 2])
+    tile = tl.permute(tile, [0, 6, 8, 5, 2, 4, 7, 1, 3])
+    return tl.reshape(tile, [N, SHAPE[1], 8 * W, 4, RUN])
+
+
+@triton.jit
+def from_memory(tile, ACROSS: tl.constexpr):
+    """The inverse of `in_memory`."""
+    N: tl.constexpr = tile.shape[0]
+    W: tl.constexpr = tile.shape[2] // 8
+    RUN: tl.constexpr = tile.shape[4]
+    BLOCK_B: tl.constexpr = tile.shape[1] * 4
+    tile = tl.reshape(tile, [N, BLOCK_B // (8 * ACROSS), 2, ACROSS, W, 8, 4, RUN // 2, 2])
+    tile = tl.permute(tile, [0, 7, 4, 8, 5, 3, 1, 6, 2])
+    return tl.reshape(tile, [N * RUN * W * 8, BLOCK_B])
+
+
+@triton.jit
+def read_tiles(ptr, offsets, mask, N: tl.constexpr, STRIDE: tl.constexpr, ACROSS: tl.constexpr):
+    """N tiles of a product, STRIDE elements apart, as a tuple; zero where masked. offsets: in `in_memory`'s shape."""
+    tiles = ()
+    for n in tl.static_range(N):
+        if mask is None:
+            tile = tl.load(ptr + offsets + n * STRIDE)
+        else:
+            tile = tl.load(ptr + offsets + n * STRIDE, mask=mask, other=0)
+        tiles = tiles + (from_memory(tile, ACROSS),)
+    return tiles
+
+
+@triton.jit
+def write_tiles(
+    ptr, offsets, mask, tiles, FROM: tl.constexpr, TO: tl.constexpr, STRIDE: tl.constexpr, ACROSS: tl.constexpr
+):
+    """tiles[FROM:TO], each STRIDE elements after the one before; ptr is where tiles[FROM] goes."""
+    for n in tl.static_range(FROM, TO):
+        tile = in_memory(tiles[n].to(ptr.dtype.element_ty), offsets.shape, ACROSS)
+        tl.store(ptr + offsets + (n - FROM) * STRIDE, tile, mask=mask)
+
+
+@triton.jit
+def cast_tiles(tiles, N: tl.constexpr, TYPE: tl.constexpr):
+    out = ()
+    for n in tl.static_range(N):
+        out = out + (tiles[n].to(TYPE),)
+    return out
+
+
+@triton.jit
 def load_tiles(ptr, offsets, mask, N: tl.constexpr, STRIDE: tl.constexpr, TYPE: tl.constexpr):
     """N tiles, STRIDE elements apart, as a tuple; zero where masked."""
     tiles = ()
