@@ -33,7 +33,7 @@ INTERPRETER = Device("interpreter", 0, 132, 227 * 1024)
 class Plan:
     """How a scan runs. registers: the most a thread may take (left to itself, ptxas spills a few to make room for more
     programs on a processor, which a scan does not have). nvidia: PTX may be used
-    (the one-instruction tanh of float16 and bfloat16)."""
+    (the one-instruction tanh of float16 and bfloat16). u_in_registers (resident): each thread keeps its part of U."""
 
     schedule: str
     block_h: int
@@ -44,6 +44,7 @@ class Plan:
     registers: int
     nvidia: bool
     why: str
+    u_in_registers: bool = False
 
 
 def _power_of_2(n: int, least: int, most: int) -> int:
@@ -69,7 +70,7 @@ def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan
     # As few rows a program as keep every program on its own processor; more rows only lengthen a step.
     block_b = _power_of_2(-(-B // device.processors), 8, 32 if block_h <= 128 else 8)
     # Gates of a tile beyond 16 KB spill registers on some target (found with the report; float64 at half that).
-    most = 16384 if itemsize < 8 else 8192
+    most = min(16384 if itemsize < 8 else 8192, block_h * 256)
     while block_b > 8 and (
         gates * block_h * block_b * itemsize > most or resident_bytes(gates, H, itemsize, block_b) > device.shared
     ):
@@ -78,12 +79,18 @@ def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan
     num_warps = 8 if wide or gates * block_h * block_b * itemsize > 8192 else 4
     # Triton gives every warp 16 units or more; warps beyond that would repeat the work of others.
     num_warps = min(num_warps, block_h // 16)
+    # U in registers is read from shared memory once, not at every step. Half of a thread's registers is what it can
+    # have beside the tiles of eight rows; float64 has other operand layouts.
+    u_bytes = gates * block_h * block_h * itemsize
+    u_in_registers = block_b == 8 and itemsize < 8 and u_bytes <= 512 * 32 * min(8, block_h // 16)
+    if u_in_registers and u_bytes > 512 * 32 * num_warps:
+        num_warps = 8
     needed = resident_bytes(gates, H, itemsize, block_b)
     why = (
         f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // 1024} KB of the {device.shared // 1024} KB of "
         f"shared memory, so one program keeps it and walks all steps for {block_b} rows"
     )
-    return Plan("resident", block_h, block_b, block_h, num_warps, 1, 255, device.capability > 0, why)
+    return Plan("resident", block_h, block_b, block_h, num_warps, 1, 255, device.capability > 0, why, u_in_registers)
 
 
 def _stepwise(gates: int, B: int, H: int, itemsize: int, device: Device, reason: str) -> Plan:

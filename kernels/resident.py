@@ -21,6 +21,7 @@ from .tiles import (
     join_tuples,
     keep_rows,
     load_tiles,
+    load_weights,
     memory_rows,
     memory_units,
     pack_tiles,
@@ -44,16 +45,15 @@ def forward_kernel(
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
-    ACROSS: tl.constexpr = WARPS // W if WARPS // W * 8 < BLOCK_B else BLOCK_B // 8
     units = unit_order(BLOCK_H, W)
     r = tl.arange(0, BLOCK_B)
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_B
     valid = r < B - row0
     # A load past the batch reads its last row instead (rows do not mix, and that one is not stored): no predicates.
-    rows = memory_rows(BLOCK_B, ACROSS)
+    rows = memory_rows(BLOCK_B)
     row_mask = rows < B - row0
     from_rows = tl.minimum(rows, B - 1 - row0).to(tl.int32)
     tile_units = memory_units(BLOCK_H, W, y_ptr.dtype.element_ty.primitive_bitwidth // 8)
@@ -73,18 +73,21 @@ def forward_kernel(
     gx_ptr += row0 * (G * H)
     y_ptr += row0 * H
 
-    square = units[:, None] * H + units[None, :]
-    U = load_tiles(u_ptr, square, (units[:, None] < H) & (units[None, :] < H), G, H * H, u_ptr.dtype.element_ty)
+    if U_IN_REGISTERS:
+        U = load_weights(u_ptr, G, H, BLOCK_H, W, False)
+    else:
+        square = units[:, None] * H + units[None, :]
+        U = load_tiles(u_ptr, square, (units[:, None] < H) & (units[None, :] < H), G, H * H, TYPE)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
 
-    states = read_tiles(y_ptr, from_h, readable, 1, 0, ACROSS)
+    states = read_tiles(y_ptr, from_h, readable, 1, 0)
     if STATES == 2:
         c_ptr += row0 * H
-        states = states + read_tiles(c_ptr, from_h, readable, 1, 0, ACROSS)
+        states = states + read_tiles(c_ptr, from_h, readable, 1, 0)
     states = cast_tiles(states, STATES, ACC)
     if SAVED > 0:
         saved_ptr += row0 * (WORDS * H)
-    loaded = read_tiles(gx_ptr, from_g, readable, G, H, ACROSS)
+    loaded = read_tiles(gx_ptr, from_g, readable, G, H)
     keep = valid
     if resets_ptr is not None:
         resets_ptr += row0
@@ -95,7 +98,7 @@ def forward_kernel(
         # step nothing touches what was loaded, not even to pack it: that would wait for it here.
         # The last step asks for its own once more.
         gx_ptr += tl.where(t + 1 < T, per_step * G, 0)
-        loaded_next = read_tiles(gx_ptr, from_g, readable, G, H, ACROSS)
+        loaded_next = read_tiles(gx_ptr, from_g, readable, G, H)
         if resets_ptr is not None:
             resets_ptr += B
             keep_next = _load_keep(resets_ptr, r, tl.where(t + 1 < T, valid, False))
@@ -108,37 +111,37 @@ def forward_kernel(
             hu = join_tuples(hu, products(U, m, start, SPLIT, G, PRECISION), 0, G - SPLIT)
         states, saved = STEP(gx, hu, states, FAST)
         y_ptr += per_step
-        write_tiles(y_ptr, at_h, mask, states, 0, 1, 0, ACROSS)
+        write_tiles(y_ptr, at_h, mask, states, 0, 1, 0)
         if SAVE and STATES == 2:
             c_ptr += per_step
-            write_tiles(c_ptr, at_h, mask, states, 1, 2, 0, ACROSS)
+            write_tiles(c_ptr, at_h, mask, states, 1, 2, 0)
         if SAVED > 0:
             words = pack_tiles(saved, SAVED, SAVED_PACK, TYPE)
-            write_tiles(saved_ptr, at_s, word_mask, words, 0, WORDS, H, ACROSS)
+            write_tiles(saved_ptr, at_s, word_mask, words, 0, WORDS, H)
             saved_ptr += per_step * WORDS
         loaded = loaded_next
 
-    write_tiles(hn_ptr + row0 * H, at_h, mask, states, 0, 1, 0, ACROSS)
+    write_tiles(hn_ptr + row0 * H, at_h, mask, states, 0, 1, 0)
     if STATES == 2:
-        write_tiles(cn_ptr + row0 * H, at_h, mask, states, 1, 2, 0, ACROSS)
+        write_tiles(cn_ptr + row0 * H, at_h, mask, states, 1, 2, 0)
 
 
 @triton.jit
 def _load_step(
     dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words,
-    H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr, ACROSS: tl.constexpr,
+    H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """What a step of backward reads: the states before it, saved words, and dy (if any).
 
     A cell that does not look at h, as the LSTM, does not load it.
     """
-    before = read_tiles(y_ptr, from_h, readable, 1, 0, ACROSS)
+    before = read_tiles(y_ptr, from_h, readable, 1, 0)
     if STATES == 2:
-        before = before + read_tiles(c_ptr, from_h, readable, 1, 0, ACROSS)
+        before = before + read_tiles(c_ptr, from_h, readable, 1, 0)
     dy = ()
     if dy_ptr is not None:
-        dy = read_tiles(dy_ptr, from_h, readable, 1, 0, ACROSS)
-    return before, read_tiles(saved_ptr, from_s, readable_words, WORDS, H, ACROSS), dy
+        dy = read_tiles(dy_ptr, from_h, readable, 1, 0)
+    return before, read_tiles(saved_ptr, from_s, readable_words, WORDS, H), dy
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -148,16 +151,15 @@ def backward_kernel(
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
-    ACROSS: tl.constexpr = WARPS // W if WARPS // W * 8 < BLOCK_B else BLOCK_B // 8
     units = unit_order(BLOCK_H, W)
     r = tl.arange(0, BLOCK_B)
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_B
     valid = r < B - row0
     # A load past the batch reads its last row instead (rows do not mix, and that one is not stored): no predicates.
-    rows = memory_rows(BLOCK_B, ACROSS)
+    rows = memory_rows(BLOCK_B)
     row_mask = rows < B - row0
     from_rows = tl.minimum(rows, B - 1 - row0).to(tl.int32)
     tile_units = memory_units(BLOCK_H, W, y_ptr.dtype.element_ty.primitive_bitwidth // 8)
@@ -192,23 +194,26 @@ def backward_kernel(
     if resets_ptr is not None:
         resets_ptr += (T - 1).to(tl.int64) * B + row0
 
-    transposed = units[None, :] * H + units[:, None]
-    UT = load_tiles(u_ptr, transposed, (units[:, None] < H) & (units[None, :] < H), G, H * H, u_ptr.dtype.element_ty)
+    if U_IN_REGISTERS:
+        UT = load_weights(u_ptr, G, H, BLOCK_H, W, True)
+    else:
+        transposed = units[None, :] * H + units[:, None]
+        UT = load_tiles(u_ptr, transposed, (units[:, None] < H) & (units[None, :] < H), G, H * H, TYPE)
     zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     dstates = (zero,)
     if dhn_ptr is not None:
-        dstates = read_tiles(dhn_ptr + row0 * H, from_h, readable, 1, 0, ACROSS)
-    after = read_tiles(y_ptr + per_step, from_h, readable, 1, 0, ACROSS)
+        dstates = read_tiles(dhn_ptr + row0 * H, from_h, readable, 1, 0)
+    after = read_tiles(y_ptr + per_step, from_h, readable, 1, 0)
     if STATES == 2:
         if dcn_ptr is not None:
-            dstates = dstates + read_tiles(dcn_ptr + row0 * H, from_h, readable, 1, 0, ACROSS)
+            dstates = dstates + read_tiles(dcn_ptr + row0 * H, from_h, readable, 1, 0)
         else:
             dstates = dstates + (zero,)
-        after = after + read_tiles(c_ptr + per_step, from_h, readable, 1, 0, ACROSS)
+        after = after + read_tiles(c_ptr + per_step, from_h, readable, 1, 0)
     dstates = cast_tiles(dstates, STATES, ACC)
     after = cast_tiles(after, STATES, ACC)
     loaded, words, dy = _load_step(
-        dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS, ACROSS
+        dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS
     )
 
     for t in range(T):
@@ -221,7 +226,7 @@ def backward_kernel(
         if SAVED > 0:
             saved_ptr -= back * WORDS
         loaded_next, words_next, dy_next = _load_step(
-            dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS, ACROSS
+            dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS
         )
         before = cast_tiles(loaded, STATES, ACC)
         saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
@@ -236,16 +241,16 @@ def backward_kernel(
         dm = None
         if SPLIT < G:
             d_second, m = MIDDLE(dstates, saved, before_step, after, FAST)
-            write_tiles(m_ptr, at_h, mask, (m,), 0, 1, 0, ACROSS)
+            write_tiles(m_ptr, at_h, mask, (m,), 0, 1, 0)
             m_ptr -= per_step
             dm = zero
             for n in tl.static_range(SPLIT, G):
                 dm = product(UT[n], d_second[n - SPLIT].to(UT[n].dtype), dm, PRECISION)
         dgx, dhu, dstates = STEP(dstates, dm, saved, before_step, after, FAST)
-        write_tiles(dgx_ptr, at_g, mask, dgx, 0, G, H, ACROSS)
+        write_tiles(dgx_ptr, at_g, mask, dgx, 0, G, H)
         dgx_ptr -= per_step * G
         if INNER > 0:
-            write_tiles(dhu_ptr, at_i, mask, dhu, G - INNER, G, H, ACROSS)
+            write_tiles(dhu_ptr, at_i, mask, dhu, G - INNER, G, H)
             dhu_ptr -= per_step * INNER
         dh = dstates[0]
         for n in tl.static_range(SPLIT):
@@ -258,6 +263,6 @@ def backward_kernel(
         words = words_next
         dy = dy_next
 
-    write_tiles(dh0_ptr + row0 * H, at_h, mask, dstates, 0, 1, 0, ACROSS)
+    write_tiles(dh0_ptr + row0 * H, at_h, mask, dstates, 0, 1, 0)
     if STATES == 2:
-        write_tiles(dc0_ptr + row0 * H, at_h, mask, dstates, 1, 2, 0, ACROSS)
+        write_tiles(dc0_ptr + row0 * H, at_h, mask, dstates, 1, 2, 0)

@@ -88,6 +88,10 @@ def _constants(cell: Cell, H: int, plan: Plan, u: Tensor, precision: str) -> dic
     return {**tiles, **shape, "PACK": 8 // u.element_size(), "PRECISION": precision, "FAST": fast}
 
 
+def _resident_constants(plan: Plan) -> dict[str, Any]:
+    return {"WARPS": plan.num_warps, "U_IN_REGISTERS": plan.u_in_registers}
+
+
 def _scratch(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised buffer in the accumulation type."""
     return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
@@ -164,7 +168,7 @@ def forward(
         "saved_ptr": out.saved, "resets_ptr": _bytes(resets), "B": B,
     }  # fmt: skip
     if plan.schedule == "resident":
-        arguments |= {"hn_ptr": out.hn, "cn_ptr": out.cn, "T": T, "WARPS": plan.num_warps}
+        arguments |= {"hn_ptr": out.hn, "cn_ptr": out.cn, "T": T, **_resident_constants(plan)}
         launch(Launch(resident.forward_kernel, (triton.cdiv(B, plan.block_b),), {**arguments, **constants}, plan))
         return out
 
@@ -244,7 +248,7 @@ def backward(
             "dh0_ptr": out.dh0,
             "dc0_ptr": out.dc0,
             "T": T,
-            "WARPS": plan.num_warps,
+            **_resident_constants(plan),
         }
         launch(Launch(resident.backward_kernel, (triton.cdiv(B, plan.block_b),), {**arguments, **constants}, plan))
         return out
