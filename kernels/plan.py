@@ -69,10 +69,13 @@ def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan
     block_h = _power_of_2(H, 16, 1 << 30)
     # As few rows a program as keep every program on its own processor; more rows only lengthen a step.
     block_b = _power_of_2(-(-B // device.processors), 8, 32 if block_h <= 128 else 8)
-    # Gates of a tile beyond 16 KB spill registers on some target (found with the report; float64 at half that).
+    # Gates of a tile beyond 16 KB, and beyond 4 KB or 64 columns a warp, spill registers on some target (found with the
+    # report; float64 at half that).
     most = min(16384 if itemsize < 8 else 8192, block_h * 256)
     while block_b > 8 and (
-        gates * block_h * block_b * itemsize > most or resident_bytes(gates, H, itemsize, block_b) > device.shared
+        gates * block_b > 64
+        or gates * block_h * block_b * itemsize > most
+        or resident_bytes(gates, H, itemsize, block_b) > device.shared
     ):
         block_b //= 2
     wide = block_h > 128 or block_h * block_b >= 4096
