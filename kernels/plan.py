@@ -65,27 +65,28 @@ def resident_bytes(gates: int, H: int, itemsize: int, block_b: int) -> int:
     return block_h * (gates * block_h * itemsize + exchange * block_b)
 
 
-def _resident(gates: int, B: int, H: int, itemsize: int, device: Device) -> Plan:
+def _resident(gates: int, B: int, H: int, itemsize: int, device: Device, precision: str) -> Plan:
     block_h = _power_of_2(H, 16, 1 << 30)
     # As few rows a program as keep every program on its own processor; more rows only lengthen a step.
     block_b = _power_of_2(-(-B // device.processors), 8, 32 if block_h <= 128 else 8)
     # Gates of a tile beyond 16 KB, and beyond 4 KB or 64 columns a warp, spill registers on some target (found with the
-    # report; float64 at half that).
+    # report; float64 at half that, and products without tensor cores at half the columns).
+    tensor_cores = itemsize < 4 or (itemsize == 4 and precision != "ieee")
     most = min(16384 if itemsize < 8 else 8192, block_h * 256)
     while block_b > 8 and (
-        gates * block_b > 64
+        gates * block_b > (64 if tensor_cores else 32)
         or gates * block_h * block_b * itemsize > most
         or resident_bytes(gates, H, itemsize, block_b) > device.shared
     ):
         block_b //= 2
     wide = block_h > 128 or block_h * block_b >= 4096
     num_warps = 8 if wide or gates * block_h * block_b * itemsize > 8192 else 4
-    # Triton gives every warp 16 units or more; warps beyond that would repeat the work of others.
-    num_warps = min(num_warps, block_h // 16)
+    # Triton gives every warp 16 units or more; warps beyond that would repeat the work of others (but float64 spills).
+    num_warps = min(num_warps, block_h // 16 if itemsize < 8 else 4)
     # U in registers is read from shared memory once, not at every step. Half of a thread's registers is what it can
-    # have beside the tiles of eight rows; float64 has other operand layouts.
+    # have beside the tiles of eight rows.
     u_bytes = gates * block_h * block_h * itemsize
-    u_in_registers = block_b == 8 and itemsize < 8 and u_bytes <= 512 * 32 * min(8, block_h // 16)
+    u_in_registers = block_b == 8 and tensor_cores and u_bytes <= 512 * 32 * min(8, block_h // 16)
     if u_in_registers and u_bytes > 512 * 32 * num_warps:
         num_warps = 8
     needed = resident_bytes(gates, H, itemsize, block_b)
@@ -136,7 +137,7 @@ def plan(
     elif itemsize == 4 and precision == "ieee" and (most := 32 if gates > 2 else 64) < H:
         reason = f"beyond {most} hidden units float32 products without TF32 spill registers"  # likewise
     else:
-        return _resident(gates, B, H, itemsize, device)
+        return _resident(gates, B, H, itemsize, device, precision)
     if schedule == "resident":
         raise ValueError(f"the resident schedule does not fit hidden size {H}: {reason}")
     return _stepwise(gates, B, H, itemsize, device, reason)
