@@ -97,9 +97,13 @@ class Floor:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a scan runs. registers: the most a thread may take (left to itself, ptxas spills a few to make room for more
-    programs on a processor, which a scan does not have). nvidia: PTX may be used (the one-instruction tanh of
-    float16 and bfloat16). programs: of one launch. microseconds: the model's floor for one step."""
+    """How a scan runs.
+
+    registers: the most a thread may take (left to itself, ptxas spills a few to make room for more programs on a
+    processor, which a scan does not have). nvidia: PTX may be used (the one-instruction tanh of float16 and bfloat16).
+    programs: of one launch. microseconds: the model's floor for one step. u_in_registers (resident): each thread keeps
+    its part of U.
+    """
 
     schedule: str
     block_h: int
@@ -112,6 +116,7 @@ class Plan:
     why: str
     programs: int = 1
     microseconds: float = 0.0
+    u_in_registers: bool = False
 
 
 def _power_of_2(n: int, least: int, most: int) -> int:
@@ -260,27 +265,41 @@ class _Problem:
         # Three products a gate: beyond 16 units more rows spill (likewise), and cost as much as more programs.
         if itemsize == 4 and self.precision == "tf32x3" and block_h > 16:
             block_b = 8
-        # Gates of a tile beyond 16 KB spill registers on some target (found with the report; float64 at half that).
-        most = 16384 if itemsize < 8 else 8192
+        # Gates of a tile beyond 16 KB, and beyond 4 KB or 64 columns a warp, spill registers on some target (found with
+        # the report; float64 at half that, and products without tensor cores at half the columns).
+        tensor_cores = itemsize < 4 or (itemsize == 4 and self.precision != "ieee")
+        most = min(16384 if itemsize < 8 else 8192, block_h * 256)
         while block_b > 8 and (
-            gates * block_h * block_b * itemsize > most
+            gates * block_b > (64 if tensor_cores else 32)
+            or gates * block_h * block_b * itemsize > most
             or resident_bytes(gates, H, itemsize, block_b, self.precision) > device.shared
         ):
             block_b //= 2
         wide = block_h > 128 or block_h * block_b >= 4096
         num_warps = 8 if wide or gates * block_h * block_b * itemsize > 8192 else 4
+        # Triton gives every warp 16 units or more; others would repeat their work (but float64 spills).
+        num_warps = min(num_warps, block_h // 16 if itemsize < 8 else 4)
+        # U in registers is read from shared memory once, not at every step. Half of a thread's registers is what it can
+        # have beside the tiles of eight rows; three TF32 products keep U twice.
+        u_bytes = gates * block_h * block_h * itemsize
+        held = u_bytes * _copies(itemsize, self.precision)
+        u_in_registers = block_b == 8 and tensor_cores and held <= 512 * 32 * min(8, block_h // 16)
+        if u_in_registers and held > 512 * 32 * num_warps:
+            num_warps = 8
         needed = resident_bytes(gates, H, itemsize, block_b, self.precision)
         programs = _ceil(self.B, block_b) * self.groups
-        u_bytes = gates * block_h * block_h * itemsize
-        floor = self.floor(u_bytes, SHARED_RATE, block_b, block_h, gates * block_h, 0, 0.0)
+        read = 0 if u_in_registers else u_bytes
+        floor = self.floor(read, SHARED_RATE, block_b, block_h, gates * block_h, 0, 0.0)
         # Programs that share a processor share its rates, and hide each other's latency.
         together = _ceil(programs, device.processors)
         us = max(floor.total, together * (floor.total - floor.chain))
         why = (
             f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // KB} KB of the {device.shared // KB} KB of "
-            f"shared memory, so one program keeps it and walks all steps for {block_b} rows; {floor}"
+            f"shared memory, so one program keeps it{' in registers' * u_in_registers} and walks all steps for "
+            f"{block_b} rows; {floor}"
         )
-        return self.made("resident", (block_h, block_b, block_h), num_warps, 1, programs, why, us)
+        chosen = self.made("resident", (block_h, block_b, block_h), num_warps, 1, programs, why, us)
+        return replace(chosen, u_in_registers=u_in_registers)
 
     # grid
 

@@ -15,17 +15,17 @@ Shapes (time-major, contiguous; T steps, B batch, K groups, H hidden, G gates, S
 import triton
 import triton.language as tl
 
+from .layout import load_weights, memory_rows, memory_units, read_tiles, unit_order, write_tiles
 from .math import product
 from .tiles import (
     biases,
-    in_layout_of,
+    cast_tiles,
     join_tuples,
     keep_rows,
     load_tiles,
     pack_tiles,
     products,
     replace_first,
-    store_tiles,
     unpack_tiles,
     walk,
 )
@@ -43,23 +43,32 @@ def forward_kernel(
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    units = tl.arange(0, BLOCK_H)
+    W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
+    units = unit_order(BLOCK_H, W)
     r = tl.arange(0, BLOCK_B)
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_B
     valid = r < B - row0
-    mask = (units[:, None] < H) & valid[None, :]
+    # A load past the batch reads its last row instead (rows do not mix, and that one is not stored): no predicates.
+    rows = memory_rows(BLOCK_B)
+    row_mask = rows < B - row0
+    from_rows = tl.minimum(rows, B - 1 - row0).to(tl.int32)
+    tile_units = memory_units(BLOCK_H, W, y_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    readable = None if H == BLOCK_H else tl.broadcast_to(tile_units < H, (rows + tile_units).shape)
+    mask = (tile_units < H) & row_mask
     group = tl.program_id(1).to(tl.int64)
     # Offsets inside a step are small; the step's start is a 64-bit scalar that advances.
-    at_h = r[None, :] * (GROUPS * H) + units[:, None]
-    at_g = r[None, :] * (GROUPS * G * H) + units[:, None]
-    at_state = r[None, :] * H + units[:, None]
+    at_h = rows * (GROUPS * H) + tile_units
+    from_h = from_rows * (GROUPS * H) + tile_units
+    from_g = from_rows * (GROUPS * G * H) + tile_units
+    at_state = rows * H + tile_units
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
-    GX_PACK: tl.constexpr = PACK if G > 1 else 1
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
-    at_s = r[None, :] * (GROUPS * WORDS * H) + units[:, None]
+    word_units = memory_units(BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
+    word_mask = (word_units < H) & row_mask
+    at_s = rows * (GROUPS * WORDS * H) + word_units
     line = (row0 * GROUPS + group) * H
     state0 = (group * B + row0) * H
     step, sign = walk(group, 0, T, REVERSED)
@@ -68,23 +77,27 @@ def forward_kernel(
     forth = sign * per_step
     gx_ptr += begin * G
     y_ptr += begin + per_step - forth  # row step+1 is after the step, and the one it came from before it
-
-    square = units[:, None] * H + units[None, :]
     u_ptr += group * (G * H * H)
     if bias_ptr is not None:
         bias_ptr += group * (INNER * H)
-    U = load_tiles(u_ptr, square, (units[:, None] < H) & (units[None, :] < H), G, H * H, u_ptr.dtype.element_ty)
+
+    if U_IN_REGISTERS:
+        U = load_weights(u_ptr, G, H, BLOCK_H, W, False)
+    else:
+        square = units[:, None] * H + units[None, :]
+        U = load_tiles(u_ptr, square, (units[:, None] < H) & (units[None, :] < H), G, H * H, TYPE)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
 
-    states = (tl.load(y_ptr + at_h, mask=mask, other=0.0).to(ACC),)
+    states = read_tiles(y_ptr, from_h, readable, 1, 0)
     if STATES == 2:
         c_ptr += line
         if SAVE:
             c_ptr += step * per_step + per_step - forth
-        states = states + (tl.load(c_ptr + at_h, mask=mask, other=0.0).to(ACC),)
+        states = states + read_tiles(c_ptr, from_h, readable, 1, 0)
+    states = cast_tiles(states, STATES, ACC)
     if SAVED > 0:
         saved_ptr += begin * WORDS
-    loaded = load_tiles(gx_ptr, at_g, mask, G, H, TYPE)
+    loaded = read_tiles(gx_ptr, from_g, readable, G, H)
     keep = valid
     if resets_ptr is not None:
         resets_ptr += step * B.to(tl.int64) + row0
@@ -93,53 +106,52 @@ def forward_kernel(
     for t in range(T):
         # The next step's inputs are asked for before this step's product, which hides their latency. Until the next
         # step nothing touches what was loaded, not even to pack it: that would wait for it here.
-        ahead = tl.where(t + 1 < T, mask, False)  # not &: Triton's interpreter widens a scalar operand
-        gx_ptr += forth * G
-        loaded_next = load_tiles(gx_ptr, at_g, ahead, G, H, TYPE)
+        # The last step asks for its own once more.
+        gx_ptr += tl.where(t + 1 < T, forth * G, 0)
+        loaded_next = read_tiles(gx_ptr, from_g, readable, G, H)
         if resets_ptr is not None:
             resets_ptr += sign * B
             keep_next = _load_keep(resets_ptr, r, tl.where(t + 1 < T, valid, False))
             states = keep_rows(states, keep, STATES)
             keep = keep_next
-        gx_words = pack_tiles(loaded, G, GX_PACK, TYPE)
-        gx_words = in_layout_of(states[0], gx_words, (G + GX_PACK - 1) // GX_PACK, GX_PACK)
-        gx = unpack_tiles(gx_words, G, GX_PACK, TYPE, ACC)
+        gx = cast_tiles(loaded, G, ACC)
         hu = products(U, states[0], start, 0, SPLIT, PRECISION)
         if SPLIT < G:
             m = MIDDLE(gx, hu, states, FAST)
             hu = join_tuples(hu, products(U, m, start, SPLIT, G, PRECISION), 0, G - SPLIT)
         states, saved = STEP(gx, hu, states, FAST)
         y_ptr += forth
-        store_tiles(y_ptr, at_h, mask, states, 0, 1, 0)
+        write_tiles(y_ptr, at_h, mask, states, 0, 1, 0)
         if SAVE and STATES == 2:
             c_ptr += forth
-            store_tiles(c_ptr, at_h, mask, states, 1, 2, 0)
+            write_tiles(c_ptr, at_h, mask, states, 1, 2, 0)
         if SAVED > 0:
-            store_tiles(saved_ptr, at_s, mask, pack_tiles(saved, SAVED, SAVED_PACK, TYPE), 0, WORDS, H)
+            words = pack_tiles(saved, SAVED, SAVED_PACK, TYPE)
+            write_tiles(saved_ptr, at_s, word_mask, words, 0, WORDS, H)
             saved_ptr += forth * WORDS
         loaded = loaded_next
 
-    store_tiles(hn_ptr + state0, at_state, mask, states, 0, 1, 0)
+    write_tiles(hn_ptr + state0, at_state, mask, states, 0, 1, 0)
     if STATES == 2:
-        store_tiles(cn_ptr + state0, at_state, mask, states, 1, 2, 0)
+        write_tiles(cn_ptr + state0, at_state, mask, states, 1, 2, 0)
 
 
 @triton.jit
 def _load_step(
-    dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask,
+    dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words,
     H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """What a step of backward reads: dy (if any) and the last state before the step; h if that is c; saved words."""
-    TYPE: tl.constexpr = y_ptr.dtype.element_ty
-    # c will be packed with dy, and h alone: a cell that does not look at it, as the LSTM, then does not load it.
-    pair = load_tiles(c_ptr if STATES == 2 else y_ptr, at_h, mask, 1, 0, TYPE)
-    if dy_ptr is not None:
-        pair = join_tuples(load_tiles(dy_ptr, at_h, mask, 1, 0, TYPE), pair, 0, 1)
-    h = ()
+    """What a step of backward reads: the states before it, saved words, and dy (if any).
+
+    A cell that does not look at h, as the LSTM, does not load it.
+    """
+    before = read_tiles(y_ptr, from_h, readable, 1, 0)
     if STATES == 2:
-        h = load_tiles(y_ptr, at_h, mask, 1, 0, TYPE)
-    saved = load_tiles(saved_ptr, at_s, mask, WORDS, H, saved_ptr.dtype.element_ty)
-    return pair, h, saved
+        before = before + read_tiles(c_ptr, from_h, readable, 1, 0)
+    dy = ()
+    if dy_ptr is not None:
+        dy = read_tiles(dy_ptr, from_h, readable, 1, 0)
+    return before, read_tiles(saved_ptr, from_s, readable_words, WORDS, H), dy
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -150,29 +162,37 @@ def backward_kernel(
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    units = tl.arange(0, BLOCK_H)
+    W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
+    units = unit_order(BLOCK_H, W)
     r = tl.arange(0, BLOCK_B)
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_B
     valid = r < B - row0
-    mask = (units[:, None] < H) & valid[None, :]
+    # A load past the batch reads its last row instead (rows do not mix, and that one is not stored): no predicates.
+    rows = memory_rows(BLOCK_B)
+    row_mask = rows < B - row0
+    from_rows = tl.minimum(rows, B - 1 - row0).to(tl.int32)
+    tile_units = memory_units(BLOCK_H, W, y_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    readable = None if H == BLOCK_H else tl.broadcast_to(tile_units < H, (rows + tile_units).shape)
+    mask = (tile_units < H) & row_mask
     group = tl.program_id(1).to(tl.int64)
-    at_h = r[None, :] * (GROUPS * H) + units[:, None]
-    at_g = r[None, :] * (GROUPS * G * H) + units[:, None]
-    at_state = r[None, :] * H + units[:, None]
+    from_h = from_rows * (GROUPS * H) + tile_units
+    at_h = rows * (GROUPS * H) + tile_units
+    at_g = rows * (GROUPS * G * H) + tile_units
+    from_state = from_rows * H + tile_units
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
-    PAIR: tl.constexpr = 1 if dy_ptr is None else 2
-    PAIR_PACK: tl.constexpr = 1 if dy_ptr is None else PACK
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
-    at_s = r[None, :] * (GROUPS * WORDS * H) + units[:, None]
-    at_i = r[None, :] * (GROUPS * INNER * H) + units[:, None]
+    word_units = memory_units(BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
+    readable_words = None if H == BLOCK_H else tl.broadcast_to(word_units < H, (rows + word_units).shape)
+    from_s = from_rows * (GROUPS * WORDS * H) + word_units
+    at_i = rows * (GROUPS * INNER * H) + tile_units
     state0 = (group * B + row0) * H
     step, sign = walk(group, T - 1, T, REVERSED)
     per_step = B.to(tl.int64) * (GROUPS * H)
     begin = step * per_step + (row0 * GROUPS + group) * H
-    back = sign * per_step
+    forth = sign * per_step
 
     # Every pointer stands at the last step taken and walks back; y and c at the states after it.
     y_ptr += begin + per_step
@@ -189,28 +209,34 @@ def backward_kernel(
         m_ptr += begin
     if resets_ptr is not None:
         resets_ptr += step * B.to(tl.int64) + row0
-
-    transposed = units[None, :] * H + units[:, None]
     u_ptr += group * (G * H * H)
-    UT = load_tiles(u_ptr, transposed, (units[:, None] < H) & (units[None, :] < H), G, H * H, u_ptr.dtype.element_ty)
+
+    if U_IN_REGISTERS:
+        UT = load_weights(u_ptr, G, H, BLOCK_H, W, True)
+    else:
+        transposed = units[None, :] * H + units[:, None]
+        UT = load_tiles(u_ptr, transposed, (units[:, None] < H) & (units[None, :] < H), G, H * H, TYPE)
     zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
-    dh = zero
+    dstates = (zero,)
     if dhn_ptr is not None:
-        dh = tl.load(dhn_ptr + state0 + at_state, mask=mask, other=0.0).to(ACC)
-    dstates = (dh,)
-    after = load_tiles(y_ptr, at_h, mask, 1, 0, ACC)
-    y_ptr -= back
+        dstates = read_tiles(dhn_ptr + state0, from_state, readable, 1, 0)
+    after = read_tiles(y_ptr, from_h, readable, 1, 0)
+    y_ptr -= forth
     if STATES == 2:
-        dc = zero
         if dcn_ptr is not None:
-            dc = tl.load(dcn_ptr + state0 + at_state, mask=mask, other=0.0).to(ACC)
-        dstates = dstates + (dc,)
-        after = after + load_tiles(c_ptr, at_h, mask, 1, 0, ACC)
-        c_ptr -= back
-    pair_loaded, h_before, saved_words = _load_step(dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask, H, STATES, WORDS)
+            dstates = dstates + read_tiles(dcn_ptr + state0, from_state, readable, 1, 0)
+        else:
+            dstates = dstates + (zero,)
+        after = after + read_tiles(c_ptr, from_h, readable, 1, 0)
+        c_ptr -= forth
+    dstates = cast_tiles(dstates, STATES, ACC)
+    after = cast_tiles(after, STATES, ACC)
+    loaded, words, dy = _load_step(
+        dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS
+    )
 
     for t in range(T):
-        ahead = tl.where(t + 1 < T, mask, False)
+        back = tl.where(t + 1 < T, forth, 0)
         y_ptr -= back
         if dy_ptr is not None:
             dy_ptr -= back
@@ -218,15 +244,11 @@ def backward_kernel(
             c_ptr -= back
         if SAVED > 0:
             saved_ptr -= back * WORDS
-        pair_next, h_next, saved_next = _load_step(dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, ahead, H, STATES, WORDS)
-        pair_words = pack_tiles(pair_loaded, PAIR, PAIR_PACK, TYPE)
-        pair_words = in_layout_of(dstates[0], pair_words, (PAIR + PAIR_PACK - 1) // PAIR_PACK, PAIR_PACK)
-        pair = unpack_tiles(pair_words, PAIR, PAIR_PACK, TYPE, ACC)
-        before = (pair[PAIR - 1],)
-        if STATES == 2:
-            before = (h_before[0].to(ACC), pair[PAIR - 1])
-        saved_words = in_layout_of(dstates[0], saved_words, WORDS, SAVED_PACK)
-        saved = unpack_tiles(saved_words, SAVED, SAVED_PACK, TYPE, ACC)
+        loaded_next, words_next, dy_next = _load_step(
+            dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS
+        )
+        before = cast_tiles(loaded, STATES, ACC)
+        saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
         keep = valid
         before_step = before
         if resets_ptr is not None:
@@ -234,21 +256,21 @@ def backward_kernel(
             before_step = keep_rows(before, keep, STATES)
             resets_ptr -= sign * B
         if dy_ptr is not None:
-            dstates = replace_first(dstates, dstates[0] + pair[0], STATES)
+            dstates = replace_first(dstates, dstates[0] + dy[0].to(ACC), STATES)
         dm = None
         if SPLIT < G:
             d_second, m = MIDDLE(dstates, saved, before_step, after, FAST)
-            tl.store(m_ptr + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
-            m_ptr -= back
+            write_tiles(m_ptr, at_h, mask, (m,), 0, 1, 0)
+            m_ptr -= forth
             dm = zero
             for n in tl.static_range(SPLIT, G):
                 dm = product(UT[n], d_second[n - SPLIT].to(UT[n].dtype), dm, PRECISION)
         dgx, dhu, dstates = STEP(dstates, dm, saved, before_step, after, FAST)
-        store_tiles(dgx_ptr, at_g, mask, dgx, 0, G, H)
-        dgx_ptr -= back * G
+        write_tiles(dgx_ptr, at_g, mask, dgx, 0, G, H)
+        dgx_ptr -= forth * G
         if INNER > 0:
-            store_tiles(dhu_ptr, at_i, mask, dhu, G - INNER, G, H)
-            dhu_ptr -= back * INNER
+            write_tiles(dhu_ptr, at_i, mask, dhu, G - INNER, G, H)
+            dhu_ptr -= forth * INNER
         dh = dstates[0]
         for n in tl.static_range(SPLIT):
             dh = product(UT[n], dhu[n].to(UT[n].dtype), dh, PRECISION)
@@ -256,10 +278,11 @@ def backward_kernel(
         if resets_ptr is not None:
             dstates = keep_rows(dstates, keep, STATES)
         after = before
-        pair_loaded = pair_next
-        h_before = h_next
-        saved_words = saved_next
+        loaded = loaded_next
+        words = words_next
+        dy = dy_next
 
-    store_tiles(dh0_ptr + state0, at_state, mask, dstates, 0, 1, 0)
+    at_state = rows * H + tile_units
+    write_tiles(dh0_ptr + state0, at_state, mask, dstates, 0, 1, 0)
     if STATES == 2:
-        store_tiles(dc0_ptr + state0, at_state, mask, dstates, 1, 2, 0)
+        write_tiles(dc0_ptr + state0, at_state, mask, dstates, 1, 2, 0)

@@ -92,6 +92,10 @@ def _constants(cell: Cell, plan: Plan, u: Tensor, reversed: int, precision: str)
     return {**tiles, **shape, "PACK": 8 // u.element_size(), "PRECISION": precision, "FAST": fast}
 
 
+def _resident_constants(plan: Plan) -> dict[str, Any]:
+    return {"WARPS": plan.num_warps, "U_IN_REGISTERS": plan.u_in_registers}
+
+
 def _scratch(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised buffer in the accumulation type."""
     return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
@@ -228,7 +232,8 @@ def forward(
     }  # fmt: skip
     programs = _grid(plan, B, K, H)
     if plan.schedule == "resident":
-        launch(Launch(resident.forward_kernel, programs, {**arguments, "hn_ptr": out.hn, "cn_ptr": out.cn}, plan))
+        arguments |= {"hn_ptr": out.hn, "cn_ptr": out.cn, **_resident_constants(plan)}
+        launch(Launch(resident.forward_kernel, programs, arguments, plan))
         return out
 
     sh, sc = _scratch(gx, K, B, H), _scratch(gx, *out.cn.shape)
@@ -309,6 +314,7 @@ def backward(
     programs = _grid(plan, B, K, H)
     if plan.schedule == "resident":
         arguments |= {"dhn_ptr": _aligned(dhn), "dcn_ptr": _aligned(dcn), "dh0_ptr": out.dh0, "dc0_ptr": out.dc0}
+        arguments |= _resident_constants(plan)
         launch(Launch(resident.backward_kernel, programs, arguments, plan))
         return out
 

@@ -1,9 +1,7 @@
 """Tiles and tuples of tiles: the loads, stores and products the schedules share.
 
 Words: several tiles of the data's type packed into one tile of 64-bit integers (PACK of them: 4 of 16 bits, 2 of 32;
-float64 is not packed). The compiler gives the recurrent product one register layout, and loads and stores another; a
-tile that crosses costs a trip through shared memory and two barriers. A word crosses once for all its
-tiles; the report counts the barriers.
+float64 is not packed), the form in which gates are saved for backward: one load or store for all of them.
 
 A tile is [units, rows]: hidden units down, batch rows across, so that the recurrent product U h has its many units on
 the tensor cores' long side and a small batch on the short one. In memory the units are contiguous.
@@ -27,6 +25,14 @@ def walk(group, n, T, REVERSED: tl.constexpr):
     else:
         back = ((REVERSED >> group) & 1).to(tl.int32)
         return n + back * (T - 1 - 2 * n), 1 - 2 * back
+
+
+@triton.jit
+def cast_tiles(tiles, N: tl.constexpr, TYPE: tl.constexpr):
+    out = ()
+    for n in tl.static_range(N):
+        out = out + (tiles[n].to(TYPE),)
+    return out
 
 
 @triton.jit
@@ -156,16 +162,3 @@ def unpack_tiles(words, N: tl.constexpr, PACK: tl.constexpr, TYPE: tl.constexpr,
             bits = (words[n // PACK] >> (n % PACK * 32)).to(tl.uint32)
             tiles = tiles + (bits.to(TYPE, bitcast=True).to(ACC),)
     return tiles
-
-
-@triton.jit
-def in_layout_of(tile, words, W: tl.constexpr, PACK: tl.constexpr):
-    """The words, unchanged, in tile's register layout, so that they cross as words and are unpacked behind it.
-
-    The comparison is always true but where tile is NaN, and there the step's result is NaN whatever the words say. The
-    compiler does not know that, so the selection joins the two layouts, and it resolves to the product's.
-    """
-    out = ()
-    for w in tl.static_range(W):
-        out = out + (words[w] if PACK == 1 else tl.where(tile == tile, words[w], 0),)
-    return out

@@ -47,7 +47,7 @@ def test_a_plan_fits_is_co_resident_and_covers(cell, B, H, groups, itemsize, pre
     for length in (chosen.block_h, chosen.block_b, chosen.block_k):
         assert length & (length - 1) == 0
     assert chosen.block_b >= 8 and chosen.block_h >= 16 and chosen.block_k >= 16
-    assert chosen.num_warps in (4, 8) and chosen.num_warps * 32 * chosen.registers <= 65536
+    assert chosen.num_warps in (1, 2, 4, 8) and chosen.num_warps * 32 * chosen.registers <= 65536
     assert chosen.microseconds > 0 and "us a step" in chosen.why
     if chosen.schedule == "resident":
         assert resident_bytes(cell.gates, H, itemsize, chosen.block_b, precision) <= device.shared

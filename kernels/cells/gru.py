@@ -22,10 +22,13 @@ def forward(gx, hu, states, FAST: tl.constexpr):
 def backward(dstates, dm, saved, states_prev, states, FAST: tl.constexpr):
     r, z, n, q = saved
     dh = dstates[0]
-    dn = dh * (1.0 - z) * (1.0 - n * n)
-    dr = dn * q * r * (1.0 - r)
-    dz = dh * (states_prev[0] - n) * z * (1.0 - z)
-    return (dr, dz, dn), (dr, dz, dn * r), (dh * z,)
+    # Products that occur twice are formed once.
+    through = dh * (1.0 - z)
+    dn = through * (1.0 - n * n)
+    dq = dn * r
+    dr = dq * q * (1.0 - r)
+    dz = through * z * (states_prev[0] - n)
+    return (dr, dz, dn), (dr, dz, dq), (dh * z,)
 
 
 GRU = register(Cell("gru", gates=3, states=1, saved=4, inner=1, forward=forward, backward=backward))

@@ -36,9 +36,11 @@ def backward(dstates, dm, saved, states_prev, states, FAST: tl.constexpr):
     r, z, n = saved
     dh = dstates[0]
     h = states_prev[0]
-    dn = dh * (1.0 - z) * (1.0 - n * n)
-    d = (dm * h * r * (1.0 - r), dh * (h - n) * z * (1.0 - z), dn)
-    return d, d, (dh * z + dm * r,)
+    # Products that occur twice are formed once.
+    through = dh * (1.0 - z)
+    direct = dm * r
+    d = (direct * h * (1.0 - r), through * z * (h - n), through * (1.0 - n * n))
+    return d, d, (dh * z + direct,)
 
 
 GRU_BEFORE = register(

@@ -26,14 +26,18 @@ def backward(dstates, dm, saved, states_prev, states, FAST: tl.constexpr):
     i, f, g, o = saved
     dh = dstates[0]
     tc = tanh(states[1], FAST)
-    dc = dstates[1] + dh * o * (1.0 - tc * tc)
+    # Products that occur twice are formed once.
+    dtc = dh * o
+    dc = dstates[1] + dtc * (1.0 - tc * tc)
+    dci = dc * i
+    dcf = dc * f
     d = (
-        dc * g * i * (1.0 - i),
-        dc * states_prev[1] * f * (1.0 - f),
-        dc * i * (1.0 - g * g),
-        dh * tc * o * (1.0 - o),
+        dci * g * (1.0 - i),
+        dcf * states_prev[1] * (1.0 - f),
+        dci * (1.0 - g * g),
+        dtc * tc * (1.0 - o),
     )
-    return d, d, (tl.zeros_like(dh), dc * f)
+    return d, d, (tl.zeros_like(dh), dcf)
 
 
 LSTM = register(Cell("lstm", gates=4, states=2, saved=4, forward=forward, backward=backward))
