@@ -1,7 +1,7 @@
 # Every target prepares its own virtual environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-slow lint report bench clean
+.PHONY: demo test test-slow lint report report-quick bench clean
 
 .venv/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -26,6 +26,10 @@ lint: .venv/ready
 report: .venv/ready
 	@mkdir -p out
 	$(BIN)/python -m seqcells.kernels.report --target all --json out/report.json
+	$(BIN)/python benchmarks/static.py out/report.json benchmarks/results
+
+report-quick: .venv/ready
+	$(BIN)/python -m seqcells.kernels.report --target all --quick
 
 bench: .venv/ready
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds

@@ -92,10 +92,12 @@ def explain(options: argparse.Namespace) -> int:
         precision=options.precision,
     )
     print(found)
-    if found.plan is not None:
-        for name, value in asdict(found.plan).items():
-            if name != "why":
-                print(f"  {name:<12} {value}")
+    for direction, plan in (("forward", found.plan), ("backward", found.backward)):
+        if plan is not None:
+            shown = {name: value for name, value in asdict(plan).items() if name != "why"}
+            print(f"\n{direction}")
+            for name, value in shown.items():
+                print(f"  {name:<14} {value}")
     return 0
 
 

@@ -1,0 +1,124 @@
+"""The report's JSON as Markdown, a file a target: python benchmarks/static.py out/report.json benchmarks/results
+
+Static cost: what the compiled code says without running. The floors are the plan's model, not measurements.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+LEGEND = """\
+Made by `make report`: every kernel that the plan would launch, compiled for {target} with Triton {triton}; nothing was
+run.
+
+- slots: issue slots (instructions x warps / 4) of the loop's body; bar: barriers in it. The loop is a whole time step
+  for `resident` and `grid`. For `stepwise` it is one turn of the loop over U inside a step's launch (- where it was
+  unrolled), and says nothing of the pointwise step behind it.
+- tile: hidden units x batch rows of a program; regs: registers a thread, KB: shared memory (the larger of the
+  directions); floor: the plan's model of what a step cannot take less than, in microseconds, at the smallest batch.
+- fp32 products are in TF32.
+"""
+
+
+def cost(row: dict[str, Any]) -> str:
+    if not row["instructions"]:
+        return "-"
+    return f"{row['slots']:.0f}, {row['counts'].get('BAR', 0)}"
+
+
+def markdown_table(head: list[str], lines: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *lines])
+
+
+def step_costs(rows: list[dict[str, Any]]) -> str:
+    """The step of the small layers, 8 rows a program, by direction."""
+    lines = []
+    for cell in ("lstm", "gru", "gru_before"):
+        for hidden in (32, 64, 128):
+            line = [cell, str(hidden)]
+            for dtype in ("bf16", "fp32"):
+                found = {
+                    r["case"]["direction"]: cost(r)
+                    for r in rows
+                    if is_plain(r)
+                    and key(r) == (cell, dtype, hidden)
+                    and 8 in r["batches"]
+                    and r["schedule"] == "resident"
+                }
+                line += [found.get(d, "stepwise or grid") for d in ("infer", "train", "backward")]
+            lines.append(line)
+    head = ["cell", "H", *(f"{t} {d}" for t in ("bf16", "fp32") for d in ("inference", "training", "backward"))]
+    return markdown_table(head, lines)
+
+
+def is_plain(row: dict[str, Any]) -> bool:
+    case = row["case"]
+    usual = "tf32" if case["dtype"] != "fp64" else "ieee"
+    return not case["resets"] and case["groups"] == 1 and case["schedule"] is None and case["precision"] == usual
+
+
+def key(row: dict[str, Any]) -> tuple[str, str, int]:
+    return row["case"]["cell"], row["case"]["dtype"], row["case"]["hidden"]
+
+
+def all_shapes(rows: list[dict[str, Any]], cell: str, dtype: str) -> str:
+    """One line for each hidden size and set of batches that share a kernel in both directions."""
+    mine = [r for r in rows if is_plain(r) and key(r)[:2] == (cell, dtype) and "FIRST" not in r["phase"]]
+    mine = [r for r in mine if "LAST" not in r["phase"]]
+    lines = []
+    for hidden in sorted({r["case"]["hidden"] for r in mine}):
+        sized = [r for r in mine if r["case"]["hidden"] == hidden and r["case"]["direction"] in ("train", "backward")]
+        batches = sorted({b for r in sized for b in r["batches"]})
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for b in batches:
+            groups.setdefault(tuple(i for i, r in enumerate(sized) if b in r["batches"]), []).append(b)
+        for members, served in groups.items():
+            found = [sized[i] for i in members]
+            line = [str(hidden), ", ".join(map(str, served))]
+            for direction in ("train", "backward"):
+                of = [r for r in found if r["case"]["direction"] == direction]
+                if not of:
+                    line += ["-"] * 4
+                    continue
+                shown = " + ".join(cost(r) for r in of)
+                line += [of[0]["schedule"], of[0]["block"], shown, f"{of[0]['microseconds']:.2f}"]
+            line += [str(max(r["registers"] for r in found)), str(max(r["shared"] for r in found) // 1024)]
+            line.append("" if all(r["good"] for r in found) else "BAD")
+            lines.append(line)
+    head = ["H", "B"]
+    head += [f"{d} {c}" for d in ("forward", "backward") for c in ("schedule", "tile", "slots, bar", "floor")]
+    return markdown_table([*head, "regs", "KB", ""], lines)
+
+
+def document(target: str, content: dict[str, Any]) -> str:
+    rows = [r for r in content["rows"] if r["case"]["target"] == target]
+    bad = sum(not r["good"] for r in rows)
+    parts = [f"# Static cost of the kernels on {target}", LEGEND.format(target=target, triton=content["triton"])]
+    parts.append(f"{len(rows)} kernels; {bad} spill in a loop or do not fit.")
+    parts += ["## A step, 8 rows a program (slots, barriers)", step_costs(rows)]
+    for cell in ("lstm", "gru", "gru_before"):
+        for dtype in ("bf16", "fp16", "fp32"):
+            parts += [f"## {cell}, {dtype}", all_shapes(rows, cell, dtype)]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("report", type=Path, help="JSON written by python -m seqcells.kernels.report --json")
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    content = json.loads(options.report.read_text())
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for target in sorted({r["case"]["target"] for r in content["rows"]}):
+        path = options.folder / f"static-{target}.md"
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_text(document(target, content))
+        temporary.replace(path)
+        print(path)
+
+
+if __name__ == "__main__":
+    main()
