@@ -76,21 +76,28 @@ def _load_u(u_ptr, at_m, valid_m, k_stride, k0, K: tl.constexpr, PARTS: tl.const
 
 @triton.jit
 def _load_x(
-    x_ptr, at_row, valid, keep, k0, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, MASKED: tl.constexpr
+    x_ptr, at_row, keep, k0, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
-    """The operand that meets it, from L2: [SIZE, rows], or [PARTS, SIZE / PARTS, rows]; zero where keep is false."""
+    """The operand that meets it, from L2: [SIZE, rows], or [PARTS, SIZE / PARTS, rows]; zero where keep is false.
+
+    Not masked where all columns exist (WHOLE): a masked load's registers are taken from the moment they are zeroed.
+    """
     PART: tl.constexpr = SIZE // PARTS
     if PARTS == 1:
         ks = (k0 + tl.arange(0, PART))[:, None]
-        x = tl.load(x_ptr + at_row[None, :] + ks, mask=valid[None, :] & (ks < K), other=0.0, cache_modifier=".cg")
-        if MASKED:
-            x = tl.where(keep[None, :], x, 0.0).to(x.dtype)
+        rows = at_row[None, :]
+        kept = keep[None, :]
     else:
         ks = k0 + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
-        mask = valid[None, None, :] & (ks < K)
-        x = tl.load(x_ptr + at_row[None, None, :] + ks, mask=mask, other=0.0, cache_modifier=".cg")
-        if MASKED:
-            x = tl.where(keep[None, None, :], x, 0.0).to(x.dtype)
+        rows = at_row[None, None, :]
+        kept = keep[None, None, :]
+    if WHOLE:
+        x = tl.load(x_ptr + rows + ks, cache_modifier=".cg")
+    else:
+        x = tl.load(x_ptr + rows + ks, mask=tl.broadcast_to(ks < K, (rows + ks).shape), other=0.0, cache_modifier=".cg")
+    if MASKED:
+        x = tl.where(kept, x, 0.0).to(x.dtype)
     return x
 
 
@@ -128,7 +135,7 @@ def _sum(acc, N: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def _product(
-    U, x_ptr, at_row, valid, keep, ACC: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr, K: tl.constexpr,
+    U, x_ptr, at_row, keep, ACC: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr, K: tl.constexpr,
     CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U @ x [M, BLOCK_B], U as `_slice` gives it, x[k, row] at x_ptr + at_row + k: what others have published."""
@@ -140,11 +147,11 @@ def _product(
     else:
         acc = tl.zeros([PARTS, M, BLOCK_B], ACC)
     for n in tl.static_range(WHOLE):
-        x = _load_x(x_ptr, at_row, valid, keep, n * CHUNK, K, PARTS, CHUNK, MASKED)
+        x = _load_x(x_ptr, at_row, keep, n * CHUNK, K, PARTS, CHUNK, True, MASKED)
         acc = product(U[n], x.to(U[n].dtype), acc, PRECISION)
     if REST > 0:
         LAST: tl.constexpr = 16 * PARTS if REST < 16 * PARTS else REST
-        x = _load_x(x_ptr, at_row, valid, keep, WHOLE * CHUNK, K, PARTS, LAST, MASKED)
+        x = _load_x(x_ptr, at_row, keep, WHOLE * CHUNK, K, PARTS, LAST, False, MASKED)
         acc = product(U[WHOLE], x.to(U[WHOLE].dtype), acc, PRECISION)
     return acc if PARTS == 1 else _sum(acc, PARTS, M, BLOCK_B)
 
@@ -163,8 +170,9 @@ def forward_kernel(
     group = tl.program_id(2).to(tl.int64)
     unit0 = tl.program_id(0) * BLOCK_H
     units = unit0 + tl.arange(0, BLOCK_H)
-    row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    valid = row < B
+    r = tl.arange(0, BLOCK_B)
+    row0 = tl.program_id(1).to(tl.int64) * BLOCK_B
+    valid = r < B - row0
     mask = (units[:, None] < H) & valid[None, :]
     counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
     target = tl.num_programs(0)
@@ -174,16 +182,19 @@ def forward_kernel(
     PADDED: tl.constexpr = triton.next_power_of_2(SPLIT)
     PADDED_2: tl.constexpr = triton.next_power_of_2(G - SPLIT) if SPLIT < G else 1
 
-    gx_row = (row * GROUPS + group) * (G * H)
-    h_row = (row * GROUPS + group) * H
-    at_g = gx_row[None, :] + units[:, None]
-    at_h = h_row[None, :] + units[:, None]
-    at_s = (row * GROUPS + group)[None, :] * (WORDS * H) + units[:, None]
-    at_state = (group * B + row)[None, :] * H + units[:, None]
-    at_first = (group * B + row)[None, :] * (SPLIT * H) + units[:, None]
+    # Offsets inside a tile are small; where the tile begins is a 64-bit scalar.
+    line = row0 * GROUPS + group
+    in_group = group * B + row0
+    # A row past the batch reads the last one's states from the others (rows do not mix, and it is not stored).
+    h_row = tl.minimum(r, B - 1 - row0).to(tl.int32) * (GROUPS * H)
+    at_h = r[None, :] * (GROUPS * H) + units[:, None]
+    at_g = r[None, :] * (GROUPS * G * H) + units[:, None]
+    at_s = r[None, :] * (GROUPS * WORDS * H) + units[:, None]
+    at_state = r[None, :] * H + units[:, None]
+    at_first = r[None, :] * (SPLIT * H) + units[:, None]
     step, sign = walk(group, first, T, REVERSED)
     per_step = B.to(tl.int64) * (GROUPS * H)
-    begin = step.to(tl.int64) * per_step
+    begin = step.to(tl.int64) * per_step + line * H
     forth = sign * per_step
     gx_ptr += begin * G
     y_ptr += begin + per_step - forth  # the row before the step
@@ -191,6 +202,12 @@ def forward_kernel(
         c_ptr += begin + per_step
     if SAVED > 0:
         saved_ptr += begin * WORDS
+    sh_ptr += in_group * H
+    if STATES == 2:
+        sc_ptr += in_group * H
+    if SPLIT < G:
+        m_ptr += line * H
+        hu_first_ptr += in_group * (SPLIT * H)
     u_ptr += group * (G * H * H)
     if bias_ptr is not None:
         bias_ptr += group * (INNER * H)
@@ -207,8 +224,8 @@ def forward_kernel(
     loaded = load_tiles(gx_ptr, at_g, mask, G, H, TYPE)
     keep = valid
     if resets_ptr is not None:
-        resets_ptr += step.to(tl.int64) * B
-        keep = tl.load(resets_ptr + row, mask=valid, other=0) == 0
+        resets_ptr += step.to(tl.int64) * B + row0
+        keep = tl.load(resets_ptr + r, mask=valid, other=0) == 0
 
     for i in range(first, last):
         gx = pack_tiles(loaded, G, 1, ACC)
@@ -216,7 +233,7 @@ def forward_kernel(
             states = keep_rows(states, keep, STATES)
         if PHASE != 1:
             acc = _product(
-                U, y_ptr, h_row, valid, keep, ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK,
+                U, y_ptr, h_row, keep, ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK,
                 resets_ptr is not None, PRECISION,
             )  # fmt: skip
             sums = split_gates(acc, SPLIT, PADDED, BLOCK_H, BLOCK_B)
@@ -237,7 +254,7 @@ def forward_kernel(
                 target += tl.num_programs(0)
             if PHASE != 0:
                 acc = _product(
-                    U_2, m_ptr, h_row, valid, keep, ACC, PADDED_2 * BLOCK_H, BLOCK_B, H, CHUNK_2,
+                    U_2, m_ptr, h_row, keep, ACC, PADDED_2 * BLOCK_H, BLOCK_B, H, CHUNK_2,
                     False, PRECISION,
                 )  # fmt: skip
                 sums = split_gates(acc, G - SPLIT, PADDED_2, BLOCK_H, BLOCK_B)
@@ -261,7 +278,7 @@ def forward_kernel(
             loaded = load_tiles(gx_ptr, at_g, ahead, G, H, TYPE)
             if resets_ptr is not None:
                 resets_ptr += sign * B
-                keep = tl.load(resets_ptr + row, mask=tl.where(i + 1 < last, valid, False), other=0) == 0
+                keep = tl.load(resets_ptr + r, mask=tl.where(i + 1 < last, valid, False), other=0) == 0
             if PHASE == -1:
                 wait(counter_ptr, target)
                 target += tl.num_programs(0)
@@ -301,8 +318,9 @@ def backward_kernel(
     2: its gradients through U^T."""
     group = tl.program_id(2).to(tl.int64)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
-    row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    valid = row < B
+    r = tl.arange(0, BLOCK_B)
+    row0 = tl.program_id(1).to(tl.int64) * BLOCK_B
+    valid = r < B - row0
     mask = (units[:, None] < H) & valid[None, :]
     counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
     target = tl.num_programs(0)
@@ -311,17 +329,20 @@ def backward_kernel(
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
     PLAIN: tl.constexpr = SPLIT - INNER  # gates of the first product whose dhu is their dgx
 
-    line = row * GROUPS + group
-    gx_row = line * (G * H)
-    inner_row = line * (INNER * H)
-    at_g = gx_row[None, :] + units[:, None]
-    at_i = inner_row[None, :] + units[:, None]
-    at_h = (line * H)[None, :] + units[:, None]
-    at_s = line[None, :] * (WORDS * H) + units[:, None]
-    at_state = (group * B + row)[None, :] * H + units[:, None]
+    line = row0 * GROUPS + group
+    in_group = group * B + row0
+    # A row past the batch reads the last one's gradients from the others (rows do not mix, and it is not stored).
+    row = tl.minimum(r, B - 1 - row0).to(tl.int32)
+    gx_row = row * (GROUPS * G * H)
+    inner_row = row * (GROUPS * INNER * H)
+    at_g = r[None, :] * (GROUPS * G * H) + units[:, None]
+    at_i = r[None, :] * (GROUPS * INNER * H) + units[:, None]
+    at_h = r[None, :] * (GROUPS * H) + units[:, None]
+    at_s = r[None, :] * (GROUPS * WORDS * H) + units[:, None]
+    at_state = r[None, :] * H + units[:, None]
     step, sign = walk(group, T - 1 - first, T, REVERSED)
     per_step = B.to(tl.int64) * (GROUPS * H)
-    begin = step.to(tl.int64) * per_step
+    begin = step.to(tl.int64) * per_step + line * H
     forth = -sign * per_step
     # y and c have a row more at the start: row step+1 is after the step, and the one it came from before it.
     y_ptr += begin + per_step + forth
@@ -337,7 +358,10 @@ def backward_kernel(
     if SPLIT < G:
         m_ptr += begin
     if resets_ptr is not None:
-        resets_ptr += step.to(tl.int64) * B
+        resets_ptr += step.to(tl.int64) * B + row0
+    dsh_ptr += in_group * H
+    if STATES == 2:
+        dsc_ptr += in_group * H
     u_ptr += group * (G * H * H)
 
     there = units < H
@@ -360,7 +384,7 @@ def backward_kernel(
         before_step = before
         saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
         if resets_ptr is not None:
-            keep = tl.load(resets_ptr + row, mask=valid, other=0) == 0
+            keep = tl.load(resets_ptr + r, mask=valid, other=0) == 0
             before_step = keep_rows(before, keep, STATES)
             resets_ptr -= sign * B
         if dy_ptr is not None and (1 if SPLIT < G else 2) > PHASE:
@@ -378,7 +402,7 @@ def backward_kernel(
                 target += tl.num_programs(0)
             if PHASE == -1 or PHASE == 1:
                 dm = _product(
-                    UT_2, dgx_ptr + SPLIT * H, gx_row, valid, keep, ACC, BLOCK_H, BLOCK_B, (G - SPLIT) * H,
+                    UT_2, dgx_ptr + SPLIT * H, gx_row, keep, ACC, BLOCK_H, BLOCK_B, (G - SPLIT) * H,
                     CHUNK_2, False, PRECISION,
                 )  # fmt: skip
         if PHASE == -1 or PHASE == 1:
@@ -405,12 +429,10 @@ def backward_kernel(
         if PHASE == -1 or PHASE == 2:
             dh = dstates[0]
             if PLAIN > 0:
-                dh += _product(
-                    UT, dgx_ptr, gx_row, valid, keep, ACC, BLOCK_H, BLOCK_B, PLAIN * H, CHUNK, False, PRECISION
-                )
+                dh += _product(UT, dgx_ptr, gx_row, keep, ACC, BLOCK_H, BLOCK_B, PLAIN * H, CHUNK, False, PRECISION)
             if INNER > 0:
                 dh += _product(
-                    UT_inner, dhu_ptr, inner_row, valid, keep, ACC, BLOCK_H, BLOCK_B, INNER * H,
+                    UT_inner, dhu_ptr, inner_row, keep, ACC, BLOCK_H, BLOCK_B, INNER * H,
                     CHUNK_2 if PLAIN > 0 else CHUNK,
                     False, PRECISION,
                 )  # fmt: skip

@@ -320,13 +320,13 @@ class _Problem:
     def _grids(self) -> Iterator[tuple[Floor, Plan, int]]:
         """What fits: (floor, plan without its reason, bytes of shared memory)."""
         device, interpreted = self.device, self.device is INTERPRETER
+        blackwell = device.capability >= 100
         held = slices(self.cell, self.H, GRID_UNITS, self.backward)
         for block_b in (8, 16, 32, 64):
             programs = _ceil(self.H, GRID_UNITS) * _ceil(self.B, block_b) * self.groups
             if (block_b > 8 and block_b >= 2 * self.B) or (programs > device.processors and not interpreted):
                 continue
-            # More rows spill registers (found with the report).
-            if block_b > (64 if self.H <= 512 else 32 if self.backward or self.H <= 1024 else 8):
+            if block_b > self._most_rows():
                 continue
             num_warps = 4 if block_b <= 16 else 8
             # A thread carries at most 256 bytes of the operand from L2 to shared memory at once; more would spill, and
@@ -334,6 +334,12 @@ class _Problem:
             most = 256 * 32 * num_warps // (block_b * self.itemsize)
             if not self.backward and self.H > 1024:
                 most //= 4
+            # Of many rows, a second long chunk would be on its way with the first, and a masked one takes registers
+            # from the moment it is zeroed (likewise; Blackwell spills with one long chunk too).
+            if not self.backward and block_b > 16 and (chunks(self.H, 64, most) != (self.H,) or blackwell):
+                most = 128 if self.H % 256 or (blackwell and len(held) > 1) else 256
+            if self.backward and block_b > 32:
+                most //= 2
             for block_k in (most, most // 2, most // 4):
                 tile = GRID_UNITS, block_b, block_k
                 needed = grid_bytes(self.cell, self.H, self.itemsize, *tile, self.backward, self.precision)
@@ -346,6 +352,15 @@ class _Problem:
                     floor = self.floor(u_bytes, SHARED_RATE, block_b, GRID_UNITS, columns, exchange, start)
                     yield floor, self.made("grid", tile, num_warps, 1, programs, "", floor.total), needed
                     break
+
+    def _most_rows(self) -> int:
+        """Rows of a `grid` program beyond which some target spills registers (found with the report)."""
+        if self.itemsize > 2:
+            return 32 if self.H <= 512 else 16 if self.H <= 768 else 0
+        if self.H <= 512:
+            heavy = self.backward or self.cell.split < self.gates
+            return 32 if heavy and self.device.capability >= 100 else 64
+        return 32 if self.backward or self.H <= 1024 else 8
 
     def grid(self) -> Plan:
         floor, chosen, needed = min(self._grids(), key=lambda found: found[0].total)

@@ -187,6 +187,8 @@ def _walk(
     launch: Callable[[Launch], None],
 ) -> None:
     """The `grid` schedule: one launch for all steps; or, interpreted, one for each part of a step between barriers."""
+    if 2 * T * programs[0] >= 1 << 31:  # at most two arrivals a program and step
+        raise ValueError(f"sequence length {T} is too long for the grid schedule's counters: ask for triton:stepwise")
     counter = torch.zeros(programs[1] * programs[2], dtype=torch.int32, device=arguments["y_ptr"].device)
     arguments = {**arguments, "counter_ptr": counter}
     if plan.nvidia:

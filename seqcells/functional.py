@@ -396,6 +396,7 @@ def explain(
     hidden_size: int,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    groups: int = 1,
     resets: bool = False,
     backend: str | None = None,
     precision: str | None = None,
@@ -403,11 +404,11 @@ def explain(
     """What a scan of this shape would run on, without running it.
 
     device: a torch device, or one that need not be present: a name of kernels.plan.KNOWN, as "sm_90" or "L4".
-    precision: as in `scan`. Raises as `scan` does.
+    groups: of `scan_groups`. precision: as in `scan`. Raises as `scan` does.
     """
     reference.get(cell)
     check_precision(precision)
-    for name, size in (("batch", batch), ("hidden_size", hidden_size)):
+    for name, size in (("batch", batch), ("hidden_size", hidden_size), ("groups", groups)):
         if size < 1:
             raise ValueError(f"{name} must be greater than zero, got {size}")
     elsewhere = isinstance(device, str) and (device in _known_devices() or device.startswith("sm_"))
@@ -422,7 +423,7 @@ def explain(
     if elsewhere and device not in plan.KNOWN:
         raise ValueError(f"unknown device {device!r}: expected a torch device or one of {', '.join(plan.KNOWN)}")
     facts = plan.KNOWN[str(device)] if elsewhere else scan.device_facts(place)
-    options: Any = {"B": batch, "H": hidden_size, "itemsize": dtype.itemsize, "device": facts}
+    options: Any = {"B": batch, "H": hidden_size, "groups": groups, "itemsize": dtype.itemsize, "device": facts}
     options |= {"schedule": chosen.schedule or None, "precision": _product_precision(precision, dtype)}
     there, back = (plan.plan(cells.get(cell), backward=b, **options) for b in (False, True))
     why = f"{chosen.why}; forward, {there.schedule} schedule: {there.why}; backward, {back.schedule}: {back.why}"

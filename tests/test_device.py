@@ -1,0 +1,67 @@
+"""What only a CUDA device can show of the grid schedule: no hang, no race, streams, graphs. Skipped without one."""
+
+import pytest
+import torch
+from conftest import DEVICE
+
+from seqcells import functional
+from seqcells.check import Shape, inputs
+
+pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
+
+
+def problem(cell, shape, dtype=torch.bfloat16):
+    """A function that runs forward and backward through the grid schedule and returns all it computes."""
+    leaves = [t.requires_grad_() for t in inputs(cell, shape, dtype, DEVICE)]
+    x, w_ih, w_hh, b_ih, b_hh, *states = leaves
+
+    def run():
+        y, final = functional.scan(cell, x, states, w_ih, w_hh, b_ih, b_hh, backend="triton:grid")
+        return [y, *final, *torch.autograd.grad((y, *final), leaves, [torch.ones_like(t) for t in (y, *final)])]
+
+    return run
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_before"])
+def test_a_thousand_launches_give_the_same_bits(cell):
+    run = problem(cell, Shape(50, 16, 32, 768))
+    first = run()
+    for _ in range(1000):
+        again = run()
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+def test_two_streams_at_once():
+    run = problem("lstm", Shape(200, 16, 32, 768))
+    want = run()
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    found = []
+    for _ in range(20):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                found.append(run())
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for got in found for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("schedule", ["resident", "grid", "stepwise"])
+def test_a_cuda_graph_replays(schedule):
+    hidden = 64 if schedule == "resident" else 512
+    x, w_ih, w_hh, b_ih, b_hh, *states = inputs("lstm", Shape(20, 16, 8, hidden), torch.bfloat16, DEVICE)
+
+    def run():
+        return functional.scan("lstm", x, states, w_ih, w_hh, b_ih, b_hh, backend=f"triton:{schedule}")[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    for _ in range(3):
+        x.normal_()
+        graph.replay()
+        assert torch.equal(y, run())
