@@ -137,11 +137,14 @@ def _fill(state: Tensor, start: Tensor | None) -> None:
 
 
 def _start(rows: Tensor, start: Tensor | None, reversed: int) -> None:
-    """start [K, B, H] into the row of the buffer [., B, K, H] where each group begins."""
-    for k in range(rows.shape[2]) if reversed else (slice(None),):
-        backward = reversed and is_reversed(k, reversed)  # type: ignore[arg-type]
-        row = rows[-1 if backward else 0].transpose(0, 1)
-        _fill(row[k], None if start is None else start[k])
+    """start [K, B, H] into the row of the buffer [., B, K, H] where each group begins; zero where none does."""
+    if not reversed:
+        _fill(rows[0].transpose(0, 1), start)
+        return
+    for k in range(rows.shape[2]):
+        first, last = (-1, 0) if is_reversed(k, reversed) else (0, -1)
+        _fill(rows[first, :, k], None if start is None else start[k])
+        rows[last, :, k].zero_()
 
 
 def allocate_saved(cell: Cell, gx: Tensor) -> Tensor:

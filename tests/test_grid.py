@@ -18,8 +18,8 @@ from seqcells.kernels.plan import KNOWN, plan
 SHAPES = [
     (Shape(3, 17, 3, 48), torch.float64, "gates", True),
     (Shape(2, 9, 2, 150), torch.float64, "states", True),
-    (Shape(2, 17, 2, 160), torch.float32, "gates", False),
-    (Shape(2, 20, 2, 100), torch.bfloat16, "states", False),
+    (Shape(2, 9, 2, 160), torch.float32, "gates", False),
+    (Shape(2, 9, 2, 100), torch.bfloat16, "states", False),
 ]
 
 
@@ -42,7 +42,7 @@ def test_parity_over_many_programs(cell, shape, dtype, save, resets, poison):
 @pytest.mark.parametrize("H", [48, pytest.param(160, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck_over_many_programs(cell, H):
-    shape = Shape(2, 9, 1, H)
+    shape = Shape(2, 9, 1, H)  # T=2: one state is handed on, one gradient back
     assert planned(cell, shape, torch.float64).programs >= 6
     tensors = [t.requires_grad_() for t in check.inputs(cell, shape, torch.float64, DEVICE, scale=0.5)]
 

@@ -12,26 +12,30 @@ from shapes import CELLS, SAVES
 import seqcells
 from seqcells import backends, check, functional, ops
 from seqcells.check import Shape
-from seqcells.kernels import cells
+from seqcells.kernels import cells, scan
 
 
-def op_arguments(cell, save):
-    """The arguments of scan_forward, scan_backward and recompute for one small scan."""
+def op_arguments(cell, save, groups=1):
+    """The arguments of scan_forward, scan_backward and recompute for one small scan; of two groups, one reversed."""
     declared = cells.get(cell)
     x, w_ih, w_hh, b_ih, b_hh, *states = check.inputs(cell, Shape(3, 2, 2, 4), torch.float64, DEVICE)
+    w_ih, w_hh, b_ih, b_hh, *states = (torch.stack([t] * groups) for t in (w_ih, w_hh, b_ih, b_hh, *states))
     h0, c0 = states if len(states) == 2 else (states[0], None)
     gx, bias = ops.input_projection(declared, x, w_ih, b_ih, b_hh)
     resets = torch.zeros(3, 2, dtype=torch.bool, device=DEVICE)
-    y, c, saved, hn, cn = ops.scan_forward(gx, w_hh, bias, h0, c0, resets, cell, save, "", "ieee")
-    forward = (gx, w_hh, bias, h0, c0, resets, cell, save, "", "ieee")
+    reversed = groups - 1
+    forward = (gx, w_hh, bias, h0, c0, resets, cell, save, reversed, "", "ieee")
+    y, c, saved, hn, cn = ops.scan_forward(*forward)
     dcn = cn if c0 is not None else None
-    backward = (torch.ones_like(y[1:]), hn, dcn, w_hh, y, c, saved, resets, cell, "", "ieee")
-    return forward, backward, (gx, w_hh, bias, y, c, resets, cell)
+    dy = torch.ones_like(scan.outputs(y, reversed))
+    backward = (dy, hn, dcn, w_hh, y, c, saved, resets, cell, reversed, "", "ieee")
+    return forward, backward, (gx, w_hh, bias, y, c, resets, cell, reversed)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("cell", CELLS)
-def test_opcheck(cell):
-    forward, backward, recompute = op_arguments(cell, "gates")
+def test_opcheck(cell, groups):
+    forward, backward, recompute = op_arguments(cell, "gates", groups)
     torch.library.opcheck(ops.scan_forward, forward)
     torch.library.opcheck(ops.scan_backward, backward)
     torch.library.opcheck(ops.recompute, recompute)

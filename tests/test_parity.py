@@ -96,11 +96,13 @@ def gradcheck_inputs(cell, T, B, I, H):  # noqa: E741
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck(cell, schedule):
     tensors, call = gradcheck_inputs(cell, 2, 2, 1, 2)
+    # Every element by the schedule that takes no detours; the others by random projections.
     for save in SAVES:
-        assert torch.autograd.gradcheck(call(f"triton:{schedule}", save), tensors)
+        fast = schedule != "resident"
+        assert torch.autograd.gradcheck(call(f"triton:{schedule}", save), tensors, fast_mode=fast)
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["resident", "stepwise"])  # grid: in test_grid.py
 @pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck_over_several_tiles(cell, schedule):
     tensors, call = gradcheck_inputs(cell, 3, 9, 2, 17)

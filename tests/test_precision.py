@@ -243,7 +243,7 @@ def test_explain_plans_for_the_precision():
     if DEVICE == "cpu":  # the plan of a device that is not there is explained only by the default backend
         del size["backend"]
     schedules = {p: seqcells.explain("lstm", **size, precision=p).plan.schedule for p in functional.PRECISIONS}
-    assert schedules == {"ieee": "stepwise", "tf32": "resident", "tf32x3": "stepwise"}
+    assert schedules == {"ieee": "grid", "tf32": "resident", "tf32x3": "grid"}
     assert "three TF32 products" in str(seqcells.explain("lstm", **size, precision="tf32x3"))
     followed = seqcells.explain("lstm", **size)
     assert followed == seqcells.explain("lstm", **size, precision=functional.rnn_precision())
