@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+CELLS = ("lstm", "gru", "gru_before")
 LEGEND = """\
 Made by `make report`: every kernel that the plan would launch, compiled for {target} with Triton {triton}; nothing was
 run.
@@ -36,7 +37,7 @@ def markdown_table(head: list[str], lines: list[list[str]]) -> str:
 def step_costs(rows: list[dict[str, Any]]) -> str:
     """The step of the small layers, 8 rows a program, by direction."""
     lines = []
-    for cell in ("lstm", "gru", "gru_before"):
+    for cell in CELLS:
         for hidden in (32, 64, 128):
             line = [cell, str(hidden)]
             for dtype in ("bf16", "fp32"):
@@ -48,7 +49,7 @@ def step_costs(rows: list[dict[str, Any]]) -> str:
                     and 8 in r["batches"]
                     and r["schedule"] == "resident"
                 }
-                line += [found.get(d, "stepwise or grid") for d in ("infer", "train", "backward")]
+                line += [found.get(d, "not resident") for d in ("infer", "train", "backward")]
             lines.append(line)
     head = ["cell", "H", *(f"{t} {d}" for t in ("bf16", "fp32") for d in ("inference", "training", "backward"))]
     return markdown_table(head, lines)
@@ -94,12 +95,12 @@ def all_shapes(rows: list[dict[str, Any]], cell: str, dtype: str) -> str:
 
 
 def document(target: str, content: dict[str, Any]) -> str:
-    rows = [r for r in content["rows"] if r["case"]["target"] == target]
+    rows = [r for r in content["rows"] if r["case"]["target"] == target and r["case"]["cell"] in CELLS]
     bad = sum(not r["good"] for r in rows)
     parts = [f"# Static cost of the kernels on {target}", LEGEND.format(target=target, triton=content["triton"])]
     parts.append(f"{len(rows)} kernels; {bad} spill in a loop or do not fit.")
     parts += ["## A step, 8 rows a program (slots, barriers)", step_costs(rows)]
-    for cell in ("lstm", "gru", "gru_before"):
+    for cell in CELLS:
         for dtype in ("bf16", "fp16", "fp32"):
             parts += [f"## {cell}, {dtype}", all_shapes(rows, cell, dtype)]
     return "\n\n".join(parts) + "\n"

@@ -191,7 +191,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--batch", type=int, required=True)
     p.add_argument("--hidden", type=int, required=True)
     p.add_argument("--dtype", choices=DTYPES, default="float32")
-    p.add_argument("--device", help="cpu, cuda, or a target that need not be present: sm_80, sm_90, sm_100")
+    p.add_argument("--device", help="cpu, cuda, or one that need not be present, as sm_90, H200 or L4")
     p.add_argument("--resets", action="store_true", help="with a reset mask")
     p.add_argument("--backend")
     p.add_argument(

@@ -1,7 +1,7 @@
 """Cells: what one time step computes for one hidden unit, forward and backward.
 
 A cell is a pair of pointwise ``@triton.jit`` functions on tuples of tiles, and one frozen declaration. Every
-schedule (`resident`, `stepwise`), dtype, mask and save mode then works for it. Gate order is torch's.
+schedule (`resident`, `grid`, `stepwise`), dtype, mask and save mode then works for it. Gate order is torch's.
 
 ``forward(gx, hu, states, FAST) -> (new_states, saved)``
     gx: G tiles, the input projection with the biases that only add. hu: G tiles, the recurrent product; the last
