@@ -9,6 +9,21 @@ slots and 6 barriers to 142 and 2, its backward from 343 and 12 to 236 and 2.
 import triton
 import triton.language as tl
 
+# A load's threads are dealt out along its axes, the contiguous one first. Among the others, Triton 3.6 begins with the
+# first axis, later releases with the last.
+FIRST_AXIS_FIRST = tl.constexpr(tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7))
+
+
+@triton.jit
+def _in_order(x):
+    """x, or x with its axes (but `in_memory`'s contiguous last) reversed, so that threads go along the same ones."""
+    if not FIRST_AXIS_FIRST:
+        return x
+    elif len(x.shape) == 5:
+        return tl.permute(x, [3, 2, 1, 0, 4])
+    else:
+        return tl.permute(x, [7, 6, 5, 4, 3, 2, 1, 0])
+
 
 @triton.jit
 def unit_order(BLOCK_H: tl.constexpr, W: tl.constexpr):
@@ -92,7 +107,7 @@ def load_weights(
     mask = (down < H) & (across < H)
     tiles = ()
     for n in tl.static_range(N):
-        tile = tl.load(ptr + n * H * H + offsets, mask=mask, other=0.0)
+        tile = _in_order(tl.load(ptr + n * H * H + _in_order(offsets), mask=_in_order(mask), other=0.0))
         tile = tl.permute(tile, [3, 5, 4, 6, 2, 0, 7, 1])
         tiles = tiles + (tl.reshape(tile, [BLOCK_H, BLOCK_H]),)
     return tiles
@@ -104,10 +119,10 @@ def read_tiles(ptr, offsets, mask, N: tl.constexpr, STRIDE: tl.constexpr):
     tiles = ()
     for n in tl.static_range(N):
         if mask is None:
-            tile = tl.load(ptr + offsets + n * STRIDE)
+            tile = tl.load(ptr + _in_order(offsets) + n * STRIDE)
         else:
-            tile = tl.load(ptr + offsets + n * STRIDE, mask=mask, other=0)
-        tiles = tiles + (from_memory(tile),)
+            tile = tl.load(ptr + _in_order(offsets) + n * STRIDE, mask=_in_order(mask), other=0)
+        tiles = tiles + (from_memory(_in_order(tile)),)
     return tiles
 
 
@@ -115,5 +130,5 @@ def read_tiles(ptr, offsets, mask, N: tl.constexpr, STRIDE: tl.constexpr):
 def write_tiles(ptr, offsets, mask, tiles, FROM: tl.constexpr, TO: tl.constexpr, STRIDE: tl.constexpr):
     """tiles[FROM:TO], each STRIDE elements after the one before; ptr is where tiles[FROM] goes."""
     for n in tl.static_range(FROM, TO):
-        tile = in_memory(tiles[n].to(ptr.dtype.element_ty), offsets.shape)
-        tl.store(ptr + offsets + (n - FROM) * STRIDE, tile, mask=mask)
+        tile = _in_order(in_memory(tiles[n].to(ptr.dtype.element_ty), offsets.shape))
+        tl.store(ptr + _in_order(offsets) + (n - FROM) * STRIDE, tile, mask=_in_order(mask))
