@@ -266,19 +266,19 @@ class _Problem:
         if itemsize == 4 and self.precision == "tf32x3" and block_h > 16:
             block_b = 8
         # Gates of a tile beyond 16 KB, and beyond 4 KB or 64 columns a warp, spill registers on some target (found with
-        # the report; float64 at half that, and products without tensor cores at half the columns).
+        # the report; float64 at half that, and products without tensor cores at half or a quarter of the columns).
         tensor_cores = itemsize < 4 or (itemsize == 4 and self.precision != "ieee")
         most = min(16384 if itemsize < 8 else 8192, block_h * 256)
         while block_b > 8 and (
-            gates * block_b > (64 if tensor_cores else 32)
+            gates * block_b > (64 if tensor_cores else 32 if block_h < 64 else 16)
             or gates * block_h * block_b * itemsize > most
             or resident_bytes(gates, H, itemsize, block_b, self.precision) > device.shared
         ):
             block_b //= 2
         wide = block_h > 128 or block_h * block_b >= 4096
         num_warps = 8 if wide or gates * block_h * block_b * itemsize > 8192 else 4
-        # Triton gives every warp 16 units or more; others would repeat their work (but float64 spills).
-        num_warps = min(num_warps, block_h // 16 if itemsize < 8 else 4)
+        # Triton gives every warp 16 units or more; others would repeat their work (but without tensor cores fewer spill).
+        num_warps = min(num_warps, block_h // 16 if tensor_cores else 4)
         # U in registers is read from shared memory once, not at every step. Half of a thread's registers is what it can
         # have beside the tiles of eight rows; three TF32 products keep U twice.
         u_bytes = gates * block_h * block_h * itemsize
@@ -306,6 +306,8 @@ class _Problem:
     def unfit_grid(self) -> str | None:
         if self.backward and self.itemsize == 4 and self.precision == "ieee" and self.device is not INTERPRETER:
             return "backward, float32 products without TF32 spill registers"  # found with the report
+        if self.itemsize == 8 and self.device.capability >= 100:
+            return "float64 products spill registers there"  # likewise
         if self.gates > 4:
             return "its tiles are tried for at most four gates"
         if self.device.capability == 0 and self.device is not INTERPRETER:
