@@ -277,7 +277,7 @@ class _Problem:
             block_b //= 2
         wide = block_h > 128 or block_h * block_b >= 4096
         num_warps = 8 if wide or gates * block_h * block_b * itemsize > 8192 else 4
-        # Triton gives every warp 16 units or more; others would repeat their work (but without tensor cores fewer spill).
+        # Triton gives every warp 16 units or more; others would repeat their work (without tensor cores fewer spill).
         num_warps = min(num_warps, block_h // 16 if tensor_cores else 4)
         # U in registers is read from shared memory once, not at every step. Half of a thread's registers is what it can
         # have beside the tiles of eight rows; three TF32 products keep U twice.
