@@ -42,4 +42,5 @@ def test_gradcheck(schedule):
         return y, *final
 
     assert torch.autograd.gradcheck(function, tensors, fast_mode=True)
-    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+    if schedule == "resident":  # it goes through the reference, whatever the schedule
+        assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
