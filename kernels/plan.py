@@ -342,6 +342,8 @@ class _Problem:
                 most = 128 if self.H % 256 or (blackwell and len(held) > 1) else 256
             if self.backward and block_b > 32:
                 most //= 2
+            if not self.backward and blackwell and self.itemsize == 4 and self.H > 300:
+                most = 128
             for block_k in (most, most // 2, most // 4):
                 tile = GRID_UNITS, block_b, block_k
                 needed = grid_bytes(self.cell, self.H, self.itemsize, *tile, self.backward, self.precision)
