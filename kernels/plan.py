@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import pairwise
 from typing import Protocol
 
 SCHEDULES = ("resident", "grid", "stepwise")
@@ -29,8 +30,6 @@ class Shape(Protocol):
     def split(self) -> int: ...
     @property
     def inner(self) -> int: ...
-    @property
-    def saved(self) -> int: ...
 
 
 @dataclass(frozen=True)
@@ -71,6 +70,14 @@ KNOWN = {
     "MI300X": Device("MI300X", 0, 304, 64 * KB, 2.1, 2048, 27, 5300, 4 << 20),
 }
 INTERPRETER = Device("interpreter", 0, 132, 227 * KB)
+
+
+def present(name: str, capability: int, processors: int, shared: int) -> Device:
+    """A device that is there: its own sizes, and the rates of the KNOWN one it names or shares its capability with."""
+    words = name.replace("-", " ").split()
+    named = [*words, *(a + b for a, b in pairwise(words))]
+    like = next((KNOWN[word] for word in named if word in KNOWN), KNOWN.get(f"sm_{capability}", KNOWN["H100"]))
+    return replace(like, name=name, capability=capability, processors=processors, shared=shared)
 
 
 @dataclass(frozen=True)
@@ -314,7 +321,7 @@ class _Problem:
             return f"{self.device.name} has no cooperative launch here"
         if next(self._grids(), None) is None:
             return (
-                f"U ({self.gates}x{self.H}x{self.H}) and the batch do not fit the shared memory of "
+                f"U ({self.gates}x{self.H}x{self.H}) and the batch do not fit the shared memory and registers of "
                 f"{self.device.processors} processors on {self.device.name}"
             )
         return None

@@ -19,7 +19,7 @@ from torch import Tensor
 from . import grid, resident, stepwise
 from . import recompute as recompute_schedule
 from .cells import Cell
-from .plan import INTERPRETER, Device, Plan, chunks, slices
+from .plan import INTERPRETER, Device, Plan, chunks, present, slices
 
 ACCUMULATE = {
     torch.float16: tl.float32,
@@ -37,8 +37,8 @@ def device_facts(device: torch.device) -> Device:
     p = torch.cuda.get_device_properties(device)
     if torch.version.hip:
         # 64 KB of local data share a workgroup on every CDNA part before gfx950.
-        return Device(p.name, 0, p.multi_processor_count, 64 * 1024)
-    return Device(p.name, 10 * p.major + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+        return present(p.name, 0, p.multi_processor_count, 64 * 1024)
+    return present(p.name, 10 * p.major + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)  # type: ignore[attr-defined]
 
 
 class Launch(NamedTuple):

@@ -21,6 +21,7 @@ from seqcells.kernels.plan import (
     grid_bytes,
     parts,
     plan,
+    present,
     resident_bytes,
 )
 
@@ -87,13 +88,26 @@ def test_a_schedule_that_does_not_exist_or_fit_is_refused():
     with pytest.raises(ValueError, match="resident schedule does not fit hidden size 1024, batch 8: U would take"):
         planned(H=1024, schedule="resident")
     with pytest.raises(
-        ValueError, match=r"grid schedule does not fit hidden size 4096, batch 8: .* shared memory of 132"
+        ValueError, match=r"grid schedule does not fit hidden size 4096, batch 8: .* shared memory and registers of 132"
     ):
         planned(H=4096, schedule="grid")
     with pytest.raises(ValueError, match="no cooperative launch"):
         planned(H=512, schedule="grid", device="MI300X")
     with pytest.raises(ValueError, match="hidden size 30000 is too large"):
         planned(H=30_000)
+
+
+def test_a_device_that_is_there_has_its_own_sizes_and_a_known_ones_rates():
+    for name, capability, like in [
+        ("NVIDIA H200", 90, "H200"),
+        ("NVIDIA A100-SXM4-80GB", 80, "A100"),
+        ("NVIDIA GeForce RTX 4090", 89, "RTX4090"),
+        ("NVIDIA L40S", 89, "sm_89"),
+        ("NVIDIA Something", 70, "H100"),
+    ]:
+        found = present(name, capability, 7, 4096)
+        assert (found.name, found.capability, found.processors, found.shared) == (name, capability, 7, 4096)
+        assert (found.clock, found.tensor, found.memory) == (KNOWN[like].clock, KNOWN[like].tensor, KNOWN[like].memory)
 
 
 def test_what_the_plan_chooses():

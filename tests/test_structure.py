@@ -94,7 +94,7 @@ def test_plan_is_pure():
     source = (ROOT / "kernels" / "plan.py").read_text()
     modules = {n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)}
     assert (
-        modules <= {"__future__", "collections.abc", "dataclasses", "functools", "typing"}
+        modules <= {"__future__", "collections.abc", "dataclasses", "functools", "itertools", "typing"}
         and "import torch" not in source
     )
 
