@@ -1,8 +1,9 @@
 """Recurrent cells for PyTorch with fused Triton kernels: torch.nn's API and parameters, plus resets and the rest."""
 
-from . import backends, check, functional, reference
+from . import backends, check, functional, init, interop, reference
 from .backends import backend
 from .cells import GRUCell, LSTMCell, RNNCell
+from .convert import Change, convert, revert
 from .functional import explain, gru, lstm, rnn
 from .layers import GRU, LSTM, RNN
 
@@ -11,16 +12,21 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Change",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
     "backend",
     "backends",
     "check",
+    "convert",
     "explain",
     "functional",
     "gru",
+    "init",
+    "interop",
     "lstm",
     "reference",
+    "revert",
     "rnn",
 ]

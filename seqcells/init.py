@@ -1,0 +1,101 @@
+"""Initialisers for gates. Like torch.nn.init's they work in place, without gradient, and return what they were given.
+
+All take seqcells' modules and torch.nn's, every layer and direction of them, and set only the gates' biases they name:
+the sum bias_ih + bias_hh, as all of it in bias_ih and zero in bias_hh. Weights and other biases stay. All raise
+TypeError for a module of another kind and ValueError for one without bias. For a model:
+
+    for module in model.modules():
+        if isinstance(module, seqcells.LSTM):
+            seqcells.init.forget_bias_(module)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import weights
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def forget_bias_(module: M, value: float = 1.0) -> M:
+    """Set the bias of an LSTM's (LSTMCell's) forget gates to value, so that it remembers from the start.
+
+    Gers, Schmidhuber and Cummins 2000, "Learning to forget"; Jozefowicz, Zaremba and Sutskever 2015, "An empirical
+    exploration of recurrent network architectures", who find 1 to be what a plain LSTM lacks.
+    """
+    weights.kind(module, ("lstm",), "forget_bias_")
+    return _set(module, "lstm", {"f": _filled(value)})
+
+
+def chrono_(module: M, max_length: float, *, generator: torch.Generator | None = None) -> M:
+    """Chrono initialisation: memories of an LSTM (GRU) last from 1 to max_length steps, spread over the units.
+
+    LSTM: b_f = log(u), b_i = -b_f, with u from U(1, max_length - 1) for each unit. GRU: b_z = log(u), since z, in
+    torch's h' = (1 - z) n + z h, keeps the state; the paper's z is 1 - z. max_length: the longest dependency expected,
+    more than 2, else ValueError. generator: on the module's device.
+
+    Tallec and Ollivier 2018, "Can recurrent neural networks warp time?", arXiv:1804.11188.
+    """
+    cell = weights.kind(module, ("lstm", "gru"), "chrono_")
+    if not max_length > 2:
+        raise ValueError(f"max_length must be more than 2, for log(U(1, max_length - 1)), got {max_length}")
+    drawn: list[Tensor] = []
+
+    def draw(like: Tensor) -> Tensor:
+        # In float32 at least: in half precision U(1, 1000) has few values.
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        u = torch.empty_like(like, dtype=dtype).uniform_(1, max_length - 1, generator=generator)
+        drawn.append(u.log())
+        return drawn[-1]
+
+    if cell == "gru":
+        return _set(module, cell, {"z": draw})
+    return _set(module, cell, {"f": draw, "i": lambda like: -drawn[-1]})
+
+
+def accumulator_(module: M, keep: float | None = None, add: float | None = None) -> M:
+    """Make an LSTM (GRU) start as an accumulator: it forgets nothing and each step adds a little to the state.
+
+    keep: the bias of the gate that keeps the state: an LSTM's forget gate (14 if None), a GRU's z (8 if None). add: the
+    bias of an LSTM's input gate (-9 if None); a GRU has none, 1 - z is what it adds by, so ValueError.
+
+    A step then adds about sigmoid(add) (a GRU: sigmoid(-keep)) times the candidate: so little that the state stays
+    where tanh is linear, and sums stay sums. The model has to multiply its output back up. Counting the ones in strings
+    of 64, right up to length 127, was learnt with these: LSTM, 8 units, float32, 14 and -9, output times 1500; in
+    float64 12 and -8, times 600; GRU, 16 units, 8, times 300. For remembering a symbol over a hundred steps, 6 and -3
+    (LSTM) and 4 (GRU). Default initialisation learns neither to count that far nor to go on counting.
+    """
+    cell = weights.kind(module, ("lstm", "gru"), "accumulator_")
+    if cell == "gru":
+        if add is not None:
+            raise ValueError("add is for an LSTM's input gate; a GRU adds by 1 - z, which keep sets")
+        return _set(module, cell, {"z": _filled(8.0 if keep is None else keep)})
+    values = {"f": 14.0 if keep is None else keep, "i": -9.0 if add is None else add}
+    return _set(module, cell, {gate: _filled(value) for gate, value in values.items()})
+
+
+def _filled(value: float) -> Callable[[Tensor], Tensor]:
+    return lambda like: torch.full_like(like, value)
+
+
+def _set(module: M, cell: str, gates: dict[str, Callable[[Tensor], Tensor]]) -> M:
+    """gates: the new bias by gate, made from the old one, [H]."""
+    if not module.bias:
+        raise ValueError(f"this {type(module).__name__} has no bias to set (bias=False)")
+    order = weights.GATES[cell]
+    with torch.no_grad():
+        for suffix in weights.suffixes(module):
+            biases = [getattr(module, f"bias_{part}{suffix}").clone() for part in ("ih", "hh")]
+            rows = [b.chunk(len(order)) for b in biases]
+            for gate, make in gates.items():
+                i = order.index(gate)
+                rows[0][i].copy_(make(rows[0][i]))
+                rows[1][i].zero_()
+            for part, bias in zip(("ih", "hh"), biases, strict=True):
+                weights.assign(module, f"bias_{part}{suffix}", bias)
+    return module

@@ -1,0 +1,212 @@
+"""Weights from and to other libraries: Keras, haste, and the two usual hand-written cells.
+
+The from_ functions take arrays and return a cell's state_dict as torch.nn names it: weight_ih [G*H, I], weight_hh
+[G*H, H], bias_ih and bias_hh [G*H]; no biases if there were none. load_ copies such a dict into a cell, or into one
+layer and direction of an LSTM, GRU or RNN, seqcells' or torch.nn's.
+
+    order of gates      LSTM     GRU
+    torch, seqcells     i f g o  r z n
+    Keras               i f c o  z r h    kernel [I, G*H], recurrent_kernel [H, G*H]
+    haste               i g f o  z r h    the same shapes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import weights
+
+Array = Any  # anything numpy.asarray takes, or a tensor
+KERAS = {"lstm": "ifgo", "gru": "zrn", "rnn": "n"}
+HASTE = {"lstm": "igfo", "gru": "zrn"}
+
+
+def from_keras(
+    kernel: Array, recurrent_kernel: Array, bias: Array | None = None, *, cell: str = "lstm", reset_after: bool = True
+) -> dict[str, Tensor]:
+    """What get_weights() of a Keras LSTM, GRU or SimpleRNN gives, as a torch.nn cell's state_dict.
+
+    kernel [I, G*H], recurrent_kernel [H, G*H]; bias [G*H], of a GRU with reset_after (Keras's default since
+    TensorFlow 2, and torch's form) [2, 3*H], None with use_bias=False. cell: "lstm", "gru" or "rnn". reset_after=False
+    is seqcells.GRU(reset_after=False). The activations must be tanh and sigmoid (not hard_sigmoid, once Keras's
+    default), in a SimpleRNN tanh or relu. A Bidirectional layer gives the forward direction's weights, then the other's.
+    Raises ValueError for an unknown cell and for shapes that do not fit.
+    """
+    order = _order(KERAS, cell)
+    state = _from_kernels(kernel, recurrent_kernel, order, cell)
+    if bias is None:
+        return state
+    rows = state["weight_ih"].shape[0]
+    both = cell == "gru" and reset_after
+    hint = f"bias of a GRU with reset_after={reset_after}" if cell == "gru" else "bias"
+    b = _checked(hint, bias, (2, rows) if both else (rows,))
+    state["bias_ih"] = _reordered(b[0] if both else b, order, weights.GATES[cell])
+    state["bias_hh"] = _reordered(b[1], order, weights.GATES[cell]) if both else torch.zeros_like(b)
+    return state
+
+
+def to_keras(module: nn.Module, layer: int = 0, reverse: bool = False) -> list[np.ndarray]:
+    """The inverse: [kernel, recurrent_kernel, bias], as set_weights() of a Keras layer takes them.
+
+    Without bias [kernel, recurrent_kernel]. A single bias of Keras's is bias_ih + bias_hh.
+    Raises TypeError for a module of another kind, ValueError for a layer that is not there and for proj_size.
+    """
+    cell = weights.kind(module, ("lstm", "gru", "rnn"), "to_keras")
+    _no_projection(module, "Keras")
+    suffix = weights.suffix(module, layer, reverse)
+    order, ours = KERAS[cell], weights.GATES[cell]
+
+    def read(part: str) -> Tensor:
+        return _reordered(getattr(module, part + suffix).detach(), ours, order)
+
+    found = [read("weight_ih").T, read("weight_hh").T]
+    if module.bias:
+        b_ih, b_hh = read("bias_ih"), read("bias_hh")
+        both = cell == "gru" and getattr(module, "reset_after", True)
+        found.append(torch.stack([b_ih, b_hh]) if both else b_ih + b_hh)
+    # bfloat16, which numpy has not, as float32.
+    return [(t.float() if t.dtype == torch.bfloat16 else t).cpu().contiguous().numpy().copy() for t in found]
+
+
+def load_keras_(module: nn.Module, arrays: Sequence[Array], layer: int = 0, reverse: bool = False) -> nn.Module:
+    """Copy what get_weights() of a Keras layer gave into a cell, or into one layer and direction; returns module.
+
+    arrays: [kernel, recurrent_kernel, bias], see from_keras. Raises as from_keras and load_ do.
+    """
+    cell = weights.kind(module, ("lstm", "gru", "rnn"), "load_keras_")
+    if len(arrays) not in (2, 3):
+        raise ValueError(f"expected [kernel, recurrent_kernel] or [kernel, recurrent_kernel, bias], got {len(arrays)}")
+    reset_after = bool(getattr(module, "reset_after", True))
+    return load_(module, from_keras(*arrays, cell=cell, reset_after=reset_after), layer, reverse)
+
+
+def from_haste(
+    kernel: Array,
+    recurrent_kernel: Array,
+    bias: Array | None = None,
+    recurrent_bias: Array | None = None,
+    *,
+    cell: str = "lstm",
+) -> dict[str, Tensor]:
+    """The parameters of a haste_pytorch.LSTM or GRU (github.com/lmnt-com/haste), as a torch.nn cell's state_dict.
+
+    kernel [I, G*H], recurrent_kernel [H, G*H], bias [G*H]; a GRU (its reset gate after the product, as torch's) also
+    has recurrent_bias [3*H]. cell: "lstm" or "gru". Zoneout and DropConnect are not weights and are not taken over.
+    Raises ValueError for an unknown cell and for shapes that do not fit.
+    """
+    order = _order(HASTE, cell)
+    if cell == "lstm" and recurrent_bias is not None:
+        raise ValueError("haste's LSTM has one bias: recurrent_bias is for a GRU")
+    if cell == "gru" and (bias is None) != (recurrent_bias is None):
+        raise ValueError("haste's GRU has two biases: expected bias and recurrent_bias, or neither")
+    state = _from_kernels(kernel, recurrent_kernel, order, cell)
+    if bias is None:
+        return state
+    shape, ours = (state["weight_ih"].shape[0],), weights.GATES[cell]
+    state["bias_ih"] = _reordered(_checked("bias", bias, shape), order, ours)
+    state["bias_hh"] = torch.zeros_like(state["bias_ih"])
+    if recurrent_bias is not None:
+        state["bias_hh"] = _reordered(_checked("recurrent_bias", recurrent_bias, shape), order, ours)
+    return state
+
+
+def from_handwritten_lstm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict of an LSTM cell of two Linears, x_fc and h_fc, whose output is cut into i f g o.
+
+    As reference.HandwrittenLSTMCell: x_fc.weight [4*H, I], h_fc.weight [4*H, H], both with bias.
+    Raises ValueError for names and shapes that do not fit.
+    """
+    _names(state, [f"{x}_fc.{kind}" for x in "xh" for kind in ("weight", "bias")])
+    found = {"weight_ih": "x_fc.weight", "weight_hh": "h_fc.weight", "bias_ih": "x_fc.bias", "bias_hh": "h_fc.bias"}
+    H = state["h_fc.weight"].shape[-1]
+    I = state["x_fc.weight"].shape[-1]  # noqa: E741
+    shapes = ((4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
+    return {part: _checked(name, state[name], s) for (part, name), s in zip(found.items(), shapes, strict=True)}
+
+
+def from_handwritten_gru(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state_dict of a GRU cell of six Linears, x_fc_r, x_fc_z, x_fc_n and h_fc_r, h_fc_z, h_fc_n, all with bias.
+
+    As reference.HandwrittenGRUCell, whose reset gate comes before the product: for GRU(..., reset_after=False). Each
+    x_fc_.weight [H, I], each h_fc_.weight [H, H]. Raises ValueError for names and shapes that do not fit.
+    """
+    _names(state, [f"{x}_fc_{gate}.{kind}" for x in "xh" for gate in "rzn" for kind in ("weight", "bias")])
+    H = state["h_fc_r.weight"].shape[-1]
+    I = state["x_fc_r.weight"].shape[-1]  # noqa: E741
+    found = {}
+    for x, part, columns in (("x", "ih", I), ("h", "hh", H)):
+        for kind, shape in (("weight", (H, columns)), ("bias", (H,))):
+            names = [f"{x}_fc_{gate}.{kind}" for gate in "rzn"]
+            found[f"{kind}_{part}"] = torch.cat([_checked(name, state[name], shape) for name in names])
+    return found
+
+
+def load_(module: nn.Module, state: Mapping[str, Tensor], layer: int = 0, reverse: bool = False) -> nn.Module:
+    """Copy a cell's state_dict into a cell, or into one layer and direction of an LSTM, GRU or RNN; returns module.
+
+    Values take the module's dtype and device. Where state has no biases and the module has, they become zero.
+    Raises TypeError for a module of another kind; ValueError for a layer that is not there, for proj_size, for biases
+    the module has not, and for names and shapes that do not fit. Nothing is copied if anything does not fit.
+    """
+    weights.kind(module, ("lstm", "gru", "rnn"), "load_")
+    _no_projection(module, "a cell")
+    suffix = weights.suffix(module, layer, reverse)
+    _names(state, weights.PARTS if "bias_ih" in state or "bias_hh" in state else weights.PARTS[:2])
+    if "bias_ih" in state and not module.bias:
+        raise ValueError(f"this {type(module).__name__} has no bias to load into (bias=False)")
+    values = {}
+    for part in weights.PARTS if module.bias else weights.PARTS[:2]:
+        held = getattr(module, part + suffix)
+        values[part] = _checked(part, state[part], tuple(held.shape)) if part in state else torch.zeros_like(held)
+        values[part] = values[part].to(held.device, held.dtype)
+    for part, value in values.items():
+        weights.assign(module, part + suffix, value)
+    return module
+
+
+def _order(orders: dict[str, str], cell: str) -> str:
+    if cell not in orders:
+        raise ValueError(f"unknown cell {cell!r}: expected one of {', '.join(orders)}")
+    return orders[cell]
+
+
+def _names(state: Mapping[str, Tensor], expected: Sequence[str]) -> None:
+    if set(state) != set(expected):
+        missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
+        raise ValueError(f"expected the names {', '.join(expected)}; missing {missing}, unknown {extra}")
+
+
+def _no_projection(module: nn.Module, what: str) -> None:
+    if getattr(module, "proj_size", 0):
+        raise ValueError(f"{what} has no projection: this {type(module).__name__} has proj_size={module.proj_size}")
+
+
+def _checked(name: str, array: Array, expected: tuple[int | str, ...]) -> Tensor:
+    """A copy of array as a tensor. ValueError unless it has that shape; a str stands for any size."""
+    found = array.detach().clone() if isinstance(array, Tensor) else torch.tensor(np.asarray(array))
+    fits = len(found.shape) == len(expected)
+    fits = fits and all(isinstance(e, str) or s == e for s, e in zip(found.shape, expected, strict=True))
+    if not fits:
+        raise ValueError(f"{name}: expected shape ({', '.join(map(str, expected))}), got {tuple(found.shape)}")
+    return found
+
+
+def _from_kernels(kernel: Array, recurrent_kernel: Array, order: str, cell: str) -> dict[str, Tensor]:
+    """weight_ih and weight_hh of kernels whose columns are the gates in that order."""
+    recurrent = _checked("recurrent_kernel", recurrent_kernel, ("H", f"{len(order)}*H"))
+    H = recurrent.shape[0]
+    recurrent = _checked("recurrent_kernel", recurrent, (H, len(order) * H))
+    ours = weights.GATES[cell]
+    w_ih = _reordered(_checked("kernel", kernel, ("I", len(order) * H)).T, order, ours)
+    return {"weight_ih": w_ih.contiguous(), "weight_hh": _reordered(recurrent.T, order, ours).contiguous()}
+
+
+def _reordered(rows: Tensor, order: str, wanted: str) -> Tensor:
+    """rows [G*H, ...], their G parts from one order of gates to another."""
+    parts = dict(zip(order, rows.chunk(len(order)), strict=True))
+    return torch.cat([parts[gate] for gate in wanted])

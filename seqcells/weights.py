@@ -1,0 +1,73 @@
+"""What init and interop share: a recurrent module's parameters, by layer and direction; seqcells' and torch.nn's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from . import cells, layers
+
+PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+_LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
+    "lstm": (layers.LSTM, nn.LSTM),
+    "gru": (layers.GRU, nn.GRU),
+    "rnn": (layers.RNN, nn.RNN),
+}
+_CELLS: dict[str, tuple[type[nn.Module], ...]] = {
+    "lstm": (cells.LSTMCell, nn.LSTMCell),
+    "gru": (cells.GRUCell, nn.GRUCell),
+    "rnn": (cells.RNNCell, nn.RNNCell),
+}
+# Gates in the order of the rows of torch.nn's weights.
+GATES = {"lstm": "ifgo", "gru": "rzn", "rnn": "n"}
+
+
+def kind(module: nn.Module, allowed: tuple[str, ...], caller: str) -> str:
+    """ "lstm", "gru" or "rnn", for layers and cells. TypeError for any other module, and for a kind not allowed."""
+    for name in allowed:
+        if isinstance(module, _LAYERS[name] + _CELLS[name]):
+            return name
+    names = " or ".join(f"{n}{cell}" for n in (a.upper() for a in allowed) for cell in ("", "Cell"))
+    raise TypeError(f"{caller} takes an {names} of seqcells or torch.nn, got {type(module).__name__}")
+
+
+def is_cell(module: nn.Module) -> bool:
+    return any(isinstance(module, classes) for classes in _CELLS.values())
+
+
+def suffix(module: nn.Module, layer: int, reverse: bool) -> str:
+    """What follows weight_ih in the names of that layer's and direction's parameters. ValueError if it is not there."""
+    if is_cell(module):
+        if layer or reverse:
+            raise ValueError(f"a {type(module).__name__} has neither layers nor directions")
+        return ""
+    if not 0 <= layer < module.num_layers:  # type: ignore[operator]
+        raise ValueError(f"layer {layer} is not there: num_layers is {module.num_layers}")
+    if reverse and not module.bidirectional:
+        raise ValueError(f"there is no reverse direction: this {type(module).__name__} is not bidirectional")
+    return f"_l{layer}{'_reverse' if reverse else ''}"
+
+
+def suffixes(module: nn.Module) -> Iterator[str]:
+    """suffix of every layer and direction."""
+    for layer in range(1 if is_cell(module) else module.num_layers):  # type: ignore[arg-type]
+        yield suffix(module, layer, False)
+        if not is_cell(module) and module.bidirectional:
+            yield suffix(module, layer, True)
+
+
+def assign(module: nn.Module, name: str, value: Tensor) -> None:
+    """Give the parameter of that name the value, in place; through its parametrization's right_inverse if it has one.
+
+    ValueError where a hook computes it from others (the old weight_norm, pruning): the value would not stay.
+    """
+    with torch.no_grad():
+        if parametrize.is_parametrized(module, name):
+            setattr(module, name, value)
+        elif isinstance(module._parameters.get(name), Tensor):
+            module._parameters[name].copy_(value)  # type: ignore[union-attr]
+        else:
+            raise ValueError(f"{name} is no parameter of this {type(module).__name__}: does a hook compute it?")
