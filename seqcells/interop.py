@@ -34,7 +34,7 @@ def from_keras(
     kernel [I, G*H], recurrent_kernel [H, G*H]; bias [G*H], of a GRU with reset_after (Keras's default since
     TensorFlow 2, and torch's form) [2, 3*H], None with use_bias=False. cell: "lstm", "gru" or "rnn". reset_after=False
     is seqcells.GRU(reset_after=False). The activations must be tanh and sigmoid (not hard_sigmoid, once Keras's
-    default), in a SimpleRNN tanh or relu. A Bidirectional layer gives the forward direction's weights, then the other's.
+    default), in a SimpleRNN tanh or relu. A Bidirectional layer gives the forward weights, then the backward ones.
     Raises ValueError for an unknown cell and for shapes that do not fit.
     """
     order = _order(KERAS, cell)
