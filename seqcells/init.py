@@ -88,14 +88,14 @@ def _set(module: M, cell: str, gates: dict[str, Callable[[Tensor], Tensor]]) -> 
     if not module.bias:
         raise ValueError(f"this {type(module).__name__} has no bias to set (bias=False)")
     order = weights.GATES[cell]
-    with torch.no_grad():
-        for suffix in weights.suffixes(module):
-            biases = [getattr(module, f"bias_{part}{suffix}").clone() for part in ("ih", "hh")]
-            rows = [b.chunk(len(order)) for b in biases]
-            for gate, make in gates.items():
-                i = order.index(gate)
-                rows[0][i].copy_(make(rows[0][i]))
-                rows[1][i].zero_()
-            for part, bias in zip(("ih", "hh"), biases, strict=True):
-                weights.assign(module, f"bias_{part}{suffix}", bias)
+    values: dict[str, Tensor] = {}
+    for suffix in weights.suffixes(module):
+        b_ih, b_hh = (getattr(module, f"bias_{part}{suffix}").detach().clone() for part in ("ih", "hh"))
+        for gate, make in gates.items():
+            row = order.index(gate)
+            kept = b_ih.chunk(len(order))[row]
+            kept.copy_(make(kept))
+            b_hh.chunk(len(order))[row].zero_()
+        values |= {f"bias_ih{suffix}": b_ih, f"bias_hh{suffix}": b_hh}
+    weights.assign(module, values)
     return module

@@ -164,8 +164,7 @@ def load_(module: nn.Module, state: Mapping[str, Tensor], layer: int = 0, revers
         held = getattr(module, part + suffix)
         values[part] = _checked(part, state[part], tuple(held.shape)) if part in state else torch.zeros_like(held)
         values[part] = values[part].to(held.device, held.dtype)
-    for part, value in values.items():
-        weights.assign(module, part + suffix, value)
+    weights.assign(module, {part + suffix: value for part, value in values.items()})
     return module
 
 
@@ -192,7 +191,8 @@ def _checked(name: str, array: Array, expected: tuple[int | str, ...]) -> Tensor
     fits = len(found.shape) == len(expected)
     fits = fits and all(isinstance(e, str) or s == e for s, e in zip(found.shape, expected, strict=True))
     if not fits:
-        raise ValueError(f"{name}: expected shape ({', '.join(map(str, expected))}), got {tuple(found.shape)}")
+        shape = ", ".join(map(str, expected)) + ("," if len(expected) == 1 else "")
+        raise ValueError(f"{name}: expected shape ({shape}), got {tuple(found.shape)}")
     return found
 
 

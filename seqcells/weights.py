@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -59,15 +59,18 @@ def suffixes(module: nn.Module) -> Iterator[str]:
             yield suffix(module, layer, True)
 
 
-def assign(module: nn.Module, name: str, value: Tensor) -> None:
-    """Give the parameter of that name the value, in place; through its parametrization's right_inverse if it has one.
+def assign(module: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give the named parameters these values, in place; through the right_inverse of those that are parametrized.
 
-    ValueError where a hook computes it from others (the old weight_norm, pruning): the value would not stay.
+    ValueError, before any is changed, where a hook computes one from others (the old weight_norm, pruning): the value
+    would not stay.
     """
-    with torch.no_grad():
-        if parametrize.is_parametrized(module, name):
-            setattr(module, name, value)
-        elif isinstance(module._parameters.get(name), Tensor):
-            module._parameters[name].copy_(value)  # type: ignore[union-attr]
-        else:
+    for name in values:
+        if not parametrize.is_parametrized(module, name) and module._parameters.get(name) is None:
             raise ValueError(f"{name} is no parameter of this {type(module).__name__}: does a hook compute it?")
+    with torch.no_grad():
+        for name, value in values.items():
+            if parametrize.is_parametrized(module, name):
+                setattr(module, name, value)
+            else:
+                module._parameters[name].copy_(value)  # type: ignore[union-attr]
