@@ -95,7 +95,8 @@ def convert(
     "seqcells" says the same, at INFO and WARNING.
 
     Left alone: subclasses of torch.nn's classes, whose code may rely on them, and modules whose forward was replaced
-    on the instance. Modules in torch.jit's or torch.export's programs are not seen at all. Convert before compiling.
+    on the instance. Modules in torch.jit's or torch.export's programs are not seen at all. A model that torch.compile
+    compiled is compiled again at its next call.
     Raises ValueError, before anything is changed, for an unknown backend, save or precision, and for a pattern that
     matches no recurrent module.
     """
@@ -153,7 +154,8 @@ def _swap_all(
         if module not in wanted or module in unwanted or not isinstance(module, sources):
             continue
         cls = parametrize.type_before_parametrizations(module)
-        before, after, skipped = _qualified(cls), "", ""
+        before = after = _qualified(cls)
+        skipped = ""
         if cls not in sources:
             skipped = f"a subclass of {_qualified(next(c for c in sources if issubclass(cls, c)))}"
         elif "forward" in module.__dict__:
