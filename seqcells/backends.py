@@ -2,10 +2,11 @@
 
     triton     the fused kernels: CUDA, or CPU tensors under TRITON_INTERPRET=1
     aten       torch's own fused RNN (cuDNN on CUDA, oneDNN on the CPU), for what it supports
-    reference  the pure-PyTorch loop: everything, slowly
+    loop       a loop over time in torch operations with a backward of its own: any device
+    reference  the pure-PyTorch loop that autograd differentiates: everything, slowly
 
-"auto" is triton on CUDA, aten on the CPU where it can, else reference. "triton:resident" and "triton:stepwise" name a
-schedule as well.
+"auto" is triton on CUDA; on the CPU it is aten where that is the faster (oneDNN's LSTM; what needs no gradient), else
+loop. "triton:resident", "triton:grid" and "triton:stepwise" name a schedule as well.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch.autograd import forward_ad
 
 try:
     from triton import knobs
@@ -26,9 +28,10 @@ try:
 except ModuleNotFoundError:
     TRITON = INTERPRETED = False
 
-NAMES = ("auto", "triton", "aten", "reference")
+NAMES = ("auto", "triton", "aten", "loop", "reference")
 SCHEDULES = ("resident", "grid", "stepwise")
 ATEN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+LOOP_CELLS = (*ATEN_CELLS, "gru_before")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 # A plain list, not a ContextVar: torch.compile guards on its contents and so recompiles when they change.
@@ -60,7 +63,7 @@ def backend(name: str) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Choice:
-    """backend: triton, aten or reference. schedule: "" unless it was asked for."""
+    """backend: triton, aten, loop or reference. schedule: "" unless it was asked for."""
 
     backend: str
     schedule: str
@@ -83,18 +86,56 @@ def _no_triton(device: torch.device, dtype: torch.dtype) -> Exception | None:
     return RuntimeError(f"the triton backend needs CUDA tensors, got tensors on {device}; {advice}")
 
 
-def _no_aten(cell: str, resets: bool) -> str:
+@dataclass(frozen=True)
+class Request:
+    """What a scan asks for beside its cell, device and dtype, as far as a backend may lack it or be slow at it."""
+
+    resets: bool = False
+    lengths: bool = False
+    cells: bool = False  # all cell states
+    grad: bool = False
+    onednn: bool = False  # oneDNN's LSTM would run it
+
+
+def _no_aten(cell: str, request: Request) -> str:
     """Why aten cannot; "" if it can."""
     if cell not in ATEN_CELLS:
         return f"torch has no fused {cell}"
-    return "torch's fused RNNs have no resets" if resets else ""
+    if request.cells:
+        return "torch's fused RNNs do not give all cell states"
+    return "torch's fused RNNs have no resets" if request.resets else ""
 
 
-def choose(cell: str, device: torch.device, dtype: torch.dtype, *, resets: bool, requested: str | None) -> Choice:
+def transforming() -> bool:
+    """Whether torch.func's transforms or forward-mode AD are at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def _without_kernels(cell: str, device: torch.device, request: Request, lacking: str) -> tuple[str, str]:
+    """What "auto" is where the kernels do not run, and why."""
+    loop = "loop" if cell in LOOP_CELLS else "reference"
+    if lacking:
+        return loop, lacking
+    if loop == "reference" or torch.jit.is_tracing():
+        return "aten", f"torch's own fused {cell} runs there"
+    if transforming():
+        return loop, "torch.func and forward mode want operators that can be transformed"
+    if request.onednn:
+        return "aten", "oneDNN's LSTM is the fastest there"
+    if torch.compiler.is_compiling():
+        return loop, "torch.compile would unroll torch's own for every length"
+    if request.lengths:
+        return loop, "torch's own fused RNNs take lengths only packed"
+    if request.grad and device.type == "cpu":
+        return loop, f"with gradients it is faster than torch's own fused {cell}"
+    return "aten", f"torch's own fused {cell} runs there"
+
+
+def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request, requested: str | None) -> Choice:
     """The backend for a scan. requested: a layer's own backend=, else the context's, else "auto".
 
-    Raises ModuleNotFoundError (no triton), RuntimeError (wrong device, or something aten lacks), TypeError (dtype),
-    ValueError (unknown backend).
+    Raises ModuleNotFoundError (no triton), RuntimeError (wrong device, or something a backend lacks), TypeError
+    (dtype), ValueError (unknown backend).
     """
     spelled = requested or (_chosen[-1] if _chosen else "auto")
     name, schedule = parse(spelled)
@@ -102,15 +143,16 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, *, resets: bool,
         if problem := _no_triton(device, dtype):
             raise problem
         return Choice("triton", schedule, "it was asked for")
-    lacking = _no_aten(cell, resets)
+    lacking = _no_aten(cell, request)
     if name == "aten" and lacking:
-        raise RuntimeError(f"the aten backend cannot run this: {lacking}; use backend='triton' or 'reference'")
+        raise RuntimeError(f"the aten backend cannot run this: {lacking}; use backend='triton', 'loop' or 'reference'")
+    if name == "loop" and cell not in LOOP_CELLS:
+        raise RuntimeError(f"the loop backend has no {cell}: use backend='triton' or 'reference'")
     if name != "auto":
         return Choice(name, "", "it was asked for")
     problem = _no_triton(device, dtype)
     if device.type == "cuda" and problem is None:
         return Choice("triton", "", "the tensors are on CUDA")
     where = str(problem) if device.type == "cuda" else f"the tensors are on the {device.type.upper()}"
-    if not lacking:
-        return Choice("aten", "", f"{where}, and torch's own fused {cell} runs there")
-    return Choice("reference", "", f"{where}, and {lacking}")
+    found, why = _without_kernels(cell, device, request, lacking)
+    return Choice(found, "", f"{where}, and {why}")

@@ -6,14 +6,15 @@ G = 4 for LSTM (i f g o), 3 for GRU (r z n), 1 for RNN, in torch's order. y [T, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import backends, reference
+from . import aten, autograd, backends, loop, masks, projection, reference  # noqa: F401  (loop: its engine)
 
 try:
     from . import ops
@@ -49,20 +50,38 @@ def _product_precision(asked: str | None, dtype: torch.dtype) -> str:
     return (asked or rnn_precision()) if dtype == torch.float32 else "ieee"
 
 
-def _check(
-    x: Tensor, states: tuple[Tensor | None, ...], weights: tuple[Tensor | None, ...], resets: Tensor | None, gates: int
-) -> None:
+@dataclass(frozen=True)
+class How:
+    """How a scan is to be done: the options of `scan`, as the modules hand them on.
+
+    reverse: for each group, whether it walks from the last step to the first. cells: all cell states, too.
+    one_step: a cell's call, x [1, B, I], for which aten and triton have kernels of their own.
+    """
+
+    resets: Tensor | None = None
+    lengths: Tensor | None = None
+    reverse: tuple[bool, ...] = (False,)
+    save: str = "gates"
+    backend: str | None = None
+    precision: str | None = None
+    cells: bool = False
+    one_step: bool = False
+
+
+def _check(x: Tensor, states: tuple[Tensor | None, ...], weights: aten.Weights, how: How, gates: int) -> None:
     """Raise what torch.nn raises, in its words where it has some, before anything runs."""
-    w_ih, w_hh, *biases = weights
+    w_ih, w_hh, b_ih, b_hh, *projection = weights
     assert w_ih is not None and w_hh is not None
     if x.dim() != 3:
         raise RuntimeError(f"input must have 3 dimensions, got {x.dim()}")
-    H = w_hh.shape[-1]
-    if w_hh.dim() != 2 or w_hh.shape[0] != gates * H or H == 0:
-        raise RuntimeError(f"w_hh must have shape ({gates}*H, H), got {tuple(w_hh.shape)}")
+    P = H = w_hh.shape[-1]
+    if projection and projection[0] is not None:
+        P, H = projection[0].shape
+    if w_hh.dim() != 2 or w_hh.shape != (gates * H, P) or H == 0:
+        raise RuntimeError(f"w_hh must have shape ({gates}*H, {'P' if projection else 'H'}), got {tuple(w_hh.shape)}")
     if w_ih.dim() != 2 or w_ih.shape[0] != gates * H:
         raise RuntimeError(f"w_ih must have shape ({gates * H}, input_size), got {tuple(w_ih.shape)}")
-    for name, b in zip(("b_ih", "b_hh"), biases, strict=True):
+    for name, b in (("b_ih", b_ih), ("b_hh", b_hh)):
         if b is not None and b.shape != (gates * H,):
             raise RuntimeError(f"{name} must have shape ({gates * H},), got {tuple(b.shape)}")
     if x.dtype != w_ih.dtype:
@@ -89,8 +108,10 @@ def _check(
                     f"and {kind} tensor with {t.dtype}"
                 )
     for i, s in enumerate(states):
-        if s is not None and s.shape != (x.shape[1], H):
-            raise RuntimeError(f"Expected hidden[{i}] size {(x.shape[1], H)}, got {list(s.shape)}")
+        expected = (x.shape[1], H if i else P)
+        if s is not None and s.shape != expected:
+            raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(s.shape)}")
+    resets, lengths = how.resets, how.lengths
     if resets is not None:
         if resets.dtype != torch.bool:
             raise TypeError(f"resets must be a bool tensor, got {resets.dtype}")
@@ -98,46 +119,18 @@ def _check(
             raise RuntimeError(f"Expected resets size {tuple(x.shape[:2])}, got {list(resets.shape)}")
         if resets.device != x.device:
             raise RuntimeError(f"resets must be on the input's device {x.device}, got {resets.device}")
-
-
-@torch.compiler.disable
-def _aten_lstm(*arguments: Any) -> tuple[Tensor, ...]:
-    """torch.lstm, outside torch.compile: what it does on the CPU cannot be traced with gradients (torch.nn.LSTM breaks
-    the graph for it too)."""
-    return torch.lstm(*arguments)
-
-
-def _aten(
-    cell: str, x: Tensor, states: tuple[Tensor, ...], weights: tuple[Tensor | None, ...]
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """torch's own fused layer; it wants both biases or neither. The final states are [1, B, H]."""
-    w_ih, w_hh, b_ih, b_hh = weights
-    if (b_ih is None) != (b_hh is None):
-        given = b_hh if b_ih is None else b_ih
-        assert given is not None
-        b_ih, b_hh = (torch.zeros_like(given) if b is None else b for b in (b_ih, b_hh))
-    flat = [t for t in (w_ih, w_hh, b_ih, b_hh) if t is not None]
-    # cuDNN keeps what its backward needs only in training mode.
-    train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *flat))
-    options = (len(flat) == 4, 1, 0.0, train, False, False)
-    hx = [s[None] for s in states]
-    if cell == "lstm":
-        run = _aten_lstm if x.device.type == "cpu" else torch.lstm
-        y, *final = run(x, hx, flat, *options)
-    else:
-        run = {"gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}[cell]
-        y, *final = run(x, hx[0], flat, *options)
-    return y, tuple(final)
-
-
-def _aten_step(
-    cell: str, x: Tensor, states: tuple[Tensor, ...], weights: tuple[Tensor | None, ...]
-) -> tuple[Tensor, ...]:
-    """torch's own fused cell, x [B, I]."""
-    if cell == "lstm":
-        return torch.lstm_cell(x, states, *weights)  # type: ignore[arg-type]
-    run = {"gru": torch.gru_cell, "rnn_tanh": torch.rnn_tanh_cell, "rnn_relu": torch.rnn_relu_cell}[cell]
-    return (run(x, states[0], *weights),)  # type: ignore[arg-type]
+    if lengths is not None:
+        if lengths.is_floating_point() or lengths.dtype == torch.bool:
+            raise TypeError(f"lengths must be an integer tensor, got {lengths.dtype}")
+        if lengths.shape != x.shape[1:2]:
+            raise RuntimeError(f"Expected lengths size {tuple(x.shape[1:2])}, got {list(lengths.shape)}")
+        if lengths.device != x.device:
+            raise RuntimeError(f"lengths must be on the input's device {x.device}, got {lengths.device}")
+        # On a device their values are not looked at: that would wait for it.
+        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not backends.transforming():
+            low, high = (int(v) for v in lengths.aminmax()) if lengths.numel() else (0, 0)
+            if low < 0 or high > x.shape[0]:
+                raise ValueError(f"lengths must be between 0 and {x.shape[0]}, got {low} to {high}")
 
 
 def autocasting(device: torch.device) -> bool:
@@ -145,66 +138,185 @@ def autocasting(device: torch.device) -> bool:
     return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
 
 
-def _autocast(*tensors: Tensor | None) -> list[Tensor | None] | None:
-    """The tensors in autocast's dtype, as torch casts the arguments of its own RNNs; None where autocast is off."""
-    device = next(t for t in tensors if t is not None).device
-    if not autocasting(device):
-        return None
-    dtype = torch.get_autocast_dtype(device.type)
-    low = (torch.float16, torch.bfloat16, torch.float32)
-    return [t.to(dtype) if t is not None and t.dtype in low else t for t in tensors]
+def _cast(
+    x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights]
+) -> tuple[Tensor, tuple[Tensor | None, ...], Sequence[aten.Weights]]:
+    """x, states and weights in autocast's dtype, as torch casts the arguments of its own RNNs."""
+    dtype, low = torch.get_autocast_dtype(x.device.type), (torch.float16, torch.bfloat16, torch.float32)
+
+    def cast(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
+        return tuple(t.to(dtype) if t is not None and t.dtype in low else t for t in tensors)
+
+    return cast([x])[0], cast(given), [cast(weights) for weights in groups]
+
+
+def choose(cell: str, x: Tensor, tensors: Iterable[Tensor | None], how: How) -> backends.Choice:
+    """The backend for a scan of x; tensors: states and weights. Raises as backends.choose does."""
+    request = backends.Request(
+        resets=how.resets is not None,
+        lengths=how.lengths is not None,
+        cells=how.cells,
+        grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)),
+        onednn=how.lengths is None and x.dim() == 3 and x.numel() > 0 and aten.onednn(cell, x.device, x.dtype),
+    )
+    return backends.choose(cell, x.device, x.dtype, request, how.backend)
 
 
 def run(
     cell: str,
     x: Tensor,
     states: tuple[Tensor | None, ...] | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    *,
-    resets: Tensor | None = None,
-    save: str = "gates",
-    backend: str | None = None,
-    precision: str | None = None,
-    one_step: bool = False,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """What `scan` and the modules share: `scan`, with final states [1, B, H] as torch.nn has them.
+    groups: Sequence[aten.Weights],
+    how: How,
+    stacked: aten.Weights | None = None,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """What `scan`, `scan_groups` and the modules share: y [T, B, K*H], final states [K, B, H], all cell states or None.
 
-    one_step: a cell's call, x [1, B, I], for which aten has kernels of its own.
+    groups: each group's w_ih, w_hh, b_ih, b_hh; stacked: the same with an axis K, if there is such a tensor already.
+    x [T, B, I] or [T, B, K, I]; states [K, B, H] (of one group also [B, H]).
     """
     spec = reference.get(cell)
-    if save not in SAVES:
-        raise ValueError(f"unknown save {save!r}: expected one of {', '.join(SAVES)}")
-    check_precision(precision)
+    if how.save not in SAVES:
+        raise ValueError(f"unknown save {how.save!r}: expected one of {', '.join(SAVES)}")
+    check_precision(how.precision)
     given = (None,) * spec.states if states is None else tuple(states)
     if len(given) != spec.states:
         raise RuntimeError(f"{cell} has {spec.states} state{'s' * (spec.states > 1)}, got {len(given)}")
-    if cast := _autocast(x, w_ih, w_hh, b_ih, b_hh, *given):
-        inputs: list[Any] = [cast[0], cast[5:], *cast[1:5]]
+    if how.cells and spec.states == 1:
+        raise ValueError(f"{cell} has no cell state: all cell states were asked for")
+    if autocasting(x.device):
+        x, given, groups = _cast(x, given, groups)
         with torch.autocast(x.device.type, enabled=False):
-            how: dict[str, Any] = {"save": save, "backend": backend, "precision": precision, "one_step": one_step}
-            return run(cell, *inputs, resets=resets, **how)
-    weights = (w_ih, w_hh, b_ih, b_hh)
-    _check(x, given, weights, resets, spec.gates)
-    chosen = backends.choose(cell, x.device, x.dtype, resets=resets is not None, requested=backend)
-    if chosen.backend == "triton" and x.shape[1] > 0:
-        precision = _product_precision(precision, x.dtype)
+            return _run(cell, x, given, groups, how, None)
+    return _run(cell, x, given, groups, how, stacked)
+
+
+def _run(
+    cell: str,
+    x: Tensor,
+    given: tuple[Tensor | None, ...],
+    groups: Sequence[aten.Weights],
+    how: How,
+    stacked: aten.Weights | None,
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """`run`, autocast done with. Five weights a group: an LSTM with a projection."""
+    spec, K = reference.get(cell), len(groups)
+    for k, weights in enumerate(groups):
+        mine = x if x.dim() == 3 else x[:, :, k]
+        _check(mine, tuple(s[k] if s is not None and s.dim() == 3 else s for s in given), weights, how, spec.gates)
+    B, H = x.shape[1], groups[0][1].shape[0] // spec.gates  # type: ignore[union-attr]
+    chosen = choose(cell, x, (*given, *(t for weights in groups for t in weights)), how)
+    bits = sum(1 << k for k in range(K) if how.reverse[k])
+    if len(groups[0]) == 5 and chosen.backend != "aten":
+        return _projected(cell, x, given, groups, how)
+    if chosen.backend in ("triton", "loop") and (B > 0 or chosen.backend == "loop"):
+        if stacked is None:
+            stacked = groups[0] if K == 1 else [_stack(ts) for ts in zip(*groups, strict=True)]
+        w_ih, w_hh, b_ih, b_hh = stacked
+        precision = _product_precision(how.precision, x.dtype)
         if chosen.schedule:  # it may not fit: say so before anything runs
+            assert w_hh is not None
             for backward in (False, True):
-                ops.plan_for(ops.cells.get(cell), x.shape[1], w_hh[None], chosen.schedule, precision, backward)
-        how = {"cell": cell, "save": save, "reversed": 0, "schedule": chosen.schedule, "precision": precision}
-        return ops.apply(x, given, w_ih, w_hh, b_ih, b_hh, resets, **how)
-    zero = x.new_zeros(x.shape[1], w_hh.shape[1])
-    full = tuple(zero if s is None else s for s in given)
-    if chosen.backend == "aten" and one_step:
-        final = _aten_step(cell, x[0], full, weights)
-        return final[0][None], final
+                u = w_hh if w_hh.dim() == 3 else w_hh[None]
+                ops.plan_for(ops.cells.get(cell), B, u, chosen.schedule, precision, backward)
+        options = autograd.Options(chosen.backend, cell, how.save, bits, chosen.schedule, precision, how.cells)
+        if how.lengths is not None:  # padding takes no part, whatever it is: NaN, too
+            x = x.masked_fill(_beyond(how.lengths, x), 0)
+        mask = masks.encode(how.resets, how.lengths, x.shape[0], bits)
+        return autograd.apply(options, x, given, w_ih, w_hh, b_ih, b_hh, mask)  # type: ignore[arg-type]
+    full = _starts(x, given, groups, H)
+    if chosen.backend == "aten" and how.one_step:
+        final = aten.step(cell, x[0], tuple(s[0] for s in full), groups[0])
+        return final[0][None], tuple(s[None] for s in final), None
     if chosen.backend == "aten":
-        return _aten(cell, x, full, weights)
-    y, final = reference.scan(spec.step, x, full, w_ih, w_hh, b_ih, b_hh, resets=resets)
-    return y, final if one_step else tuple(torch.stack([s]) for s in final)
+        return *_aten(cell, x, full, groups, how), None
+    stacked = [_stack(ts) for ts in zip(*groups, strict=True)] if stacked is None else stacked
+    masked: Any = {"resets": how.resets, "lengths": how.lengths, "reversed": bits}
+    states, final = reference.scan_groups(spec.step, x, full, *stacked, **masked)  # type: ignore[arg-type]
+    return states[0], final, states[1] if how.cells else None
+
+
+def _starts(
+    x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], H: int, batch: int | None = None
+) -> tuple[Tensor, ...]:
+    """The given states [K, B, .], zeros where there is none."""
+    K, B = len(groups), x.shape[1] if batch is None else batch
+    P = groups[0][1].shape[1]  # type: ignore[union-attr]
+    sizes = (P, H)[: len(given)]
+    return tuple(x.new_zeros(K, B, n) if s is None else s.reshape(K, B, n) for s, n in zip(given, sizes, strict=True))
+
+
+def _projected(
+    cell: str, x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], how: How
+) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+    """An LSTM with a projection, by one without: see `projection`."""
+    h0, c0 = given
+    plain = projection.unprojected(groups)
+    if h0 is not None:
+        h0 = h0.reshape(len(groups), x.shape[1], -1)
+        x, plain = projection.with_start(x, h0, groups, plain, how.reverse, how.resets, how.lengths)
+    y, (m, c), every = _run(cell, x, (None, c0), plain, how, None)
+    hn = projection.project_final(m, groups, h0, how.lengths)
+    return projection.project(y, groups), (hn, c), every
+
+
+def aten_packed(
+    cell: str,
+    data: Tensor,
+    batch_sizes: Tensor,
+    batch: int,
+    states: tuple[Tensor, ...] | None,
+    groups: Sequence[aten.Weights],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One layer by torch's own over a PackedSequence's data; states [K, B, .] in its order. Shapes are not checked."""
+    spec = reference.get(cell)
+    given: tuple[Tensor | None, ...] = (None,) * spec.states if states is None else states
+    if autocasting(data.device):
+        data, given, groups = _cast(data, given, groups)
+    H = groups[0][1].shape[0] // spec.gates  # type: ignore[union-attr]
+    with torch.autocast(data.device.type, enabled=False):
+        return aten.layer(cell, data, _starts(data, given, groups, H, batch), groups, batch_sizes)
+
+
+def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    present = [t for t in tensors if t is not None]
+    return torch.stack(present) if present else None
+
+
+def _beyond(lengths: Tensor, x: Tensor) -> Tensor:
+    """Where x [T, B, ...] is padding, to fill x with."""
+    ended = torch.arange(x.shape[0], device=x.device)[:, None] >= lengths
+    return ended.reshape(*ended.shape, *(1,) * (x.dim() - 2))
+
+
+def _aten(
+    cell: str, x: Tensor, states: tuple[Tensor, ...], groups: Sequence[aten.Weights], how: How
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """By torch's own layers: in one call where the groups are a layer's directions, else group after group."""
+    K = len(groups)
+    if x.dim() == 3 and how.reverse in ((False,), (False, True)):
+        if how.lengths is None:
+            return aten.layer(cell, x, states, groups)
+        packed = pack_padded_sequence(x, how.lengths.cpu(), enforce_sorted=False)
+        order, back = packed.sorted_indices, packed.unsorted_indices
+        assert order is not None and back is not None
+        y, final = aten.layer(cell, packed.data, [s[:, order] for s in states], groups, packed.batch_sizes)
+        padded, _ = pad_packed_sequence(PackedSequence(y, packed.batch_sizes, order, back), total_length=x.shape[0])
+        return padded, tuple(s[:, back] for s in final)
+    outputs, finals = [], []
+    for k in range(K):
+        mine = x if x.dim() == 3 else x[:, :, k]
+        # A reversed group alone: the second direction of a layer whose first is thrown away would be waste.
+        flipped = how.reverse[k]
+        if flipped and how.lengths is not None:
+            raise RuntimeError("the aten backend takes lengths only with both directions: use backend='loop'")
+        part = replace(how, reverse=(False,))
+        y, final = _aten(
+            cell, mine.flip(0) if flipped else mine, tuple(s[k : k + 1] for s in states), groups[k : k + 1], part
+        )
+        outputs.append(y.flip(0) if flipped else y)
+        finals.append(tuple(s[0] for s in final))
+    return torch.cat(outputs, 2), tuple(torch.stack(s) for s in zip(*finals, strict=True))
 
 
 def scan(
@@ -233,16 +345,8 @@ def scan(
 
     Raises RuntimeError, ValueError or TypeError as torch.nn does for shapes, dtypes and devices that do not fit.
     """
-    y, final = run(cell, x, states, w_ih, w_hh, b_ih, b_hh, **options)
+    y, final, _ = run(cell, x, states, [(w_ih, w_hh, b_ih, b_hh)], How(**options))
     return y, tuple(s[0] for s in final)
-
-
-def _of_group(
-    k: int, x: Tensor, states: tuple[Tensor | None, ...], weights: tuple[Tensor | None, ...]
-) -> tuple[Tensor, Any, Any]:
-    """Group k's input, states and weights."""
-    of_k, weights_k = (tuple(None if t is None else t[k] for t in tensors) for tensors in (states, weights))
-    return x if x.dim() == 3 else x[:, :, k], of_k, weights_k
 
 
 def scan_groups(
@@ -255,10 +359,7 @@ def scan_groups(
     b_hh: Tensor | None = None,
     *,
     reverse: Sequence[bool] = (),
-    resets: Tensor | None = None,
-    save: str = "gates",
-    precision: str | None = None,
-    backend: str | None = None,
+    **options: Any,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """K independent scans of one cell, on the triton backend in one launch: y [T, B, K*H], final states [K, B, H].
 
@@ -269,52 +370,20 @@ def scan_groups(
     """
     if w_hh.dim() != 3 or w_ih.dim() != 3:
         raise RuntimeError(f"w_ih and w_hh must have 3 dimensions, got {w_ih.dim()} and {w_hh.dim()}")
-    K, spec = w_hh.shape[0], reference.get(cell)
-    given = (None,) * spec.states if states is None else tuple(states)
-    if len(given) != spec.states:
-        raise RuntimeError(f"{cell} has {spec.states} state{'s' * (spec.states > 1)}, got {len(given)}")
-    flags = tuple(reverse) or (False,) * K
+    K = w_hh.shape[0]
+    flags = tuple(map(bool, reverse)) or (False,) * K
     if len(flags) != K:
         raise ValueError(f"reverse must have one value for each of {K} groups, got {len(flags)}")
     weights = (w_ih, w_hh, b_ih, b_hh)
+    given = () if states is None else tuple(states)
     for name, t in zip(("w_ih", "w_hh", "b_ih", "b_hh", *("states",) * len(given)), (*weights, *given), strict=True):
         if t is not None and t.shape[0] != K:
             raise RuntimeError(f"{name} must have {K} groups, got {t.shape[0]}")
     if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[2] != K):
         raise RuntimeError(f"input must have shape (T, B, I) or (T, B, {K}, I), got {tuple(x.shape)}")
-    options: dict[str, Any] = {"resets": resets, "save": save, "precision": precision}
-    check_precision(precision)
-    if cast := _autocast(x, *weights, *given):
-        inputs: list[Any] = [cast[0], cast[5:], *cast[1:5]]
-        with torch.autocast(x.device.type, enabled=False):
-            return scan_groups(cell, *inputs, reverse=flags, backend=backend, **options)
-    if save not in SAVES:
-        raise ValueError(f"unknown save {save!r}: expected one of {', '.join(SAVES)}")
-    for k in range(K):
-        mine, of_k, weights_k = _of_group(k, x, given, weights)
-        _check(mine, of_k, weights_k, resets, spec.gates)
-    chosen = backends.choose(cell, x.device, x.dtype, resets=resets is not None, requested=backend)
-    if chosen.backend == "triton" and x.shape[1] > 0:
-        precision = _product_precision(precision, x.dtype)
-        bits = sum(1 << k for k in range(K) if flags[k])
-        how: dict[str, Any] = {
-            "cell": cell,
-            "save": save,
-            "reversed": bits,
-            "schedule": chosen.schedule,
-            "precision": precision,
-        }
-        return ops.apply(x, given, *weights, resets, **how)
-    outputs, finals = [], []
-    for k in range(K):
-        mine, of_k, weights_k = _of_group(k, x, given, weights)
-        mask = resets
-        if flags[k]:
-            mine, mask = mine.flip(0), None if mask is None else mask.flip(0)
-        y, final = scan(cell, mine, of_k, *weights_k, backend=backend, **options | {"resets": mask})
-        outputs.append(y.flip(0) if flags[k] else y)
-        finals.append(final)
-    return torch.cat(outputs, 2), tuple(torch.stack(s) for s in zip(*finals, strict=True))
+    groups = [tuple(None if t is None else t[k] for t in weights) for k in range(K)]
+    y, final, _ = run(cell, x, states, groups, How(reverse=flags, **options), stacked=weights)
+    return y, final
 
 
 def lstm(
@@ -415,7 +484,8 @@ def explain(
     place = torch.device("cuda" if elsewhere else device)
     if place.type == "cuda" and place.index is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
-    chosen = backends.choose(cell, place, dtype, resets=resets, requested=backend)
+    asks = backends.Request(resets=resets, grad=True, onednn=aten.onednn(cell, place, dtype))
+    chosen = backends.choose(cell, place, dtype, asks, backend)
     if chosen.backend != "triton":
         return Explanation(chosen.backend, None, chosen.why)
     from .kernels import cells, plan, scan

@@ -1,7 +1,7 @@
-"""LSTM, GRU, RNN: torch.nn's modules of those names over whole sequences, with resets and a choice of backend.
+"""LSTM, GRU, RNN: torch.nn's modules of those names over whole sequences, with resets, lengths and a choice of backend.
 
-One layer, one direction, no projection so far: num_layers, bidirectional, proj_size and PackedSequence other than
-torch's defaults raise NotImplementedError. Not subclasses of torch.nn's classes, which torch.compile refuses by design.
+Not subclasses of torch.nn's classes, which torch.compile refuses by design. Parameters are read at each call, so weight
+norm, parametrizations, pruning and tying need nothing.
 """
 
 from __future__ import annotations
@@ -9,21 +9,26 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, reference
+from . import functional, packing, reference
+from .functional import How
 
 
 class _Layer(nn.Module):
-    """Parameters as torch.nn names them: weight_ih_l0 [G*H, I], weight_hh_l0 [G*H, H], bias_ih_l0, bias_hh_l0 [G*H]."""
+    """Parameters as torch.nn names them, for each layer k and, with _reverse behind it, its second direction:
+
+    weight_ih_lk [G*H, I] (I: of a layer above the first, the size of the output below), weight_hh_lk [G*H, H],
+    bias_ih_lk, bias_hh_lk [G*H]; with a projection weight_hr_lk [P, H], and weight_hh_lk [G*H, P].
+    """
 
     cell: str
-    bias_ih_l0: nn.Parameter | None
-    bias_hh_l0: nn.Parameter | None
 
     def __init__(
         self,
@@ -43,10 +48,11 @@ class _Layer(nn.Module):
         precision: str | None = None,
     ) -> None:
         super().__init__()
-        self._check_options(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        _check_options(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
         if save not in functional.SAVES:
             raise ValueError(f"unknown save {save!r}: expected one of {', '.join(functional.SAVES)}")
         functional.check_precision(precision)
+        self.mode = {"gru_before": "GRU"}.get(self.cell, self.cell.upper())
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -59,58 +65,21 @@ class _Layer(nn.Module):
         self.save = save
         self.precision = precision
         rows = reference.get(self.cell).gates * hidden_size
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight_ih_l0 = nn.Parameter(torch.empty(rows, input_size, **place))
-        self.weight_hh_l0 = nn.Parameter(torch.empty(rows, hidden_size, **place))
-        self.register_parameter("bias_ih_l0", nn.Parameter(torch.empty(rows, **place)) if bias else None)
-        self.register_parameter("bias_hh_l0", nn.Parameter(torch.empty(rows, **place)) if bias else None)
+        out = proj_size or hidden_size
+        self._all_weights: list[list[str]] = []
+        for layer in range(num_layers):
+            for suffix in ("", "_reverse")[: 2 if bidirectional else 1]:
+                width = out * (2 if bidirectional else 1) if layer else input_size
+                shapes: list[tuple[str, tuple[int, ...]]] = [("weight_ih", (rows, width)), ("weight_hh", (rows, out))]
+                shapes += [("bias_ih", (rows,)), ("bias_hh", (rows,))] if bias else []
+                shapes += [("weight_hr", (proj_size, hidden_size))] if proj_size else []
+                self._all_weights.append([f"{name}_l{layer}{suffix}" for name, _ in shapes])
+                for name, shape in zip(self._all_weights[-1], shapes, strict=True):
+                    self.register_parameter(name, nn.Parameter(torch.empty(shape[1], device=device, dtype=dtype)))
         self.reset_parameters()
 
-    def _check_options(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int,
-        bias: bool,
-        batch_first: bool,
-        dropout: float,
-        bidirectional: bool,
-        proj_size: int,
-    ) -> None:
-        """torch.nn's checks in its words and order, then what is not there yet."""
-        if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
-            raise ValueError(
-                "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
-            )
-        if dropout > 0 and num_layers == 1:
-            warnings.warn(
-                "dropout option adds dropout after all but last "
-                "recurrent layer, so non-zero dropout expects "
-                f"num_layers greater than 1, but got dropout={dropout} and "
-                f"num_layers={num_layers}",
-                stacklevel=4,
-            )
-        for name, flag in (("bias", bias), ("batch_first", batch_first)):
-            if not isinstance(flag, bool):
-                raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
-        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-            if not isinstance(size, int):
-                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
-            if size <= 0:
-                raise ValueError(f"{name} must be greater than zero")
-        if num_layers <= 0:
-            raise ValueError("num_layers must be greater than zero")
-        if proj_size and self.cell != "lstm":
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        for name, value, only in (
-            ("num_layers", num_layers, 1),
-            ("bidirectional", bidirectional, False),
-            ("proj_size", proj_size, 0),
-        ):
-            if value != only:
-                raise NotImplementedError(f"{type(self).__name__}: only {name}={only} is supported so far, got {value}")
-
     def reset_parameters(self) -> None:
+        """All from U(-1/sqrt(H), 1/sqrt(H)), in torch.nn's order: the same seed gives the same weights."""
         bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
         for weight in self.parameters():
             nn.init.uniform_(weight, -bound, bound)
@@ -118,112 +87,311 @@ class _Layer(nn.Module):
     def flatten_parameters(self) -> None:
         """Nothing: the kernels read each parameter where it is."""
 
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """Each layer's and direction's parameters, in the order of their names."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        # Not API, but what libraries that handle torch.nn's RNNs read.
+        return [getattr(self, name) for name in self._flat_weights_names]
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # What modules pickled by earlier versions, of one layer and direction, do not have.
+        self.__dict__.setdefault("mode", {"gru_before": "GRU"}.get(self.cell, self.cell.upper()))
+        names = ["weight_ih_l0", "weight_hh_l0"] + (["bias_ih_l0", "bias_hh_l0"] if self.bias else [])
+        self.__dict__.setdefault("_all_weights", [names])
+        for name, default in (("precision", None), ("save", "gates"), ("backend", None)):
+            self.__dict__.setdefault(name, default)
+
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
-        shown: dict[str, Any] = {"bias": True, "batch_first": False, "dropout": 0.0, "reset_after": True}
-        shown |= {"nonlinearity": "tanh", "backend": None, "save": "gates", "precision": None}
+        shown: dict[str, Any] = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0}
+        shown |= {"bidirectional": False, "reset_after": True, "nonlinearity": "tanh"}
+        shown |= {"backend": None, "save": "gates", "precision": None}
         for name, default in shown.items():
-            if getattr(self, name, default) != default:
-                text += f", {name}={getattr(self, name)!r}"
+            value = getattr(self, name, default)
+            if value != default:
+                text += f", {name}={value!r}"
         return text
 
+    def _directions(self, layer: int) -> list[tuple[Tensor | None, ...]]:
+        """The parameters w_ih, w_hh, b_ih, b_hh (and w_hr) of a layer's one or two directions."""
+        count = 2 if self.bidirectional else 1
+        found: list[tuple[Tensor | None, ...]] = []
+        for names in self._all_weights[layer * count : (layer + 1) * count]:
+            w_ih, w_hh, *rest = (getattr(self, name) for name in names)
+            b_ih, b_hh = rest[:2] if self.bias else (None, None)
+            found.append((w_ih, w_hh, b_ih, b_hh, *(rest[-1:] if self.proj_size else ())))
+        return found
+
     def _run(
-        self, input: Tensor, states: tuple[Tensor, ...] | None, resets: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        self,
+        input: Tensor | PackedSequence,
+        states: tuple[Tensor, ...] | None,
+        resets: Tensor | PackedSequence | None,
+        lengths: Tensor | Sequence[int] | None,
+        cells: bool = False,
+    ) -> tuple[Any, tuple[Tensor, ...], Any]:
+        """Output, final states, and all cell states of the last layer or None, in the input's own layout."""
         if isinstance(input, PackedSequence):
-            raise NotImplementedError(f"{type(self).__name__}: PackedSequence is not supported so far; pad the batch")
+            if lengths is not None:
+                raise ValueError("lengths cannot be given with a PackedSequence, which has its own")
+            return self._run_packed(input, states, resets, cells)
+        kind = type(self).__name__
         if input.dim() not in (2, 3):
-            raise ValueError(f"{type(self).__name__}: Expected input to be 2D or 3D, got {input.dim()}D instead")
+            tensor = " tensor" if kind == "RNN" else ""
+            raise ValueError(f"{kind}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
         batched = input.dim() == 3
-        self._check_states(states, batched)
+        _check_ranks(states, batched)
+        if isinstance(resets, PackedSequence):
+            raise TypeError("resets must be a tensor where the input is one, got a PackedSequence")
+        if resets is not None and resets.shape != input.shape[:-1]:
+            raise RuntimeError(f"Expected resets size {tuple(input.shape[:-1])}, got {list(resets.shape)}")
         x = input
         if not batched:
+            if lengths is not None:
+                raise ValueError("lengths cannot be given for unbatched 2-D input")
             x = input[:, None]
-            resets = resets[:, None] if resets is not None and resets.dim() == 1 else resets
+            resets = None if resets is None else resets[:, None]
             states = None if states is None else tuple(s[:, None] for s in states)
         elif self.batch_first:
             x = input.transpose(0, 1)
-            resets = resets.transpose(0, 1) if resets is not None and resets.dim() == 2 else resets
-        if states is not None:
-            expected = (1, x.shape[1], self.hidden_size)
-            for i, s in enumerate(states):
-                if s.shape != expected:
-                    name = f"hidden[{i}]" if len(states) == 2 else "hidden"
-                    raise RuntimeError(f"Expected {name} size {expected}, got {list(s.shape)}")
-            states = tuple(s[0] for s in states)
-        y, final = functional.run(
-            self.cell,
-            x,
-            states,
-            self.weight_ih_l0,
-            self.weight_hh_l0,
-            self.bias_ih_l0,
-            self.bias_hh_l0,
-            resets=resets,
-            save=self.save,
-            backend=self.backend,
-            precision=self.precision,
-        )
+            resets = None if resets is None else resets.t()
+        if lengths is not None:
+            lengths = torch.as_tensor(lengths, device="cpu" if x.device.type == "meta" else None)
+            lengths = lengths.to(x.device, non_blocking=True)
+        self._check(x, states, x.shape[1])
+        y, final, every = self._layers(x, states, How(resets=resets, lengths=lengths), cells)
         if not batched:
-            return y[:, 0], tuple(s[:, 0] for s in final)
-        return (y.transpose(0, 1) if self.batch_first else y), final
+            return y[:, 0], tuple(s[:, 0] for s in final), None if every is None else every[:, 0]
+        if self.batch_first:
+            y, every = y.transpose(0, 1), None if every is None else every.transpose(0, 1)
+        return y, final, every
 
-    @staticmethod
-    def _check_states(states: tuple[Tensor, ...] | None, batched: bool) -> None:
-        if states is None:
-            return
-        rank, shape = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
-        if any(s.dim() != rank for s in states):
-            names = "hx and cx" if len(states) == 2 else "hx"
-            got = f"({states[0].dim()}-D, {states[1].dim()}-D) tensors" if len(states) == 2 else None
-            raise RuntimeError(
-                f"For {shape} input, {names} should also be {rank}-D but got {got or f'{states[0].dim()}-D tensor'}"
+    def _run_packed(
+        self,
+        input: PackedSequence,
+        states: tuple[Tensor, ...] | None,
+        resets: Tensor | PackedSequence | None,
+        cells: bool,
+    ) -> tuple[PackedSequence, tuple[Tensor, ...], PackedSequence | None]:
+        data, batch_sizes, order, back = input
+        if data.dim() != 2:
+            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
+        # Every way to know the batch but the last leaves the host free of the values.
+        if order is not None:
+            batch = order.shape[0]
+        else:
+            batch = states[0].shape[1] if states is not None and states[0].dim() == 3 else int(batch_sizes[0])
+        if states is not None and order is not None:
+            states = tuple(s.index_select(1, order) for s in states)
+        self._check(data[:, None], states, batch)
+        # resets and batch_sizes as stand-ins: which backend does not depend on their values.
+        asked = How(resets=resets, lengths=batch_sizes, cells=cells, backend=self.backend)  # type: ignore[arg-type]
+        chosen = functional.choose(self.cell, data, (*self._flat_weights, *(states or ())), asked)
+        if chosen.backend == "aten":
+            y, final = self._layers_packed(data, batch_sizes, batch, states)
+            every = None
+        else:
+            where = packing.layout(batch_sizes, batch, data.shape[0], data.device)
+            how = How(resets=self._packed_resets(resets, input, where), lengths=where.lengths)
+            y, final, every = self._layers(packing.pad(data, where), states, how, cells)
+            y, every = packing.pack(y, where), None if every is None else packing.pack(every, where)
+        if back is not None:
+            final = tuple(s.index_select(1, back) for s in final)
+        packed = PackedSequence(y, batch_sizes, order, back)
+        return packed, final, None if every is None else PackedSequence(every, batch_sizes, order, back)
+
+    def _packed_resets(
+        self, resets: Tensor | PackedSequence | None, input: PackedSequence, where: packing.Layout
+    ) -> Tensor | None:
+        """resets of a packed input, packed like it or padded in the batch's own order: [T, B] in the packed order."""
+        if resets is None:
+            return None
+        if isinstance(resets, PackedSequence):
+            if not torch.equal(resets.batch_sizes, input.batch_sizes):
+                raise RuntimeError("resets must have the input's batch_sizes")
+            return packing.pad(resets.data, where)
+        steps, batch = where.padding.shape
+        expected = (batch, steps) if self.batch_first else (steps, batch)
+        if resets.shape != expected:
+            raise RuntimeError(f"Expected resets size {expected}, got {list(resets.shape)}")
+        resets = resets.t() if self.batch_first else resets
+        return resets if input.sorted_indices is None else resets.index_select(1, input.sorted_indices)
+
+    def _check(self, x: Tensor, states: tuple[Tensor, ...] | None, batch: int) -> None:
+        """What torch.nn checks before it runs, in its words. x [., ., I]."""
+        weight = getattr(self, self._all_weights[0][0])
+        if x.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
+            raise ValueError(
+                f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
+                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
             )
+        if x.shape[-1] != self.input_size:
+            raise RuntimeError(
+                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}"
+            )
+        rows = self.num_layers * (2 if self.bidirectional else 1)
+        for i, s in enumerate(states or ()):
+            expected = (rows, batch, self.hidden_size if i else self.proj_size or self.hidden_size)
+            if s.shape != expected:
+                name = f"hidden[{i}]" if self.cell == "lstm" else "hidden"
+                raise RuntimeError(f"Expected {name} size {expected}, got {list(s.shape)}")
+
+    def _options(self, how: How, cells: bool) -> How:
+        reverse = (False, True) if self.bidirectional else (False,)
+        chosen = {"save": self.save, "backend": self.backend, "precision": self.precision}
+        return How(how.resets, how.lengths, reverse, cells=cells, **chosen)  # type: ignore[arg-type]
+
+    def _layers(
+        self, x: Tensor, states: tuple[Tensor, ...] | None, how: How, cells: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+        """All layers over x [T, B, I]; states [layers * directions, B, .]."""
+        count, finals, every = 2 if self.bidirectional else 1, [], None
+        for layer in range(self.num_layers):
+            last = layer == self.num_layers - 1
+            mine = None if states is None else tuple(s[layer * count : (layer + 1) * count] for s in states)
+            groups = self._directions(layer)
+            x, final, every = functional.run(self.cell, x, mine, groups, self._options(how, cells and last))
+            finals.append(final)
+            if self.dropout and self.training and not last:
+                x = dropout(x, self.dropout)
+        return x, _joined(finals), every
+
+    def _layers_packed(
+        self, x: Tensor, batch_sizes: Tensor, batch: int, states: tuple[Tensor, ...] | None
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """All layers by torch's own, over a PackedSequence's data."""
+        count, finals = 2 if self.bidirectional else 1, []
+        for layer in range(self.num_layers):
+            mine = None if states is None else tuple(s[layer * count : (layer + 1) * count] for s in states)
+            x, final = functional.aten_packed(self.cell, x, batch_sizes, batch, mine, self._directions(layer))
+            finals.append(final)
+            if self.dropout and self.training and layer < self.num_layers - 1:
+                x = dropout(x, self.dropout)
+        return x, _joined(finals)
+
+
+def _joined(finals: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """Each layer's final states [directions, B, .], one below the other."""
+    return finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True))
+
+
+def _check_options(
+    input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float, proj_size: int
+) -> None:
+    """torch.nn's checks, in its words and order."""
+    if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):  # type: ignore[operator]
+        raise ValueError(
+            "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
+        )
+    if dropout > 0 and num_layers == 1:
+        warnings.warn(
+            "dropout option adds dropout after all but last "
+            "recurrent layer, so non-zero dropout expects "
+            f"num_layers greater than 1, but got dropout={dropout} and "
+            f"num_layers={num_layers}",
+            stacklevel=4,
+        )
+    for name, flag in (("bias", bias), ("batch_first", batch_first)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
+    for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+        if not isinstance(size, int):
+            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+        if size <= 0:
+            raise ValueError(f"{name} must be greater than zero")
+    if num_layers <= 0:
+        raise ValueError("num_layers must be greater than zero")
+    if proj_size < 0:
+        raise ValueError("proj_size should be a positive integer or zero to disable projections")
+    if proj_size >= hidden_size:
+        raise ValueError("proj_size has to be smaller than hidden_size")
+
+
+def _check_ranks(states: tuple[Tensor, ...] | None, batched: bool) -> None:
+    if states is None:
+        return
+    rank, shape = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
+    if any(s.dim() != rank for s in states):
+        names = "hx and cx" if len(states) == 2 else "hx"
+        got = f"({states[0].dim()}-D, {states[1].dim()}-D) tensors" if len(states) == 2 else None
+        raise RuntimeError(
+            f"For {shape} input, {names} should also be {rank}-D but got {got or f'{states[0].dim()}-D tensor'}"
+        )
 
 
 class LSTM(_Layer):
-    """torch.nn.LSTM with resets= and backend= (see seqcells.backends), save= and precision= (see functional.scan).
+    """torch.nn.LSTM with resets=, lengths=, return_cell_states=, and backend= (see seqcells.backends), save= and
+    precision= (see functional.scan).
 
-    input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched); hx (h_0, c_0), each [1, B, H] ([1, H]); resets bool
-    [T, B] ([B, T], [T]): where set, the states before that step are zero. Returns output, (h_n, c_n).
+    D directions, L layers, P the output's size (proj_size, or H).
+    input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched), or a PackedSequence; hx (h_0 [L*D, B, P],
+    c_0 [L*D, B, H]) ([L*D, .] unbatched).
+    resets: bool [T, B] ([B, T] with batch_first, [T] unbatched): where set, an episode begins at that step: no state
+    crosses from the step before it, in any layer or direction, hx included. Of a packed input: padded, in the order of
+    the sequences, or packed like it.
+    lengths: int [B], or a list: the steps of each sequence of a padded batch. As if it were packed: outputs beyond are
+    zero, h_n is that of the last step, padding may hold anything.
+    Returns output [T, B, D*P], (h_n, c_n), and with return_cell_states a third: the last layer's cell states after
+    every step [T, B, D*H].
     """
 
     cell = "lstm"
 
     def forward(
-        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None, *, resets: Tensor | None = None
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        if hx is not None and len(hx) != 2:
-            raise RuntimeError(f"LSTM expects hx to be two tensors (h_0, c_0), got {len(hx)}")
-        y, (h, c) = self._run(input, None if hx is None else tuple(hx), resets)
-        return y, (h, c)
+        self,
+        input: Tensor | PackedSequence,
+        hx: tuple[Tensor, Tensor] | None = None,
+        *,
+        resets: Tensor | PackedSequence | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+        return_cell_states: bool = False,
+    ) -> Any:
+        if hx is not None and len(hx) > 2:
+            raise RuntimeError("lstm expects two hidden states")
+        states = None if hx is None else (hx[0], hx[1])
+        y, (h, c), every = self._run(input, states, resets, lengths, return_cell_states)
+        return (y, (h, c), every) if return_cell_states else (y, (h, c))
 
 
 class GRU(_Layer):
-    """torch.nn.GRU with resets=, backend=, save= and precision= (see LSTM), and reset_after=.
+    """torch.nn.GRU with resets=, lengths=, backend=, save= and precision= (see LSTM), and reset_after=.
 
     reset_after: True is torch's and cuDNN's form; False applies the reset to h before the product (Cho et al. 2014,
-    arXiv:1406.1078 v1). hx [1, B, H] ([1, H] unbatched). Returns output, h_n.
+    arXiv:1406.1078 v1). hx [L*D, B, H] ([L*D, H] unbatched). Returns output, h_n.
     """
 
     def __init__(self, *args: Any, reset_after: bool = True, **options: Any) -> None:
-        self.cell = "gru" if reset_after else "gru_before"
-        if len(args) > 7 or "proj_size" in options:
+        if "proj_size" in options or (len(args) > 7 and args[7]):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        self.cell = "gru" if reset_after else "gru_before"
         super().__init__(*args, **options)
         self.reset_after = reset_after
 
     def forward(
-        self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        y, (h,) = self._run(input, None if hx is None else (hx,), resets)
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        resets: Tensor | PackedSequence | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> Any:
+        y, (h,), _ = self._run(input, None if hx is None else (hx,), resets, lengths)
         return y, h
 
 
 class RNN(_Layer):
-    """torch.nn.RNN with resets=, backend=, save= and precision= (see LSTM).
+    """torch.nn.RNN with resets=, lengths=, backend=, save= and precision= (see LSTM).
 
-    nonlinearity: "tanh" or "relu"; the fourth argument, as in torch. hx [1, B, H] ([1, H] unbatched).
+    nonlinearity: "tanh" or "relu"; the fourth argument, as in torch. hx [L*D, B, H] ([L*D, H] unbatched).
     Returns output, h_n.
     """
 
@@ -236,14 +404,19 @@ class RNN(_Layer):
         *args: Any,
         **options: Any,
     ) -> None:
-        if "proj_size" in options:
+        if "proj_size" in options or (len(args) > 4 and args[4]):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         self.cell = functional.rnn_cell_name(nonlinearity)
         super().__init__(input_size, hidden_size, num_layers, *args, **options)
         self.nonlinearity = nonlinearity
 
     def forward(
-        self, input: Tensor, hx: Tensor | None = None, *, resets: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        y, (h,) = self._run(input, None if hx is None else (hx,), resets)
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | None = None,
+        *,
+        resets: Tensor | PackedSequence | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
+    ) -> Any:
+        y, (h,), _ = self._run(input, None if hx is None else (hx,), resets, lengths)
         return y, h

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,18 +73,29 @@ def rnn_relu_cell(
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell's specification. gates: G, the rows of its weights in units of H; states: 1 (h) or 2 (h and c)."""
+    """A cell's specification. gates: G, the rows of its weights in units of H; states: 1 (h) or 2 (h and c).
+
+    inner: trailing gates whose recurrent product does more than add to the input's. first: gates whose recurrent
+    product is with h, where the others' is with something else (the reset-before GRU's with r*h); None: all.
+    """
 
     step: Step
     gates: int
     states: int
+    inner: int = 0
+    first: int | None = None
+
+    @property
+    def split(self) -> int:
+        """Gates of the first recurrent product."""
+        return self.gates if self.first is None else self.first
 
 
 # By the names the kernels know the cells by.
 CELLS: dict[str, Cell] = {
     "lstm": Cell(lstm_cell, 4, 2),
-    "gru": Cell(gru_cell, 3, 1),
-    "gru_before": Cell(gru_before_cell, 3, 1),
+    "gru": Cell(gru_cell, 3, 1, inner=1),
+    "gru_before": Cell(gru_before_cell, 3, 1, first=2),
     "rnn_tanh": Cell(rnn_tanh_cell, 1, 1),
     "rnn_relu": Cell(rnn_relu_cell, 1, 1),
 }
@@ -96,7 +108,7 @@ def get(name: str) -> Cell:
     return CELLS[name]
 
 
-def scan(
+def scan_states(
     step: Step,
     x: Tensor,
     states: States,
@@ -107,25 +119,39 @@ def scan(
     *,
     resets: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> tuple[Tensor, States]:
-    """step over all of x [T, B, I]: outputs [T, B, H] and the final states.
+    reverse: bool = False,
+) -> tuple[States, States]:
+    """step over all of x [T, B, I]: every state after each step, [T, B, H] each, and the final states [B, H].
 
-    resets: where set, the states before that step are zero. lengths: from step lengths[b] on, row b keeps its states
-    and outputs zero.
+    resets: where set, an episode begins at that step: no state crosses from the step before it, in either direction.
+    lengths: from step lengths[b] on, row b keeps its states and outputs zero. reverse: walk from the last step to the
+    first.
     """
-    outputs = []
-    for t in range(x.shape[0]):
-        if resets is not None:
-            states = tuple(s.masked_fill(resets[t, :, None], 0) for s in states)
-        new = step(x[t], states, w_ih, w_hh, b_ih, b_hh)
-        output = new[0]
-        if lengths is not None:
-            alive = (t < lengths)[:, None]
+    T = x.shape[0]
+    outputs: list[States] = []
+    for t in range(T - 1, -1, -1) if reverse else range(T):
+        if resets is not None and not (reverse and t == T - 1):
+            begins = t + 1 if reverse else t
+            crossing = resets[begins] if lengths is None else resets[begins] & (begins < lengths)
+            states = tuple(s.masked_fill(crossing[:, None], 0) for s in states)
+        # Padding is masked before the step: were it NaN, masking the result would still leave NaN in the gradients.
+        alive = None if lengths is None else (t < lengths)[:, None]
+        now = x[t] if alive is None else x[t].masked_fill(~alive, 0)
+        new = output = step(now, states, w_ih, w_hh, b_ih, b_hh)
+        if alive is not None:
+            output = tuple(n.masked_fill(~alive, 0) for n in new)
             new = tuple(torch.where(alive, n, s) for n, s in zip(new, states, strict=True))
-            output = output.masked_fill(~alive, 0)
         states = new
         outputs.append(output)
-    return torch.stack(outputs), states
+    if reverse:
+        outputs.reverse()
+    return tuple(torch.stack(s) for s in zip(*outputs, strict=True)), states
+
+
+def scan(step: Step, x: Tensor, states: States, *weights: Tensor | None, **options: Any) -> tuple[Tensor, States]:
+    """Outputs [T, B, H] and the final states: `scan_states`, of which the first state is the output."""
+    every, final = scan_states(step, x, states, *weights, **options)  # type: ignore[arg-type]
+    return every[0], final
 
 
 def scan_groups(
@@ -138,9 +164,10 @@ def scan_groups(
     b_hh: Tensor | None = None,
     *,
     resets: Tensor | None = None,
+    lengths: Tensor | None = None,
     reversed: int = 0,
-) -> tuple[Tensor, States]:
-    """K scans side by side: outputs [T, B, K*H] and the final states [K, B, H].
+) -> tuple[States, States]:
+    """K scans side by side: every state after each step [T, B, K*H], and the final states [K, B, H].
 
     w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H], states [K, B, H] (of one group also without K); x [T, B, I]
     for all groups or [T, B, K, I] for each. Group k walks from the last step to the first if bit k of reversed is set.
@@ -152,15 +179,22 @@ def scan_groups(
     states = tuple(s.reshape(K, -1, H) for s in states)
     outputs, finals = [], []
     for k in range(K):
-        back = reversed >> k & 1
-        inputs, mask = (x if x.dim() == 3 else x[:, :, k]), resets
-        if back:
-            inputs, mask = inputs.flip(0), None if resets is None else resets.flip(0)
         weights = (None if w is None else w[k] for w in (w_ih, w_hh, b_ih, b_hh))
-        y, final = scan(step, inputs, tuple(s[k] for s in states), *weights, resets=mask)  # type: ignore[arg-type]
-        outputs.append(y.flip(0) if back else y)
+        every, final = scan_states(
+            step,
+            x if x.dim() == 3 else x[:, :, k],
+            tuple(s[k] for s in states),
+            *weights,  # type: ignore[arg-type]
+            resets=resets,
+            lengths=lengths,
+            reverse=bool(reversed >> k & 1),
+        )
+        outputs.append(every)
         finals.append(final)
-    return torch.cat(outputs, 2), tuple(torch.stack(s) for s in zip(*finals, strict=True))
+    return (
+        tuple(torch.cat(s, 2) for s in zip(*outputs, strict=True)),
+        tuple(torch.stack(s) for s in zip(*finals, strict=True)),
+    )
 
 
 class HandwrittenLSTMCell(nn.Module):

@@ -1,0 +1,71 @@
+"""What a scan leaves behind, and how to read it. No Triton here: every engine that runs scans shares these shapes.
+
+Legend: B batch, T steps, K groups, H hidden units; time-major and contiguous. reversed: an integer; group k walks from
+the last step to the first if its bit k is set.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# Codes of a mask of dtype uint8 [T, B]. A mask of dtype bool has resets only, for groups that walk forward.
+RESET = 1  # the states before the step are zero, for groups that walk forward
+HELD = 2  # the row is past its end: its states pass through
+RESET_REVERSED = 4  # as RESET, for reversed groups
+
+
+class Scanned(NamedTuple):
+    """y [T+1, B, K, H]: states, row t+1 after step t, row 0 before the first; with reversed groups [T+2, B, K, H]:
+    theirs start in row T+1. c like y, or [1, B, K, H], or [0]; saved: what the engine's backward wants;
+    hn, cn [K, B, H] (cn [0])."""
+
+    y: Tensor
+    c: Tensor
+    saved: Tensor
+    hn: Tensor
+    cn: Tensor
+
+
+class Gradients(NamedTuple):
+    """dgx [T, B, K, G*H]; dhu [T, B, K, inner*H] or [0]; m [T, B, K, H] or [0]; dh0, dc0 [K, B, H] (dc0 [0])."""
+
+    dgx: Tensor
+    dhu: Tensor
+    m: Tensor
+    dh0: Tensor
+    dc0: Tensor
+
+
+def steps(y: Tensor, reversed: int) -> int:
+    """T of a buffer."""
+    return y.shape[0] - (2 if reversed else 1)
+
+
+def is_reversed(group: int, reversed: int) -> bool:
+    return bool(reversed >> group & 1)
+
+
+def outputs(y: Tensor, reversed: int) -> Tensor:
+    """The states after each step [T, B, K, H]: the rows that are neither group's start."""
+    return y[1:-1] if reversed else y[1:]
+
+
+def resets_of(mask: Tensor, back: bool) -> Tensor:
+    """Where a mask says that the states before a step are zero: bool, for groups of that direction."""
+    return mask if mask.dtype == torch.bool else (mask & (RESET_REVERSED if back else RESET)) != 0
+
+
+def held(mask: Tensor) -> Tensor | None:
+    """Where a mask says that a row is past its end: bool; None if it cannot say so."""
+    return None if mask.dtype == torch.bool else (mask & HELD) != 0
+
+
+def previous_outputs(y: Tensor, mask: Tensor | None, reversed: int, group: int) -> Tensor:
+    """A group's h before each step as the recurrent product saw it: zero where reset. [T, B, H]"""
+    back = is_reversed(group, reversed)
+    T, first = steps(y, reversed), 2 if back else 0
+    h = y[first : first + T, :, group]
+    return h if mask is None else h.masked_fill(resets_of(mask, back)[..., None], 0)

@@ -1,0 +1,38 @@
+"""Episode beginnings and sequence lengths as the one mask [T, B] that every engine takes (codes: kernels.buffers)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .kernels.buffers import HELD, RESET, RESET_REVERSED, held, resets_of
+
+
+def encode(resets: Tensor | None, lengths: Tensor | None, steps: int, reversed: int) -> Tensor | None:
+    """resets [T, B] bool and lengths [B] as a mask; None if there is nothing to mask.
+
+    An episode that begins at step t begins there in both directions: a reversed group forgets on its way from t to t-1.
+    Where a row has ended no episode begins.
+    """
+    if lengths is None and (resets is None or not reversed):
+        return resets
+    codes = []
+    ended = None
+    if lengths is not None:
+        ended = torch.arange(steps, device=lengths.device)[:, None] >= lengths
+        codes.append(ended.to(torch.uint8) * HELD)
+    if resets is not None:
+        begins = resets if ended is None else resets & ~ended
+        codes.append(begins.to(torch.uint8) * RESET)
+        if reversed:
+            codes.append(pad(begins[1:].to(torch.uint8), (0, 0, 0, 1)) * RESET_REVERSED)
+    return codes[0] if len(codes) == 1 else torch.stack(codes).sum(0, dtype=torch.uint8)
+
+
+def decode(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """resets and lengths of a mask, for the reference."""
+    if mask is None:
+        return None, None
+    ended = held(mask)
+    return resets_of(mask, False), None if ended is None else (~ended).sum(0)

@@ -1,0 +1,74 @@
+"""PackedSequence's rows in a padded batch and back, on the device: two gathers, and no value read by the host.
+
+A PackedSequence keeps step t's rows together, the batch_sizes[t] longest sequences first; see torch.nn.utils.rnn.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where rows are. Not a tuple: torch.func takes those apart.
+
+    lengths [B], longest first; source [T, B]: the packed row of a padded one (0 for padding); padding [T, B] bool;
+    target [N]: the padded row of a packed one.
+    """
+
+    lengths: Tensor
+    source: Tensor
+    padding: Tensor
+    target: Tensor
+
+
+def layout(batch_sizes: Tensor, batch: int, rows: int, device: torch.device) -> Layout:
+    """Of a PackedSequence's batch_sizes (on the CPU), largest batch size and number of rows."""
+    sizes = batch_sizes.to(device, non_blocking=True)
+    column = torch.arange(batch, device=device)
+    padding = column >= sizes[:, None]
+    ends = sizes.cumsum(0)
+    source = ((ends - sizes)[:, None] + column).masked_fill(padding, 0)
+    row = torch.arange(rows, device=device)
+    step = torch.searchsorted(ends, row, right=True)
+    return Layout((~padding).sum(0), source, padding, step * batch + row - (ends - sizes)[step])
+
+
+class _Move(torch.autograd.Function):
+    """Packed rows [N, ...] to padded ones [T, B, ...] (zero where padding), or back; each is the other's gradient."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, where: Layout, pad: bool) -> Tensor:
+        source, padding = where.source, where.padding
+        if not pad:
+            return x.flatten(0, 1).index_select(0, where.target)
+        rows = x.index_select(0, source.flatten()).unflatten(0, source.shape)
+        return rows.masked_fill(padding.reshape(*padding.shape, *(1,) * (x.dim() - 1)), 0)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        _, ctx.where, ctx.pad = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return _Move.apply(grad, ctx.where, not ctx.pad), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+        return _Move.apply(tangent, ctx.where, ctx.pad)
+
+
+def pad(data: Tensor, where: Layout) -> Tensor:
+    """[N, ...] to [T, B, ...], zero where padding."""
+    return _Move.apply(data, where, True)
+
+
+def pack(padded: Tensor, where: Layout) -> Tensor:
+    """[T, B, ...] to [N, ...]."""
+    return _Move.apply(padded, where, False)

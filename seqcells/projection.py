@@ -1,0 +1,61 @@
+"""An LSTM with a projection (Sak et al. 2014, arXiv:1402.1128) as one without: no kernel of its own.
+
+With m the LSTM's o * tanh(c), the projected state is h = m W_hr^T, and so the recurrent product h U^T is m (U W_hr)^T:
+an LSTM over m with recurrent weights U W_hr, [G*H, H], whose outputs are projected all at once. Only the given h0 is
+not the projection of an m: its product with U reaches the first step as part of the input.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Weights = Sequence["Tensor | None"]
+
+
+def unprojected(groups: Sequence[Weights]) -> list[Weights]:
+    """w_ih, w_hh, b_ih, b_hh of the LSTMs over m, from w_ih, w_hh, b_ih, b_hh, w_hr."""
+    return [(w_ih, w_hh @ w_hr, b_ih, b_hh) for w_ih, w_hh, b_ih, b_hh, w_hr in groups]  # type: ignore[operator]
+
+
+def with_start(
+    x: Tensor,
+    h0: Tensor,
+    groups: Sequence[Weights],
+    plain: list[Weights],
+    reverse: Sequence[bool],
+    resets: Tensor | None,
+    lengths: Tensor | None,
+) -> tuple[Tensor, list[Weights]]:
+    """x [T, B, I + K*P] that brings each group's h0 to its first step, in columns of its own, and weights for them."""
+    T, B, K = *x.shape[:2], len(groups)
+    last = torch.full((B,), T - 1, device=x.device) if lengths is None else (lengths - 1).clamp(min=0)
+    columns = [x]
+    for k in range(K):
+        first = last if reverse[k] else torch.zeros_like(last)
+        start = h0[k]
+        if resets is not None and not reverse[k]:  # an episode that begins there knows nothing of it
+            start = start.masked_fill(resets[0, :, None], 0)
+        here = torch.arange(T, device=x.device)[:, None] == first
+        columns.append(start.masked_fill(~here[..., None], 0))
+    found: list[Weights] = []
+    for k, (w_ih, *rest) in enumerate(plain):
+        u = groups[k][1]
+        assert w_ih is not None and u is not None
+        own = [u if j == k else torch.zeros_like(u) for j in range(K)]
+        found.append((torch.cat([w_ih, *own], 1), *rest))
+    return torch.cat(columns, 2), found
+
+
+def project(y: Tensor, groups: Sequence[Weights]) -> Tensor:
+    """m [T, B, K*H] to h [T, B, K*P]."""
+    parts = y.chunk(len(groups), 2)
+    return torch.cat([m @ weights[4].t() for m, weights in zip(parts, groups, strict=True)], 2)  # type: ignore[union-attr]
+
+
+def project_final(m: Tensor, groups: Sequence[Weights], h0: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """The final m [K, B, H] to h_n [K, B, P]; a row without steps ends where it began."""
+    h = torch.stack([m[k] @ weights[4].t() for k, weights in enumerate(groups)])  # type: ignore[union-attr]
+    return h if h0 is None or lengths is None else torch.where((lengths > 0)[:, None], h, h0)
