@@ -1,8 +1,11 @@
 """Tiles of the `single` schedule (one step in one launch), and whether it is cheaper than a GEMM and a scan over one
 step: a pure function, as `plan` is, with its floors and the reason in numbers.
 
-Beside `plan`'s rates, two that decide between a kernel of ours and the vendor's GEMM: a warp's own products (mma.sync)
-reach 62% of what Hopper's tensor cores do (Luo et al., arXiv:2402.13499), and no other launch is as cheap as none.
+Beside `plan`'s rates, what decides between a kernel of ours and the vendor's GEMM: a warp's own products (mma.sync)
+reach 62% of what Hopper's tensor cores do (Luo et al., arXiv:2402.13499; taken for every device), of float32 as it is
+half a loop's instructions are its multiply-adds (the report), and the GEMM is taken to reach all of either. `plan`'s
+floor for U is as optimistic, and the copies around a scan are not counted: the one speaks for the GEMM where batches
+are large, the other against it where they are small.
 """
 
 from __future__ import annotations
@@ -29,7 +32,7 @@ from .plan import (
     plan,
 )
 
-WARP_PRODUCTS = 0.62  # of the tensor cores' rate; what they do not do (float32 as it is) is as fast here as there
+WARP_PRODUCTS, MULTIPLY_ADDS = 0.62, 0.5  # of the rates of tensor cores, and of what is done without
 
 
 @dataclass(frozen=True)
@@ -77,10 +80,11 @@ class _Problem:
         self.precisions = precisions  # of W x and of U h
         self.bytes = cell.gates * H * (I + H) * itemsize
 
-    def _clocks(self, rows: int, columns: int, precision: str, share: float) -> float:
+    def _clocks(self, rows: int, columns: int, precision: str, ours: bool) -> float:
         """Of one processor, for the products of so many rows (those of the batch times those of a matrix)."""
-        if self.itemsize == 8 or (self.itemsize == 4 and precision == "ieee"):
-            share = 1.0
+        share = 1.0
+        if ours:
+            share = MULTIPLY_ADDS if self.itemsize == 4 and precision == "ieee" else WARP_PRODUCTS
         return 2 * rows * columns / (self.device.tensor * _rate(self.itemsize, precision) * share)
 
     def _streamed(self, bytes: int) -> float:
@@ -92,7 +96,8 @@ class _Problem:
         """(tile, warps, stages, programs, floor) of what fits."""
         cell, B, I, H, itemsize, d = self.cell, self.B, self.I, self.H, self.itemsize, self.device  # noqa: E741
         per_unit = slots(cell)
-        vector = 128 if self.exact() else 256
+        # Bytes of a row that a turn of the loop takes: a line, and half where registers are short.
+        line = 64 if self.exact() else 128
         # Parts of a product are a batched one, which only NVIDIA's have been tried on.
         least = 16 if d.capability or d is INTERPRETER else 64
         for rows in (16, 32, 64, 128):
@@ -103,10 +108,9 @@ class _Problem:
                 if (block_b > 8 and block_b >= 2 * B) or rows * block_b > self.most_elements(rows):
                     continue
                 num_warps = 8 if rows * block_b > 4096 else 4
-                # A part has the line of 128 bytes of each row, or what a short row has.
-                part = _power_of_2(_ceil(max(I, H), parts(rows)), 16, max(16, vector // 2 // itemsize))
+                part = _power_of_2(_ceil(max(I, H), parts(rows)), 16, max(16, line // itemsize))
                 block_k = part * parts(rows)
-                # Three turns on their way: at the latency of memory two of a small tile would not fill the road.
+                # Three turns on their way: two of a small tile would not cover the latency of memory.
                 num_stages = next(
                     (n for n in (4, 3, 2) if shared_bytes(rows, block_b, block_k, itemsize, n) <= d.shared), 0
                 )
@@ -114,8 +118,8 @@ class _Problem:
                     continue
                 programs = _ceil(H, block_h) * _ceil(B, block_b)
                 waves = _ceil(programs, d.processors)
-                work = self._clocks(rows * block_b, I, self.precisions[0], WARP_PRODUCTS)
-                work += self._clocks(rows * block_b, H, self.precisions[1], WARP_PRODUCTS)
+                work = self._clocks(rows * block_b, I, self.precisions[0], True)
+                work += self._clocks(rows * block_b, H, self.precisions[1], True)
                 read = (cell.gates * block_h + min(B, block_b)) * (I + H) * itemsize
                 # A turn of the loop waits for its tiles, num_stages - 1 turns at a time.
                 turns = (_ceil(I, block_k) + _ceil(H, block_k)) * TRIP / (num_stages - 1)
@@ -137,6 +141,8 @@ class _Problem:
     def most_elements(self, rows: int) -> int:
         """Of a product of so many rows, beyond which some target is out of registers or close (found with the report,
         sm_80, sm_90 and sm_100)."""
+        if self.device is INTERPRETER:
+            return 8192
         if self.itemsize == 8 or (self.itemsize == 4 and "ieee" in self.precisions):
             return 512
         return 1024 if self.exact() else 8192 if rows >= 64 else 32 * rows
@@ -149,7 +155,7 @@ class _Problem:
         all_l2 = d.l2 * d.processors
         w = cell.gates * H * I * self.itemsize
         gx = 2 * B * cell.gates * H * self.itemsize  # written, and read again
-        work = self._clocks(B * cell.gates * H, I, self.precisions[0], 1.0) / d.processors
+        work = self._clocks(B * cell.gates * H, I, self.precisions[0], False) / d.processors
         gemm = LAUNCH + max(d.microseconds(max(w / all_l2, work)), self._streamed(w)) + d.microseconds(gx / all_l2)
         u = cell.gates * H * H * self.itemsize
         step = there.microseconds + (0.0 if there.schedule == "stepwise" else LAUNCH)
@@ -178,8 +184,10 @@ def plan_single(
     if reason := unfit(cell, I, H):
         raise ValueError(f"the single schedule does not fit: {reason}")
     problem = _Problem(cell, B, I, H, itemsize, device, (input_precision or precision, precision))
-    found = min(problem.tiles(), key=lambda f: f[-1].total)
-    tile, num_warps, num_stages, programs, floor = found
+    # Interpreted, programs run one after another, and each costs the same.
+    tile, num_warps, num_stages, programs, floor = min(
+        problem.tiles(), key=lambda found: found[3] if device is INTERPRETER else found[4].total
+    )
     us, other = problem.elsewhere()
     cheaper = floor.total < us
     why = (

@@ -3,9 +3,9 @@
     python -m seqcells.kernels.report --target sm_90 [--quick] [--json FILE]
 
 For every kernel: registers, spills, shared memory against the limit, and for its loop (the time loop of `resident` and
-`grid`, the loop over U of `stepwise`, which makes one step of many launches) the number of instructions, of issue slots
-(instructions x warps / 4: an SM issues from four schedulers) and of each kind that matters. Exit status 1 if any kernel
-spills in its loop or does not fit.
+`grid`; where a step is a launch, the loop over U of `stepwise`, over W and U of `single`) the number of instructions,
+of issue slots (instructions x warps / 4: an SM issues from four schedulers) and of each kind that matters. Exit status
+1 if any kernel spills in its loop or does not fit.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@ one GEMM and then walks; for one step that is a GEMM, a launch and the copies ar
 are what it costs. Here a program owns BLOCK_H units of BLOCK_B rows with all their gates, and reads its rows of both
 matrices once, W's and then U's, in one pipelined loop.
 
-Few rows are the tensor cores' work as well, padded to eight: multiplied as vectors on the other units, bfloat16 takes
-nearly three times the issue slots an element even for one row (0.049 to 0.018, sm_90), as much time as L2 does.
+Few rows are the tensor cores' work as well, padded to eight: multiplied as vectors on the other units, even one row of
+bfloat16 takes more than twice the issue slots (tried with the report on sm_90), about as long as L2 takes to deliver.
 
 Shapes: x [B, I], W [G*H, I], U [G*H, H], b_ih, b_hh [G*H], h0, c0, hn, cn [B, H]. With SAVE the buffers of a scan over
 one step of one group (see `resident`) in memory's order: y, c [2, B, H], before and after the step; saved [B, W, H].
