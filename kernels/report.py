@@ -3,9 +3,9 @@
     python -m seqcells.kernels.report --target sm_90 [--quick] [--json FILE]
 
 For every kernel: registers, spills, shared memory against the limit, and for its loop (the time loop of `resident` and
-`grid`, the loop over U of `stepwise`, which makes one step of many launches) the number of instructions, of issue slots
-(instructions x warps / 4: an SM issues from four schedulers) and of each kind that matters. Exit status 1 if any kernel
-spills in its loop or does not fit.
+`grid`; where a step is a launch, the loop over U of `stepwise`, over W and U of `single`) the number of instructions,
+of issue slots (instructions x warps / 4: an SM issues from four schedulers) and of each kind that matters. Exit status
+1 if any kernel spills in its loop or does not fit.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cells, plan, scan
+from . import cells, plan, plan_single, scan, single
 
 KINDS = ("BAR", "HMMA", "HGMMA", "UTCHMMA", "LDS", "LDSM", "STS", "STSM", "LDG", "STG", "MUFU", "LDL", "STL")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -47,7 +47,8 @@ class Case:
     """One scan to compile: precision is tl.dot's for float32."""
 
     cell: str
-    direction: str  # "infer" (forward, nothing saved), "train" (forward, gates saved) or "backward"
+    # "infer" (forward, nothing saved), "train" (forward, gates saved), "backward"; of a cell "step", "step train"
+    direction: str
     dtype: str
     batch: int
     hidden: int
@@ -86,11 +87,22 @@ class Row:
         return self.spills == 0 and self.shared <= self.limit
 
 
+STEPS = ("step", "step train")
+
+
+def inputs(case: Case) -> int:
+    """A cell's input size: H, or, where H is even and no more, one whose rows are aligned otherwise."""
+    return 3 if case.hidden % 8 and case.hidden % 2 == 0 else case.hidden
+
+
 def planned(case: Case) -> plan.Plan:
     """The case's plan."""
     size: dict[str, Any] = {"B": case.batch, "H": case.hidden, "groups": case.groups}
     how: dict[str, Any] = {"schedule": case.schedule, "precision": case.precision}
     how |= {"itemsize": DTYPES[case.dtype].itemsize, "device": plan.KNOWN[case.target]}
+    if case.direction in STEPS:
+        size, how = {"B": case.batch, "I": inputs(case), "H": case.hidden}, {k: how[k] for k in how if k != "schedule"}
+        return plan_single.plan_single(cells.get(case.cell), **size, **how)
     return plan.plan(cells.get(case.cell), backward=case.direction == "backward", **size, **how)
 
 
@@ -113,7 +125,13 @@ def launches(case: Case) -> list[scan.Launch]:
     bias = empty(K, cell.inner * H) if cell.inner else None
     second = state if cell.states == 2 else None
     options: dict[str, Any] = {"plan": chosen, "precision": case.precision, "launch": note}
-    if case.direction == "recompute":
+    if case.direction in STEPS:
+        assert isinstance(chosen, plan_single.Single)
+        x, w, b, h = empty(B, inputs(case)), empty(cell.gates * H, inputs(case)), empty(cell.gates * H), empty(B, H)
+        save = "gates" if case.direction == "step train" else "none"
+        how: dict[str, Any] = {"save": save, "plan": chosen, "precision": case.precision, "launch": note}
+        single.forward(cell, x, w, u[0], b, b, h, h if cell.states == 2 else None, **how)
+    elif case.direction == "recompute":
         saved = scan.allocate(cell, gx, "gates")
         scan.recompute(cell, gx, u, bias, saved.y, saved.c, resets, plan=chosen, launch=note)
     elif case.direction == "backward":
@@ -266,6 +284,22 @@ def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
             for hidden in (32, 64, 128):
                 yield Case(name, "infer", "bf16", 8, hidden, target)
             yield Case(name, "recompute", "bf16", 8, 64, target)
+            if not plan_single.unfit(cells.get(name), 1, 1):
+                yield from steps(target, name)
+
+
+def steps(target: str, name: str) -> Iterator[Case]:
+    """A cell's single step. Its large batches are for the GEMM; they are here for those who force it."""
+    for hidden in (20, 64, 256, 1024):
+        for batch in (1, 16, 64, 256):
+            for dtype in ("bf16", "fp32"):
+                yield Case(name, "step train", dtype, batch, hidden, target)
+    yield Case(name, "step", "bf16", 1, 1024, target)
+    for dtype in ("bf16", "fp32"):
+        yield Case(name, "step train", dtype, 64, 1001, target)
+    for hidden, batch in ((20, 1), (1024, 1), (1024, 256)):
+        for dtype, precision in (("fp32", "ieee"), ("fp32", "tf32x3"), ("fp64", "ieee")):
+            yield Case(name, "step train", dtype, batch, hidden, target, precision=precision)
 
 
 def distinct(cases: Iterable[Case]) -> dict[Case, tuple[int, ...]]:

@@ -12,7 +12,7 @@ import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqcells.kernels import cells, grid, recompute, report, resident, stepwise
+from seqcells.kernels import cells, grid, recompute, report, resident, single, stepwise
 from seqcells.kernels.plan import (
     INTERPRETER,
     KNOWN,
@@ -24,6 +24,7 @@ from seqcells.kernels.plan import (
     present,
     resident_bytes,
 )
+from seqcells.kernels.plan_single import shared_bytes
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -133,7 +134,7 @@ def test_batches_share_a_few_tile_sizes_and_lengths_share_all():
         plans = {planned(cell, B=B, H=H) for B in range(1, 5000)}
         assert len({(p.schedule, p.block_h, p.block_b, p.block_k, p.num_warps, p.num_stages) for p in plans}) <= 10
     found = 0
-    for module in (resident, grid, stepwise, recompute):
+    for module in (resident, grid, stepwise, recompute, single):
         for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if not (isinstance(node, ast.FunctionDef) and node.name.endswith("kernel")):
                 continue
@@ -142,7 +143,7 @@ def test_batches_share_a_few_tile_sizes_and_lengths_share_all():
             (decorator,) = node.decorator_list
             (option,) = decorator.keywords
             assert option.arg == "do_not_specialize" and set(ast.literal_eval(option.value)) == runtime, node.name
-    assert found == 7
+    assert found == 8
 
 
 def compiled(*arguments):
@@ -160,7 +161,7 @@ def test_everything_compiles_without_spills_and_fits(target, tmp_path):
     content = json.loads((tmp_path / "r.json").read_text())
     rows = content["rows"]
     assert len(rows) > 60
-    assert {r["schedule"] for r in rows} == {"resident", "grid", "stepwise", "recompute"}
+    assert {r["schedule"] for r in rows} == {"resident", "grid", "stepwise", "recompute", "single"}
     for r in rows:
         case = report.Case(**r["case"])
         chosen = report.planned(case)
@@ -174,7 +175,10 @@ def test_everything_compiles_without_spills_and_fits(target, tmp_path):
         if r["schedule"] == "grid":
             tile, backward = (chosen.block_h, chosen.block_b, chosen.block_k), case.direction == "backward"
             assert r["shared"] <= grid_bytes(cells.get("lstm"), case.hidden, itemsize, *tile, backward, case.precision)
-        if r["schedule"] != "stepwise":
+        if r["schedule"] == "single":
+            tile = 4 * chosen.block_h, chosen.block_b, chosen.block_k
+            assert r["shared"] <= shared_bytes(*tile, itemsize, chosen.num_stages)
+        elif r["schedule"] != "stepwise":
             assert r["instructions"] > 0 and r["slots"] == r["instructions"] * r["warps"] / 4
     assert f"Static cost of the kernels on {target}" in static.document(target, content)
     if target == "sm_90":

@@ -23,7 +23,9 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.stepwise": {"kernels.math", "kernels.tiles"},
     "kernels.recompute": {"kernels.tiles"},
     "kernels.scan": {f"kernels.{n}" for n in ("cells", "plan", "recompute", "resident", "grid", "stepwise")},
-    "kernels.report": {"kernels.cells", "kernels.plan", "kernels.scan"},
+    "kernels.plan_single": {"kernels.plan"},
+    "kernels.single": {f"kernels.{n}" for n in ("cells", "math", "plan", "plan_single", "scan", "tiles")},
+    "kernels.report": {f"kernels.{n}" for n in ("cells", "plan", "plan_single", "scan", "single")},
     "kernels": set(),
     "reference": set(),
     "backends": set(),
@@ -94,11 +96,12 @@ def test_imports_run_one_way():
     assert ("ops", "kernels.scan") in seen and ("tasks", "layers") in seen and ("kernels.cells", "kernels.math") in seen
 
 
-def test_plan_is_pure():
-    source = (ROOT / "kernels" / "plan.py").read_text()
+@pytest.mark.parametrize("file", ["plan.py", "plan_single.py"])
+def test_plan_is_pure(file):
+    source = (ROOT / "kernels" / file).read_text()
     modules = {n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)}
     assert (
-        modules <= {"__future__", "collections.abc", "dataclasses", "functools", "itertools", "typing"}
+        modules <= {"__future__", "collections.abc", "dataclasses", "functools", "itertools", "typing", "plan"}
         and "import torch" not in source
     )
 

@@ -1,0 +1,211 @@
+"""Tiles of the `single` schedule (one step in one launch), and whether it is cheaper than a GEMM and a scan over one
+step: a pure function, as `plan` is, with its floors and the reason in numbers.
+
+Beside `plan`'s rates, what decides between a kernel of ours and the vendor's GEMM: a warp's own products (mma.sync)
+reach 62% of what Hopper's tensor cores do (Luo et al., arXiv:2402.13499; taken for every device), of float32 as it is
+half a loop's instructions are its multiply-adds (the report), and the GEMM is taken to reach all of either. `plan`'s
+floor for U is as optimistic, and the copies around a scan are not counted: the one speaks for the GEMM where batches
+are large, the other against it where they are small.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+
+from .plan import (
+    ACTIVATION_RATE,
+    CHAIN,
+    INTERPRETER,
+    KB,
+    LAUNCH,
+    TRIP,
+    Device,
+    Floor,
+    Plan,
+    Shape,
+    _ceil,
+    _power_of_2,
+    _rate,
+    parts,
+    plan,
+)
+
+WARP_PRODUCTS, MULTIPLY_ADDS = 0.62, 0.5  # of the rates of tensor cores, and of what is done without
+
+
+@dataclass(frozen=True)
+class Single(Plan):
+    """The plan of one step. cheaper: than the GEMM of the input projection and `plan`'s schedule for the rest."""
+
+    cheaper: bool = True
+    elsewhere: float = 0.0  # the floor of those two, in microseconds
+
+
+def slots(cell: Shape) -> int:
+    """Rows of a program for each unit: a gate's, one more for an inner gate, padded to a power of two."""
+    return _power_of_2(cell.gates + cell.inner, 1, 1 << 10)
+
+
+def unfit(cell: Shape, I: int, H: int) -> str | None:  # noqa: E741  (the letter the whole project uses)
+    """Why one launch cannot do this cell's step; None if it can."""
+    if cell.split < cell.gates:
+        return "its second product needs the first gates of every unit, and a launch cannot wait for all its programs"
+    if slots(cell) > 8:
+        return "its tiles are tried for at most eight products a unit"
+    if cell.gates * H * max(I, H) >= 1 << 31:
+        return "the weights must have less than 2^31 elements"
+    return None
+
+
+def shared_bytes(rows: int, block_b: int, block_k: int, itemsize: int, stages: int) -> int:
+    """Shared memory of a program, an upper bound on what the compiler reports: the tiles on their way, or the products'
+    parts and a conversion of the result, which come after them."""
+    return max(stages * (rows + block_b) * block_k * itemsize, 2 * parts(rows) * rows * block_b * max(4, itemsize)) + KB
+
+
+class _Problem:
+    def __init__(
+        self,
+        cell: Shape,
+        B: int,
+        I: int,  # noqa: E741
+        H: int,
+        itemsize: int,
+        device: Device,
+        precisions: tuple[str, str],
+    ) -> None:
+        self.cell, self.B, self.I, self.H, self.itemsize, self.device = cell, B, I, H, itemsize, device
+        self.precisions = precisions  # of W x and of U h
+        self.bytes = cell.gates * H * (I + H) * itemsize
+
+    def _clocks(self, rows: int, columns: int, precision: str, ours: bool) -> float:
+        """Of one processor, for the products of so many rows (those of the batch times those of a matrix)."""
+        share = 1.0
+        if ours:
+            share = MULTIPLY_ADDS if self.itemsize == 4 and precision == "ieee" else WARP_PRODUCTS
+        return 2 * rows * columns / (self.device.tensor * _rate(self.itemsize, precision) * share)
+
+    def _streamed(self, bytes: int) -> float:
+        """Microseconds to bring weights from memory, where they do not stay in L2."""
+        d = self.device
+        return bytes / d.memory / 1000 if self.bytes > 0.7 * d.cache else 0.0
+
+    def tiles(self) -> Iterator[tuple[tuple[int, int, int], int, int, int, Floor]]:
+        """(tile, warps, stages, programs, floor) of what fits."""
+        cell, B, I, H, itemsize, d = self.cell, self.B, self.I, self.H, self.itemsize, self.device  # noqa: E741
+        per_unit = slots(cell)
+        # Bytes of a row that a turn of the loop takes: a line, and half where registers are short.
+        line = 64 if self.exact() else 128
+        # Parts of a product are a batched one, which only NVIDIA's have been tried on.
+        least = 16 if d.capability or d is INTERPRETER else 64
+        for rows in (16, 32, 64, 128):
+            block_h = rows // per_unit
+            if rows < least or (rows > least and block_h >= 2 * H):
+                continue
+            for block_b in (8, 16, 32, 64, 128):
+                if (block_b > 8 and block_b >= 2 * B) or rows * block_b > self.most_elements(rows):
+                    continue
+                num_warps = 8 if rows * block_b > 4096 else 4
+                part = _power_of_2(_ceil(max(I, H), parts(rows)), 16, max(16, line // itemsize))
+                block_k = part * parts(rows)
+                # Three turns on their way: two of a small tile would not cover the latency of memory.
+                num_stages = next(
+                    (n for n in (4, 3, 2) if shared_bytes(rows, block_b, block_k, itemsize, n) <= d.shared), 0
+                )
+                if not num_stages:
+                    continue
+                programs = _ceil(H, block_h) * _ceil(B, block_b)
+                waves = _ceil(programs, d.processors)
+                work = self._clocks(rows * block_b, I, self.precisions[0], True)
+                work += self._clocks(rows * block_b, H, self.precisions[1], True)
+                read = (cell.gates * block_h + min(B, block_b)) * (I + H) * itemsize
+                # A turn of the loop waits for its tiles, num_stages - 1 turns at a time.
+                turns = (_ceil(I, block_k) + _ceil(H, block_k)) * TRIP / (num_stages - 1)
+                functions = block_b * block_h * (cell.gates + 1) * (4 if itemsize > 2 else 1) / ACTIVATION_RATE
+                floor = Floor(
+                    u=max(d.microseconds(max(read * waves / d.l2, turns)), self._streamed(self.bytes)),
+                    tensor=d.microseconds(work * waves),
+                    activations=d.microseconds(functions * waves),
+                    exchange=0.0,
+                    start=LAUNCH,
+                    chain=d.microseconds(CHAIN),
+                )
+                yield (block_h, block_b, block_k), num_warps, num_stages, programs, floor
+
+    def exact(self) -> bool:
+        """Whether some product is done without tensor cores, or with three for one."""
+        return self.itemsize == 8 or (self.itemsize == 4 and self.precisions != ("tf32", "tf32"))
+
+    def most_elements(self, rows: int) -> int:
+        """Of a product of so many rows, beyond which some target is out of registers or close (found with the report,
+        sm_80, sm_90 and sm_100)."""
+        if self.device is INTERPRETER:
+            return 8192
+        if self.itemsize == 8 or (self.itemsize == 4 and "ieee" in self.precisions):
+            return 512
+        return 1024 if self.exact() else 8192 if rows >= 64 else 32 * rows
+
+    def elsewhere(self) -> tuple[float, str]:
+        """The floor of the GEMM and of one step of `plan`'s schedule; the copies between them are not counted."""
+        cell, B, I, H, d = self.cell, self.B, self.I, self.H, self.device  # noqa: E741
+        size = {"B": B, "H": H, "itemsize": self.itemsize}
+        there = plan(cell, **size, device=d, precision=self.precisions[1])  # type: ignore[arg-type]
+        all_l2 = d.l2 * d.processors
+        w = cell.gates * H * I * self.itemsize
+        gx = 2 * B * cell.gates * H * self.itemsize  # written, and read again
+        work = self._clocks(B * cell.gates * H, I, self.precisions[0], False) / d.processors
+        gemm = LAUNCH + max(d.microseconds(max(w / all_l2, work)), self._streamed(w)) + d.microseconds(gx / all_l2)
+        u = cell.gates * H * H * self.itemsize
+        step = there.microseconds + (0.0 if there.schedule == "stepwise" else LAUNCH)
+        # The plan of a scan takes U for what stays in L2 from step to step; here W was there in between.
+        step = max(step, LAUNCH + self._streamed(u))
+        return gemm + step, f"a GEMM ({gemm:.2f} us) and a step by {there.schedule} ({step:.2f} us)"
+
+
+@cache
+def plan_single(
+    cell: Shape,
+    *,
+    B: int,
+    I: int,  # noqa: E741
+    H: int,
+    itemsize: int,
+    device: Device,
+    precision: str = "tf32",
+    input_precision: str | None = None,
+) -> Single:
+    """The tiles for one step in one launch, and whether that is cheaper.
+
+    B, I, H: batch, input and hidden size. precision: what float32 products with U are done in; input_precision: those
+    with W (None: the same). ValueError where one launch cannot do it (`unfit`).
+    """
+    if reason := unfit(cell, I, H):
+        raise ValueError(f"the single schedule does not fit: {reason}")
+    problem = _Problem(cell, B, I, H, itemsize, device, (input_precision or precision, precision))
+    # Interpreted, programs run one after another, and each costs the same.
+    tile, num_warps, num_stages, programs, floor = min(
+        problem.tiles(), key=lambda found: found[3] if device is INTERPRETER else found[4].total
+    )
+    us, other = problem.elsewhere()
+    cheaper = floor.total < us
+    why = (
+        f"one launch of {programs} programs over {tile[0]} units and {tile[1]} rows reads both matrices "
+        f"({problem.bytes // KB} KB) once for every {tile[1]} rows; {floor}; {'cheaper' if cheaper else 'dearer'} than "
+        f"{other}"
+    )
+    return Single(
+        "single",
+        *tile,
+        num_warps,
+        num_stages,
+        255,
+        device.capability > 0,
+        why,
+        programs,
+        floor.total,
+        False,
+        cheaper,
+        us,
+    )

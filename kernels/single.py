@@ -1,0 +1,237 @@
+"""Schedule `single`: one step, both its products, its biases and its saving for backward, in one launch.
+
+For the cells (LSTMCell and the others), whose every call is one step. `scan` has the input projection of all steps from
+one GEMM and then walks; for one step that is a GEMM, a launch and the copies around them, and at a small batch launches
+are what it costs. Here a program owns BLOCK_H units of BLOCK_B rows with all their gates, and reads its rows of both
+matrices once, W's and then U's, in one pipelined loop.
+
+Few rows are the tensor cores' work as well, padded to eight: multiplied as vectors on the other units, even one row of
+bfloat16 takes more than twice the issue slots (tried with the report on sm_90), about as long as L2 takes to deliver.
+
+Shapes: x [B, I], W [G*H, I], U [G*H, H], b_ih, b_hh [G*H], h0, c0, hn, cn [B, H]. With SAVE the buffers of a scan over
+one step of one group (see `resident`) in memory's order: y, c [2, B, H], before and after the step; saved [B, W, H].
+Any of b_ih, b_hh, h0, c0 may be None: zero (and without h0, no product with U).
+
+Slots: a program's rows of the matrices are unit * SLOTS + slot (see `tiles.gate_rows`). The first G slots are the
+gates', the sum of both products; but an inner gate's keeps W's alone, and U's has one of the slots behind them, where
+the power of two leaves room (the GRU's fourth).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from math import gcd
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cells import Cell
+from .math import product
+from .plan import parts
+from .plan_single import Single
+from .scan import ACCUMULATE, Launch, Scanned, _aligned, allocate_saved, run
+from .tiles import load_tiles, pack_tiles, split_gates, store_tiles
+
+
+@triton.jit
+def _of_both(first, second, IN_SECOND, BOTH: tl.constexpr):
+    """first; or, where both are walked and IN_SECOND, second."""
+    if BOTH:
+        return tl.where(IN_SECOND, second, first)
+    else:
+        return first
+
+
+@triton.jit
+def _walk_columns(
+    acc, w_ptr, w_rows, w_valid, x_ptr, u_ptr, u_rows, u_valid, h_ptr, row, row_mask,
+    I: tl.constexpr, H: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, BOTH: tl.constexpr,  # noqa: E741
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """acc + W x, and if BOTH + U h behind it in the same loop: the second's first tiles are on their way before the
+    first's last are used. w_rows, u_rows: the row of the matrix in each slot."""
+    PART: tl.constexpr = BLOCK_K // PARTS
+    TILES: tl.constexpr = (I + BLOCK_K - 1) // BLOCK_K
+    SECOND: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K if BOTH else 0
+    WHOLE: tl.constexpr = I % BLOCK_K == 0 and (not BOTH or H % BLOCK_K == 0)
+    if PARTS == 1:
+        k = tl.arange(0, BLOCK_K)[None, :]
+    else:
+        k = tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
+    for i in range(TILES + SECOND):
+        there = i >= TILES
+        ks = k + (i - _of_both(0, TILES, there, BOTH)) * BLOCK_K
+        width = _of_both(I, H, there, BOTH and I != H)
+        weights = _of_both(w_ptr, u_ptr, there, BOTH)
+        operand = _of_both(x_ptr, h_ptr, there, BOTH)
+        rows = _of_both(w_rows, u_rows, there, BOTH)
+        valid = _of_both(w_valid, u_valid, there, BOTH)
+        if PARTS == 1:
+            mask = valid[:, None] if WHOLE else valid[:, None] & (ks < width)
+            w = tl.load(weights + rows[:, None] * width + ks, mask=mask, other=0.0)
+            down = tl.trans(ks)
+            mask = row_mask[None, :] if WHOLE else row_mask[None, :] & (down < width)
+            x = tl.load(operand + row[None, :] * width + down, mask=mask, other=0.0)
+            acc = product(w, x, acc, PRECISION)
+        else:
+            mask = valid[None, :, None] if WHOLE else valid[None, :, None] & (ks < width)
+            w = tl.load(weights + rows[None, :, None] * width + ks, mask=mask, other=0.0)
+            down = tl.permute(ks, (0, 2, 1))
+            mask = row_mask[None, None, :] if WHOLE else row_mask[None, None, :] & (down < width)
+            x = tl.load(operand + row[None, None, :] * width + down, mask=mask, other=0.0)
+            acc = product(w, x, acc, PRECISION)
+    return acc
+
+
+@triton.jit
+def _add_bias(bias_ptr, units, tile, H: tl.constexpr, N: tl.constexpr):
+    """tile + gate N's bias."""
+    if bias_ptr is None:
+        return tile
+    else:
+        return tile + tl.load(bias_ptr + N * H + units, mask=units < H, other=0.0).to(tile.dtype)[:, None]
+
+
+@triton.jit(do_not_specialize=["B"])
+def kernel(
+    x_ptr, w_ptr, u_ptr, b_ih_ptr, b_hh_ptr, h0_ptr, c0_ptr, y_ptr, c_ptr, saved_ptr, hn_ptr, cn_ptr, B,
+    I: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,  # noqa: E741
+    BLOCK_K: tl.constexpr, PARTS: tl.constexpr, FUSED: tl.constexpr, ACC: tl.constexpr,
+    G: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PACK: tl.constexpr,
+    SAVE: tl.constexpr, STEP: tl.constexpr, INPUT_PRECISION: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The step. FUSED: both products in one loop; else one after the other."""
+    SLOTS: tl.constexpr = triton.next_power_of_2(G + INNER)
+    unit0 = tl.program_id(0) * BLOCK_H
+    units = unit0 + tl.arange(0, BLOCK_H)
+    row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    row_mask = row < B
+    mask = (units[:, None] < H) & row_mask[None, :]
+    at_h = (row * H)[None, :] + units[:, None]
+
+    zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
+    states = (zero,)
+    if h0_ptr is not None:
+        states = load_tiles(h0_ptr, at_h, mask, 1, 0, ACC)
+    if STATES == 2:
+        c = (zero,)
+        if c0_ptr is not None:
+            c = load_tiles(c0_ptr, at_h, mask, 1, 0, ACC)
+        states = states + c
+
+    m = tl.arange(0, BLOCK_H * SLOTS)
+    unit, slot = unit0 + m // SLOTS, m % SLOTS
+    w_rows, w_valid = slot * H + unit, (unit < H) & (slot < G)
+    if INNER == 0:
+        u_rows, u_valid = w_rows, w_valid
+    else:
+        u_rows = tl.where(slot < G, slot, slot - INNER) * H + unit
+        u_valid = (unit < H) & ((slot < G - INNER) | ((slot >= G) & (slot < G + INNER)))
+    if PARTS == 1:  # noqa: SIM108  (the compiler wants both shapes apart)
+        acc = tl.zeros([BLOCK_H * SLOTS, BLOCK_B], ACC)
+    else:
+        acc = tl.zeros([PARTS, BLOCK_H * SLOTS, BLOCK_B], ACC)
+    BOTH: tl.constexpr = FUSED and h0_ptr is not None
+    acc = _walk_columns(
+        acc, w_ptr, w_rows, w_valid, x_ptr, u_ptr, u_rows, u_valid, h0_ptr, row, row_mask,
+        I, H, BLOCK_K, PARTS, BOTH, INPUT_PRECISION,
+    )  # fmt: skip
+    if h0_ptr is not None and not FUSED:
+        acc = _walk_columns(
+            acc, u_ptr, u_rows, u_valid, h0_ptr, u_ptr, u_rows, u_valid, h0_ptr, row, row_mask,
+            H, H, BLOCK_K, PARTS, False, PRECISION,
+        )  # fmt: skip
+    if PARTS > 1:
+        acc = tl.sum(acc, 0)
+    sums = split_gates(acc, SLOTS, SLOTS, BLOCK_H, BLOCK_B)
+
+    gx, hu = (), ()
+    for n in tl.static_range(G):
+        with_w = _add_bias(b_ih_ptr, units, sums[n], H, n)
+        if n < G - INNER:
+            gx = gx + (_add_bias(b_hh_ptr, units, with_w, H, n),)
+            hu = hu + (zero,)
+        else:
+            gx = gx + (with_w,)
+            hu = hu + (_add_bias(b_hh_ptr, units, sums[n + INNER], H, n),)
+    new, saved = STEP(gx, hu, states, FAST)
+
+    store_tiles(hn_ptr, at_h, mask, new, 0, 1, 0)
+    if STATES == 2:
+        store_tiles(cn_ptr, at_h, mask, new, 1, 2, 0)
+    if SAVE:
+        after = B.to(tl.int64) * H
+        store_tiles(y_ptr, at_h, mask, states, 0, 1, 0)
+        store_tiles(y_ptr + after, at_h, mask, new, 0, 1, 0)
+        if STATES == 2:
+            store_tiles(c_ptr, at_h, mask, states, 1, 2, 0)
+            store_tiles(c_ptr + after, at_h, mask, new, 1, 2, 0)
+    if SAVED > 0:
+        SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
+        WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
+        at_s = (row * (WORDS * H))[None, :] + units[:, None]
+        words = pack_tiles(saved, SAVED, SAVED_PACK, hn_ptr.dtype.element_ty)
+        store_tiles(saved_ptr, at_s, mask, words, 0, WORDS, H)
+
+
+SAVES = ("none", "gates")
+
+
+def allocate(cell: Cell, x: Tensor, H: int, save: str) -> Scanned:
+    """The uninitialised outputs of `forward`: `scan.allocate`'s for one step; with save="none", hn and cn only."""
+    B, two, kept = x.shape[0], cell.states == 2, save == "gates"
+    return Scanned(
+        x.new_empty(2, B, 1, H) if kept else x.new_empty(0),
+        x.new_empty(2, B, 1, H) if kept and two else x.new_empty(0),
+        # The shape is all that is asked of gx.
+        allocate_saved(cell, x.new_empty(1).expand(1, B, 1, cell.gates * H)) if kept else x.new_empty(0),
+        x.new_empty(1, B, H),
+        x.new_empty(1, B, H) if two else x.new_empty(0),
+    )
+
+
+def forward(
+    cell: Cell,
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    *,
+    save: str,
+    plan: Single,
+    precision: str = "ieee",
+    input_precision: str | None = None,
+    launch: Callable[[Launch], None] = run,
+) -> Scanned:
+    """One step: what `scan.forward` gives for one step of one group, from the layer's input.
+
+    x [B, I], w_ih [G*H, I], w_hh [G*H, H], b_ih, b_hh [G*H], h0, c0 [B, H] (None: zero).
+    save: "none" gives hn and cn only; "gates" all that backward wants.
+    precision, input_precision: tl.dot's input_precision with U and with W (None: the same), for float32.
+    """
+    if save not in SAVES:
+        raise ValueError(f"unknown save {save!r}: expected one of {', '.join(SAVES)}")
+    (B, I), H, size = x.shape, w_hh.shape[1], x.element_size()  # noqa: E741
+    out, kept = allocate(cell, x, H, save), save == "gates"
+    through = input_precision or precision
+    # Together, rows of different alignment would both be loaded as the worse allows.
+    fused = through == precision and gcd(I * size, 16) == gcd(H * size, 16)
+    arguments: dict[str, Any] = {
+        "x_ptr": _aligned(x), "w_ptr": _aligned(w_ih), "u_ptr": _aligned(w_hh), "b_ih_ptr": _aligned(b_ih),
+        "b_hh_ptr": _aligned(b_hh), "h0_ptr": _aligned(h0), "c0_ptr": _aligned(c0) if cell.states == 2 else None,
+        "y_ptr": out.y, "c_ptr": out.c, "saved_ptr": out.saved, "hn_ptr": out.hn, "cn_ptr": out.cn, "B": B, "I": I,
+        "H": H, "BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b, "BLOCK_K": plan.block_k,
+    }  # fmt: skip
+    arguments |= {"FUSED": fused, "ACC": ACCUMULATE[x.dtype], "INPUT_PRECISION": through, "PRECISION": precision}
+    arguments |= {"G": cell.gates, "INNER": cell.inner, "STATES": cell.states, "STEP": cell.forward}
+    arguments |= {"SAVE": kept, "SAVED": cell.saved if kept else 0, "PACK": 8 // size}
+    arguments["PARTS"] = parts(plan.block_h * triton.next_power_of_2(cell.gates + cell.inner))
+    arguments["FAST"] = x.dtype in (torch.float16, torch.bfloat16) and plan.nvidia
+    launch(Launch(kernel, (triton.cdiv(H, plan.block_h), triton.cdiv(B, plan.block_b)), arguments, plan))
+    return out
