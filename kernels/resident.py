@@ -216,8 +216,10 @@ def backward_kernel(
         dhu_ptr += begin * INNER
     if SPLIT < G:
         m_ptr += begin
+    code = valid
     if mask_ptr is not None:
         mask_ptr += step * B.to(tl.int64) + row0
+        code = load_mask(mask_ptr, r, valid, HOLDS)
     u_ptr += group * (G * H * H)
 
     if U_IN_REGISTERS:
@@ -260,12 +262,13 @@ def backward_kernel(
         )
         before = cast_tiles(loaded, STATES, ACC)
         saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
-        code = valid
         came = before
         if mask_ptr is not None:
-            code = load_mask(mask_ptr, r, valid, HOLDS)
-            came = keep_rows(before, kept(code, HOLDS), STATES)
+            # Also a step ahead for the sake of Triton, which takes the narrowest load that a product's operand comes
+            # from, if it is in the same step, for the operand's own width, and shuffles all of U to match.
             mask_ptr -= sign * B
+            code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), HOLDS)
+            came = keep_rows(before, kept(code, HOLDS), STATES)
         dstates = add_outer(dstates, dy, dcs, code, HOLDS)
         dm = None
         if SPLIT < G:
@@ -296,6 +299,8 @@ def backward_kernel(
         words = words_next
         dy = dy_next
         dcs = dcs_next
+        if mask_ptr is not None:
+            code = code_next
 
     at_state = rows * H + tile_units
     write_tiles(dh0_ptr + state0, at_state, mask, dstates, 0, 1, 0)
