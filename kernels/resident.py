@@ -273,8 +273,7 @@ def backward_kernel(
         dm = None
         if SPLIT < G:
             d_second, m = MIDDLE(dstates, saved, came, after, FAST)
-            if HOLDS:
-                d_second = keep_rows(d_second, live(code), G - SPLIT)
+            if HOLDS:  # what d_second makes of a held row ends in before_step
                 m = tl.where(live(code)[None, :], m, 0.0)
             write_tiles(m_ptr, at_h, mask, (m,), 0, 1, 0)
             m_ptr -= forth
