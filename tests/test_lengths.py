@@ -95,7 +95,7 @@ class Problem:
         found |= {f"final {n}": torch.stack(s).detach() for n, s in enumerate(zip(*finals, strict=True))}
         return found | {f"d{n}": d for n, d in enumerate(others)}
 
-    def found(self, schedule, save):
+    def found(self, schedule, save, launch=scan.run):
         """The same by the kernels, and the buffers' held steps (see `held_steps_are_as_promised`)."""
 
         def to(x, poisoned=False):
@@ -110,11 +110,11 @@ class Problem:
         size |= {"device": scan.device_facts(gx.device), "schedule": schedule}
         there, back = (plan(self.cell, **size, backward=b) for b in (False, True))
         h0, c0 = (*map(to, self.states), None)[:2]
-        how = {"plan": there, "reversed": self.reversed}
+        how = {"plan": there, "reversed": self.reversed, "launch": launch}
         out = scan.forward(self.cell, gx, u, bias, h0, c0, mask, save=save, **how)
         saved = out.saved if save == "gates" else scan.recompute(self.cell, gx, u, bias, out.y, out.c, mask, **how)
         dhn, dcn = (*map(to, self.dfinal), None)[:2]
-        how = {"plan": back, "reversed": self.reversed, "dcs": to(self.dcs, True)}
+        how = {"plan": back, "reversed": self.reversed, "launch": launch, "dcs": to(self.dcs, True)}
         grads = scan.backward(self.cell, to(self.dy, True), dhn, dcn, u, out.y, out.c, saved, mask, **how)
         y = out.outputs(self.reversed)
         self.held_steps_are_as_promised(y, out.c, grads, mask)
@@ -150,11 +150,10 @@ class Problem:
             if d.numel():
                 assert not d.masked_select(held).any(), f"{name} of held steps is zero"
 
-    def check(self, schedule, save, allowed=None):
-        exact, found = self.exact(), self.found(schedule, save)
+    def check(self, schedule, save, launch=scan.run):
+        exact, found = self.exact(), self.found(schedule, save, launch)
         errors = {name: relative(found[name], want) for name, want in exact.items()}
-        allowed = allowed or TOLERANCE[self.dtype]
-        assert max(errors.values()) <= allowed, errors
+        assert max(errors.values()) <= TOLERANCE[self.dtype], errors
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -181,9 +180,24 @@ def test_other_dtypes(cell, schedule, dtype, poison):
     Problem(cell, dtype).check(schedule, "gates")
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru_before"])
-def test_over_many_programs(cell, poison):
-    Problem(cell, lengths=(5, 1, 4, 2, 3, 5, 0, 2, 1), H=33).check("grid", "gates")
+def test_over_many_programs(poison):
+    Problem("gru_before", lengths=(5, 1, 4, 2, 3, 5, 0, 2, 1), H=33).check("grid", "gates")
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_the_grid_in_one_launch(cell, poison):
+    """As on a device, all steps and barriers in one launch: interpreted too, where one program has all the units."""
+    seen = []
+
+    def whole(launch):
+        arguments = {**launch.arguments, "first": 0, "last": T, "PHASE": -1}
+        if "counter_ptr" in arguments and all(launch.kernel is not x.kernel for x in seen):
+            assert launch.grid[0] == 1
+            seen.append(launch)
+            scan.run(launch._replace(arguments=arguments))
+
+    Problem(cell, reversed=BOTH, cs=cell == "lstm", H=13).check("grid", "gates", whole)
+    assert len(seen) == 2
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -208,10 +222,9 @@ def test_nothing_saved_gives_the_same_outputs(schedule, poison):
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_codes_without_a_held_row_are_resets(cell, schedule):
+def test_codes_without_a_held_row_are_resets(schedule):
     """The same bits as by a mask of bool, which is compiled without holds."""
-    problem = Problem(cell, torch.float32, lengths=(5, 5))
+    problem = Problem("lstm", torch.float32, lengths=(5, 5))
     first = problem.found(schedule, "gates")
     problem.mask = problem.resets
     second = problem.found(schedule, "gates")
