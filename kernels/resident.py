@@ -5,7 +5,8 @@ Shapes (time-major, contiguous; T steps, B batch, K groups, H hidden, G gates, S
     saved  [T, B, K, W, H] the S saved tiles in W words (see `tiles`)
     u      [K, G*H, H]     weight_hh          bias [K, INNER*H]  b_hh of the inner gates, or None
     y, c   [T+1, B, K, H]  states: row t+1 after step t, row 0 before the first (h0, c0: given). With reversed groups
-                           [T+2, B, K, H]: theirs start in row T+1. c [1, B, K, H], the start, where nothing is saved
+                           [T+2, B, K, H]: theirs start in row T+1. c [1, B, K, H], the start, where nothing is saved.
+                           Zero after a step that holds the row (but see `tiles.after_step`)
     mask   [T, B] uint8 codes (see `tiles`), or None
     hn, cn [K, B, H]       final states;  dhn, dcn their gradients, or None
     dy     [T, B, K, H]    or None;  dcs [T, B, K, H], of every step's c, or None
