@@ -58,7 +58,8 @@ def step_costs(rows: list[dict[str, Any]]) -> str:
 def is_plain(row: dict[str, Any]) -> bool:
     case = row["case"]
     usual = "tf32" if case["dtype"] != "fp64" else "ieee"
-    return not case["resets"] and case["groups"] == 1 and case["schedule"] is None and case["precision"] == usual
+    plain = (case["mask"], case["dcs"], case["groups"], case["schedule"]) == ("", False, 1, None)
+    return plain and case["precision"] == usual
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, int]:
