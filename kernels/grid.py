@@ -231,7 +231,7 @@ def forward_kernel(
     code = valid
     if mask_ptr is not None:
         mask_ptr += step.to(tl.int64) * B + row0
-        code = load_mask(mask_ptr, r, valid, HOLDS)
+        code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
 
     for i in range(first, last):
         gx = pack_tiles(loaded, G, 1, ACC)
@@ -285,7 +285,7 @@ def forward_kernel(
             loaded = load_tiles(gx_ptr, at_g, ahead, G, H, TYPE)
             if mask_ptr is not None:
                 mask_ptr += sign * B
-                code = load_mask(mask_ptr, r, tl.where(i + 1 < last, valid, False), HOLDS)
+                code = load_mask(mask_ptr, r, tl.where(i + 1 < last, valid, False), group, REVERSED, HOLDS)
             if PHASE == -1:
                 wait(counter_ptr, target)
                 target += tl.num_programs(0)
@@ -396,7 +396,7 @@ def backward_kernel(
         came = before
         saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
         if mask_ptr is not None:
-            code = load_mask(mask_ptr, r, valid, HOLDS)
+            code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
             came = keep_rows(before, kept(code, HOLDS), STATES)
             mask_ptr -= sign * B
         if (1 if SPLIT < G else 2) > PHASE:

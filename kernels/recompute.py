@@ -37,7 +37,7 @@ def kernel(
     if STATES == 2:
         states = states + load_tiles(c_ptr, at_before, mask, 1, 0, ACC)
     if mask_ptr is not None:
-        code = load_mask(mask_ptr, row, row_mask, HOLDS)
+        code = load_mask(mask_ptr, row, row_mask, group, REVERSED, HOLDS)
         states = keep_rows(states, kept(code, HOLDS), STATES)
     gx = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
     if bias_ptr is not None:

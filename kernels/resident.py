@@ -7,7 +7,7 @@ Shapes (time-major, contiguous; T steps, B batch, K groups, H hidden, G gates, S
     y, c   [T+1, B, K, H]  states: row t+1 after step t, row 0 before the first (h0, c0: given). With reversed groups
                            [T+2, B, K, H]: theirs start in row T+1. c [1, B, K, H], the start, where nothing is saved.
                            Zero after a step that holds the row (but see `tiles.after_step`)
-    mask   [T, B] uint8 codes (see `tiles`), or None
+    mask   [T, B] uint8 codes (see `buffers`), or None
     hn, cn [K, B, H]       final states;  dhn, dcn their gradients, or None
     dy     [T, B, K, H]    or None;  dcs [T, B, K, H], of every step's c, or None
     dgx    [T, B, K, G*H];  dhu [T, B, K, INNER*H];  m [T, B, K, H] (two products)
@@ -104,7 +104,7 @@ def forward_kernel(
     code = valid
     if mask_ptr is not None:
         mask_ptr += step * B.to(tl.int64) + row0
-        code = load_mask(mask_ptr, r, valid, HOLDS)
+        code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
 
     for t in range(T):
         # The next step's inputs are asked for before this step's product, which hides their latency. Until the next
@@ -114,7 +114,7 @@ def forward_kernel(
         loaded_next = read_tiles(gx_ptr, from_g, readable, G, H)
         if mask_ptr is not None:
             mask_ptr += sign * B
-            code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), HOLDS)
+            code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, HOLDS)
             states = keep_rows(states, kept(code, HOLDS), STATES)
         gx = cast_tiles(loaded, G, ACC)
         hu = products(U, states[0], start, 0, SPLIT, PRECISION)
@@ -220,7 +220,7 @@ def backward_kernel(
     code = valid
     if mask_ptr is not None:
         mask_ptr += step * B.to(tl.int64) + row0
-        code = load_mask(mask_ptr, r, valid, HOLDS)
+        code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
     u_ptr += group * (G * H * H)
 
     if U_IN_REGISTERS:
@@ -268,7 +268,7 @@ def backward_kernel(
             # Also a step ahead for the sake of Triton, which takes the narrowest load that a product's operand comes
             # from, if it is in the same step, for the operand's own width, and shuffles all of U to match.
             mask_ptr -= sign * B
-            code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), HOLDS)
+            code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, HOLDS)
             came = keep_rows(before, kept(code, HOLDS), STATES)
         dstates = add_outer(dstates, dy, dcs, code, HOLDS)
         dm = None

@@ -2,7 +2,7 @@
 
 Legend: B batch, T steps, K groups (see `tiles`), H hidden units, G gates, S saved tiles (see `cells`); time-major and
 contiguous throughout. reversed: an integer; group k walks from the last step to the first if its bit k is set.
-mask: [T, B], bool (where set, the states before that step are zero) or uint8 codes (see `tiles`; a row may also end
+mask: [T, B], bool (where set, the states before that step are zero) or uint8 codes (see `buffers`; a row may also end
 before T), or None.
 """
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from . import grid, resident, stepwise
 from . import recompute as recompute_schedule
+from .buffers import Gradients, Scanned, is_reversed, previous_outputs, steps
 from .cells import Cell
 from .plan import INTERPRETER, Device, Plan, chunks, present, slices
 
@@ -107,34 +108,6 @@ def _resident_constants(plan: Plan) -> dict[str, Any]:
 def _scratch(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised buffer in the accumulation type."""
     return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
-
-
-class Scanned(NamedTuple):
-    """y [T+1, B, K, H] (see `resident`), c like y, or [1, B, K, H], or [0]; saved [T, B, K, W, H] or [0];
-    hn, cn [K, B, H] (cn [0])."""
-
-    y: Tensor
-    c: Tensor
-    saved: Tensor
-    hn: Tensor
-    cn: Tensor
-
-    def outputs(self, reversed: int = 0) -> Tensor:
-        """y [T, B, K, H]: the rows that are neither group's start."""
-        return outputs(self.y, reversed)
-
-
-def outputs(y: Tensor, reversed: int) -> Tensor:
-    """The states after each step [T, B, K, H] of a buffer y."""
-    return y[1:-1] if reversed else y[1:]
-
-
-def _steps(y: Tensor, reversed: int) -> int:
-    return y.shape[0] - (2 if reversed else 1)
-
-
-def is_reversed(group: int, reversed: int) -> bool:
-    return bool(reversed >> group & 1)
 
 
 def _fill(state: Tensor, start: Tensor | None) -> None:
@@ -273,19 +246,9 @@ def forward(
     return out
 
 
-class Gradients(NamedTuple):
-    """dgx [T, B, K, G*H]; dhu [T, B, K, inner*H] or [0]; m [T, B, K, H] or [0]; dh0, dc0 [K, B, H] (dc0 [0])."""
-
-    dgx: Tensor
-    dhu: Tensor
-    m: Tensor
-    dh0: Tensor
-    dc0: Tensor
-
-
 def allocate_gradients(cell: Cell, y: Tensor, reversed: int = 0) -> Gradients:
     """The uninitialised outputs of `backward`."""
-    T, B, K, H = _steps(y, reversed), *y.shape[1:]
+    T, B, K, H = steps(y, reversed), *y.shape[1:]
     return Gradients(
         y.new_empty(T, B, K, cell.gates * H),
         y.new_empty(T, B, K, cell.inner * H) if cell.inner else y.new_empty(0),
@@ -317,7 +280,7 @@ def backward(
     dy [T, B, K, H], dhn, dcn [K, B, H], dcs [T, B, K, H] of the c after every step (None: zero); y, c, saved from
     `forward`. Where a row is held dy and dcs are not looked at, and dgx, dhu and m are zero.
     """
-    T, B, K, H = _steps(y, reversed), *y.shape[1:]
+    T, B, K, H = steps(y, reversed), *y.shape[1:]
     out = allocate_gradients(cell, y, reversed)
     constants = _constants(cell, plan, u, mask, reversed, precision)
     constants |= {"STEP": cell.backward, "MIDDLE": cell.backward_middle}
@@ -365,7 +328,7 @@ def recompute(
     launch: Callable[[Launch], None] = run,
 ) -> Tensor:
     """What save="gates" would have kept, from what save="states" keeps."""
-    T, B, K, H = _steps(y, reversed), *y.shape[1:]
+    T, B, K, H = steps(y, reversed), *y.shape[1:]
     saved = allocate_saved(cell, gx)
     if not cell.saved:
         return saved
@@ -394,14 +357,3 @@ def recompute(
             hu[:, k, split:] = m[:, k] @ u[k, split:].t()
     launch(Launch(recompute_schedule.kernel, programs, {**arguments, **constants, "PHASE": 1}, plan))
     return saved
-
-
-def previous_outputs(y: Tensor, mask: Tensor | None, reversed: int, group: int) -> Tensor:
-    """A group's h before each step as the recurrent product saw it: zero where reset, finite where held.
-    [T, B, H]"""
-    T = _steps(y, reversed)
-    first = 2 if is_reversed(group, reversed) else 0
-    h = y[first : first + T, :, group]
-    if mask is None:
-        return h
-    return h.masked_fill((mask == 1 if _has_holds(mask) else mask)[..., None], 0)

@@ -92,7 +92,7 @@ def forward_kernel(
     if STATES == 2:
         states = states + load_tiles(sc_ptr, at_state, mask, 1, 0, ACC)
     if mask_ptr is not None:
-        code = load_mask(mask_ptr + steps_before, row, row_mask, HOLDS)
+        code = load_mask(mask_ptr + steps_before, row, row_mask, group, REVERSED, HOLDS)
         states = keep_rows(states, kept(code, HOLDS), STATES)
     gx = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
@@ -196,7 +196,7 @@ def backward_kernel(
                 BLOCK_K, PRECISION,
             )  # fmt: skip
         if mask_ptr is not None:
-            code_after = load_mask(mask_ptr + steps_before + sign * B, row, row_mask, HOLDS)
+            code_after = load_mask(mask_ptr + steps_before + sign * B, row, row_mask, group, REVERSED, HOLDS)
             dh = tl.where(kept(code_after, HOLDS)[None, :], dh, 0.0)
 
     if LAST:
@@ -226,7 +226,7 @@ def backward_kernel(
             saved = unpack_tiles(words, SAVED, SAVED_PACK, y_ptr.dtype.element_ty, ACC)
         code = row_mask
         if mask_ptr is not None:
-            code = load_mask(mask_ptr + steps_before, row, row_mask, HOLDS)
+            code = load_mask(mask_ptr + steps_before, row, row_mask, group, REVERSED, HOLDS)
             before = keep_rows(before, kept(code, HOLDS), STATES)
         dstates = add_outer(dstates, dy, dcs, code, HOLDS)
 

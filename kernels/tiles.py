@@ -88,13 +88,19 @@ def keep_rows(tiles, keep, N: tl.constexpr):
 
 
 @triton.jit
-def load_mask(mask_ptr, r, valid, HOLDS: tl.constexpr):
-    """What the mask says of the rows r at a step; to be asked with `kept` and `live`.
+def load_mask(mask_ptr, r, valid, group, REVERSED: tl.constexpr, HOLDS: tl.constexpr):
+    """What the mask says of the rows r at a step: 0, 1 (reset) or 2 (held); to be asked with `kept` and `live`.
 
     Where no row can be held it is only whether the code is 0: one bit to carry from step to step, not a byte.
     """
     code = tl.load(mask_ptr + r, mask=valid, other=0)
-    return code if HOLDS else code == 0
+    if HOLDS:
+        if REVERSED > 0:  # an episode's beginning lies elsewhere for those who come from behind: a bit of its own
+            back = ((REVERSED >> group) & 1).to(tl.uint8)
+            code = ((code >> (2 * back)) & 1) | (code & 2)
+        return code
+    else:
+        return code == 0
 
 
 @triton.jit

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, reference
+from . import functional, precisions, reference
 
 # As torch's matrix product names dtypes in its errors.
 _NAMES = {
@@ -39,7 +39,7 @@ class _Cell(nn.Module):
         precision: str | None = None,
     ) -> None:
         super().__init__()
-        functional.check_precision(precision)
+        precisions.check(precision)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias

@@ -8,28 +8,14 @@ import torch
 from conftest import DEVICE
 from shapes import CELLS, SCHEDULES
 
-from seqcells import reference
+from seqcells import masks, reference
 from seqcells.check import TOLERANCE, relative
-from seqcells.kernels import cells, scan
+from seqcells.kernels import buffers, cells, scan
 from seqcells.kernels.plan import plan
 
 T, H = 5, 20
 LENGTHS = (3, 5, 1)  # odd on purpose; T and 1 among them
 BOTH = 0b10  # two groups, the second reversed
-
-
-def codes(lengths, resets):
-    """The mask: 2 from lengths[b] on, before it 1 where resets."""
-    held = torch.arange(T)[:, None] >= torch.tensor(lengths)
-    return torch.where(held, 2, resets.to(torch.uint8)).to(torch.uint8)
-
-
-def flipped(x, lengths):
-    """x [T, B, ...] with each row's live steps in the other order."""
-    x = x.clone()
-    for b, n in enumerate(lengths):
-        x[:n, b] = x[:n, b].flip(0)
-    return x
 
 
 class Problem:
@@ -54,45 +40,31 @@ class Problem:
         self.dy = random(T, B, self.K, H)
         self.dcs = random(T, B, self.K, H) if cs else None
         live = torch.arange(T)[:, None] < torch.tensor(lengths)
-        # The reference resets rows past their end as well; a held row is only held.
-        self.resets = (torch.rand(T, B, generator=generator) < 0.3) & live & resets
-        self.mask, self.held = codes(lengths, self.resets), ~live
+        self.resets = (torch.rand(T, B, generator=generator) < 0.3) & resets
+        self.mask, self.held = masks.encode(self.resets, torch.tensor(lengths), T, reversed), ~live
 
     def exact(self):
         """y, the final states, dgx, du, dbias and the initial states' gradients, by the reference."""
         leaves = [t.clone().requires_grad_() for t in (self.gx, self.u, *self.states)]
         bias = None if self.bias is None else self.bias.clone().requires_grad_()
         gx, u, *states = leaves
-        ys, finals, outputs, outer = [], [], [], []
-        lengths, G, H = torch.tensor(self.lengths), self.cell.gates, u.shape[2]
-        spec = reference.get(self.cell.name)
-        for k in range(self.K):
-            order = (lambda x: flipped(x, self.lengths)) if self.reversed >> k & 1 else (lambda x: x)
-            all_cs = []
-
-            def step(x, before, *weights, all_cs=all_cs):
-                after = spec.step(x, before, *weights)
-                all_cs.append(after[-1])
-                return after
-
-            b_hh = None
-            if bias is not None:
-                b_hh = torch.cat([u.new_zeros((G - self.cell.inner) * H), bias[k]])
-            weights = (torch.eye(G * H, dtype=torch.float64), u[k], None, b_hh)
-            start = tuple(s[k] for s in states)
-            how = {"resets": order(self.resets), "lengths": lengths}
-            y, final = reference.scan(step, order(gx[:, :, k]), start, *weights, **how)
-            ys.append(order(y))
-            finals.append(final)
-            outputs += [ys[-1], *final]
-            outer += [self.dy[:, :, k], *(d[k] for d in self.dfinal)]
-            if self.dcs is not None:
-                outputs.append(order(torch.stack(all_cs)))
-                outer.append(self.dcs[:, :, k].masked_fill(self.held[..., None], 0))
+        G, H = self.cell.gates, u.shape[2]
+        b_hh = None
+        if bias is not None:
+            b_hh = torch.cat([u.new_zeros(self.K, (G - self.cell.inner) * H), bias], 1)
+        weights = (torch.eye(G * H, dtype=torch.float64).expand(self.K, -1, -1), u, None, b_hh)
+        how = {"resets": self.resets, "lengths": torch.tensor(self.lengths), "reversed": self.reversed}
+        step = reference.get(self.cell.name).step
+        every, finals = reference.scan_groups(step, gx, tuple(states), *weights, **how)
+        every = [s.unflatten(2, (self.K, H)) for s in every]
+        outputs, outer = [every[0], *finals], [self.dy, *self.dfinal]
+        if self.dcs is not None:
+            outputs.append(every[1])
+            outer.append(self.dcs)
         wanted = [*leaves, *([] if bias is None else [bias])]
         dgx, du, *others = torch.autograd.grad(outputs, wanted, outer)
-        found = {"y": torch.stack(ys, 2).detach(), "dgx": dgx, "du": du}
-        found |= {f"final {n}": torch.stack(s).detach() for n, s in enumerate(zip(*finals, strict=True))}
+        found = {"y": every[0].detach(), "dgx": dgx, "du": du}
+        found |= {f"final {n}": s.detach() for n, s in enumerate(finals)}
         return found | {f"d{n}": d for n, d in enumerate(others)}
 
     def found(self, schedule, save, launch=scan.run):
@@ -116,14 +88,14 @@ class Problem:
         dhn, dcn = (*map(to, self.dfinal), None)[:2]
         how = {"plan": back, "reversed": self.reversed, "launch": launch, "dcs": to(self.dcs, True)}
         grads = scan.backward(self.cell, to(self.dy, True), dhn, dcn, u, out.y, out.c, saved, mask, **how)
-        y = out.outputs(self.reversed)
-        self.held_steps_are_as_promised(y, out.c, grads, mask)
+        y = buffers.outputs(out.y, self.reversed)
+        self.held_steps_are_as_promised(y, out.c, grads)
         # As ops makes the weights' gradients of these.
         cell, H = self.cell, u.shape[2]
         du = torch.empty_like(u)
         split, plain = cell.split * H, (cell.split - cell.inner) * H
         for k in range(self.K):
-            h = scan.previous_outputs(out.y, mask, self.reversed, k).flatten(0, 1)
+            h = buffers.previous_outputs(out.y, mask, self.reversed, k).flatten(0, 1)
             d = grads.dgx[:, :, k].flatten(0, 1)
             du[k, :plain] = d[:, :plain].t() @ h
             if cell.inner:
@@ -131,18 +103,18 @@ class Problem:
             if cell.split < cell.gates:
                 du[k, split:] = d[:, split:].t() @ grads.m[:, :, k].flatten(0, 1)
         # A reversed group's held rows hold its first states, for backward; they are not outputs.
-        y = y.masked_fill(mask[:, :, None, None] == 2, 0)
+        y = y.masked_fill(self.held.to(DEVICE)[:, :, None, None], 0)
         found = {"y": y, "dgx": grads.dgx, "du": du, "final 0": out.hn, "final 1": out.cn}
         found |= {"d0": grads.dh0, "d1": grads.dc0, f"d{cell.states}": grads.dhu.sum((0, 1)) if cell.inner else None}
         return found
 
-    def held_steps_are_as_promised(self, y, c, grads, mask):
-        held = (mask == 2)[:, :, None, None]
+    def held_steps_are_as_promised(self, y, c, grads):
+        held = self.held.to(DEVICE)[:, :, None, None]
         two = self.cell.states == 2
-        for kept, start in ((y, 0), (scan.outputs(c, self.reversed), 1))[: 1 + two]:
+        for kept, start in ((y, 0), (buffers.outputs(c, self.reversed), 1))[: 1 + two]:
             for k in range(self.K):
                 rows, want = kept[:, :, k], torch.zeros_like(kept[0, :, k])
-                if scan.is_reversed(k, self.reversed):
+                if buffers.is_reversed(k, self.reversed):
                     want = self.states[start][k].to(rows)
                 assert torch.equal(torch.where(held[:, :, 0], rows, want), want.expand_as(rows))
         for name in ("dgx", "dhu", "m"):
@@ -217,7 +189,7 @@ def test_nothing_saved_gives_the_same_outputs(schedule, poison):
         scan.forward(problem.cell, gx, u, None, h0, c0, problem.mask.to(DEVICE), save=save, **how)
         for save in ("none", "gates")
     )
-    for a, b in ((none.outputs(BOTH), gates.outputs(BOTH)), (none.hn, gates.hn), (none.cn, gates.cn)):
+    for a, b in ((none.y[1:-1], gates.y[1:-1]), (none.hn, gates.hn), (none.cn, gates.cn)):
         assert a.isfinite().all() and torch.equal(a, b)
 
 

@@ -10,7 +10,7 @@ from conftest import DEVICE
 from shapes import CELLS, SAVES
 
 import seqcells
-from seqcells import backends, check, functional, ops
+from seqcells import backends, check, functional, ops, precisions
 from seqcells.check import Shape
 from seqcells.kernels import cells, scan
 
@@ -96,7 +96,7 @@ def test_precision_follows_torchs_switches():
     try:
         for setting, expected in (("tf32", "tf32"), ("ieee", "ieee")):
             torch.backends.cudnn.rnn.fp32_precision = setting
-            assert functional.rnn_precision() == expected
+            assert precisions.rnn_precision() == expected
     finally:
         torch.backends.cudnn.rnn.fp32_precision = before
 
