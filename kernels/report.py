@@ -126,7 +126,8 @@ def launches(case: Case) -> list[scan.Launch]:
     gx, u, state = empty(T, B, K, cell.gates * H), empty(K, cell.gates * H, H), empty(K, B, H)
     bias = empty(K, cell.inner * H) if cell.inner else None
     second = state if cell.states == 2 else None
-    options: dict[str, Any] = {"plan": chosen, "precision": case.precision, "launch": note}
+    back = 2 if K == 2 else 0  # two groups: a layer's directions
+    options: dict[str, Any] = {"plan": chosen, "precision": case.precision, "launch": note, "reversed": back}
     if case.direction in STEPS:
         assert isinstance(chosen, plan_single.Single)
         x, w, b, h = empty(B, inputs(case)), empty(cell.gates * H, inputs(case)), empty(cell.gates * H), empty(B, H)
@@ -137,7 +138,7 @@ def launches(case: Case) -> list[scan.Launch]:
         saved = scan.allocate(cell, gx, "gates")
         scan.recompute(cell, gx, u, bias, saved.y, saved.c, mask, plan=chosen, launch=note)
     elif case.direction == "backward":
-        saved = scan.allocate(cell, gx, "gates")
+        saved = scan.allocate(cell, gx, "gates", back)
         options["dcs"] = saved.c[1:] if case.dcs else None
         scan.backward(cell, gx[..., :H], state, second, u, saved.y, saved.c, saved.saved, mask, **options)
     else:
@@ -277,6 +278,7 @@ def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
                     yield replace(case, schedule="stepwise", mask=mask)
                 yield replace(case, hidden=128, mask="lengths")
                 yield replace(case, groups=2)
+                yield replace(case, groups=2, mask="lengths")
                 yield replace(case, hidden=512, batch=16, groups=2)
                 for hidden, batch in ((20, 8), (64, 8), (64, 16384), (512, 512)):
                     yield replace(case, dtype="fp32", hidden=hidden, batch=batch, precision="ieee")

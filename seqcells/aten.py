@@ -36,12 +36,13 @@ def layer(
 
     x [T, B, I], or a PackedSequence's data with its batch_sizes; states [D, B, H].
     """
-    if batch_sizes is None and onednn(cell, x.device, x.dtype) and x.numel() > 0 and len(groups[0]) == 4:
-        return _directions(x, states, groups)
     flat = [t for weights in groups for t in _flat(weights)]
     biases = groups[0][2] is not None or groups[0][3] is not None
     # cuDNN keeps what its backward needs only in training mode.
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *flat))
+    own = batch_sizes is None and x.numel() > 0 and len(groups[0]) == 4 and onednn(cell, x.device, x.dtype)
+    if own and (train or torch.compiler.is_compiling()):
+        return _directions(x, states, groups)
     hx: Any = list(states) if cell == "lstm" else states[0]
     sizes = () if batch_sizes is None else (batch_sizes,)
     rest = (len(groups) == 2,) if batch_sizes is not None else (len(groups) == 2, False)

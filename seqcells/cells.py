@@ -134,7 +134,7 @@ class LSTMCell(_Cell):
 
 
 class GRUCell(_Cell):
-    """torch.nn.GRUCell, with backend= and precision= (see LSTMCell), and reset_after= (False: Cho et al. 2014 v1).
+    """torch.nn.GRUCell, with backend= and precision= (see LSTMCell), and reset_after= (False: Cho et al. 2014 v3).
 
     Input [B, I] or [I]; hx [B, H] or [H].
     """

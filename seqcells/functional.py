@@ -391,7 +391,7 @@ def gru(
     reset_after: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """GRU: y and h_n. reset_after: torch's and cuDNN's form; False: Cho et al. 2014 v1. options: those of `scan`."""
+    """GRU: y and h_n. reset_after: torch's and cuDNN's form; False: Cho et al. 2014 v3. options: those of `scan`."""
     cell = "gru" if reset_after else "gru_before"
     y, final = scan(cell, x, (hx,), w_ih, w_hh, b_ih, b_hh, **options)
     return y, final[0]

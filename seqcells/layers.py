@@ -366,7 +366,7 @@ class GRU(_Layer):
     """torch.nn.GRU with resets=, lengths=, backend=, save= and precision= (see LSTM), and reset_after=.
 
     reset_after: True is torch's and cuDNN's form; False applies the reset to h before the product (Cho et al. 2014,
-    arXiv:1406.1078 v1). hx [L*D, B, H] ([L*D, H] unbatched). Returns output, h_n.
+    arXiv:1406.1078 v3). hx [L*D, B, H] ([L*D, H] unbatched). Returns output, h_n.
     """
 
     def __init__(self, *args: Any, reset_after: bool = True, **options: Any) -> None:
