@@ -9,6 +9,8 @@ A recurrent policy is trained on T steps of B environments; where one ends (3% o
 Nothing is timed before it agrees with the loop.
 """
 
+from itertools import pairwise
+
 import pytest
 import torch
 from test_layers import DEVICE
@@ -39,7 +41,7 @@ def split(layer, x, done):
     kept = (~done).to(x.dtype)[..., None]
     starts = [0, *(t for t in done.any(1).nonzero().flatten().tolist() if t), x.shape[0]]
     state, outputs = None, []
-    for start, end in zip(starts, starts[1:], strict=False):
+    for start, end in pairwise(starts):
         if state is not None:
             state = tuple(s * kept[start] for s in state) if isinstance(state, tuple) else state * kept[start]
         y, state = layer(x[start:end], state)
