@@ -28,8 +28,8 @@ class Engine(NamedTuple):
     schedule, precision) -> y, c, saved, hn, cn
     backward(dy, dhn, dcn, dcs, u, y, c, saved, mask, cell, reversed, schedule, precision) -> dgx, dhu, m, dh0, dc0
     recompute(gx, u, bias, y, c, mask, cell, reversed) -> saved
-    single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, H], cell, save, precision, input_precision) -> as forward: one
-    step and its input's product together, or None
+    single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, H], cell, save, precision, input_precision) -> as forward, hn and
+    cn [B, H]: one step and its input's product together, or None
     """
 
     forward: Callable[..., Any]
@@ -111,7 +111,7 @@ def _visible(
     """y [T, B, K*H], the final states [K, B, H] and, if asked for, all cell states [T, B, K*H]."""
     y, c, _, hn, cn = out
     if options.single:
-        return hn, *(hn, cn)[: reference.get(options.cell).states]
+        return hn[None], *(hn, cn)[: reference.get(options.cell).states]
     every = [y, c] if options.cells else [y]
     shown = [outputs(s, options.reversed) for s in every]
     ended = None if mask is None else masks.held(mask)
@@ -143,6 +143,8 @@ def _gradients(
     dy, dhn, *others = grads
     dcn, dcs = (*others, None, None)[:2] if cell.states == 2 else (None, None)
     dy, dcs = (None if d is None else d.unflatten(2, (K, H)) for d in (dy, dcs))
+    if options.single:  # whose states have no axis of groups
+        dhn, dcn = (None if d is None else d[None] for d in (dhn, dcn))
     how = (name, reversed, options.schedule, options.precision)
     out = walker.backward(dy, dhn, dcn, dcs, w_hh, y, c, saved, mask, *how)
     dgx, dhu, m, dh0, dc0 = out
@@ -200,6 +202,8 @@ def _reference(
         states = (zero if h0 is None else h0, zero if c0 is None else c0)[: spec.states]
         how: Any = {"resets": resets, "lengths": lengths, "reversed": options.reversed}
         every, final = reference.scan_groups(spec.step, x, states, w_ih, w_hh, b_ih, b_hh, **how)
+        if options.single:
+            final = tuple(s[0] for s in final)
         return every[0], *final, *(every[1:] if options.cells else ())
 
     return run

@@ -100,8 +100,8 @@ class _Cell(nn.Module):
         weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         how = functional.How(backend=self.backend, precision=self.precision, one_step=True)
         _, final, _ = functional.run(self.cell, x[None], states, [weights], how)
-        # A copy, since a view could not be detached in place.
-        final = tuple(torch.squeeze_copy(s, 0) for s in final)
+        # [1, B, H] from those without an operator for one step; a copy, since a view could not be detached in place.
+        final = tuple(torch.squeeze_copy(s, 0) if s.dim() == 3 else s for s in final)
         return final if batched else tuple(s[0] for s in final)
 
 

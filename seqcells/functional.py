@@ -31,7 +31,8 @@ class How:
     """How a scan is to be done: the options of `scan`, as the modules hand them on.
 
     reverse: for each group, whether it walks from the last step to the first. cells: all cell states, too.
-    one_step: a cell's call, x [1, B, I], for which aten and triton have kernels of their own.
+    one_step: a cell's call, x [1, B, I], for which aten and triton have kernels of their own; from them the final
+    states are [B, H].
     """
 
     resets: Tensor | None = None
@@ -133,6 +134,7 @@ def choose(cell: str, x: Tensor, tensors: Iterable[Tensor | None], how: How) -> 
         lengths=how.lengths is not None,
         cells=how.cells,
         grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)),
+        one_step=how.one_step,
         onednn=how.lengths is None and x.dim() == 3 and x.numel() > 0 and aten.onednn(cell, x.device, x.dtype),
     )
     return backends.choose(cell, x.device, x.dtype, request, how.backend)
@@ -207,7 +209,7 @@ def _run(
     full = _starts(x, given, groups, H)
     if chosen.backend == "aten" and how.one_step:
         final = aten.step(cell, x[0], tuple(s[0] for s in full), groups[0])
-        return final[0][None], tuple(s[None] for s in final), None
+        return final[0][None], final, None
     if chosen.backend == "aten":
         return *_aten(cell, x, full, groups, how), None
     stacked = [_stack(ts) for ts in zip(*groups, strict=True)] if stacked is None else stacked
