@@ -181,15 +181,15 @@ SAVES = ("none", "gates")
 
 
 def allocate(cell: Cell, x: Tensor, H: int, save: str) -> Scanned:
-    """The uninitialised outputs of `forward`: `scan.allocate`'s for one step; with save="none", hn and cn only."""
+    """The uninitialised outputs of `forward`: `scan.allocate`'s for one step; but hn, cn [B, H]; with save="none", these only."""
     B, two, kept = x.shape[0], cell.states == 2, save == "gates"
     return Scanned(
         x.new_empty(2, B, 1, H) if kept else x.new_empty(0),
         x.new_empty(2, B, 1, H) if kept and two else x.new_empty(0),
         # The shape is all that is asked of gx.
         allocate_saved(cell, x.new_empty(1).expand(1, B, 1, cell.gates * H)) if kept else x.new_empty(0),
-        x.new_empty(1, B, H),
-        x.new_empty(1, B, H) if two else x.new_empty(0),
+        x.new_empty(B, H),
+        x.new_empty(B, H) if two else x.new_empty(0),
     )
 
 
@@ -209,7 +209,7 @@ def forward(
     input_precision: str | None = None,
     launch: Callable[[Launch], None] = run,
 ) -> Scanned:
-    """One step: what `scan.forward` gives for one step of one group, from the layer's input.
+    """One step: what `scan.forward` gives for one step of one group, from the layer's input; but hn, cn [B, H].
 
     x [B, I], w_ih [G*H, I], w_hh [G*H, H], b_ih, b_hh [G*H], h0, c0 [B, H] (None: zero).
     save: "none" gives hn and cn only; "gates" all that backward wants.

@@ -111,8 +111,7 @@ def _single_forward(
     declared = cells.get(cell)
     chosen = single_plan(cell, x, w_hh, precision, input_precision)
     options: Any = {"plan": chosen, "precision": precision, "input_precision": input_precision}
-    out = single.forward(declared, x, w_ih, w_hh, b_ih, b_hh, h0, c0, save=save, **options)
-    return *out[:3], out.hn[0], out.cn[0] if declared.states == 2 else out.cn
+    return tuple(single.forward(declared, x, w_ih, w_hh, b_ih, b_hh, h0, c0, save=save, **options))  # type: ignore[return-value]
 
 
 def single_plan(cell: str, x: Tensor, w_hh: Tensor, precision: str, input_precision: str) -> Single:
@@ -141,8 +140,7 @@ single_forward = torch.library.custom_op("seqcells::single_forward", _single_for
 
 @single_forward.register_fake
 def _(x: Tensor, w_ih: Tensor, w_hh: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    out = single.allocate(cells.get(others[4]), x, w_hh.shape[1], others[5])
-    return *out[:3], out.hn[0], out.cn[0] if cells.get(others[4]).states == 2 else out.cn
+    return tuple(single.allocate(cells.get(others[4]), x, w_hh.shape[1], others[5]))
 
 
 ENGINES["triton"] = Engine(scan_forward, scan_backward, recompute, single_forward)

@@ -43,6 +43,7 @@ def gradients(cell, tensors, out, dhn, dcn):
     B, H, device = x.shape[0], w_hh.shape[1], scan.device_facts(x.device)
     back = plan(cell, B=B, H=H, itemsize=x.element_size(), device=device, precision="ieee", backward=True)
     state = (w_hh[None], out.y, out.c, out.saved, None)
+    dhn, dcn = (None if d is None else d[None] for d in (dhn, dcn))
     found = scan.backward(cell, None, dhn, dcn, *state, plan=back)
     d, inner = found.dgx.view(B, -1), found.dhu.view(B, cell.inner * H)
     recurrent = torch.cat([d[:, : (cell.gates - cell.inner) * H], inner], 1)
@@ -62,25 +63,25 @@ def exact(name, tensors, weights):
     given = [zeros(x.shape[0], w_hh.shape[1]) if s is None else s for s in (h0, c0)][: spec.states]
     wanted = [x, w_ih, w_hh, *(zeros(len(w_hh)) if b is None else b for b in biases)]
     final = spec.step(x, tuple(given), w_ih, w_hh, *wanted[3:])
-    outer = [w.cpu().double()[0] for w in weights[: spec.states]]
+    outer = [w.cpu().double() for w in weights[: spec.states]]
     return [s.detach() for s in final], torch.autograd.grad(final, [*wanted, *given], outer)
 
 
 def check_step(name, shape, dtype, **options):
     cell, tensors = step_of(name, shape, dtype, **options)
     out = step(cell, tensors)
-    assert (out.hn.shape, out.y.shape) == ((1, shape.B, shape.H), (2, shape.B, 1, shape.H))
-    assert torch.equal(out.y[1, :, 0], out.hn[0])
-    before = torch.zeros_like(out.hn[0])
+    assert (out.hn.shape, out.y.shape) == ((shape.B, shape.H), (2, shape.B, 1, shape.H))
+    assert torch.equal(out.y[1, :, 0], out.hn)
+    before = torch.zeros_like(out.hn)
     assert torch.equal(out.y[0, :, 0], before if tensors[5] is None else tensors[5])
     if cell.states == 2:
-        assert torch.equal(out.c[1, :, 0], out.cn[0])
+        assert torch.equal(out.c[1, :, 0], out.cn)
         assert torch.equal(out.c[0, :, 0], before if tensors[6] is None else tensors[6])
     generator = torch.Generator().manual_seed(1)
     weights = [torch.randn(out.hn.shape, generator=generator).to(DEVICE, dtype) for _ in range(2)]
     states, grads = exact(name, tensors, weights)
     allowed = TOLERANCE[dtype]
-    for got, wanted in zip((out.hn[0], out.cn[0] if cell.states == 2 else None), states, strict=False):
+    for got, wanted in zip((out.hn, out.cn if cell.states == 2 else None), states, strict=False):
         assert check.relative(got, wanted) <= allowed
     dcn = weights[1] if cell.states == 2 else None
     for got, wanted in zip(gradients(cell, tensors, out, weights[0], dcn), grads, strict=True):
