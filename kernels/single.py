@@ -181,7 +181,10 @@ SAVES = ("none", "gates")
 
 
 def allocate(cell: Cell, x: Tensor, H: int, save: str) -> Scanned:
-    """The uninitialised outputs of `forward`: `scan.allocate`'s for one step; but hn, cn [B, H]; with save="none", these only."""
+    """The uninitialised outputs of `forward`: `scan.allocate`'s for one step, but hn, cn [B, H].
+
+    With save="none" these only.
+    """
     B, two, kept = x.shape[0], cell.states == 2, save == "gates"
     return Scanned(
         x.new_empty(2, B, 1, H) if kept else x.new_empty(0),

@@ -28,8 +28,8 @@ class Engine(NamedTuple):
     schedule, precision) -> y, c, saved, hn, cn
     backward(dy, dhn, dcn, dcs, u, y, c, saved, mask, cell, reversed, schedule, precision) -> dgx, dhu, m, dh0, dc0
     recompute(gx, u, bias, y, c, mask, cell, reversed) -> saved
-    single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, H], cell, save, precision, input_precision) -> as forward, hn and
-    cn [B, H]: one step and its input's product together, or None
+    single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, H], cell, save, precision, input_precision) -> as forward, but
+    hn, cn [B, H]: one step and its input's product together; None where there is none
     """
 
     forward: Callable[..., Any]

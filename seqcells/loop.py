@@ -161,6 +161,7 @@ class Relu(Tanh):
         return [(y > 0).to(y.dtype)], []
 
 
+CHUNK = 1 << 15  # elements; tried from 2^13 to 2^19
 CELLS: dict[str, Any] = {"lstm": LSTM, "gru": GRU, "gru_before": GRUBefore, "rnn_tanh": Tanh, "rnn_relu": Relu}
 
 
@@ -176,13 +177,19 @@ def _allocate(gx: Tensor, u: Tensor, cell: str, save: str, reversed: int) -> Sca
     )
 
 
-def _masks(mask: Tensor | None, back: bool) -> tuple[list[Tensor] | None, list[Tensor] | None, Tensor | None]:
-    """Resets and ends of each step [B, 1], and all ends [T, B]; None where a mask has none."""
+def _masks(mask: Tensor | None, back: bool, T: int) -> tuple[list[Tensor | None], list[Tensor | None], Tensor | None]:
+    """Each step's resets and ends [B, 1], None where there are none to heed, and all ends [T, B]."""
+    nothing: list[Tensor | None] = [None] * T
     if mask is None:
-        return None, None, None
+        return nothing, nothing, None
     ended = held(mask)
-    resets = resets_of(mask, back)[..., None].unbind(0)
-    return list(resets), None if ended is None else list(ended[..., None].unbind(0)), ended
+    found = []
+    for all_steps in (resets_of(mask, back), ended):
+        rows: list[Tensor | None] = nothing if all_steps is None else list(all_steps[..., None].unbind(0))
+        if all_steps is not None and mask.device.type == "cpu":  # elsewhere looking would wait for the device
+            rows = [row if any_row else None for row, any_row in zip(rows, all_steps.any(1).tolist(), strict=True)]
+        found.append(rows)
+    return found[0], found[1], ended
 
 
 def _forward(
@@ -205,7 +212,7 @@ def _forward(
     scratch = gx.new_empty(B, part.saved * H)
     for k in range(K):
         back = is_reversed(k, reversed)
-        resets, ends, _ = _masks(mask, back)
+        resets, ends, _ = _masks(mask, back, T)
         h = gx.new_zeros(B, H) if h0 is None else h0[k]
         c = gx.new_zeros(B, H) if c0 is None else c0[k]
         first, last = (T + 1, 0) if back else (0, T + 1)
@@ -217,19 +224,20 @@ def _forward(
         rows, c_rows = out.y[1 : T + 1, :, k].unbind(0), out.c[1 : T + 1, :, k].unbind(0) if cells else None
         inner = None if bias is None else bias[k]
         for t in range(T - 1, -1, -1) if back else range(T):
-            if resets is not None:
-                h, c = h.masked_fill(resets[t], 0), c.masked_fill(resets[t], 0) if part.states == 2 else c
+            reset, end = resets[t], ends[t]
+            if reset is not None:
+                h, c = h.masked_fill(reset, 0), c.masked_fill(reset, 0) if part.states == 2 else c
             before, c_before, row = h, c, rows[t]
             c, h = part.step(inputs[t], h, c, u[k], inner, kept[t] if kept else scratch, row), row
-            if ends is not None:
-                h = torch.where(ends[t], before, row)
+            if end is not None:
+                h = torch.where(end, before, row)
                 # What a row past its end shows; a reversed group's waits in its start, which the buffer holds.
-                row.copy_(h) if back else row.masked_fill_(ends[t], 0)
-                c = torch.where(ends[t], c_before, c) if part.states == 2 else c
+                row.copy_(h) if back else row.masked_fill_(end, 0)
+                c = torch.where(end, c_before, c) if part.states == 2 else c
             if c_rows is not None:
                 c_rows[t].copy_(c)
-                if ends is not None and not back:
-                    c_rows[t].masked_fill_(ends[t], 0)
+                if end is not None and not back:
+                    c_rows[t].masked_fill_(end, 0)
         out.hn[k] = h
         if part.states == 2:
             out.cn[k] = c
@@ -254,39 +262,49 @@ def _backward(
     """See autograd.Engine."""
     part, out = CELLS[cell], _allocate_gradients(u, y, cell, reversed)
     T, B, K, H = steps(y, reversed), *y.shape[1:]
+    # Steps whose derivatives are taken together: on the CPU as many as its caches hold.
+    chunk, first, parts = T if y.device.type != "cpu" else max(1, CHUNK // max(B * H, 1)), 0, []
     for k in range(K):
         back = is_reversed(k, reversed)
-        resets, ends, ended = _masks(mask, back)
-        h, after = previous_outputs(y, mask, reversed, k), outputs(y, reversed)[:, :, k]
-        cells: tuple[Any, Any] = (None, None)
+        resets, ends, ended = _masks(mask, back, T)
+        each = [previous_outputs(y, mask, reversed, k), outputs(y, reversed)[:, :, k], None, None]
         if part.states == 2:
-            cells = previous_outputs(c, mask, reversed, k), outputs(c, reversed)[:, :, k]
-        kept = saved[:, :, k] if saved.numel() else None
-        factors, others = part.derivatives(kept, h, cells[0], after, cells[1])
-        if ended is not None:  # a row past its end takes no part, whatever its gates are: NaN, too
-            factors = [f.masked_fill(ended[..., None], 0) for f in factors]
-        if part.second:  # the operand of the second product, for its weights' gradient
-            torch.mul(factors[part.second], h, out=out.m[:, :, k])
-        parts = list(zip(*(p.unbind(0) for p in (*factors, *others)), strict=True))
+            each[2:] = previous_outputs(c, mask, reversed, k), outputs(c, reversed)[:, :, k]
+        each += [saved[:, :, k] if saved.numel() else None, ended, out.m[:, :, k] if part.second else None]
         dys, dc_rows = (_rows(d, k, ended) for d in (dy, dcs))
         dgx, dhu = out.dgx[:, :, k].unbind(0), out.dhu[:, :, k].unbind(0) if part.inner else None
         dh = y.new_zeros(B, H) if dhn is None else dhn[k]
         dc = y.new_zeros(B, H) if dcn is None else dcn[k]
         for t in range(T) if back else range(T - 1, -1, -1):
+            if t % chunk == (0 if back else chunk - 1) or t == (0 if back else T - 1):
+                first = t - t % chunk
+                parts = _parts(part, *(None if s is None else s[first : first + chunk] for s in each))
             if dys is not None:
                 dh = dh + dys[t]
             if dc_rows is not None:
                 dc = dc + dc_rows[t]
             dh_after, dc_after = dh, dc
-            dh, dc = part.back(parts[t], dh, dc, u[k], dgx[t], dhu[t] if dhu else None)
-            if ends is not None:
-                dh, dc = torch.where(ends[t], dh_after, dh), torch.where(ends[t], dc_after, dc)
-            if resets is not None:
-                dh, dc = dh.masked_fill(resets[t], 0), dc.masked_fill(resets[t], 0)
+            dh, dc = part.back(parts[t - first], dh, dc, u[k], dgx[t], dhu[t] if dhu else None)
+            if (end := ends[t]) is not None:
+                dh, dc = torch.where(end, dh_after, dh), torch.where(end, dc_after, dc)
+            if (reset := resets[t]) is not None:
+                dh, dc = dh.masked_fill(reset, 0), dc.masked_fill(reset, 0) if part.states == 2 else dc
         out.dh0[k] = dh
         if part.states == 2:
             out.dc0[k] = dc
     return tuple(out)  # type: ignore[return-value]
+
+
+def _parts(
+    part: Any, h: Tensor, y: Tensor, c: Any, after: Any, kept: Any, ended: Tensor | None, m: Tensor | None
+) -> list[tuple[Tensor, ...]]:
+    """What `back` wants of some steps, one after another; and their operands m of the second product."""
+    factors, others = part.derivatives(kept, h, c, y, after)
+    if ended is not None:  # a row past its end takes no part, whatever its gates are: NaN, too
+        factors = [f.masked_fill(ended[..., None], 0) for f in factors]
+    if m is not None:
+        torch.mul(factors[part.second], h, out=m)
+    return list(zip(*(p.unbind(0) for p in (*factors, *others)), strict=True))
 
 
 def _rows(d: Tensor | None, k: int, ended: Tensor | None) -> tuple[Tensor, ...] | None:
