@@ -1,6 +1,7 @@
 """lstm(), gru(), rnn(), scan(): check the arguments, choose a backend, run. One layer, one direction.
 
-Shapes: x [T, B, I]; states [B, H]; w_ih [G*H, I]; w_hh [G*H, H]; b_ih, b_hh [G*H] or None; resets bool [T, B].
+Shapes: x [T, B, I]; states [B, H]; w_ih [G*H, I]; w_hh [G*H, H]; b_ih, b_hh [G*H] or None; resets bool [T, B];
+lengths int [B].
 G = 4 for LSTM (i f g o), 3 for GRU (r z n), 1 for RNN, in torch's order. y [T, B, H].
 """
 
@@ -31,6 +32,7 @@ class How:
     """How a scan is to be done: the options of `scan`, as the modules hand them on.
 
     reverse: for each group, whether it walks from the last step to the first. cells: all cell states, too.
+    padded: beyond lengths x is zero already, as packing and a layer below leave it.
     one_step: a cell's call, x [1, B, I], for which aten and triton have kernels of their own; from them the final
     states are [B, H].
     """
@@ -42,6 +44,7 @@ class How:
     backend: str | None = None
     precision: str | None = None
     cells: bool = False
+    padded: bool = False
     one_step: bool = False
 
 
@@ -202,7 +205,7 @@ def _run(
             inputs = precisions.of_inputs(x.dtype)
             if ops.one_launch(cell, x[0], w_hh, precision, inputs):  # type: ignore[arg-type]
                 options = replace(options, save="gates", single=inputs)
-        if how.lengths is not None:  # padding takes no part, whatever it is: NaN, too
+        if how.lengths is not None and not how.padded:  # padding takes no part, whatever it is: NaN, too
             x = x.masked_fill(_beyond(how.lengths, x), 0)
         mask = masks.encode(how.resets, how.lengths, x.shape[0], bits)
         return autograd.apply(options, x, given, w_ih, w_hh, b_ih, b_hh, mask)  # type: ignore[arg-type]
@@ -314,7 +317,9 @@ def scan(
     """A registered cell over all steps of x: (y, final states [B, H]). Shapes: see the module.
 
     states: (h0,) or (h0, c0); None, whole or in part, is zero. Options:
-    resets: where set, the states before that step are zero.
+    resets: where set, an episode begins at that step: no state crosses from the step before it.
+    lengths: int [B]: the steps of each row. Outputs beyond are zero, the final states those after its last step, and
+    padding may hold anything.
     save: what the triton backend keeps for backward: "gates", or "states" (about a third of the memory, one more GEMM).
     backend: see seqcells.backends; None is the context's, else "auto".
     precision: of float32 recurrent products on the triton backend: "ieee" (float32 itself), "tf32" (operands rounded to

@@ -10,6 +10,7 @@ import math
 import numbers
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -201,7 +202,7 @@ class _Layer(nn.Module):
             every = None
         else:
             where = packing.layout(batch_sizes, batch, data.shape[0], data.device)
-            how = How(resets=self._packed_resets(resets, input, where), lengths=where.lengths)
+            how = How(resets=self._packed_resets(resets, input, where), lengths=where.lengths, padded=True)
             y, final, every = self._layers(packing.pad(data, where), states, how, cells)
             y, every = packing.pack(y, where), None if every is None else packing.pack(every, where)
         if back is not None:
@@ -245,21 +246,18 @@ class _Layer(nn.Module):
                 name = f"hidden[{i}]" if self.cell == "lstm" else "hidden"
                 raise RuntimeError(f"Expected {name} size {expected}, got {list(s.shape)}")
 
-    def _options(self, how: How, cells: bool) -> How:
-        reverse = (False, True) if self.bidirectional else (False,)
-        chosen = {"save": self.save, "backend": self.backend, "precision": self.precision}
-        return How(how.resets, how.lengths, reverse, cells=cells, **chosen)  # type: ignore[arg-type]
-
     def _layers(
         self, x: Tensor, states: tuple[Tensor, ...] | None, how: How, cells: bool
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """All layers over x [T, B, I]; states [layers * directions, B, .]."""
         count, finals, every = 2 if self.bidirectional else 1, [], None
+        own: dict[str, Any] = {"reverse": (False, True)[:count], "save": self.save, "backend": self.backend}
+        how = replace(how, precision=self.precision, **own)
         for layer in range(self.num_layers):
             last = layer == self.num_layers - 1
             mine = None if states is None else tuple(s[layer * count : (layer + 1) * count] for s in states)
-            groups = self._directions(layer)
-            x, final, every = functional.run(self.cell, x, mine, groups, self._options(how, cells and last))
+            options = replace(how, cells=cells and last, padded=how.padded or layer > 0)
+            x, final, every = functional.run(self.cell, x, mine, self._directions(layer), options)
             finals.append(final)
             if self.dropout and self.training and not last:
                 x = dropout(x, self.dropout)
