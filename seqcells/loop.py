@@ -296,7 +296,7 @@ def _backward(
 
 
 def _parts(
-    part: Any, h: Tensor, y: Tensor, c: Any, after: Any, kept: Any, ended: Tensor | None, m: Tensor | None
+    part: Any, h: Any, y: Any, c: Any, after: Any, kept: Any, ended: Tensor | None, m: Tensor | None
 ) -> list[tuple[Tensor, ...]]:
     """What `back` wants of some steps, one after another; and their operands m of the second product."""
     factors, others = part.derivatives(kept, h, c, y, after)
