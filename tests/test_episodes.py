@@ -1,5 +1,7 @@
 """resets=, lengths= and return_cell_states= against torch.nn's modules, which have none of them and so run in parts."""
 
+import itertools
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -51,7 +53,7 @@ def segments(module, x, hx, resets, lengths):
         cuts = [0, *(t for t in range(1, lengths[b]) if resets[t, b]), lengths[b]]
         mine = tuple(s[:, b : b + 1] for s in given)
         parts, ends = [], []
-        for first, last in zip(cuts, cuts[1:], strict=False):
+        for first, last in itertools.pairwise(cuts):
             if first == last:  # a row without steps ends where it began
                 ends.append(mine)
                 continue

@@ -129,6 +129,7 @@ def layer_calls(m):
     """Calls that torch.nn refuses; m is the namespace of the classes."""
     x, h = torch.randn(5, 2, 3), torch.randn(1, 2, 4)
     lstm, gru = m.LSTM(3, 4), m.GRU(3, 4)
+    packed = torch.nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1]])
     return {
         "rank": lambda: lstm(x[0, 0]),
         "input size": lambda: lstm(x[..., :2]),
@@ -142,6 +143,13 @@ def layer_calls(m):
         "hx rank unbatched": lambda: lstm(x[0], (h, h)),
         "device": lambda: lstm(x.to("meta")),
         "hx device": lambda: lstm(x, (h.to("meta"), h)),
+        "packed hx batch": lambda: gru(packed, h[:, :1]),
+        "packed hx of more": lambda: gru(packed, torch.randn(1, 3, 4)),
+        "packed rank": lambda: gru(packed._replace(data=packed.data[None])),
+        "packed input size": lambda: gru(packed._replace(data=packed.data[:, :2])),
+        "packed dtype": lambda: gru(packed._replace(data=packed.data.double())),
+        "three hx": lambda: lstm(x, (h, h, h)),
+        "hx and rank": lambda: lstm(x[0, 0], (h,)),
         "bias": lambda: m.LSTM(3, 4, bias=1),
         "batch_first": lambda: m.LSTM(3, 4, batch_first="yes"),
         "sizes": lambda: m.LSTM(0, 4),
@@ -149,6 +157,7 @@ def layer_calls(m):
         "size type": lambda: m.RNN(3.0, 4),
         "layers": lambda: m.LSTM(3, 4, 0),
         "dropout": lambda: m.LSTM(3, 4, dropout=2),
+        "no dropout": lambda: m.LSTM(3, 4, dropout=None),
         "nonlinearity": lambda: m.RNN(3, 4, nonlinearity="gelu"),
         "proj": lambda: m.GRU(3, 4, proj_size=2),
         "cell rank": lambda: m.LSTMCell(3, 4)(x),
@@ -186,6 +195,17 @@ def ours_alone():
         "save": (lambda: seqcells.LSTM(3, 4, save="all"), ValueError, "unknown save 'all'"),
         "hx dtype": (lambda: layer(x, (h.double(), h)), RuntimeError, "hidden tensors are not the same dtype"),
         "one hx": (lambda: layer(x, (h,)), IndexError, "tuple index out of range"),
+        # torch.nn.LSTM does not look at these, and may crash.
+        "packed hx": (
+            lambda: layer(torch.nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1]]), (h, h[:, :1])),
+            RuntimeError,
+            r"Expected hidden\[1\] size \(1, 2, 4\), got \[1, 1, 4\]",
+        ),
+        "bidirectional": (
+            lambda: seqcells.GRU(3, 4, bidirectional=1),
+            TypeError,
+            "bidirectional should be of type bool",
+        ),
         "resets dtype": (lambda: layer(x, resets=torch.zeros(5, 2)), TypeError, "must be a bool tensor"),
         "resets shape": (
             lambda: layer(x, resets=torch.zeros(2, 5, dtype=torch.bool)),

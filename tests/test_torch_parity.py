@@ -76,6 +76,20 @@ def test_every_pair_of_options_in_float32(backend):
         check(case, torch.float32, [backend])
 
 
+def test_second_derivatives_where_onednn_runs():
+    """float32 on the CPU; the reference's own, of the same network."""
+    _, ours = pair("LSTM", torch.float32, bidirectional=True)
+    x, hx = torch.randn(T, B, I).requires_grad_(), start(ours, (B,), torch.float32)
+    found = []
+    for backend in ("aten", "reference"):
+        ours.backend = backend
+        y, final = ours(x, hx)
+        first = torch.autograd.grad(y.sin().sum() + final[1].sum(), [x, *ours.parameters()], create_graph=True)
+        second = torch.autograd.grad(sum(g.square().sum() for g in first), [x, *ours.parameters()])
+        found.append({str(i): g.detach() for i, g in enumerate((*first, *second))})
+    assert_same(found[0], found[1], "second derivatives")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("depth", list(DEPTHS))
 @pytest.mark.parametrize("kind", list(KINDS))
