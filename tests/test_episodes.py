@@ -121,10 +121,10 @@ def test_resets_are_separate_runs_of_torch_nn(kind, form, layers):
         check_resets(kind, form, layers, bidirectional, BACKENDS)
 
 
-@pytest.mark.parametrize("form", ["steps first", "batch first", "unbatched"])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("kind", ["LSTM-proj", "GRU"])
 def test_resets_in_the_kernels_are_separate_runs_of_torch_nn(kind, form):
-    check_resets(kind, form, 2 if form == "batch first" else 1, False, ["triton"])
+    check_resets(kind, form, 2 if form == "batch first" else 1, form != "unbatched", ["triton"])
 
 
 def rollout(name, cell, lengths, done):
@@ -201,6 +201,11 @@ def test_lengths_are_packing(kind, layers, batch_first):
         check_lengths(kind, options, [*BACKENDS, "aten"])
 
 
+@pytest.mark.parametrize("kind", list(KINDS))
+def test_lengths_in_the_kernels_are_packing(kind):
+    check_lengths(kind, {"num_layers": 1, "bidirectional": True, "batch_first": False}, ["triton"])
+
+
 def stepped(module, x, hx, lengths):
     """An LSTM by torch.nn.LSTMCell's function, step after step: output, final states, the last layer's cell states.
 
@@ -257,6 +262,12 @@ def check_cell_states(kind, options, lengths, backends):
 @pytest.mark.parametrize("kind", ["LSTM", "LSTM-proj"])
 def test_cell_states_are_those_of_stepping(kind, options, lengths):
     check_cell_states(kind, options, lengths, BACKENDS)
+
+
+@pytest.mark.parametrize("lengths", [None, EMPTY], ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "LSTM-proj"])
+def test_cell_states_in_the_kernels_are_those_of_stepping(kind, lengths):
+    check_cell_states(kind, {"bidirectional": True}, lengths, ["triton"])
 
 
 def test_cell_states_of_other_input():
