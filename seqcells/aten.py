@@ -69,12 +69,12 @@ def _directions(x: Tensor, states: Sequence[Tensor], groups: Sequence[Weights]) 
     for k, (w_ih, w_hh, *biases) in enumerate(groups):
         assert w_ih is not None and w_hh is not None
         b_ih, b_hh = (w_ih.new_zeros(w_ih.shape[0]) if b is None else b for b in biases[:2])
-        y, h, c = _OneDNN.apply(k == 1, x, states[0][k], states[1][k], w_ih, w_hh, b_ih, b_hh)
+        y, h, c = _OneDNN.apply(k == 1, x, *(s[k : k + 1] for s in states), w_ih, w_hh, b_ih, b_hh)
         outputs.append(y)
         finals.append((h, c))
     if len(groups) == 1:
-        return outputs[0], tuple(s[None] for s in finals[0])
-    return torch.cat(outputs, 2), tuple(torch.stack(s) for s in zip(*finals, strict=True))
+        return outputs[0], finals[0]
+    return torch.cat(outputs, 2), tuple(torch.cat(s) for s in zip(*finals, strict=True))
 
 
 _MODE = 2  # an LSTM, to mkldnn_rnn_layer
@@ -91,7 +91,7 @@ def _call(
     reverse: bool,
     train: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """y, h_n, c_n and oneDNN's workspace."""
+    """y, h_n and c_n, shaped as h0 and c0, and oneDNN's workspace."""
     options: Any = (reverse, [], _MODE, w_hh.shape[1], 1, True, False, False, train)
     # oneDNN keeps a workspace for backward only where gradients are enabled; nothing of this is recorded.
     with torch.set_grad_enabled(train):
@@ -117,8 +117,7 @@ def _call_backward(
 def _forward_op(
     x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, reverse: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    y, h, c, _ = _call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, False)
-    return y, h.reshape(h0.shape), c.reshape(c0.shape)
+    return _call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, False)[:3]
 
 
 @torch.library.custom_op("seqcells::onednn_backward", mutates_args=())
@@ -142,7 +141,7 @@ def _(dy: Any, dh: Any, dc: Any, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 class _OneDNN(torch.autograd.Function):
-    """reverse, x [T, B, I], h0, c0 [B, H], w_ih, w_hh, b_ih, b_hh: y, h_n, c_n."""
+    """reverse, x [T, B, I], h0, c0 [1, B, H], w_ih, w_hh, b_ih, b_hh: y, h_n, c_n."""
 
     @staticmethod
     def forward(ctx: Any, reverse: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -153,7 +152,6 @@ class _OneDNN(torch.autograd.Function):
             ctx.save_for_backward(*inputs)
             return _forward_op(*inputs, reverse)
         y, h, c, workspace = _call(*inputs, reverse, any(ctx.needs_input_grad))  # type: ignore[call-arg, arg-type]
-        h, c = h.reshape(inputs[1].shape), c.reshape(inputs[2].shape)
         ctx.save_for_backward(*inputs, y, h, c, workspace)
         return y, h, c
 

@@ -49,7 +49,8 @@ class _Layer(nn.Module):
         precision: str | None = None,
     ) -> None:
         super().__init__()
-        _check_options(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
+        rate = float(dropout)  # first, as torch.nn does, for its error
+        _check_options(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         if save not in functional.SAVES:
             raise ValueError(f"unknown save {save!r}: expected one of {', '.join(functional.SAVES)}")
         precisions.check(precision)
@@ -59,7 +60,7 @@ class _Layer(nn.Module):
         self.num_layers = num_layers
         self.bias = bias
         self.batch_first = batch_first
-        self.dropout = float(dropout)
+        self.dropout = rate
         self.bidirectional = bidirectional
         self.proj_size = proj_size
         self.backend = backend
@@ -135,7 +136,7 @@ class _Layer(nn.Module):
     def _run(
         self,
         input: Tensor | PackedSequence,
-        states: tuple[Tensor, ...] | None,
+        hx: Any,
         resets: Tensor | PackedSequence | None,
         lengths: Tensor | Sequence[int] | None,
         cells: bool = False,
@@ -144,13 +145,13 @@ class _Layer(nn.Module):
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths cannot be given with a PackedSequence, which has its own")
-            return self._run_packed(input, states, resets, cells)
+            return self._run_packed(input, hx, resets, cells)
         kind = type(self).__name__
         if input.dim() not in (2, 3):
             tensor = " tensor" if kind == "RNN" else ""
             raise ValueError(f"{kind}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
         batched = input.dim() == 3
-        _check_ranks(states, batched)
+        states = self._states(hx, batched)
         if isinstance(resets, PackedSequence):
             raise TypeError("resets must be a tensor where the input is one, got a PackedSequence")
         if resets is not None and resets.shape != input.shape[:-1]:
@@ -169,6 +170,7 @@ class _Layer(nn.Module):
             lengths = torch.as_tensor(lengths, device="cpu" if x.device.type == "meta" else None)
             lengths = lengths.to(x.device, non_blocking=True)
         self._check(x, states, x.shape[1])
+        self._check_count(hx)
         y, final, every = self._layers(x, states, How(resets=resets, lengths=lengths), cells)
         if not batched:
             return y[:, 0], tuple(s[:, 0] for s in final), None if every is None else every[:, 0]
@@ -179,21 +181,23 @@ class _Layer(nn.Module):
     def _run_packed(
         self,
         input: PackedSequence,
-        states: tuple[Tensor, ...] | None,
+        hx: Any,
         resets: Tensor | PackedSequence | None,
         cells: bool,
     ) -> tuple[PackedSequence, tuple[Tensor, ...], PackedSequence | None]:
         data, batch_sizes, order, back = input
-        if data.dim() != 2:
-            raise RuntimeError(f"input must have 2 dimensions, got {data.dim()}")
-        # Every way to know the batch but the last leaves the host free of the values.
+        states = None
+        if hx is not None:
+            given = (hx[i] for i in (0, 1)) if self.cell == "lstm" else (hx,)
+            states = tuple(given if order is None else (s.index_select(1, order) for s in given))
         if order is not None:
             batch = order.shape[0]
+        elif torch.compiler.is_compiling() and states is not None and states[0].dim() == 3:
+            batch = states[0].shape[1]  # without a value that a compiler could not know
         else:
-            batch = states[0].shape[1] if states is not None and states[0].dim() == 3 else int(batch_sizes[0])
-        if states is not None and order is not None:
-            states = tuple(s.index_select(1, order) for s in states)
+            batch = int(batch_sizes[0])
         self._check(data[:, None], states, batch)
+        self._check_count(hx)
         # resets and batch_sizes as stand-ins: which backend does not depend on their values.
         asked = How(resets=resets, lengths=batch_sizes, cells=cells, backend=self.backend)  # type: ignore[arg-type]
         chosen = functional.choose(self.cell, data, (*self._flat_weights, *(states or ())), asked)
@@ -227,14 +231,34 @@ class _Layer(nn.Module):
         resets = resets.t() if self.batch_first else resets
         return resets if input.sorted_indices is None else resets.index_select(1, input.sorted_indices)
 
+    def _states(self, hx: Any, batched: bool) -> tuple[Tensor, ...] | None:
+        """hx as a tuple of tensors of the right rank."""
+        if hx is None:
+            return None
+        rank, shape = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
+        if self.cell != "lstm":
+            if hx.dim() != rank:
+                raise RuntimeError(f"For {shape} input, hx should also be {rank}-D but got {hx.dim()}-D tensor")
+            return (hx,)
+        if hx[0].dim() != rank or hx[1].dim() != rank:
+            got = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
+            raise RuntimeError(f"For {shape} input, hx and cx should also be {rank}-D but got {got}")
+        return hx[0], hx[1]
+
+    def _check_count(self, hx: Any) -> None:
+        if self.cell == "lstm" and hx is not None and len(hx) > 2:
+            raise RuntimeError("lstm expects two hidden states")
+
     def _check(self, x: Tensor, states: tuple[Tensor, ...] | None, batch: int) -> None:
-        """What torch.nn checks before it runs, in its words. x [., ., I]."""
+        """What torch.nn checks before it runs, in its words. x [., ., I], of packed input [., 1, I]."""
         weight = getattr(self, self._all_weights[0][0])
         if x.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
             raise ValueError(
                 f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
                 f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
             )
+        if x.dim() != 3:  # only of packed input, which has one dimension less
+            raise RuntimeError(f"input must have 2 dimensions, got {x.dim() - 1}")
         if x.shape[-1] != self.input_size:
             raise RuntimeError(
                 f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}"
@@ -283,9 +307,16 @@ def _joined(finals: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
 
 
 def _check_options(
-    input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float, proj_size: int
+    input_size: int,
+    hidden_size: int,
+    num_layers: int,
+    bias: bool,
+    batch_first: bool,
+    dropout: float,
+    bidirectional: bool,
+    proj_size: int,
 ) -> None:
-    """torch.nn's checks, in its words and order."""
+    """torch.nn's checks, in its words and order; and of bidirectional, at whose type it stumbles when called."""
     if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
         raise ValueError(
             "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
@@ -312,18 +343,8 @@ def _check_options(
         raise ValueError("proj_size should be a positive integer or zero to disable projections")
     if proj_size >= hidden_size:
         raise ValueError("proj_size has to be smaller than hidden_size")
-
-
-def _check_ranks(states: tuple[Tensor, ...] | None, batched: bool) -> None:
-    if states is None:
-        return
-    rank, shape = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
-    if any(s.dim() != rank for s in states):
-        names = "hx and cx" if len(states) == 2 else "hx"
-        got = f"({states[0].dim()}-D, {states[1].dim()}-D) tensors" if len(states) == 2 else None
-        raise RuntimeError(
-            f"For {shape} input, {names} should also be {rank}-D but got {got or f'{states[0].dim()}-D tensor'}"
-        )
+    if not isinstance(bidirectional, bool):
+        raise TypeError(f"bidirectional should be of type bool, got: {type(bidirectional).__name__}")
 
 
 class LSTM(_Layer):
@@ -353,10 +374,7 @@ class LSTM(_Layer):
         lengths: Tensor | Sequence[int] | None = None,
         return_cell_states: bool = False,
     ) -> Any:
-        if hx is not None and len(hx) > 2:
-            raise RuntimeError("lstm expects two hidden states")
-        states = None if hx is None else (hx[0], hx[1])
-        y, (h, c), every = self._run(input, states, resets, lengths, return_cell_states)
+        y, (h, c), every = self._run(input, hx, resets, lengths, return_cell_states)
         return (y, (h, c), every) if return_cell_states else (y, (h, c))
 
 
@@ -382,7 +400,7 @@ class GRU(_Layer):
         resets: Tensor | PackedSequence | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> Any:
-        y, (h,), _ = self._run(input, None if hx is None else (hx,), resets, lengths)
+        y, (h,), _ = self._run(input, hx, resets, lengths)
         return y, h
 
 
@@ -416,5 +434,5 @@ class RNN(_Layer):
         resets: Tensor | PackedSequence | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> Any:
-        y, (h,), _ = self._run(input, None if hx is None else (hx,), resets, lengths)
+        y, (h,), _ = self._run(input, hx, resets, lengths)
         return y, h

@@ -129,6 +129,7 @@ def layer_calls(m):
     """Calls that torch.nn refuses; m is the namespace of the classes."""
     x, h = torch.randn(5, 2, 3), torch.randn(1, 2, 4)
     lstm, gru = m.LSTM(3, 4), m.GRU(3, 4)
+    packed = torch.nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1]])
     return {
         "rank": lambda: lstm(x[0, 0]),
         "input size": lambda: lstm(x[..., :2]),
@@ -142,6 +143,13 @@ def layer_calls(m):
         "hx rank unbatched": lambda: lstm(x[0], (h, h)),
         "device": lambda: lstm(x.to("meta")),
         "hx device": lambda: lstm(x, (h.to("meta"), h)),
+        "packed hx batch": lambda: gru(packed, h[:, :1]),
+        "packed hx of more": lambda: gru(packed, torch.randn(1, 3, 4)),
+        "packed rank": lambda: gru(packed._replace(data=packed.data[None])),
+        "packed input size": lambda: gru(packed._replace(data=packed.data[:, :2])),
+        "packed dtype": lambda: gru(packed._replace(data=packed.data.double())),
+        "three hx": lambda: lstm(x, (h, h, h)),
+        "hx and rank": lambda: lstm(x[0, 0], (h,)),
         "bias": lambda: m.LSTM(3, 4, bias=1),
         "batch_first": lambda: m.LSTM(3, 4, batch_first="yes"),
         "sizes": lambda: m.LSTM(0, 4),
@@ -149,6 +157,7 @@ def layer_calls(m):
         "size type": lambda: m.RNN(3.0, 4),
         "layers": lambda: m.LSTM(3, 4, 0),
         "dropout": lambda: m.LSTM(3, 4, dropout=2),
+        "no dropout": lambda: m.LSTM(3, 4, dropout=None),
         "nonlinearity": lambda: m.RNN(3, 4, nonlinearity="gelu"),
         "proj": lambda: m.GRU(3, 4, proj_size=2),
         "cell rank": lambda: m.LSTMCell(3, 4)(x),
@@ -168,8 +177,7 @@ def test_bad_input_raises_what_torch_raises(call, backend, monkeypatch):
     with pytest.raises(Exception) as theirs:
         layer_calls(torch.nn)[call]()
     launched = []
-    if seqcells.functional.ops is not None:
-        monkeypatch.setattr(seqcells.functional.ops, "apply", lambda *a, **k: launched.append(a))
+    monkeypatch.setattr(seqcells.functional.autograd, "apply", lambda *a, **k: launched.append(a))
     with seqcells.backend(backend), pytest.raises(type(theirs.value)) as ours:
         layer_calls(seqcells)[call]()
     assert str(ours.value) == str(theirs.value)
@@ -186,7 +194,18 @@ def ours_alone():
         "context": (lambda: seqcells.backend("fast").__enter__(), ValueError, "unknown backend 'fast'"),
         "save": (lambda: seqcells.LSTM(3, 4, save="all"), ValueError, "unknown save 'all'"),
         "hx dtype": (lambda: layer(x, (h.double(), h)), RuntimeError, "hidden tensors are not the same dtype"),
-        "one hx": (lambda: layer(x, (h,)), RuntimeError, r"two tensors \(h_0, c_0\), got 1"),
+        "one hx": (lambda: layer(x, (h,)), IndexError, "tuple index out of range"),
+        # torch.nn.LSTM does not look at these, and may crash.
+        "packed hx": (
+            lambda: layer(torch.nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1]]), (h, h[:, :1])),
+            RuntimeError,
+            r"Expected hidden\[1\] size \(1, 2, 4\), got \[1, 1, 4\]",
+        ),
+        "bidirectional": (
+            lambda: seqcells.GRU(3, 4, bidirectional=1),
+            TypeError,
+            "bidirectional should be of type bool",
+        ),
         "resets dtype": (lambda: layer(x, resets=torch.zeros(5, 2)), TypeError, "must be a bool tensor"),
         "resets shape": (
             lambda: layer(x, resets=torch.zeros(2, 5, dtype=torch.bool)),
@@ -204,19 +223,12 @@ def ours_alone():
             TypeError,
             "floating point",
         ),
-        "packed": (
-            lambda: layer(torch.nn.utils.rnn.pack_sequence([x[0]])),
-            NotImplementedError,
-            "PackedSequence",
-        ),
         "no fit": (
             lambda: seqcells.LSTM(3, 600, backend="triton:resident")(x),
             ValueError,
             "resident schedule does not fit hidden size 600",
         ),
         "cell hx": (lambda: seqcells.LSTMCell(3, 4)(x[0], h), TypeError, "tuple of two tensors"),
-        "layers": (lambda: seqcells.LSTM(3, 4, 2), NotImplementedError, "only num_layers=1"),
-        "directions": (lambda: seqcells.GRU(3, 4, bidirectional=True), NotImplementedError, "only bidirectional=False"),
         "w_hh": (
             lambda: seqcells.lstm(x, None, torch.ones(16, 3), torch.ones(15, 4)),
             RuntimeError,
