@@ -16,6 +16,7 @@ from .autograd import Options, _reference
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _LAYERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
+_ONEDNN = torch.backends.mkldnn.is_available()  # asked here: torch.compile cannot trace the question
 Weights = Sequence["Tensor | None"]  # w_ih, w_hh, b_ih, b_hh and, of an LSTM with a projection, w_hr
 
 
@@ -59,7 +60,7 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], weights: Weights) -> 
 
 def onednn(cell: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN has it, by operators of its own: the LSTM in float32, on the CPU."""
-    here = torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled
+    here = _ONEDNN and torch.backends.mkldnn.enabled
     return here and cell == "lstm" and device.type == "cpu" and dtype == torch.float32
 
 
