@@ -37,12 +37,14 @@ def layer(
 
     x [T, B, I], or a PackedSequence's data with its batch_sizes; states [D, B, H].
     """
-    if batch_sizes is None and onednn(cell, x.device, x.dtype) and x.numel() > 0 and len(groups[0]) == 4:
+    ours = batch_sizes is None and len(groups[0]) == 4 and not torch.jit.is_tracing()  # which cannot save Functions
+    if ours and onednn(cell, x.device, x.dtype) and x.numel() > 0:
         return _directions(x, states, groups)
     flat = [t for weights in groups for t in _flat(weights)]
     biases = groups[0][2] is not None or groups[0][3] is not None
     # cuDNN keeps what its backward needs only in training mode.
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *flat))
+    train = train or torch.jit.is_tracing()  # what is traced may be trained
     hx: Any = list(states) if cell == "lstm" else states[0]
     sizes = () if batch_sizes is None else (batch_sizes,)
     rest = (len(groups) == 2,) if batch_sizes is not None else (len(groups) == 2, False)
@@ -159,7 +161,8 @@ class _OneDNN(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, rest = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives it no second time
+        inputs, rest = saved[:7], saved[7:]
         if not rest:
             return None, *_backward_op(*grads, *inputs, ctx.reverse)
         if torch.is_grad_enabled():  # create_graph=True

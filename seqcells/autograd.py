@@ -325,6 +325,8 @@ def apply(
     h0, c0 = states if len(states) == 2 else (states[0], None)
     inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    if torch.jit.is_tracing():  # a trace can hold operators, but no Function: it has no gradients
+        wanted = False
     if wanted or forward_ad._current_level >= 0:  # a tangent does not show in requires_grad
         function = _Scan if torch.compiler.is_compiling() else _TransformedScan
         shown = function.apply(options, mask, *inputs)[:-3]

@@ -12,6 +12,7 @@ loop. "triton:resident", "triton:grid" and "triton:stepwise" name a schedule as 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +34,9 @@ SCHEDULES = ("resident", "grid", "stepwise")
 ATEN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 LOOP_CELLS = (*ATEN_CELLS, "gru_before")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Of the checks of shapes, under torch.jit.trace. torch does the same for its own.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="seqcells")
 
 # A plain list, not a ContextVar: torch.compile guards on its contents and so recompiles when they change.
 _chosen: list[str] = []
@@ -109,6 +113,11 @@ def _no_aten(cell: str, request: Request) -> str:
 def transforming() -> bool:
     """Whether torch.func's transforms or forward-mode AD are at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def traced() -> bool:
+    """Whether what runs is looked at by a compiler, a tracer or a transform, to which values mean nothing."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transforming()
 
 
 def _without_kernels(cell: str, device: torch.device, request: Request, lacking: str) -> tuple[str, str]:
