@@ -55,10 +55,33 @@ def step_costs(rows: list[dict[str, Any]]) -> str:
     return markdown_table(head, lines)
 
 
+def mask_costs(rows: list[dict[str, Any]]) -> str:
+    """What resets and lengths add to a step, bf16: hidden size 64 on one program, 512 over many."""
+    lines = []
+    for cell in CELLS:
+        for hidden in (64, 512):
+            line = [cell, str(hidden)]
+            for direction in ("train", "backward"):
+                for mask in ("", "resets", "lengths"):
+                    found = [
+                        r
+                        for r in rows
+                        if is_plain(r | {"case": r["case"] | {"mask": ""}})
+                        and key(r) == (cell, "bf16", hidden)
+                        and (r["case"]["mask"], r["case"]["direction"]) == (mask, direction)
+                        and (8 if hidden == 64 else 16) in r["batches"]
+                    ]
+                    line.append(cost(found[0]) if found else "-")
+            lines.append(line)
+    head = ["cell", "H", *(f"{d} {m}" for d in ("training", "backward") for m in ("plain", "resets", "lengths"))]
+    return markdown_table(head, lines)
+
+
 def is_plain(row: dict[str, Any]) -> bool:
     case = row["case"]
     usual = "tf32" if case["dtype"] != "fp64" else "ieee"
-    return not case["resets"] and case["groups"] == 1 and case["schedule"] is None and case["precision"] == usual
+    plain = (case["mask"], case["dcs"], case["groups"], case["schedule"]) == ("", False, 1, None)
+    return plain and case["precision"] == usual
 
 
 def key(row: dict[str, Any]) -> tuple[str, str, int]:
@@ -100,6 +123,7 @@ def document(target: str, content: dict[str, Any]) -> str:
     parts = [f"# Static cost of the kernels on {target}", LEGEND.format(target=target, triton=content["triton"])]
     parts.append(f"{len(rows)} kernels; {bad} spill in a loop or do not fit.")
     parts += ["## A step, 8 rows a program (slots, barriers)", step_costs(rows)]
+    parts += ["## What a mask adds (slots, barriers)", mask_costs(rows)]
     for cell in CELLS:
         for dtype in ("bf16", "fp16", "fp32"):
             parts += [f"## {cell}, {dtype}", all_shapes(rows, cell, dtype)]

@@ -32,9 +32,15 @@ import triton.language as tl
 
 from .math import product
 from .tiles import (
+    add_outer,
+    after_step,
+    before_step,
     biases,
     gate_rows,
     keep_rows,
+    kept,
+    live,
+    load_mask,
     load_tiles,
     pack_tiles,
     replace_first,
@@ -158,13 +164,13 @@ def _product(
 
 @triton.jit(do_not_specialize=["first", "last", "T", "B"])
 def forward_kernel(
-    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, counter_ptr,
+    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, counter_ptr,
     first, last, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
     ACC: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr,
     SAVED: tl.constexpr, PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
-    PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    HOLDS: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Steps first..last-1. PHASE -1: all of each. 0: the first product, and the step if that is all. 1: the second."""
     group = tl.program_id(2).to(tl.int64)
@@ -222,19 +228,19 @@ def forward_kernel(
     if STATES == 2:
         states = states + load_tiles(sc_ptr, at_state, mask, 1, 0, ACC)
     loaded = load_tiles(gx_ptr, at_g, mask, G, H, TYPE)
-    keep = valid
-    if resets_ptr is not None:
-        resets_ptr += step.to(tl.int64) * B + row0
-        keep = tl.load(resets_ptr + r, mask=valid, other=0) == 0
+    code = valid
+    if mask_ptr is not None:
+        mask_ptr += step.to(tl.int64) * B + row0
+        code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
 
     for i in range(first, last):
         gx = pack_tiles(loaded, G, 1, ACC)
-        if resets_ptr is not None:
-            states = keep_rows(states, keep, STATES)
+        if mask_ptr is not None:
+            states = keep_rows(states, kept(code, HOLDS), STATES)
         if PHASE != 1:
             acc = _product(
-                U, y_ptr, h_row, keep, ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK,
-                resets_ptr is not None, PRECISION,
+                U, y_ptr, h_row, kept(code, HOLDS), ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK,
+                mask_ptr is not None, PRECISION,
             )  # fmt: skip
             sums = split_gates(acc, SPLIT, PADDED, BLOCK_H, BLOCK_B)
             hu = ()
@@ -254,21 +260,22 @@ def forward_kernel(
                 target += tl.num_programs(0)
             if PHASE != 0:
                 acc = _product(
-                    U_2, m_ptr, h_row, keep, ACC, PADDED_2 * BLOCK_H, BLOCK_B, H, CHUNK_2,
+                    U_2, m_ptr, h_row, valid, ACC, PADDED_2 * BLOCK_H, BLOCK_B, H, CHUNK_2,
                     False, PRECISION,
                 )  # fmt: skip
                 sums = split_gates(acc, G - SPLIT, PADDED_2, BLOCK_H, BLOCK_B)
                 for n in tl.static_range(G - SPLIT):
                     hu = hu + (sums[n] + start[SPLIT + n],)
         if SPLIT == G or PHASE != 0:
-            states, saved = STEP(gx, hu, states, FAST)
+            new, saved = STEP(gx, hu, states, FAST)
+            states, stored = after_step(new, states, code, group, STATES, REVERSED, HOLDS)
             y_ptr += forth
-            store_tiles(y_ptr, at_h, mask, states, 0, 1, 0)
+            store_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
             if PHASE == -1:
                 arrive(counter_ptr)
             # None waits for the rest of the step: stored, and the next step's input asked for, behind the arrival.
             if SAVE and STATES == 2:
-                store_tiles(c_ptr, at_h, mask, states, 1, 2, 0)
+                store_tiles(c_ptr, at_h, mask, stored, 1, 2, 0)
                 c_ptr += forth
             if SAVED > 0:
                 store_tiles(saved_ptr, at_s, mask, pack_tiles(saved, SAVED, SAVED_PACK, TYPE), 0, WORDS, H)
@@ -276,9 +283,9 @@ def forward_kernel(
             ahead = tl.where(i + 1 < last, mask, False)
             gx_ptr += forth * G
             loaded = load_tiles(gx_ptr, at_g, ahead, G, H, TYPE)
-            if resets_ptr is not None:
-                resets_ptr += sign * B
-                keep = tl.load(resets_ptr + r, mask=tl.where(i + 1 < last, valid, False), other=0) == 0
+            if mask_ptr is not None:
+                mask_ptr += sign * B
+                code = load_mask(mask_ptr, r, tl.where(i + 1 < last, valid, False), group, REVERSED, HOLDS)
             if PHASE == -1:
                 wait(counter_ptr, target)
                 target += tl.num_programs(0)
@@ -290,29 +297,32 @@ def forward_kernel(
 
 @triton.jit
 def _load_step(
-    dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask,
+    dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask,
     H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """What a step of backward reads: dy (zero tiles of it where there is none), the states before it, saved words."""
+    """What a step of backward reads: dy and dcs (empty where there is none), the states before it, saved words."""
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
     dy = ()
     if dy_ptr is not None:
         dy = load_tiles(dy_ptr, at_h, mask, 1, 0, TYPE)
+    dcs = ()
+    if dcs_ptr is not None:
+        dcs = load_tiles(dcs_ptr, at_h, mask, 1, 0, TYPE)
     before = load_tiles(y_ptr, at_h, mask, 1, 0, TYPE)
     if STATES == 2:
         before = before + load_tiles(c_ptr, at_h, mask, 1, 0, TYPE)
-    return dy, before, load_tiles(saved_ptr, at_s, mask, WORDS, H, saved_ptr.dtype.element_ty)
+    return dy, dcs, before, load_tiles(saved_ptr, at_s, mask, WORDS, H, saved_ptr.dtype.element_ty)
 
 
 @triton.jit(do_not_specialize=["first", "last", "T", "B"])
 def backward_kernel(
-    dy_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, dgx_ptr, dhu_ptr, m_ptr, dsh_ptr, dsc_ptr, counter_ptr,
+    dy_ptr, dcs_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, dgx_ptr, dhu_ptr, m_ptr, dsh_ptr, dsc_ptr, counter_ptr,
     first, last, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
     ACC: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr,
     SAVED: tl.constexpr, PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
-    PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    HOLDS: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Steps T-1-first..T-last, back in time. PHASE -1: all of each. 0: up to the second product. 1: the pointwise step.
     2: its gradients through U^T."""
@@ -349,6 +359,8 @@ def backward_kernel(
     dgx_ptr += begin * G
     if dy_ptr is not None:
         dy_ptr += begin
+    if dcs_ptr is not None:
+        dcs_ptr += begin
     if STATES == 2:
         c_ptr += begin + per_step + forth
     if SAVED > 0:
@@ -357,8 +369,8 @@ def backward_kernel(
         dhu_ptr += begin * INNER
     if SPLIT < G:
         m_ptr += begin
-    if resets_ptr is not None:
-        resets_ptr += step.to(tl.int64) * B + row0
+    if mask_ptr is not None:
+        mask_ptr += step.to(tl.int64) * B + row0
     dsh_ptr += in_group * H
     if STATES == 2:
         dsc_ptr += in_group * H
@@ -376,23 +388,26 @@ def backward_kernel(
     if STATES == 2:
         dstates = dstates + load_tiles(dsc_ptr, at_state, mask, 1, 0, ACC)
         after = after + load_tiles(c_ptr - forth, at_h, mask, 1, 0, ACC)
-    dy, loaded, words = _load_step(dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask, H, STATES, WORDS)
+    dy, dcs, loaded, words = _load_step(dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask, H, STATES, WORDS)
 
     for i in range(first, last):
-        keep = valid
+        code = valid
         before = pack_tiles(loaded, STATES, 1, ACC)
-        before_step = before
+        came = before
         saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
-        if resets_ptr is not None:
-            keep = tl.load(resets_ptr + r, mask=valid, other=0) == 0
-            before_step = keep_rows(before, keep, STATES)
-            resets_ptr -= sign * B
-        if dy_ptr is not None and (1 if SPLIT < G else 2) > PHASE:
-            dstates = replace_first(dstates, dstates[0] + dy[0].to(ACC), STATES)
+        if mask_ptr is not None:
+            code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
+            came = keep_rows(before, kept(code, HOLDS), STATES)
+            mask_ptr -= sign * B
+        if (1 if SPLIT < G else 2) > PHASE:
+            dstates = add_outer(dstates, dy, dcs, code, HOLDS)
         dm = None
         if SPLIT < G:
             if PHASE < 1:
-                d_second, m = MIDDLE(dstates, saved, before_step, after, FAST)
+                d_second, m = MIDDLE(dstates, saved, came, after, FAST)
+                if HOLDS:
+                    d_second = keep_rows(d_second, live(code), G - SPLIT)
+                    m = tl.where(live(code)[None, :], m, 0.0)
                 tl.store(m_ptr + at_h, m.to(TYPE), mask=mask)
                 store_tiles(dgx_ptr + SPLIT * H, at_g, mask, d_second, 0, G - SPLIT, H)
                 m_ptr += forth
@@ -402,11 +417,12 @@ def backward_kernel(
                 target += tl.num_programs(0)
             if PHASE == -1 or PHASE == 1:
                 dm = _product(
-                    UT_2, dgx_ptr + SPLIT * H, gx_row, keep, ACC, BLOCK_H, BLOCK_B, (G - SPLIT) * H,
+                    UT_2, dgx_ptr + SPLIT * H, gx_row, valid, ACC, BLOCK_H, BLOCK_B, (G - SPLIT) * H,
                     CHUNK_2, False, PRECISION,
                 )  # fmt: skip
         if PHASE == -1 or PHASE == 1:
-            dgx, dhu, dstates = STEP(dstates, dm, saved, before_step, after, FAST)
+            dgx, dhu, new = STEP(dstates, dm, saved, came, after, FAST)
+            dgx, dhu, dstates = before_step(dgx, dhu, new, dstates, code, G, STATES, HOLDS)
             # Other programs of this launch may still read the second gates' dgx: only the first are stored.
             store_tiles(dgx_ptr, at_g, mask, dgx, 0, SPLIT, H)
             if INNER > 0:
@@ -417,28 +433,32 @@ def backward_kernel(
         y_ptr += forth
         if dy_ptr is not None:
             dy_ptr += forth
+        if dcs_ptr is not None:
+            dcs_ptr += forth
         if STATES == 2:
             c_ptr += forth
         if SAVED > 0:
             saved_ptr += forth * WORDS
         ahead = tl.where(i + 1 < last, mask, False)
-        dy, loaded, words = _load_step(dy_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, ahead, H, STATES, WORDS)
+        dy, dcs, loaded, words = _load_step(
+            dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, ahead, H, STATES, WORDS
+        )
         if PHASE == -1:
             wait(counter_ptr, target)
             target += tl.num_programs(0)
         if PHASE == -1 or PHASE == 2:
             dh = dstates[0]
             if PLAIN > 0:
-                dh += _product(UT, dgx_ptr, gx_row, keep, ACC, BLOCK_H, BLOCK_B, PLAIN * H, CHUNK, False, PRECISION)
+                dh += _product(UT, dgx_ptr, gx_row, valid, ACC, BLOCK_H, BLOCK_B, PLAIN * H, CHUNK, False, PRECISION)
             if INNER > 0:
                 dh += _product(
-                    UT_inner, dhu_ptr, inner_row, keep, ACC, BLOCK_H, BLOCK_B, INNER * H,
+                    UT_inner, dhu_ptr, inner_row, valid, ACC, BLOCK_H, BLOCK_B, INNER * H,
                     CHUNK_2 if PLAIN > 0 else CHUNK,
                     False, PRECISION,
                 )  # fmt: skip
             dstates = replace_first(dstates, dh, STATES)
-            if resets_ptr is not None:
-                dstates = keep_rows(dstates, keep, STATES)
+            if mask_ptr is not None:
+                dstates = keep_rows(dstates, kept(code, HOLDS), STATES)
         dgx_ptr += forth * G
         if INNER > 0:
             dhu_ptr += forth * INNER

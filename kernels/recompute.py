@@ -8,16 +8,17 @@ second product), and the rest is pointwise. Shapes as in `resident`, with N = T*
 import triton
 import triton.language as tl
 
-from .tiles import biases, keep_rows, load_tiles, pack_tiles, store_tiles
+from .tiles import biases, keep_rows, kept, load_mask, load_tiles, pack_tiles, store_tiles
 
 
 @triton.jit(do_not_specialize=["N", "B"])
 def kernel(
-    gx_ptr, hu_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, m_ptr, N, B,
+    gx_ptr, hu_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, m_ptr, N, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
-    PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr, FAST: tl.constexpr,
+    PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, HOLDS: tl.constexpr,
+    PHASE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """PHASE 0: m, from the first gates' products. PHASE 1: the saved tiles."""
     units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -35,9 +36,9 @@ def kernel(
     states = load_tiles(y_ptr, at_before, mask, 1, 0, ACC)
     if STATES == 2:
         states = states + load_tiles(c_ptr, at_before, mask, 1, 0, ACC)
-    if resets_ptr is not None:
-        keep = tl.load(resets_ptr + row, mask=row_mask, other=0) == 0
-        states = keep_rows(states, keep, STATES)
+    if mask_ptr is not None:
+        code = load_mask(mask_ptr, row, row_mask, group, REVERSED, HOLDS)
+        states = keep_rows(states, kept(code, HOLDS), STATES)
     gx = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
     if bias_ptr is not None:
         bias_ptr += group * (INNER * H)

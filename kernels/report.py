@@ -36,6 +36,7 @@ KINDS = ("BAR", "HMMA", "HGMMA", "UTCHMMA", "LDS", "LDSM", "STS", "STSM", "LDG",
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
 POINTERS = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32", torch.float64: "*fp64"}
 POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
+MASKS = {"resets": torch.bool, "lengths": torch.uint8}
 
 
 # sm_89 is left out: Triton compiles for it as for sm_80, with less shared memory, which the plan knows.
@@ -54,7 +55,8 @@ class Case:
     hidden: int
     target: str
     schedule: str | None = None
-    resets: bool = False
+    mask: str = ""  # or "resets", of bool, or "lengths", of codes
+    dcs: bool = False  # backward: a gradient of every step's c
     precision: str = "tf32"
     groups: int = 1
 
@@ -119,12 +121,13 @@ def launches(case: Case) -> list[scan.Launch]:
     def empty(*shape: int, like: torch.dtype = dtype) -> torch.Tensor:
         return torch.empty(shape, dtype=like, device="meta")
 
-    resets = empty(T, B, like=torch.bool) if case.resets else None
+    mask = empty(T, B, like=MASKS[case.mask]) if case.mask else None
     K = case.groups
     gx, u, state = empty(T, B, K, cell.gates * H), empty(K, cell.gates * H, H), empty(K, B, H)
     bias = empty(K, cell.inner * H) if cell.inner else None
     second = state if cell.states == 2 else None
-    options: dict[str, Any] = {"plan": chosen, "precision": case.precision, "launch": note}
+    back = 2 if K == 2 else 0  # two groups: a layer's directions
+    options: dict[str, Any] = {"plan": chosen, "precision": case.precision, "launch": note, "reversed": back}
     if case.direction in STEPS:
         assert isinstance(chosen, plan_single.Single)
         x, w, b, h = empty(B, inputs(case)), empty(cell.gates * H, inputs(case)), empty(cell.gates * H), empty(B, H)
@@ -133,13 +136,14 @@ def launches(case: Case) -> list[scan.Launch]:
         single.forward(cell, x, w, u[0], b, b, h, h if cell.states == 2 else None, **how)
     elif case.direction == "recompute":
         saved = scan.allocate(cell, gx, "gates")
-        scan.recompute(cell, gx, u, bias, saved.y, saved.c, resets, plan=chosen, launch=note)
+        scan.recompute(cell, gx, u, bias, saved.y, saved.c, mask, plan=chosen, launch=note)
     elif case.direction == "backward":
-        saved = scan.allocate(cell, gx, "gates")
-        scan.backward(cell, gx[..., :H], state, second, u, saved.y, saved.c, saved.saved, resets, **options)
+        saved = scan.allocate(cell, gx, "gates", back)
+        options["dcs"] = saved.c[1:] if case.dcs else None
+        scan.backward(cell, gx[..., :H], state, second, u, saved.y, saved.c, saved.saved, mask, **options)
     else:
         save = "gates" if case.direction == "train" else "none"
-        scan.forward(cell, gx, u, bias, state, second, resets, save=save, **options)
+        scan.forward(cell, gx, u, bias, state, second, mask, save=save, **options)
     return list(found.values())
 
 
@@ -257,7 +261,7 @@ def whole(targets: list[str], names: list[str]) -> Iterator[Case]:
 
 
 def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
-    """The shapes at which the plan changes its mind, every schedule, dtype and precision, resets and groups."""
+    """The shapes at which the plan changes its mind, every schedule, dtype and precision, masks and groups."""
     names = [name for name in names if name != "rnn_relu"]  # rnn_tanh but for one function
     shapes = [(20, 8), (32, 8), (64, 8), (128, 8), (256, 16), (300, 64), (1024, 16), (64, 16384), (1024, 1024)]
     for target in targets:
@@ -268,10 +272,13 @@ def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
                         yield Case(name, direction, dtype, batch, hidden, target)
             for direction in ("train", "backward"):
                 case = Case(name, direction, "bf16", 8, 64, target)
-                yield replace(case, resets=True)
+                for mask in MASKS:
+                    yield replace(case, mask=mask)
+                    yield replace(case, hidden=512, batch=16, mask=mask)
+                    yield replace(case, schedule="stepwise", mask=mask)
+                yield replace(case, hidden=128, mask="lengths")
                 yield replace(case, groups=2)
-                yield replace(case, schedule="stepwise", resets=True)
-                yield replace(case, hidden=512, batch=16, resets=True)
+                yield replace(case, groups=2, mask="lengths")
                 yield replace(case, hidden=512, batch=16, groups=2)
                 for hidden, batch in ((20, 8), (64, 8), (64, 16384), (512, 512)):
                     yield replace(case, dtype="fp32", hidden=hidden, batch=batch, precision="ieee")
@@ -279,8 +286,12 @@ def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
                     yield replace(case, dtype="fp32", hidden=hidden, batch=batch, precision="tf32x3")
                 for hidden, batch in ((20, 8), (20, 16384), (256, 64)):
                     yield replace(case, dtype="fp64", hidden=hidden, batch=batch, precision="ieee")
-            # The most registers: resets, and a tile that H does not fill.
-            yield Case(name, "backward", "fp32", 8, 20, target, resets=True, precision="tf32x3")
+            # The most registers: masks, and a tile that H does not fill.
+            for mask in MASKS:
+                yield Case(name, "backward", "fp32", 8, 20, target, mask=mask, precision="tf32x3")
+            if cells.get(name).states == 2:
+                yield Case(name, "backward", "bf16", 8, 128, target, mask="lengths", dcs=True)
+                yield Case(name, "backward", "bf16", 16, 512, target, dcs=True)
             for hidden in (32, 64, 128):
                 yield Case(name, "infer", "bf16", 8, hidden, target)
             yield Case(name, "recompute", "bf16", 8, 64, target)
@@ -324,7 +335,7 @@ def table(rows: list[Row]) -> str:
     lines = [head]
     for r in rows:
         c, n = r.case, Counter(r.counts)
-        name = f"{c.cell}{'+resets' if c.resets else ''}"
+        name = f"{c.cell}{f'+{c.mask}' if c.mask else ''}{'+dcs' if c.dcs else ''}"
         kind = c.dtype if c.dtype in ("bf16", "fp16", "fp64") or c.precision == "ieee" else c.precision
         moved = f"{n['LDS'] + n['LDSM']}/{n['STS'] + n['STSM']}"
         shared = f"{r.shared / 1024:.0f}/{r.limit // 1024}"

@@ -5,10 +5,12 @@ Shapes (time-major, contiguous; T steps, B batch, K groups, H hidden, G gates, S
     saved  [T, B, K, W, H] the S saved tiles in W words (see `tiles`)
     u      [K, G*H, H]     weight_hh          bias [K, INNER*H]  b_hh of the inner gates, or None
     y, c   [T+1, B, K, H]  states: row t+1 after step t, row 0 before the first (h0, c0: given). With reversed groups
-                           [T+2, B, K, H]: theirs start in row T+1. c [1, B, K, H], the start, where nothing is saved
-    resets [T, B] uint8, or None: where set, the states before that step are zero
+                           [T+2, B, K, H]: theirs start in row T+1. c [1, B, K, H], the start, where nothing is saved.
+                           Zero after a step that holds the row (but see `tiles.after_step`)
+    mask   [T, B] uint8 codes (see `buffers`), or None
     hn, cn [K, B, H]       final states;  dhn, dcn their gradients, or None
-    dy     [T, B, K, H]    or None;  dgx [T, B, K, G*H];  dhu [T, B, K, INNER*H];  m [T, B, K, H] (two products)
+    dy     [T, B, K, H]    or None;  dcs [T, B, K, H], of every step's c, or None
+    dgx    [T, B, K, G*H];  dhu [T, B, K, INNER*H];  m [T, B, K, H] (two products)
     dh0, dc0 [K, B, H]
 """
 
@@ -18,10 +20,16 @@ import triton.language as tl
 from .layout import load_weights, memory_rows, memory_units, read_tiles, unit_order, write_tiles
 from .math import product
 from .tiles import (
+    add_outer,
+    after_step,
+    before_step,
     biases,
     cast_tiles,
     join_tuples,
     keep_rows,
+    kept,
+    live,
+    load_mask,
     load_tiles,
     pack_tiles,
     products,
@@ -31,18 +39,13 @@ from .tiles import (
 )
 
 
-@triton.jit
-def _load_keep(resets_ptr, r, valid):
-    return tl.load(resets_ptr + r, mask=valid, other=0) == 0
-
-
 @triton.jit(do_not_specialize=["T", "B"])
 def forward_kernel(
-    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, hn_ptr, cn_ptr, T, B,
+    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, hn_ptr, cn_ptr, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
-    PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
+    PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, HOLDS: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
@@ -98,10 +101,10 @@ def forward_kernel(
     if SAVED > 0:
         saved_ptr += begin * WORDS
     loaded = read_tiles(gx_ptr, from_g, readable, G, H)
-    keep = valid
-    if resets_ptr is not None:
-        resets_ptr += step * B.to(tl.int64) + row0
-        keep = _load_keep(resets_ptr, r, valid)
+    code = valid
+    if mask_ptr is not None:
+        mask_ptr += step * B.to(tl.int64) + row0
+        code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
 
     for t in range(T):
         # The next step's inputs are asked for before this step's product, which hides their latency. Until the next
@@ -109,27 +112,29 @@ def forward_kernel(
         # The last step asks for its own once more.
         gx_ptr += tl.where(t + 1 < T, forth * G, 0)
         loaded_next = read_tiles(gx_ptr, from_g, readable, G, H)
-        if resets_ptr is not None:
-            resets_ptr += sign * B
-            keep_next = _load_keep(resets_ptr, r, tl.where(t + 1 < T, valid, False))
-            states = keep_rows(states, keep, STATES)
-            keep = keep_next
+        if mask_ptr is not None:
+            mask_ptr += sign * B
+            code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, HOLDS)
+            states = keep_rows(states, kept(code, HOLDS), STATES)
         gx = cast_tiles(loaded, G, ACC)
         hu = products(U, states[0], start, 0, SPLIT, PRECISION)
         if SPLIT < G:
             m = MIDDLE(gx, hu, states, FAST)
             hu = join_tuples(hu, products(U, m, start, SPLIT, G, PRECISION), 0, G - SPLIT)
-        states, saved = STEP(gx, hu, states, FAST)
+        new, saved = STEP(gx, hu, states, FAST)
+        states, stored = after_step(new, states, code, group, STATES, REVERSED, HOLDS)
         y_ptr += forth
-        write_tiles(y_ptr, at_h, mask, states, 0, 1, 0)
+        write_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
         if SAVE and STATES == 2:
             c_ptr += forth
-            write_tiles(c_ptr, at_h, mask, states, 1, 2, 0)
+            write_tiles(c_ptr, at_h, mask, stored, 1, 2, 0)
         if SAVED > 0:
             words = pack_tiles(saved, SAVED, SAVED_PACK, TYPE)
             write_tiles(saved_ptr, at_s, word_mask, words, 0, WORDS, H)
             saved_ptr += forth * WORDS
         loaded = loaded_next
+        if mask_ptr is not None:
+            code = code_next
 
     write_tiles(hn_ptr + state0, at_state, mask, states, 0, 1, 0)
     if STATES == 2:
@@ -138,10 +143,10 @@ def forward_kernel(
 
 @triton.jit
 def _load_step(
-    dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words,
+    dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words,
     H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """What a step of backward reads: the states before it, saved words, and dy (if any).
+    """What a step of backward reads: the states before it, saved words, and dy and dcs (if any).
 
     A cell that does not look at h, as the LSTM, does not load it.
     """
@@ -151,17 +156,20 @@ def _load_step(
     dy = ()
     if dy_ptr is not None:
         dy = read_tiles(dy_ptr, from_h, readable, 1, 0)
-    return before, read_tiles(saved_ptr, from_s, readable_words, WORDS, H), dy
+    dcs = ()
+    if dcs_ptr is not None:
+        dcs = read_tiles(dcs_ptr, from_h, readable, 1, 0)
+    return before, read_tiles(saved_ptr, from_s, readable_words, WORDS, H), dy, dcs
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def backward_kernel(
-    dy_ptr, dhn_ptr, dcn_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr,
+    dy_ptr, dcs_ptr, dhn_ptr, dcn_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr,
     dgx_ptr, dhu_ptr, m_ptr, dh0_ptr, dc0_ptr, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
-    PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
+    PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, HOLDS: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
@@ -199,6 +207,8 @@ def backward_kernel(
     dgx_ptr += begin * G
     if dy_ptr is not None:
         dy_ptr += begin
+    if dcs_ptr is not None:
+        dcs_ptr += begin
     if STATES == 2:
         c_ptr += begin + per_step
     if SAVED > 0:
@@ -207,8 +217,10 @@ def backward_kernel(
         dhu_ptr += begin * INNER
     if SPLIT < G:
         m_ptr += begin
-    if resets_ptr is not None:
-        resets_ptr += step * B.to(tl.int64) + row0
+    code = valid
+    if mask_ptr is not None:
+        mask_ptr += step * B.to(tl.int64) + row0
+        code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
     u_ptr += group * (G * H * H)
 
     if U_IN_REGISTERS:
@@ -231,8 +243,8 @@ def backward_kernel(
         c_ptr -= forth
     dstates = cast_tiles(dstates, STATES, ACC)
     after = cast_tiles(after, STATES, ACC)
-    loaded, words, dy = _load_step(
-        dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS
+    loaded, words, dy, dcs = _load_step(
+        dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS
     )
 
     for t in range(T):
@@ -240,32 +252,37 @@ def backward_kernel(
         y_ptr -= back
         if dy_ptr is not None:
             dy_ptr -= back
+        if dcs_ptr is not None:
+            dcs_ptr -= back
         if STATES == 2:
             c_ptr -= back
         if SAVED > 0:
             saved_ptr -= back * WORDS
-        loaded_next, words_next, dy_next = _load_step(
-            dy_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS
+        loaded_next, words_next, dy_next, dcs_next = _load_step(
+            dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS
         )
         before = cast_tiles(loaded, STATES, ACC)
         saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
-        keep = valid
-        before_step = before
-        if resets_ptr is not None:
-            keep = _load_keep(resets_ptr, r, valid)
-            before_step = keep_rows(before, keep, STATES)
-            resets_ptr -= sign * B
-        if dy_ptr is not None:
-            dstates = replace_first(dstates, dstates[0] + dy[0].to(ACC), STATES)
+        came = before
+        if mask_ptr is not None:
+            # Also a step ahead for the sake of Triton, which takes the narrowest load that a product's operand comes
+            # from, if it is in the same step, for the operand's own width, and shuffles all of U to match.
+            mask_ptr -= sign * B
+            code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, HOLDS)
+            came = keep_rows(before, kept(code, HOLDS), STATES)
+        dstates = add_outer(dstates, dy, dcs, code, HOLDS)
         dm = None
         if SPLIT < G:
-            d_second, m = MIDDLE(dstates, saved, before_step, after, FAST)
+            d_second, m = MIDDLE(dstates, saved, came, after, FAST)
+            if HOLDS:  # what d_second makes of a held row ends in before_step
+                m = tl.where(live(code)[None, :], m, 0.0)
             write_tiles(m_ptr, at_h, mask, (m,), 0, 1, 0)
             m_ptr -= forth
             dm = zero
             for n in tl.static_range(SPLIT, G):
                 dm = product(UT[n], d_second[n - SPLIT].to(UT[n].dtype), dm, PRECISION)
-        dgx, dhu, dstates = STEP(dstates, dm, saved, before_step, after, FAST)
+        dgx, dhu, new = STEP(dstates, dm, saved, came, after, FAST)
+        dgx, dhu, dstates = before_step(dgx, dhu, new, dstates, code, G, STATES, HOLDS)
         write_tiles(dgx_ptr, at_g, mask, dgx, 0, G, H)
         dgx_ptr -= forth * G
         if INNER > 0:
@@ -275,12 +292,15 @@ def backward_kernel(
         for n in tl.static_range(SPLIT):
             dh = product(UT[n], dhu[n].to(UT[n].dtype), dh, PRECISION)
         dstates = replace_first(dstates, dh, STATES)
-        if resets_ptr is not None:
-            dstates = keep_rows(dstates, keep, STATES)
+        if mask_ptr is not None:
+            dstates = keep_rows(dstates, kept(code, HOLDS), STATES)
         after = before
         loaded = loaded_next
         words = words_next
         dy = dy_next
+        dcs = dcs_next
+        if mask_ptr is not None:
+            code = code_next
 
     at_state = rows * H + tile_units
     write_tiles(dh0_ptr + state0, at_state, mask, dstates, 0, 1, 0)

@@ -2,6 +2,8 @@
 
 Legend: B batch, T steps, K groups (see `tiles`), H hidden units, G gates, S saved tiles (see `cells`); time-major and
 contiguous throughout. reversed: an integer; group k walks from the last step to the first if its bit k is set.
+mask: [T, B], bool (where set, the states before that step are zero) or uint8 codes (see `buffers`; a row may also end
+before T), or None.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from . import grid, resident, stepwise
 from . import recompute as recompute_schedule
+from .buffers import Gradients, Scanned, is_reversed, previous_outputs, steps
 from .cells import Cell
 from .plan import INTERPRETER, Device, Plan, chunks, present, slices
 
@@ -79,17 +82,23 @@ def _aligned(x: Tensor | None) -> Tensor | None:
     return x.clone() if x.device.type == "cuda" and x.data_ptr() % 16 else x
 
 
-def _bytes(resets: Tensor | None) -> Tensor | None:
-    return None if resets is None else _aligned(resets).view(torch.uint8)  # type: ignore[union-attr]
+def _bytes(mask: Tensor | None) -> Tensor | None:
+    return None if mask is None else _aligned(mask).view(torch.uint8)  # type: ignore[union-attr]
 
 
-def _constants(cell: Cell, plan: Plan, u: Tensor, reversed: int, precision: str) -> dict[str, Any]:
+def _has_holds(mask: Tensor | None) -> bool:
+    """Whether rows may be held in a mask of this type: kernels for resets alone are not burdened with it."""
+    return mask is not None and mask.dtype == torch.uint8
+
+
+def _constants(cell: Cell, plan: Plan, u: Tensor, mask: Tensor | None, reversed: int, precision: str) -> dict[str, Any]:
     """The constexprs all kernels share. precision: tl.dot's input_precision for float32."""
     tiles = {"GROUPS": u.shape[0], "REVERSED": reversed, "H": u.shape[2]}
     tiles |= {"BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b, "ACC": ACCUMULATE[u.dtype]}
     shape = {"G": cell.gates, "SPLIT": cell.split, "INNER": cell.inner, "STATES": cell.states, "SAVED": cell.saved}
     fast = u.dtype in (torch.float16, torch.bfloat16) and plan.nvidia
-    return {**tiles, **shape, "PACK": 8 // u.element_size(), "PRECISION": precision, "FAST": fast}
+    modes = {"PRECISION": precision, "FAST": fast, "HOLDS": _has_holds(mask)}
+    return {**tiles, **shape, "PACK": 8 // u.element_size(), **modes}
 
 
 def _resident_constants(plan: Plan) -> dict[str, Any]:
@@ -99,34 +108,6 @@ def _resident_constants(plan: Plan) -> dict[str, Any]:
 def _scratch(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised buffer in the accumulation type."""
     return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
-
-
-class Scanned(NamedTuple):
-    """y [T+1, B, K, H] (see `resident`), c like y, or [1, B, K, H], or [0]; saved [T, B, K, W, H] or [0];
-    hn, cn [K, B, H] (cn [0])."""
-
-    y: Tensor
-    c: Tensor
-    saved: Tensor
-    hn: Tensor
-    cn: Tensor
-
-    def outputs(self, reversed: int = 0) -> Tensor:
-        """y [T, B, K, H]: the rows that are neither group's start."""
-        return outputs(self.y, reversed)
-
-
-def outputs(y: Tensor, reversed: int) -> Tensor:
-    """The states after each step [T, B, K, H] of a buffer y."""
-    return y[1:-1] if reversed else y[1:]
-
-
-def _steps(y: Tensor, reversed: int) -> int:
-    return y.shape[0] - (2 if reversed else 1)
-
-
-def is_reversed(group: int, reversed: int) -> bool:
-    return bool(reversed >> group & 1)
 
 
 def _fill(state: Tensor, start: Tensor | None) -> None:
@@ -209,7 +190,7 @@ def forward(
     bias: Tensor | None,
     h0: Tensor | None,
     c0: Tensor | None,
-    resets: Tensor | None,
+    mask: Tensor | None,
     *,
     save: str,
     plan: Plan,
@@ -220,7 +201,7 @@ def forward(
     """All steps forward.
 
     gx [T, B, K, G*H] (contiguous), u [K, G*H, H], bias [K, inner*H] (b_hh of the inner gates), h0, c0 [K, B, H],
-    resets [T, B] bool.
+    mask [T, B] or None. Where a row is held, y and c are zero; a reversed group's are the states it begins from.
     save: "none"; "states" keeps c beside y; "gates" all that backward wants.
     """
     T, B, K, H = *gx.shape[:3], u.shape[2]
@@ -228,12 +209,12 @@ def forward(
     _start(out.y, h0, reversed)
     if cell.states == 2 and (save != "none" or plan.schedule == "resident"):
         _start(out.c, c0, reversed if save != "none" else 0)
-    constants = _constants(cell, plan, u, reversed, precision)
+    constants = _constants(cell, plan, u, mask, reversed, precision)
     constants |= {"SAVE": save != "none", "SAVED": cell.saved if save == "gates" else 0}
     constants |= {"STEP": cell.forward, "MIDDLE": cell.middle}
     arguments = {
         "gx_ptr": gx, "u_ptr": _aligned(u), "bias_ptr": _aligned(bias), "y_ptr": out.y, "c_ptr": out.c,
-        "saved_ptr": out.saved, "resets_ptr": _bytes(resets), "T": T, "B": B, **constants,
+        "saved_ptr": out.saved, "mask_ptr": _bytes(mask), "T": T, "B": B, **constants,
     }  # fmt: skip
     programs = _grid(plan, B, K, H)
     if plan.schedule == "resident":
@@ -265,19 +246,9 @@ def forward(
     return out
 
 
-class Gradients(NamedTuple):
-    """dgx [T, B, K, G*H]; dhu [T, B, K, inner*H] or [0]; m [T, B, K, H] or [0]; dh0, dc0 [K, B, H] (dc0 [0])."""
-
-    dgx: Tensor
-    dhu: Tensor
-    m: Tensor
-    dh0: Tensor
-    dc0: Tensor
-
-
 def allocate_gradients(cell: Cell, y: Tensor, reversed: int = 0) -> Gradients:
     """The uninitialised outputs of `backward`."""
-    T, B, K, H = _steps(y, reversed), *y.shape[1:]
+    T, B, K, H = steps(y, reversed), *y.shape[1:]
     return Gradients(
         y.new_empty(T, B, K, cell.gates * H),
         y.new_empty(T, B, K, cell.inner * H) if cell.inner else y.new_empty(0),
@@ -296,25 +267,27 @@ def backward(
     y: Tensor,
     c: Tensor,
     saved: Tensor,
-    resets: Tensor | None,
+    mask: Tensor | None,
     *,
     plan: Plan,
+    dcs: Tensor | None = None,
     reversed: int = 0,
     precision: str = "ieee",
     launch: Callable[[Launch], None] = run,
 ) -> Gradients:
     """All steps backward.
 
-    dy [T, B, K, H], dhn, dcn [K, B, H] (None: zero); y, c, saved from `forward`.
+    dy [T, B, K, H], dhn, dcn [K, B, H], dcs [T, B, K, H] of the c after every step (None: zero); y, c, saved from
+    `forward`. Where a row is held dy and dcs are not looked at, and dgx, dhu and m are zero.
     """
-    T, B, K, H = _steps(y, reversed), *y.shape[1:]
+    T, B, K, H = steps(y, reversed), *y.shape[1:]
     out = allocate_gradients(cell, y, reversed)
-    constants = _constants(cell, plan, u, reversed, precision)
+    constants = _constants(cell, plan, u, mask, reversed, precision)
     constants |= {"STEP": cell.backward, "MIDDLE": cell.backward_middle}
     arguments = {
-        "dy_ptr": _aligned(dy), "u_ptr": _aligned(u), "y_ptr": y, "c_ptr": c, "saved_ptr": saved,
-        "resets_ptr": _bytes(resets), "dgx_ptr": out.dgx, "dhu_ptr": out.dhu, "m_ptr": out.m, "T": T, "B": B,
-        **constants,
+        "dy_ptr": _aligned(dy), "dcs_ptr": _aligned(dcs), "u_ptr": _aligned(u), "y_ptr": y, "c_ptr": c,
+        "saved_ptr": saved, "mask_ptr": _bytes(mask), "dgx_ptr": out.dgx, "dhu_ptr": out.dhu, "m_ptr": out.m,
+        "T": T, "B": B, **constants,
     }  # fmt: skip
     programs = _grid(plan, B, K, H)
     if plan.schedule == "resident":
@@ -348,21 +321,21 @@ def recompute(
     bias: Tensor | None,
     y: Tensor,
     c: Tensor,
-    resets: Tensor | None,
+    mask: Tensor | None,
     *,
     plan: Plan,
     reversed: int = 0,
     launch: Callable[[Launch], None] = run,
 ) -> Tensor:
     """What save="gates" would have kept, from what save="states" keeps."""
-    T, B, K, H = _steps(y, reversed), *y.shape[1:]
+    T, B, K, H = steps(y, reversed), *y.shape[1:]
     saved = allocate_saved(cell, gx)
     if not cell.saved:
         return saved
     split = cell.split * H
     hu = gx.new_empty(T * B, K, cell.gates * H)
     m = gx.new_empty(T * B, K, H) if cell.split < cell.gates else None
-    constants = _constants(cell, plan, u, reversed, "ieee")
+    constants = _constants(cell, plan, u, mask, reversed, "ieee")
     # Pointwise over T*B rows: any tile will do, and this one keeps loads whole.
     constants |= {
         "BLOCK_H": min(128, triton.next_power_of_2(H)),
@@ -373,22 +346,14 @@ def recompute(
     del constants["PRECISION"]
     arguments = {
         "gx_ptr": gx, "hu_ptr": hu, "bias_ptr": _aligned(bias), "y_ptr": y, "c_ptr": c, "saved_ptr": saved,
-        "resets_ptr": _bytes(resets), "m_ptr": m, "N": T * B, "B": B,
+        "mask_ptr": _bytes(mask), "m_ptr": m, "N": T * B, "B": B,
     }  # fmt: skip
     programs = (triton.cdiv(T * B, constants["BLOCK_B"]), triton.cdiv(H, constants["BLOCK_H"]), K)
     for k in range(K):
-        hu[:, k, :split] = previous_outputs(y, resets, reversed, k).flatten(0, 1) @ u[k, :split].t()
+        hu[:, k, :split] = previous_outputs(y, mask, reversed, k).flatten(0, 1) @ u[k, :split].t()
     if m is not None:
         launch(Launch(recompute_schedule.kernel, programs, {**arguments, **constants, "PHASE": 0}, plan))
         for k in range(K):
             hu[:, k, split:] = m[:, k] @ u[k, split:].t()
     launch(Launch(recompute_schedule.kernel, programs, {**arguments, **constants, "PHASE": 1}, plan))
     return saved
-
-
-def previous_outputs(y: Tensor, resets: Tensor | None, reversed: int, group: int) -> Tensor:
-    """A group's h before each step as the recurrent product saw it: zero where reset. [T, B, H]"""
-    T = _steps(y, reversed)
-    first = 2 if is_reversed(group, reversed) else 0
-    h = y[first : first + T, :, group]
-    return h if resets is None else h.masked_fill(resets[..., None], 0)

@@ -13,7 +13,23 @@ import triton
 import triton.language as tl
 
 from .math import product
-from .tiles import biases, gate_rows, keep_rows, load_tiles, pack_tiles, split_gates, store_tiles, unpack_tiles, walk
+from .tiles import (
+    add_outer,
+    after_step,
+    before_step,
+    biases,
+    gate_rows,
+    keep_rows,
+    kept,
+    live,
+    load_mask,
+    load_tiles,
+    pack_tiles,
+    split_gates,
+    store_tiles,
+    unpack_tiles,
+    walk,
+)
 
 
 @triton.jit
@@ -43,12 +59,12 @@ def _product(
 
 @triton.jit(do_not_specialize=["t", "T", "B"])
 def forward_kernel(
-    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, t, T, B,
+    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, t, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
-    PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, HOLDS: tl.constexpr,
+    PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Step t. PHASE 0: the first product, and the whole step if it is the only one. PHASE 1: the second product."""
     unit0 = tl.program_id(0) * BLOCK_H
@@ -71,28 +87,29 @@ def forward_kernel(
     if bias_ptr is not None:
         bias_ptr += group * (INNER * H)
 
-    keep = row_mask
+    code = row_mask
     states = load_tiles(sh_ptr, at_state, mask, 1, 0, ACC)
     if STATES == 2:
         states = states + load_tiles(sc_ptr, at_state, mask, 1, 0, ACC)
-    if resets_ptr is not None:
-        keep = tl.load(resets_ptr + steps_before + row, mask=row_mask, other=0) == 0
-        states = keep_rows(states, keep, STATES)
+    if mask_ptr is not None:
+        code = load_mask(mask_ptr + steps_before, row, row_mask, group, REVERSED, HOLDS)
+        states = keep_rows(states, kept(code, HOLDS), STATES)
     gx = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
     at_first = (in_group * (SPLIT * H))[None, :] + units[:, None]
     hu = ()
     if PHASE == 0:
         sums = _product(
-            u_ptr, unit0, y_ptr - sign * per_step, line, row_mask, keep, H, 0, SPLIT, BLOCK_H, BLOCK_B, BLOCK_K, ACC,
-            resets_ptr is not None, PRECISION,
+            u_ptr, unit0, y_ptr - sign * per_step, line, row_mask, kept(code, HOLDS), H, 0, SPLIT,
+            BLOCK_H, BLOCK_B, BLOCK_K, ACC, mask_ptr is not None, PRECISION,
         )  # fmt: skip
         for n in tl.static_range(SPLIT):
             hu = hu + (sums[n] + start[n],)
     else:
         sums = _product(
-            u_ptr, unit0, m_ptr, line, row_mask, keep, H, SPLIT, G, BLOCK_H, BLOCK_B, BLOCK_K, ACC, False, PRECISION
-        )
+            u_ptr, unit0, m_ptr, line, row_mask, row_mask, H, SPLIT, G,
+            BLOCK_H, BLOCK_B, BLOCK_K, ACC, False, PRECISION,
+        )  # fmt: skip
         hu = load_tiles(hu_first_ptr, at_first, mask, SPLIT, H, ACC)
         for n in tl.static_range(G - SPLIT):
             hu = hu + (sums[n] + start[SPLIT + n],)
@@ -102,13 +119,14 @@ def forward_kernel(
         m = MIDDLE(gx, hu, states, FAST)
         tl.store(m_ptr + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
     else:
-        states, saved = STEP(gx, hu, states, FAST)
+        new, saved = STEP(gx, hu, states, FAST)
+        states, stored = after_step(new, states, code, group, STATES, REVERSED, HOLDS)
         store_tiles(sh_ptr, at_state, mask, states, 0, 1, 0)
-        store_tiles(y_ptr, at_h, mask, states, 0, 1, 0)
+        store_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
         if STATES == 2:
             store_tiles(sc_ptr, at_state, mask, states, 1, 2, 0)
         if SAVE and STATES == 2:
-            store_tiles(c_ptr + (step + 1) * per_step, at_h, mask, states, 1, 2, 0)
+            store_tiles(c_ptr + (step + 1) * per_step, at_h, mask, stored, 1, 2, 0)
         if SAVED > 0:
             SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
             WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
@@ -139,12 +157,12 @@ def _accumulate_transposed(
 
 @triton.jit(do_not_specialize=["t", "T", "B"])
 def backward_kernel(
-    dy_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, resets_ptr, dgx_ptr, dhu_ptr, m_ptr, dsh_ptr, dsc_ptr, t, T, B,
+    dy_ptr, dcs_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, dgx_ptr, dhu_ptr, m_ptr, dsh_ptr, dsc_ptr, t, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
-    PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, PHASE: tl.constexpr, FIRST: tl.constexpr,
-    LAST: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, HOLDS: tl.constexpr,
+    PHASE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Step t. PHASE 0 takes step t+1's gradients through U^T (not if FIRST, when there is no such step), then does the
     step's own backward; PHASE 1, for a cell with a second product, continues after it. LAST (t = -1) finishes dh0."""
@@ -168,25 +186,28 @@ def backward_kernel(
     u_ptr += group * (G * H * H)
 
     dh = tl.load(dsh_ptr + at_state, mask=mask, other=0.0)
-    if PHASE == 0:
-        if not FIRST:
+    if PHASE == 0 and not FIRST:
+        dh = _accumulate_transposed(
+            dh, u_ptr, dgx_ptr + forth * G, G * H, units, line, row_mask, H, 0, SPLIT - INNER, BLOCK_K, PRECISION
+        )
+        if INNER > 0:
             dh = _accumulate_transposed(
-                dh, u_ptr, dgx_ptr + forth * G, G * H, units, line, row_mask, H, 0, SPLIT - INNER, BLOCK_K, PRECISION
-            )
-            if INNER > 0:
-                dh = _accumulate_transposed(
-                    dh, u_ptr, dhu_ptr + forth * INNER, INNER * H, units, line, row_mask, H, SPLIT - INNER, SPLIT,
-                    BLOCK_K, PRECISION,
-                )  # fmt: skip
-            if resets_ptr is not None:
-                keep_after = tl.load(resets_ptr + steps_before + sign * B + row, mask=row_mask, other=0) == 0
-                dh = tl.where(keep_after[None, :], dh, 0.0)
-        if not LAST and dy_ptr is not None:
-            dh += tl.load(dy_ptr + step * per_step + at_h, mask=mask, other=0.0).to(ACC)
+                dh, u_ptr, dhu_ptr + forth * INNER, INNER * H, units, line, row_mask, H, SPLIT - INNER, SPLIT,
+                BLOCK_K, PRECISION,
+            )  # fmt: skip
+        if mask_ptr is not None:
+            code_after = load_mask(mask_ptr + steps_before + sign * B, row, row_mask, group, REVERSED, HOLDS)
+            dh = tl.where(kept(code_after, HOLDS)[None, :], dh, 0.0)
 
     if LAST:
         tl.store(dsh_ptr + at_state, dh, mask=mask)
     else:
+        dy = ()
+        dcs = ()
+        if PHASE == 0 and dy_ptr is not None:  # PHASE 1 finds it in dsh
+            dy = load_tiles(dy_ptr + step * per_step, at_h, mask, 1, 0, ACC)
+        if dcs_ptr is not None:
+            dcs = load_tiles(dcs_ptr + step * per_step, at_h, mask, 1, 0, ACC)
         after_row = (step + 1) * per_step
         before_row = after_row - forth
         after = load_tiles(y_ptr + after_row, at_h, mask, 1, 0, ACC)
@@ -203,16 +224,20 @@ def backward_kernel(
             at_s = (line * (WORDS * H))[None, :] + units[:, None]
             words = load_tiles(saved_ptr + step * per_step * WORDS, at_s, mask, WORDS, H, saved_ptr.dtype.element_ty)
             saved = unpack_tiles(words, SAVED, SAVED_PACK, y_ptr.dtype.element_ty, ACC)
-        keep = row_mask
-        if resets_ptr is not None:
-            keep = tl.load(resets_ptr + steps_before + row, mask=row_mask, other=0) == 0
-            before = keep_rows(before, keep, STATES)
+        code = row_mask
+        if mask_ptr is not None:
+            code = load_mask(mask_ptr + steps_before, row, row_mask, group, REVERSED, HOLDS)
+            before = keep_rows(before, kept(code, HOLDS), STATES)
+        dstates = add_outer(dstates, dy, dcs, code, HOLDS)
 
         if PHASE == 0 and SPLIT < G:
             d_second, m = MIDDLE(dstates, saved, before, after, FAST)
+            if HOLDS:
+                d_second = keep_rows(d_second, live(code), G - SPLIT)
+                m = tl.where(live(code)[None, :], m, 0.0)
             tl.store(m_ptr + step * per_step + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
             store_tiles(dgx_ptr + SPLIT * H, at_g, mask, d_second, 0, G - SPLIT, H)
-            tl.store(dsh_ptr + at_state, dh, mask=mask)
+            tl.store(dsh_ptr + at_state, dstates[0], mask=mask)
         else:
             dm = None
             if SPLIT < G:
@@ -220,7 +245,8 @@ def backward_kernel(
                     tl.zeros([BLOCK_H, BLOCK_B], ACC), u_ptr, dgx_ptr + SPLIT * H, G * H, units, line, row_mask,
                     H, SPLIT, G, BLOCK_K, PRECISION,
                 )  # fmt: skip
-            dgx, dhu, dstates = STEP(dstates, dm, saved, before, after, FAST)
+            dgx, dhu, new = STEP(dstates, dm, saved, before, after, FAST)
+            dgx, dhu, dstates = before_step(dgx, dhu, new, dstates, code, G, STATES, HOLDS)
             # Other programs of this launch read the second gates' dgx, which PHASE 0 wrote: only the first are stored.
             store_tiles(dgx_ptr, at_g, mask, dgx, 0, SPLIT, H)
             if INNER > 0:
@@ -228,6 +254,6 @@ def backward_kernel(
             tl.store(dsh_ptr + at_state, dstates[0], mask=mask)
             if STATES == 2:
                 dc = dstates[1]
-                if resets_ptr is not None:
-                    dc = tl.where(keep[None, :], dc, 0.0)
+                if mask_ptr is not None:
+                    dc = tl.where(kept(code, HOLDS)[None, :], dc, 0.0)
                 tl.store(dsc_ptr + at_state, dc, mask=mask)

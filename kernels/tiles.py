@@ -6,6 +6,10 @@ float64 is not packed), the form in which gates are saved for backward: one load
 A tile is [units, rows]: hidden units down, batch rows across, so that the recurrent product U h has its many units on
 the tensor cores' long side and a small batch on the short one. In memory the units are contiguous.
 
+Mask: a code for each row and step. 0: a plain step. 1: the states before it are zero. 2: the row is past its end and
+held: its states pass through, and it has no output and no gradients. Everything of a held row is chosen by selection,
+never by a product with zero: its gx, dy and saved gates may be anything, NaN included. HOLDS: there may be 2s.
+
 Groups: scans that share nothing but their shapes and the launch (the two directions of a layer, block-diagonal heads).
 A row of memory holds one batch row's groups side by side.
 """
@@ -81,6 +85,87 @@ def keep_rows(tiles, keep, N: tl.constexpr):
     for n in tl.static_range(N):
         out = out + (tl.where(keep[None, :], tiles[n], 0.0),)
     return out
+
+
+@triton.jit
+def load_mask(mask_ptr, r, valid, group, REVERSED: tl.constexpr, HOLDS: tl.constexpr):
+    """What the mask says of the rows r at a step: 0, 1 (reset) or 2 (held); to be asked with `kept` and `live`.
+
+    Where no row can be held it is only whether the code is 0: one bit to carry from step to step, not a byte.
+    """
+    code = tl.load(mask_ptr + r, mask=valid, other=0)
+    if HOLDS:
+        if REVERSED > 0:  # an episode's beginning lies elsewhere for those who come from behind: a bit of its own
+            back = ((REVERSED >> group) & 1).to(tl.uint8)
+            code = ((code >> (2 * back)) & 1) | (code & 2)
+        return code
+    else:
+        return code == 0
+
+
+@triton.jit
+def kept(code, HOLDS: tl.constexpr):
+    """The rows whose states go into the step; the others' are zero."""
+    return code != 1 if HOLDS else code
+
+
+@triton.jit
+def live(code):
+    """The rows that take the step; the others are held. Asked only where rows can be (HOLDS)."""
+    return code != 2
+
+
+@triton.jit
+def _select_rows(tiles, others, first, N: tl.constexpr):
+    """The tiles, with the rows of others where first is false."""
+    out = ()
+    for n in tl.static_range(N):
+        out = out + (tl.where(first[None, :], tiles[n], others[n]),)
+    return out
+
+
+@triton.jit
+def after_step(new, old, code, group, STATES: tl.constexpr, REVERSED: tl.constexpr, HOLDS: tl.constexpr):
+    """The states after a step, and what is stored of them.
+
+    A held row's are what they were; stored is zero, the padding of the output. But a reversed group's held steps come
+    before its first live one, which reads there the states that it begins from.
+    """
+    if HOLDS:
+        states = _select_rows(new, old, live(code), STATES)
+        if REVERSED == 0:
+            stored = keep_rows(states, live(code), STATES)
+        else:
+            stored = keep_rows(states, live(code) | (((REVERSED >> group) & 1) != 0), STATES)
+        return states, stored
+    else:
+        return new, new
+
+
+@triton.jit
+def add_outer(dstates, dy, dcs, code, HOLDS: tl.constexpr):
+    """dstates with what reaches the states after a step from outside the scan. dy, dcs: of one tile, or empty."""
+    out = ()
+    for n in tl.static_range(len(dstates)):
+        outer = dy if n == 0 else dcs
+        if len(outer) == 0:
+            out = out + (dstates[n],)
+        elif HOLDS:
+            out = out + (dstates[n] + tl.where(live(code)[None, :], outer[0].to(dstates[n].dtype), 0.0),)
+        else:
+            out = out + (dstates[n] + outer[0].to(dstates[n].dtype),)
+    return out
+
+
+@triton.jit
+def before_step(dgx, dhu, new, old, code, G: tl.constexpr, STATES: tl.constexpr, HOLDS: tl.constexpr):
+    """What a step of backward gives: a held row's dgx and dhu are zero, and its dstates what they were."""
+    if HOLDS:
+        dgx = keep_rows(dgx, live(code), G)
+        dhu = keep_rows(dhu, live(code), G)
+        return dgx, dhu, _select_rows(new, old, live(code), STATES)
+    else:
+        return dgx, dhu, new
 
 
 @triton.jit

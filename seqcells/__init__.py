@@ -4,7 +4,8 @@ from . import backends, check, functional, init, interop, reference
 from .backends import backend
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import Change, convert, revert
-from .functional import explain, gru, lstm, rnn
+from .explanation import explain
+from .functional import gru, lstm, rnn
 from .layers import GRU, LSTM, RNN
 
 __version__ = "0.1.0"

@@ -15,7 +15,7 @@ import torch
 
 import seqcells
 
-from . import backends, functional, reference
+from . import backends, explanation, precisions, reference
 from .tasks import TASKS
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -45,7 +45,7 @@ def info(_: argparse.Namespace) -> int:
     print(f"device {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}")
     device = torch.device(_default_device())
     for cell in reference.CELLS:
-        chosen = backends.choose(cell, device, torch.float32, resets=False, requested=None)
+        chosen = explanation.explain(cell, batch=32, hidden_size=128, device=device)
         print(f"{cell:<11} {chosen.backend:<9} because {chosen.why}")
     return 0
 
@@ -81,7 +81,7 @@ def check(options: argparse.Namespace) -> int:
 
 def explain(options: argparse.Namespace) -> int:
     """Which backend and plan a shape gets, and why."""
-    found = functional.explain(
+    found = explanation.explain(
         options.cell.replace("-", "_"),
         batch=options.batch,
         hidden_size=options.hidden,
@@ -195,7 +195,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--resets", action="store_true", help="with a reset mask")
     p.add_argument("--backend")
     p.add_argument(
-        "--precision", choices=functional.PRECISIONS, help="of float32 products; default: PyTorch's switches"
+        "--precision", choices=precisions.PRECISIONS, help="of float32 products; default: PyTorch's switches"
     )
     p.set_defaults(call=explain)
 

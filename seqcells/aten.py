@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import Options, _reference
+from .autograd import Options, _reference, _vjp
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _LAYERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
@@ -37,18 +37,18 @@ def layer(
 
     x [T, B, I], or a PackedSequence's data with its batch_sizes; states [D, B, H].
     """
-    ours = batch_sizes is None and len(groups[0]) == 4 and not torch.jit.is_tracing()  # which cannot save Functions
-    if ours and onednn(cell, x.device, x.dtype) and x.numel() > 0:
-        return _directions(x, states, groups)
     flat = [t for weights in groups for t in _flat(weights)]
     biases = groups[0][2] is not None or groups[0][3] is not None
     # cuDNN keeps what its backward needs only in training mode.
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *flat))
-    train = train or torch.jit.is_tracing()  # what is traced may be trained
+    tracing = torch.jit.is_tracing()  # a trace may be trained, and cannot hold a Function
+    own = batch_sizes is None and x.numel() > 0 and len(groups[0]) == 4 and onednn(cell, x.device, x.dtype)
+    if own and not tracing and (train or torch.compiler.is_compiling()):
+        return _directions(x, states, groups)
     hx: Any = list(states) if cell == "lstm" else states[0]
     sizes = () if batch_sizes is None else (batch_sizes,)
     rest = (len(groups) == 2,) if batch_sizes is not None else (len(groups) == 2, False)
-    y, *final = _LAYERS[cell](x, *sizes, hx, flat, biases, 1, 0.0, train, *rest)  # type: ignore[operator]
+    y, *final = _LAYERS[cell](x, *sizes, hx, flat, biases, 1, 0.0, train or tracing, *rest)  # type: ignore[operator]
     return y, tuple(final)
 
 
@@ -62,7 +62,7 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], weights: Weights) -> 
 
 def onednn(cell: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN has it, by operators of its own: the LSTM in float32, on the CPU."""
-    here = _ONEDNN and torch.backends.mkldnn.enabled
+    here = _ONEDNN and bool(torch.backends.mkldnn.enabled)
     return here and cell == "lstm" and device.type == "cpu" and dtype == torch.float32
 
 
@@ -94,7 +94,7 @@ def _call(
     train: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, h_n, c_n and oneDNN's workspace."""
-    options = (reverse, [], _MODE, w_hh.shape[1], 1, True, False, False, train)
+    options: Any = (reverse, [], _MODE, w_hh.shape[1], 1, True, False, False, train)
     # oneDNN keeps a workspace for backward only where gradients are enabled; nothing of this is recorded.
     with torch.set_grad_enabled(train):
         given = [t.detach().contiguous() for t in (x, w_ih, w_hh, b_ih, b_hh, h0, c0)]
@@ -107,7 +107,7 @@ def _call_backward(
     """The gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh."""
     x, h0, c0, *weights = (t.contiguous() for t in inputs)
     y, h, c = out
-    options = (reverse, _MODE, h0.shape[-1], 1, True, True, False, [], False)
+    options: Any = (reverse, _MODE, h0.shape[-1], 1, True, True, False, [], False)
     given = (torch.zeros_like(o) if g is None else g.contiguous() for o, g in zip(out, grads, strict=True))
     dx, dw_ih, dw_hh, db_ih, db_hh, dh, dc = torch.ops.aten.mkldnn_rnn_layer_backward(
         x, *weights, h0, c0, y, h, c, *given, *options, workspace
@@ -154,7 +154,7 @@ class _OneDNN(torch.autograd.Function):
             # The workspace's size is known to oneDNN alone, so a compiler cannot hand it on: backward makes it anew.
             ctx.save_for_backward(*inputs)
             return _forward_op(*inputs, reverse)
-        y, h, c, workspace = _call(*inputs, reverse, any(ctx.needs_input_grad))  # type: ignore[call-arg]
+        y, h, c, workspace = _call(*inputs, reverse, any(ctx.needs_input_grad))  # type: ignore[call-arg, arg-type]
         h, c = h.reshape(inputs[1].shape), c.reshape(inputs[2].shape)
         ctx.save_for_backward(*inputs, y, h, c, workspace)
         return y, h, c
@@ -168,7 +168,7 @@ class _OneDNN(torch.autograd.Function):
         if torch.is_grad_enabled():  # create_graph=True
             # Aliases, so that an input computed from another does not hand it its own share a second time.
             run = _reference(Options("", "lstm", reversed=int(ctx.reverse)), [True] * 7, None, None)
-            out, back = torch.func.vjp(run, *(t.view_as(t) for t in inputs))
+            out, back = _vjp(run, *(t.view_as(t) for t in inputs))
             given = (torch.zeros_like(o) if g is None else g.view_as(o) for o, g in zip(out, grads, strict=True))
             return None, *back(tuple(given))
         *out, workspace = rest

@@ -28,11 +28,14 @@ class Engine(NamedTuple):
     schedule, precision) -> y, c, saved, hn, cn
     backward(dy, dhn, dcn, dcs, u, y, c, saved, mask, cell, reversed, schedule, precision) -> dgx, dhu, m, dh0, dc0
     recompute(gx, u, bias, y, c, mask, cell, reversed) -> saved
+    single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, H], cell, save, precision, input_precision) -> as forward, hn and
+    cn [B, H]: one step and its input's product together, or None
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     recompute: Callable[..., Any]
+    single: Callable[..., Any] | None = None
 
 
 ENGINES: dict[str, Engine] = {}
@@ -42,6 +45,7 @@ ENGINES: dict[str, Engine] = {}
 class Options:
     """What a scan is told beside its tensors. reversed: bits, see kernels.buffers. cells: also give all cell states.
 
+    single: the precision of the input's product in one step by the engine's `single`; "" is a scan.
     need: of a scan's gradients, which of the 7 are wanted. Not a tuple: torch.func takes those apart.
     """
 
@@ -52,6 +56,7 @@ class Options:
     schedule: str = ""
     precision: str = "ieee"
     cells: bool = False
+    single: str = ""
     need: tuple[bool, ...] = ()
 
 
@@ -86,14 +91,18 @@ def _grouped(*tensors: Tensor | None) -> list[Tensor | None]:
 def _run(options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: Tensor | None) -> tuple[Tensor, ...]:
     """What the engine's forward gives for `apply`'s arguments."""
     x, h0, c0, *weights = inputs
-    cell = reference.get(options.cell)
+    cell, engine = reference.get(options.cell), ENGINES[options.engine]
+    assert x is not None
+    if options.single and engine.single is not None:
+        h0, c0 = (None if s is None else s.reshape(s.shape[-2:]) for s in (h0, c0))
+        return engine.single(x[0], *weights, h0, c0, options.cell, save, options.precision, options.single)
     w_ih, w_hh, b_ih, b_hh = _grouped(*weights)
-    assert x is not None and w_ih is not None
+    assert w_ih is not None
     gx, bias = input_projection(cell, x, w_ih, b_ih, b_hh)
     K, B = gx.shape[2], gx.shape[1]
     h0, c0 = (None if s is None else s.reshape(K, B, s.shape[-1]) for s in (h0, c0))
     how = (options.cell, save, options.reversed, options.schedule, options.precision)
-    return ENGINES[options.engine].forward(gx, w_hh, bias, h0, c0, mask, *how)
+    return engine.forward(gx, w_hh, bias, h0, c0, mask, *how)
 
 
 def _visible(
@@ -101,6 +110,8 @@ def _visible(
 ) -> tuple[Tensor, ...]:
     """y [T, B, K*H], the final states [K, B, H] and, if asked for, all cell states [T, B, K*H]."""
     y, c, _, hn, cn = out
+    if options.single:
+        return hn[None], *(hn, cn)[: reference.get(options.cell).states]
     every = [y, c] if options.cells else [y]
     shown = [outputs(s, options.reversed) for s in every]
     ended = None if mask is None else masks.held(mask)
@@ -132,6 +143,8 @@ def _gradients(
     dy, dhn, *others = grads
     dcn, dcs = (*others, None, None)[:2] if cell.states == 2 else (None, None)
     dy, dcs = (None if d is None else d.unflatten(2, (K, H)) for d in (dy, dcs))
+    if options.single:  # whose states have no axis of groups
+        dhn, dcn = (None if d is None else d[None] for d in (dhn, dcn))
     how = (name, reversed, options.schedule, options.precision)
     out = walker.backward(dy, dhn, dcn, dcs, w_hh, y, c, saved, mask, *how)
     dgx, dhu, m, dh0, dc0 = out
@@ -189,16 +202,24 @@ def _reference(
         states = (zero if h0 is None else h0, zero if c0 is None else c0)[: spec.states]
         how: Any = {"resets": resets, "lengths": lengths, "reversed": options.reversed}
         every, final = reference.scan_groups(spec.step, x, states, w_ih, w_hh, b_ih, b_hh, **how)
+        if options.single:
+            final = tuple(s[0] for s in final)
         return every[0], *final, *(every[1:] if options.cells else ())
 
     return run
+
+
+def _vjp(run: Callable[..., Any], *primals: Any) -> tuple[Any, Any]:
+    """run's outputs, and their gradients' way back."""
+    out, back = torch.func.vjp(run, *primals)  # type: ignore[misc]
+    return out, back
 
 
 def _gradients_of(run: Callable[..., Any], wanted: list[bool], given: list[bool]) -> Callable[..., tuple[Tensor, ...]]:
     """The wanted gradients of run's inputs, as a function of its inputs and of the given gradients of its outputs."""
 
     def first(*tensors: Tensor) -> tuple[Tensor, ...]:
-        out, back = torch.func.vjp(run, *tensors[: len(wanted)])
+        out, back = _vjp(run, *tensors[: len(wanted)])
         grads = iter(tensors[len(wanted) :])
         found = back(tuple(next(grads) if g else torch.zeros_like(o) for o, g in zip(out, given, strict=True)))
         return tuple(f for f, w in zip(found, wanted, strict=True) if w)
@@ -209,8 +230,8 @@ def _gradients_of(run: Callable[..., Any], wanted: list[bool], given: list[bool]
 def _forward_mode(run: Callable[..., Any], primals: list[Tensor], tangents: list[Tensor | None]) -> tuple[Tensor, ...]:
     """The derivative of run along tangents (None: zero), by backward mode twice: a gradient is linear in the gradients
     it is given, and its own gradient in those is the derivative forward."""
-    out, back = torch.func.vjp(run, *primals)
-    _, forth = torch.func.vjp(back, tuple(torch.zeros_like(o) for o in out))
+    out, back = _vjp(run, *primals)
+    _, forth = _vjp(back, tuple(torch.zeros_like(o) for o in out))
     return forth(tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)))[0]
 
 
@@ -247,7 +268,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
         first, primals, given = _Gradients._function(ctx)
-        values, back = torch.func.vjp(first, *primals)
+        values, back = _vjp(first, *primals)
         weights = [o for o, g in zip(outer, given, strict=True) if g]
         found = iter(back(tuple(torch.zeros_like(v) if w is None else w for v, w in zip(values, weights, strict=True))))
         return *(None,) * 5, *(next(found) if t is not None else None for t in ctx.saved_tensors[1:])

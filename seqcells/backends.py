@@ -99,6 +99,7 @@ class Request:
     cells: bool = False  # all cell states
     grad: bool = False
     onednn: bool = False  # oneDNN's LSTM would run it
+    one_step: bool = False  # a cell's call
 
 
 def _no_aten(cell: str, request: Request) -> str:
@@ -125,7 +126,7 @@ def _without_kernels(cell: str, device: torch.device, request: Request, lacking:
     loop = "loop" if cell in LOOP_CELLS else "reference"
     if lacking:
         return loop, lacking
-    if loop == "reference" or torch.jit.is_tracing():
+    if loop == "reference" or request.one_step or torch.jit.is_tracing():
         return "aten", f"torch's own fused {cell} runs there"
     if transforming():
         return loop, "torch.func and forward mode want operators that can be transformed"

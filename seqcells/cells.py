@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, reference
+from . import functional, precisions, reference
 
 # As torch's matrix product names dtypes in its errors.
 _NAMES = {
@@ -39,7 +39,7 @@ class _Cell(nn.Module):
         precision: str | None = None,
     ) -> None:
         super().__init__()
-        functional.check_precision(precision)
+        precisions.check(precision)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
@@ -100,8 +100,8 @@ class _Cell(nn.Module):
         weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         how = functional.How(backend=self.backend, precision=self.precision, one_step=True)
         _, final, _ = functional.run(self.cell, x[None], states, [weights], how)
-        # A copy, since a view could not be detached in place.
-        final = tuple(torch.squeeze_copy(s, 0) for s in final)
+        # [1, B, H] from those without an operator for one step; a copy, since a view could not be detached in place.
+        final = tuple(torch.squeeze_copy(s, 0) if s.dim() == 3 else s for s in final)
         return final if batched else tuple(s[0] for s in final)
 
 
@@ -134,7 +134,7 @@ class LSTMCell(_Cell):
 
 
 class GRUCell(_Cell):
-    """torch.nn.GRUCell, with backend= and precision= (see LSTMCell), and reset_after= (False: Cho et al. 2014 v1).
+    """torch.nn.GRUCell, with backend= and precision= (see LSTMCell), and reset_after= (False: Cho et al. 2014 v3).
 
     Input [B, I] or [I]; hx [B, H] or [H].
     """

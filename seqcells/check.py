@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, functional, reference
+from . import backends, explanation, functional, reference
 
 # Largest relative error ||a - b|| / ||b|| against float64 on the same (rounded) inputs. Half precision: a few roundings
 # of 2^-8 (bfloat16) or 2^-11 (float16) a value, gathered over the steps. "tf32": products rounded to 2^-11. "tf32x3":
@@ -168,7 +168,7 @@ def _worst(cell: str, schedule: str, kind: torch.dtype | str, device: str, shape
     for shape in shapes:
         size: dict[str, Any] = {"batch": shape.B, "hidden_size": shape.H, "dtype": dtype}
         try:
-            functional.explain(cell, device=device, backend=f"triton:{schedule}", precision=precision, **size)
+            explanation.explain(cell, device=device, backend=f"triton:{schedule}", precision=precision, **size)
         except ValueError:  # U does not fit on chip: there the schedule does not exist
             continue
         allowed = max(allowed, tolerance(cell, kind, shape))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import aten, autograd, backends, loop, masks, projection, reference  # noqa: F401  (loop: its engine)
+from . import aten, autograd, backends, loop, masks, precisions, projection, reference  # noqa: F401  (loop: its engine)
 
 try:
     from . import ops
@@ -24,30 +24,6 @@ except ModuleNotFoundError as missing:  # without triton all but the triton back
     ops = None  # type: ignore[assignment]
 
 SAVES = ("gates", "states")
-PRECISIONS = ("ieee", "tf32", "tf32x3")
-
-
-def rnn_precision() -> str:
-    """ "tf32" or "ieee": what float32 recurrent products use on CUDA, by PyTorch's own switches for RNNs.
-
-    torch.backends.cudnn.rnn.fp32_precision (which torch.backends.cudnn.allow_tf32 sets too); "none" asks its parents.
-    """
-    cudnn = torch.backends.cudnn
-    for setting in (cudnn.rnn.fp32_precision, cudnn.fp32_precision, torch.backends.fp32_precision):  # type: ignore[attr-defined]
-        if setting != "none":
-            return "tf32" if setting == "tf32" else "ieee"
-    return "ieee"
-
-
-def check_precision(asked: str | None) -> None:
-    """ValueError for anything but None and the names of PRECISIONS."""
-    if asked not in (None, *PRECISIONS):
-        raise ValueError(f"unknown precision {asked!r}: expected one of {', '.join(PRECISIONS)}")
-
-
-def _product_precision(asked: str | None, dtype: torch.dtype) -> str:
-    """What recurrent products of that dtype are done in. Only float32 has a choice: `asked`, or PyTorch's switches."""
-    return (asked or rnn_precision()) if dtype == torch.float32 else "ieee"
 
 
 @dataclass(frozen=True)
@@ -55,7 +31,8 @@ class How:
     """How a scan is to be done: the options of `scan`, as the modules hand them on.
 
     reverse: for each group, whether it walks from the last step to the first. cells: all cell states, too.
-    one_step: a cell's call, x [1, B, I], for which aten and triton have kernels of their own.
+    one_step: a cell's call, x [1, B, I], for which aten and triton have kernels of their own; from them the final
+    states are [B, H].
     """
 
     resets: Tensor | None = None
@@ -157,6 +134,7 @@ def choose(cell: str, x: Tensor, tensors: Iterable[Tensor | None], how: How) -> 
         lengths=how.lengths is not None,
         cells=how.cells,
         grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)),
+        one_step=how.one_step,
         onednn=how.lengths is None and x.dim() == 3 and x.numel() > 0 and aten.onednn(cell, x.device, x.dtype),
     )
     return backends.choose(cell, x.device, x.dtype, request, how.backend)
@@ -178,7 +156,7 @@ def run(
     spec = reference.get(cell)
     if how.save not in SAVES:
         raise ValueError(f"unknown save {how.save!r}: expected one of {', '.join(SAVES)}")
-    check_precision(how.precision)
+    precisions.check(how.precision)
     given = (None,) * spec.states if states is None else tuple(states)
     if len(given) != spec.states:
         raise RuntimeError(f"{cell} has {spec.states} state{'s' * (spec.states > 1)}, got {len(given)}")
@@ -213,13 +191,17 @@ def _run(
         if stacked is None:
             stacked = groups[0] if K == 1 else [_stack(ts) for ts in zip(*groups, strict=True)]
         w_ih, w_hh, b_ih, b_hh = stacked
-        precision = _product_precision(how.precision, x.dtype)
+        precision = precisions.of_products(how.precision, x.dtype)
         if chosen.schedule:  # it may not fit: say so before anything runs
             assert w_hh is not None
             for backward in (False, True):
                 u = w_hh if w_hh.dim() == 3 else w_hh[None]
                 ops.plan_for(ops.cells.get(cell), B, u, chosen.schedule, precision, backward)
         options = autograd.Options(chosen.backend, cell, how.save, bits, chosen.schedule, precision, how.cells)
+        if how.one_step and chosen == backends.Choice("triton", "", chosen.why) and not backends.transforming():
+            inputs = precisions.of_inputs(x.dtype)
+            if ops.one_launch(cell, x[0], w_hh, precision, inputs):  # type: ignore[arg-type]
+                options = replace(options, save="gates", single=inputs)
         if how.lengths is not None:  # padding takes no part, whatever it is: NaN, too
             x = x.masked_fill(_beyond(how.lengths, x), 0)
         mask = masks.encode(how.resets, how.lengths, x.shape[0], bits)
@@ -227,7 +209,7 @@ def _run(
     full = _starts(x, given, groups, H)
     if chosen.backend == "aten" and how.one_step:
         final = aten.step(cell, x[0], tuple(s[0] for s in full), groups[0])
-        return final[0][None], tuple(s[None] for s in final), None
+        return final[0][None], final, None
     if chosen.backend == "aten":
         return *_aten(cell, x, full, groups, how), None
     stacked = [_stack(ts) for ts in zip(*groups, strict=True)] if stacked is None else stacked
@@ -411,7 +393,7 @@ def gru(
     reset_after: bool = True,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """GRU: y and h_n. reset_after: torch's and cuDNN's form; False: Cho et al. 2014 v1. options: those of `scan`."""
+    """GRU: y and h_n. reset_after: torch's and cuDNN's form; False: Cho et al. 2014 v3. options: those of `scan`."""
     cell = "gru" if reset_after else "gru_before"
     y, final = scan(cell, x, (hx,), w_ih, w_hh, b_ih, b_hh, **options)
     return y, final[0]
@@ -438,63 +420,3 @@ def rnn_cell_name(nonlinearity: str) -> str:
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     return f"rnn_{nonlinearity}"
-
-
-@dataclass(frozen=True)
-class Explanation:
-    """Which backend a scan would use and, for triton, the Plan forward and the one backward; why, in words."""
-
-    backend: str
-    plan: Any
-    why: str
-    backward: Any = None
-
-    def __str__(self) -> str:
-        return f"{self.backend}: {self.why}"
-
-
-def _known_devices() -> tuple[str, ...]:
-    """The devices that `explain` knows without having one."""
-    return () if ops is None else tuple(ops.KNOWN)
-
-
-def explain(
-    cell: str,
-    *,
-    batch: int,
-    hidden_size: int,
-    dtype: torch.dtype = torch.float32,
-    device: str | torch.device = "cpu",
-    groups: int = 1,
-    resets: bool = False,
-    backend: str | None = None,
-    precision: str | None = None,
-) -> Explanation:
-    """What a scan of this shape would run on, without running it.
-
-    device: a torch device, or one that need not be present: a name of kernels.plan.KNOWN, as "sm_90" or "L4".
-    groups: of `scan_groups`. precision: as in `scan`. Raises as `scan` does.
-    """
-    reference.get(cell)
-    check_precision(precision)
-    for name, size in (("batch", batch), ("hidden_size", hidden_size), ("groups", groups)):
-        if size < 1:
-            raise ValueError(f"{name} must be greater than zero, got {size}")
-    elsewhere = isinstance(device, str) and (device in _known_devices() or device.startswith("sm_"))
-    place = torch.device("cuda" if elsewhere else device)
-    if place.type == "cuda" and place.index is None and torch.cuda.is_available():
-        place = torch.device("cuda", torch.cuda.current_device())
-    asks = backends.Request(resets=resets, grad=True, onednn=aten.onednn(cell, place, dtype))
-    chosen = backends.choose(cell, place, dtype, asks, backend)
-    if chosen.backend != "triton":
-        return Explanation(chosen.backend, None, chosen.why)
-    from .kernels import cells, plan, scan
-
-    if elsewhere and device not in plan.KNOWN:
-        raise ValueError(f"unknown device {device!r}: expected a torch device or one of {', '.join(plan.KNOWN)}")
-    facts = plan.KNOWN[str(device)] if elsewhere else scan.device_facts(place)
-    options: Any = {"B": batch, "H": hidden_size, "groups": groups, "itemsize": dtype.itemsize, "device": facts}
-    options |= {"schedule": chosen.schedule or None, "precision": _product_precision(precision, dtype)}
-    there, back = (plan.plan(cells.get(cell), backward=b, **options) for b in (False, True))
-    why = f"{chosen.why}; forward, {there.schedule} schedule: {there.why}; backward, {back.schedule}: {back.why}"
-    return Explanation("triton", there, why, back)

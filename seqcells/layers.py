@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, packing, reference
+from . import functional, packing, precisions, reference
 from .functional import How
 
 
@@ -51,7 +51,7 @@ class _Layer(nn.Module):
         _check_options(input_size, hidden_size, num_layers, bias, batch_first, dropout, proj_size)
         if save not in functional.SAVES:
             raise ValueError(f"unknown save {save!r}: expected one of {', '.join(functional.SAVES)}")
-        functional.check_precision(precision)
+        precisions.check(precision)
         self.mode = {"gru_before": "GRU"}.get(self.cell, self.cell.upper())
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -288,7 +288,7 @@ def _check_options(
     input_size: int, hidden_size: int, num_layers: int, bias: bool, batch_first: bool, dropout: float, proj_size: int
 ) -> None:
     """torch.nn's checks, in its words and order."""
-    if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):  # type: ignore[operator]
+    if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
         raise ValueError(
             "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
         )
@@ -366,7 +366,7 @@ class GRU(_Layer):
     """torch.nn.GRU with resets=, lengths=, backend=, save= and precision= (see LSTM), and reset_after=.
 
     reset_after: True is torch's and cuDNN's form; False applies the reset to h before the product (Cho et al. 2014,
-    arXiv:1406.1078 v1). hx [L*D, B, H] ([L*D, H] unbatched). Returns output, h_n.
+    arXiv:1406.1078 v3). hx [L*D, B, H] ([L*D, H] unbatched). Returns output, h_n.
     """
 
     def __init__(self, *args: Any, reset_after: bool = True, **options: Any) -> None:

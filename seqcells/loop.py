@@ -258,7 +258,7 @@ def _backward(
         back = is_reversed(k, reversed)
         resets, ends, ended = _masks(mask, back)
         h, after = previous_outputs(y, mask, reversed, k), outputs(y, reversed)[:, :, k]
-        cells = (None, None)
+        cells: tuple[Any, Any] = (None, None)
         if part.states == 2:
             cells = previous_outputs(c, mask, reversed, k), outputs(c, reversed)[:, :, k]
         kept = saved[:, :, k] if saved.numel() else None
@@ -352,4 +352,4 @@ def _(gx: Tensor, u: Tensor, *others: Any) -> Tensor:
 
 
 ENGINES["loop"] = Engine(scan_forward, scan_backward, recompute)
-batching.register(*ENGINES["loop"])
+batching.register(*ENGINES["loop"][:3])

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from . import batching
 from .autograd import ENGINES, Engine
-from .kernels import cells, scan
+from .kernels import cells, scan, single
 from .kernels.cells import Cell
 from .kernels.plan import KNOWN, Plan, plan  # noqa: F401  (functional names them)
+from .kernels.plan_single import Single, plan_single, unfit
 
 
 def plan_for(cell: Cell, batch: int, u: Tensor, schedule: str, precision: str, backward: bool) -> Plan:
@@ -96,6 +97,41 @@ def _recompute_fake(
     return scan.allocate_saved(cells.get(cell), gx)
 
 
+def _single_forward(
+    x: Tensor,
+    w_ih: Tensor,
+    w_hh: Tensor,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    cell: str,
+    save: str,
+    precision: str,
+    input_precision: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """See kernels.single.forward: one step, x [B, I]; what scan_forward gives of one step, but all states [B, H]."""
+    declared = cells.get(cell)
+    chosen = single_plan(cell, x, w_hh, precision, input_precision)
+    options: Any = {"plan": chosen, "precision": precision, "input_precision": input_precision}
+    out = single.forward(declared, x, w_ih, w_hh, b_ih, b_hh, h0, c0, save=save, **options)
+    return *out[:3], out.hn[0], out.cn[0] if declared.states == 2 else out.cn
+
+
+def single_plan(cell: str, x: Tensor, w_hh: Tensor, precision: str, input_precision: str) -> Single:
+    """The plan of one step of x [B, I]."""
+    options: Any = {"itemsize": x.element_size(), "device": scan.device_facts(x.device), "precision": precision}
+    options |= {"B": x.shape[0], "I": x.shape[1], "H": w_hh.shape[1], "input_precision": input_precision}
+    return plan_single(cells.get(cell), **options)
+
+
+def one_launch(cell: str, x: Tensor, w_hh: Tensor, precision: str, input_precision: str) -> bool:
+    """Whether one step of x [B, I] is cheaper by single_forward than by a product and scan_forward."""
+    if unfit(cells.get(cell), x.shape[1], w_hh.shape[1]) is not None:
+        return False
+    return single_plan(cell, x, w_hh, precision, input_precision).cheaper
+
+
 scan_forward = torch.library.custom_op("seqcells::scan_forward", _scan_forward, mutates_args=())
 scan_forward.register_fake(_scan_forward_fake)
 scan_backward = torch.library.custom_op("seqcells::scan_backward", _scan_backward, mutates_args=())
@@ -103,5 +139,14 @@ scan_backward.register_fake(_scan_backward_fake)
 recompute = torch.library.custom_op("seqcells::recompute", _recompute, mutates_args=())
 recompute.register_fake(_recompute_fake)
 
-ENGINES["triton"] = Engine(scan_forward, scan_backward, recompute)
-batching.register(*ENGINES["triton"])
+single_forward = torch.library.custom_op("seqcells::single_forward", _single_forward, mutates_args=())
+
+
+@single_forward.register_fake
+def _(x: Tensor, w_ih: Tensor, w_hh: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    out = single.allocate(cells.get(others[4]), x, w_hh.shape[1], others[5])
+    return *out[:3], out.hn[0], out.cn[0] if cells.get(others[4]).states == 2 else out.cn
+
+
+ENGINES["triton"] = Engine(scan_forward, scan_backward, recompute, single_forward)
+batching.register(*ENGINES["triton"][:3])

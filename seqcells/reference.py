@@ -47,7 +47,7 @@ def gru_cell(
 def gru_before_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
-    """One GRU step, the reset gate applied to h before the product (Cho et al. 2014, arXiv:1406.1078 v1)."""
+    """One GRU step, the reset gate applied to h before the product (Cho et al. 2014, arXiv:1406.1078 v3)."""
     (h,) = states
     H = h.shape[-1]
     gx_r, gx_z, gx_n = linear(x, w_ih, b_ih).chunk(3, -1)

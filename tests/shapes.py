@@ -3,7 +3,7 @@
 import torch
 from conftest import DEVICE
 
-from seqcells import functional, reference
+from seqcells import explanation, reference
 from seqcells.check import Shape
 
 CELLS = list(reference.CELLS)
@@ -28,7 +28,7 @@ def fits(cell: str, schedule: str, shape: Shape, dtype: torch.dtype) -> bool:
     """Whether the schedule exists there: U must fit in shared memory, of one processor or of all."""
     size = {"batch": shape.B, "hidden_size": shape.H, "dtype": dtype}
     try:
-        functional.explain(cell, device=DEVICE, backend=f"triton:{schedule}", **size)
+        explanation.explain(cell, device=DEVICE, backend=f"triton:{schedule}", **size)
     except ValueError:
         return False
     return True

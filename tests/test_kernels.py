@@ -9,7 +9,7 @@ from shapes import CELLS, SCHEDULES
 
 from seqcells import check, functional
 from seqcells.check import Shape
-from seqcells.kernels import cells, scan
+from seqcells.kernels import buffers, cells, scan
 from seqcells.kernels.math import sigmoid, tanh
 from seqcells.kernels.plan import plan
 
@@ -69,7 +69,7 @@ def test_nothing_outside_the_buffers_is_read_or_written(cell, schedule, save, sh
     results = []
     for launch in (scan.run, Guards()):
         out = scan.forward(declared, gx, *rest, save=save, plan=there, reversed=reversed, launch=launch)
-        found = [scan.outputs(out.y, reversed), out.hn, out.cn]  # beside them are rows that no group starts from
+        found = [buffers.outputs(out.y, reversed), out.hn, out.cn]  # beside them are rows that no group starts from
         if save != "none":
             u, bias, _, _, resets = rest
             saved = out.saved
@@ -77,7 +77,7 @@ def test_nothing_outside_the_buffers_is_read_or_written(cell, schedule, save, sh
                 saved = scan.recompute(
                     declared, gx, u, bias, out.y, out.c, resets, plan=there, reversed=reversed, launch=launch
                 )
-            dy = torch.ones_like(scan.outputs(out.y, reversed))
+            dy = torch.ones_like(buffers.outputs(out.y, reversed))
             dcn = out.cn if declared.states == 2 else None
             state = (u, out.y, out.c, saved, resets)
             found += scan.backward(declared, dy, out.hn, dcn, *state, plan=back, reversed=reversed, launch=launch)

@@ -10,7 +10,7 @@ from conftest import DEVICE
 from shapes import CELLS, SAVES
 
 import seqcells
-from seqcells import aten, autograd, backends, check, functional, masks, reference
+from seqcells import aten, autograd, backends, check, functional, masks, precisions, reference
 from seqcells.check import Shape
 from seqcells.kernels import buffers
 
@@ -44,7 +44,7 @@ def test_opcheck(engine, cell, groups):
     walker = autograd.ENGINES[engine]
     for op, arguments in zip(walker, op_arguments(walker, cell, "gates", groups), strict=True):
         torch.library.opcheck(op, arguments)
-    for save, lengths in (("states", False), ("none", False), ("gates", True))[: 2 if engine == "triton" else 3]:
+    for save, lengths in (("states", False), ("none", False), ("gates", True)):
         every = zip(walker, op_arguments(walker, cell, save, groups, lengths), strict=True)
         for op, arguments in list(every)[: 1 if save != "gates" else 3]:
             torch.library.opcheck(op, arguments, test_utils="test_faketensor")
@@ -130,7 +130,7 @@ def test_precision_follows_torchs_switches():
     try:
         for setting, expected in (("tf32", "tf32"), ("ieee", "ieee")):
             torch.backends.cudnn.rnn.fp32_precision = setting
-            assert functional.rnn_precision() == expected
+            assert precisions.rnn_precision() == expected
     finally:
         torch.backends.cudnn.rnn.fp32_precision = before
 

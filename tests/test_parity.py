@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import CELLS, HALVES, SAVES, SCHEDULES, SHAPES, fits
 
-from seqcells import check, functional, reference
+from seqcells import check, functional, precisions, reference
 from seqcells.check import Shape, errors, tolerance
 
 
@@ -18,7 +18,7 @@ def assert_parity(cell, schedule, save, dtype, shape, resets=False, scale=1.0):
             errors(cell, shape, dtype, DEVICE, backend=backend)
         return
     found = errors(cell, shape, dtype, DEVICE, backend=backend, save=save, resets=resets, scale=scale)
-    tf32 = DEVICE == "cuda" and dtype == torch.float32 and functional.rnn_precision() == "tf32"
+    tf32 = DEVICE == "cuda" and dtype == torch.float32 and precisions.rnn_precision() == "tf32"
     allowed = tolerance(cell, "tf32" if tf32 else dtype, shape)
     wrong = {name: e for name, e in found.items() if not e <= allowed}
     assert not wrong, f"{wrong} > {allowed}; all: {found}"

@@ -199,7 +199,7 @@ def check_the_step(rows):
 
 
 def as_in_the_readme(case):
-    usual = (case["resets"], case["schedule"], case["groups"]) == (False, None, 1)
+    usual = (case["mask"], case["dcs"], case["schedule"], case["groups"]) == ("", False, None, 1)
     return usual and (case["dtype"], case["batch"]) == ("bf16", 8)
 
 

@@ -34,7 +34,7 @@ if __name__ == "__main__":  # before triton is imported, as conftest.py does
 from conftest import DEVICE
 
 import seqcells
-from seqcells import backends, check, functional
+from seqcells import backends, check, functional, precisions
 from seqcells.check import Shape
 
 if functional.ops is not None:
@@ -161,7 +161,7 @@ def launched(monkeypatch):
 
 def other_switch():
     """A precision that PyTorch's switches do not ask for."""
-    return "tf32" if functional.rnn_precision() == "ieee" else "ieee"
+    return "tf32" if precisions.rnn_precision() == "ieee" else "ieee"
 
 
 def trained(module, dtype):
@@ -177,20 +177,20 @@ def trained(module, dtype):
 MODULES = ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"]
 
 
-@pytest.mark.parametrize("precision", [None, *functional.PRECISIONS])
+@pytest.mark.parametrize("precision", [None, *precisions.PRECISIONS])
 @pytest.mark.parametrize("schedule", ["resident", "stepwise"])
 @pytest.mark.parametrize("name", MODULES)
 def test_precision_reaches_the_kernels(name, schedule, precision, launched):
     module = getattr(seqcells, name)(3, 4, backend=f"triton:{schedule}", precision=precision)
     assert ("precision" in repr(module)) == (precision is not None)
     trained(module, torch.float32)
-    assert len(launched) >= 2 and set(launched) == {precision or functional.rnn_precision()}
+    assert len(launched) >= 2 and set(launched) == {precision or precisions.rnn_precision()}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["LSTM", "GRUCell"])
 def test_other_dtypes_ignore_precision(name, dtype, launched):
-    for precision in functional.PRECISIONS:
+    for precision in precisions.PRECISIONS:
         trained(getattr(seqcells, name)(3, 4, backend="triton", precision=precision), dtype)
     assert launched and set(launched) == {"ieee"}
 
@@ -216,7 +216,7 @@ def test_functions_take_precision(launched):
 @pytest.mark.parametrize("backend", ["aten", "reference"])
 def test_other_backends_ignore_precision(backend):
     x, w_ih, w_hh = torch.randn(2, 2, 3), torch.randn(16, 3), torch.randn(16, 4)
-    ys = [functional.lstm(x, None, w_ih, w_hh, backend=backend, precision=p)[0] for p in (None, *functional.PRECISIONS)]
+    ys = [functional.lstm(x, None, w_ih, w_hh, backend=backend, precision=p)[0] for p in (None, *precisions.PRECISIONS)]
     assert all(torch.equal(y, ys[0]) for y in ys)
 
 
@@ -242,12 +242,12 @@ def test_explain_plans_for_the_precision():
     size = {"batch": 8, "hidden_size": 64, "device": "sm_90", "backend": "triton"}
     if DEVICE == "cpu":  # the plan of a device that is not there is explained only by the default backend
         del size["backend"]
-    schedules = {p: seqcells.explain("lstm", **size, precision=p).plan.schedule for p in functional.PRECISIONS}
+    schedules = {p: seqcells.explain("lstm", **size, precision=p).plan.schedule for p in precisions.PRECISIONS}
     assert schedules == {"ieee": "grid", "tf32": "resident", "tf32x3": "grid"}
     assert "three TF32 products" in str(seqcells.explain("lstm", **size, precision="tf32x3"))
     followed = seqcells.explain("lstm", **size)
-    assert followed == seqcells.explain("lstm", **size, precision=functional.rnn_precision())
-    half = {seqcells.explain("lstm", **size, dtype=torch.bfloat16, precision=p).plan for p in functional.PRECISIONS}
+    assert followed == seqcells.explain("lstm", **size, precision=precisions.rnn_precision())
+    half = {seqcells.explain("lstm", **size, dtype=torch.bfloat16, precision=p).plan for p in precisions.PRECISIONS}
     assert len(half) == 1
 
 

@@ -171,8 +171,7 @@ def calls(monkeypatch):
             op.register_kernel(device, function)
 
 
-NAMES = {"loop": ("seqcells::loop_forward", "seqcells::loop_backward")}
-NAMES["triton"] = ("seqcells::scan_forward", "seqcells::scan_backward")
+NAMES = {"loop": ("loop_forward", "loop_backward"), "triton": ("scan_forward", "scan_backward")}
 
 
 @pytest.mark.parametrize("backend", ENGINES)
@@ -219,7 +218,7 @@ def test_gradients_of_each_sample_are_one_launch(backend, calls):
         torch.testing.assert_close([g[b] for g in found.values()], list(expected))
 
 
-@pytest.mark.parametrize("backend", [None, "loop"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_vmap_over_lengths_and_packed_rows(backend):
     module = seqcells.LSTM(3, 4, bidirectional=True, backend=backend, device=DEVICE, dtype=torch.float64)
     x, _ = batch(T=4, B=6)
@@ -262,11 +261,13 @@ def test_backward_twice(backend, save):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_was_saved_is_freed_and_guarded(backend):
+def test_what_was_saved_is_guarded(backend):
+    """An output changed in place is noticed: at once, or by backward."""
     module = seqcells.LSTM(3, 4, backend=backend, device=DEVICE)
     y, _ = module(batch(torch.float32)[0])
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss(y.add_(1)).backward()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation|is being modified inplace"):
+        y.detach().add_(1) if y._base is None else y.add_(1)
+        loss(y).backward()
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
@@ -315,8 +316,6 @@ def test_autocast(kind, backend, dtype):
 @pytest.mark.parametrize("how", ["plain", "resets", "lengths", "packed"])
 def test_no_value_is_read_by_the_host(how, backend):
     """What a CUDA graph asks for: on fake tensors, which have no values, .item() and its like raise."""
-    if backend == "triton" and how in ("lengths", "packed"):
-        pytest.skip("the kernels do not take lengths")
     with torch._subclasses.FakeTensorMode():
         module = seqcells.LSTM(3, 4, num_layers=2, bidirectional=True, backend=backend, device=DEVICE)
         x = torch.randn(4, 2, 3, device=DEVICE, requires_grad=True)

@@ -1,4 +1,4 @@
-"""GRU with the reset after the product, as torch.nn.GRU and cuDNN define it (Cho et al. 2014, v3).
+"""GRU with the reset after the product, as torch.nn.GRU and cuDNN define it (Cho et al. 2014, arXiv:1406.1078 v1).
 
 r, z = sigmoid(gx + h U^T)     q = h U_n^T + b_hn     n = tanh(gx_n + r q)     h' = (1 - z) n + z h
 """

@@ -1,4 +1,4 @@
-"""GRU with the reset before the product (Cho et al. 2014, arXiv:1406.1078 v1): the textbook cell.
+"""GRU with the reset before the product (Cho et al. 2014, arXiv:1406.1078 v3): the textbook cell.
 
     r, z = sigmoid(gx + h U^T)     m = r h     n = tanh(gx_n + m U_n^T)     h' = (1 - z) n + z h
 

@@ -1,0 +1,71 @@
+"""explain(): what a scan of some shape would run on, and why, without running it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from . import aten, backends, precisions, reference
+from .functional import ops
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend a scan would use and, for triton, the Plan forward and the one backward; why, in words."""
+
+    backend: str
+    plan: Any
+    why: str
+    backward: Any = None
+
+    def __str__(self) -> str:
+        return f"{self.backend}: {self.why}"
+
+
+def _known_devices() -> tuple[str, ...]:
+    """The devices that `explain` knows without having one."""
+    return () if ops is None else tuple(ops.KNOWN)
+
+
+def explain(
+    cell: str,
+    *,
+    batch: int,
+    hidden_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    groups: int = 1,
+    resets: bool = False,
+    backend: str | None = None,
+    precision: str | None = None,
+) -> Explanation:
+    """What a scan of this shape would run on, without running it.
+
+    device: a torch device, or one that need not be present: a name of kernels.plan.KNOWN, as "sm_90" or "L4".
+    groups: of `scan_groups`. precision: as in `scan`. Raises as `scan` does.
+    """
+    reference.get(cell)
+    precisions.check(precision)
+    for name, size in (("batch", batch), ("hidden_size", hidden_size), ("groups", groups)):
+        if size < 1:
+            raise ValueError(f"{name} must be greater than zero, got {size}")
+    elsewhere = isinstance(device, str) and (device in _known_devices() or device.startswith("sm_"))
+    place = torch.device("cuda" if elsewhere else device)
+    if place.type == "cuda" and place.index is None and torch.cuda.is_available():
+        place = torch.device("cuda", torch.cuda.current_device())
+    asks = backends.Request(resets=resets, grad=True, onednn=aten.onednn(cell, place, dtype))
+    chosen = backends.choose(cell, place, dtype, asks, backend)
+    if chosen.backend != "triton":
+        return Explanation(chosen.backend, None, chosen.why)
+    from .kernels import cells, plan, scan
+
+    if elsewhere and device not in plan.KNOWN:
+        raise ValueError(f"unknown device {device!r}: expected a torch device or one of {', '.join(plan.KNOWN)}")
+    facts = plan.KNOWN[str(device)] if elsewhere else scan.device_facts(place)
+    options: Any = {"B": batch, "H": hidden_size, "groups": groups, "itemsize": dtype.itemsize, "device": facts}
+    options |= {"schedule": chosen.schedule or None, "precision": precisions.of_products(precision, dtype)}
+    there, back = (plan.plan(cells.get(cell), backward=b, **options) for b in (False, True))
+    why = f"{chosen.why}; forward, {there.schedule} schedule: {there.why}; backward, {back.schedule}: {back.why}"
+    return Explanation("triton", there, why, back)
