@@ -42,7 +42,7 @@ def net(backend=None, dtype=torch.float64, **options):
     return Net(backend, **options).to(DEVICE, dtype)
 
 
-def batch(dtype=torch.float64, T=4, B=2):
+def batch(dtype=torch.float64, T=3, B=2):
     torch.manual_seed(1)
     return torch.randn(T, B, 3, device=DEVICE, dtype=dtype), torch.rand(T, B, device=DEVICE) < 0.3
 
@@ -60,8 +60,8 @@ def small(kind, backend, **options):
     cell = kind.endswith("Cell")
     module = getattr(seqcells, kind)(2, 2, backend=backend, **options).to(DEVICE, torch.float64)
     names = [name for name, _ in module.named_parameters()]
-    x = torch.randn(*(() if cell else (3,)), 2, 2, device=DEVICE, dtype=torch.float64)
-    resets = torch.tensor([[False, True], [True, False], [False, False]], device=DEVICE)
+    x = torch.randn(*(() if cell else (2,)), 2, 2, device=DEVICE, dtype=torch.float64)
+    resets = torch.tensor([[False, True], [True, False]], device=DEVICE)
     more = {} if cell else {"resets": resets}
 
     def function(x, *weights):
@@ -87,8 +87,15 @@ DERIVED = [
 ]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("kind", "options"), DERIVED)
+def derived():
+    """The kernels, interpreted, by default only on what has parts of its own: the rest takes minutes."""
+    for kind, options in DERIVED:
+        for backend in BACKENDS:
+            slow = backend == "triton" and (options or kind not in ("LSTM", "GRU", "GRUCell"))
+            yield pytest.param(kind, options, backend, marks=[pytest.mark.slow] * slow)
+
+
+@pytest.mark.parametrize(("kind", "options", "backend"), derived())
 def test_derivatives_of_every_order(kind, options, backend):
     """First and second, backward and forward, each against finite differences."""
     function, tensors = small(kind, backend, **options)
@@ -162,7 +169,7 @@ def calls(monkeypatch):
 
     kept = []
     for engine in ENGINES:
-        for op in autograd.ENGINES[engine]:
+        for op in autograd.ENGINES[engine][:3]:
             kept.append((op, dict(op._backend_fns)))
             op.register_kernel(None, counted(op))
     yield ran
@@ -239,7 +246,7 @@ def test_checkpoint(backend):
     dtype = torch.float32
     module, (x, resets) = net(backend, dtype), batch(dtype)
     tensors = [x.requires_grad_(), *module.parameters()]
-    for arguments in ((x,), (x, resets)):
+    for arguments in ((x, resets),) if backend == "triton" else ((x,), (x, resets)):
         expected = grad(loss(module(*arguments)), tensors)
         for reentrant in (True, False):
             for t in tensors:
@@ -379,7 +386,7 @@ def test_the_meta_device(backend):
     x, resets = (t.to("meta") for t in batch())
     y = module(x, resets)
     loss(y).backward()
-    assert y.shape == (4, 2, 2) and module.lower.weight_hh_l0.grad.is_meta
+    assert y.shape == (3, 2, 2) and module.lower.weight_hh_l0.grad.is_meta
 
 
 DDP = """
