@@ -6,7 +6,8 @@
     reference  the pure-PyTorch loop that autograd differentiates: everything, slowly
 
 "auto" is triton on CUDA; on the CPU it is aten where that is the faster (oneDNN's LSTM; what needs no gradient), else
-loop. "triton:resident", "triton:grid" and "triton:stepwise" name a schedule as well.
+loop. What torch.jit.trace makes of triton and loop runs and can be saved, but has no gradients; of aten, it has.
+"triton:resident", "triton:grid" and "triton:stepwise" name a schedule as well.
 """
 
 from __future__ import annotations

@@ -101,9 +101,9 @@ def test_derivatives_of_every_order(kind, options, backend):
     function, tensors = small(kind, backend, **options)
     for t in tensors:
         t.requires_grad_()
-    how = {"fast_mode": True}
-    assert torch.autograd.gradcheck(function, tensors, check_forward_ad=True, **how)
-    assert torch.autograd.gradgradcheck(function, tensors, **how)
+    # Forward mode on the kernels: test_forward_mode, in fewer launches.
+    assert torch.autograd.gradcheck(function, tensors, fast_mode=True, check_forward_ad=backend != "triton")
+    assert torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -274,7 +274,7 @@ def test_what_was_saved_is_guarded(backend):
     y, _ = module(batch(torch.float32)[0])
     value = loss(y)
     y.detach().add_(1)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"modified (by an )?inplace"):
         value.backward()
 
 
@@ -305,7 +305,7 @@ def test_saved_tensor_hooks_see_everything(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_autocast(kind, backend, dtype):
-    """Output and states in autocast's dtype, gradients in the parameters', as torch on CUDA, and its LSTM on the CPU."""
+    """Output and states in autocast's dtype, gradients in the parameters', as torch on CUDA and its LSTM on the CPU."""
     torch.manual_seed(0)
     ours = getattr(seqcells, kind)(3, 4, bidirectional=True, backend=backend, device=DEVICE)
     x, _ = batch(torch.float32)
