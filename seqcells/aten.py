@@ -16,6 +16,7 @@ from .autograd import Options, _reference, _vjp
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _LAYERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
+_ONEDNN = torch.backends.mkldnn.is_available()  # asked here: torch.compile cannot trace the question
 Weights = Sequence["Tensor | None"]  # w_ih, w_hh, b_ih, b_hh and, of an LSTM with a projection, w_hr
 
 
@@ -40,13 +41,14 @@ def layer(
     biases = groups[0][2] is not None or groups[0][3] is not None
     # cuDNN keeps what its backward needs only in training mode.
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *flat))
+    tracing = torch.jit.is_tracing()  # a trace may be trained, and cannot hold a Function
     own = batch_sizes is None and x.numel() > 0 and len(groups[0]) == 4 and onednn(cell, x.device, x.dtype)
-    if own and (train or torch.compiler.is_compiling()):
+    if own and not tracing and (train or torch.compiler.is_compiling()):
         return _directions(x, states, groups)
     hx: Any = list(states) if cell == "lstm" else states[0]
     sizes = () if batch_sizes is None else (batch_sizes,)
     rest = (len(groups) == 2,) if batch_sizes is not None else (len(groups) == 2, False)
-    y, *final = _LAYERS[cell](x, *sizes, hx, flat, biases, 1, 0.0, train, *rest)  # type: ignore[operator]
+    y, *final = _LAYERS[cell](x, *sizes, hx, flat, biases, 1, 0.0, train or tracing, *rest)  # type: ignore[operator]
     return y, tuple(final)
 
 
@@ -60,7 +62,7 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], weights: Weights) -> 
 
 def onednn(cell: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN has it, by operators of its own: the LSTM in float32, on the CPU."""
-    here = torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+    here = _ONEDNN and bool(torch.backends.mkldnn.enabled)
     return here and cell == "lstm" and device.type == "cpu" and dtype == torch.float32
 
 
@@ -157,7 +159,8 @@ class _OneDNN(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, rest = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+        saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives it no second time
+        inputs, rest = saved[:7], saved[7:]
         if not rest:
             return None, *_backward_op(*grads, *inputs, ctx.reverse)
         if torch.is_grad_enabled():  # create_graph=True

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
-from . import masks, reference
+from . import backends, masks, reference
 from .kernels.buffers import outputs, previous_outputs
 from .reference import Cell
 
@@ -284,8 +284,6 @@ class _Gradients(torch.autograd.Function):
 class _Scan(torch.autograd.Function):
     """options, mask; x, h0, c0, w_ih, w_hh, b_ih, b_hh, to what `_visible` gives, then y, c and saved for backward."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(options: Options, mask: Any, *inputs: Any) -> Any:
         out = _run(options, options.save, inputs, mask)
@@ -313,6 +311,12 @@ class _Scan(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             return None, None, *_Gradients.apply(options, mask, *kept, *inputs, *grads[:-3])
         return None, None, *_gradients(options, tuple(inputs), mask, kept, grads[:-3])
+
+
+class _TransformedScan(_Scan):
+    """_Scan with what torch.func and forward mode ask for, which torch.compile refuses to trace."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def jvp(ctx: Any, _options: Any, _mask: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -342,8 +346,13 @@ def apply(
     h0, c0 = states if len(states) == 2 else (states[0], None)
     inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    if wanted or forward_ad._current_level >= 0:  # a tangent does not show in requires_grad
-        shown = _Scan.apply(options, mask, *inputs)[:-3]
+    if torch.jit.is_tracing():  # a trace can hold operators, but no Function: it has no gradients
+        wanted = False
+    elif backends.transforming():  # within vmap requires_grad does not show, nor does a tangent ever
+        wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    if wanted:
+        function = _Scan if torch.compiler.is_compiling() else _TransformedScan
+        shown = function.apply(options, mask, *inputs)[:-3]
     else:
         save = "states" if options.cells else "none"
         shown = _visible(options, _run(options, save, inputs, mask), inputs, mask)

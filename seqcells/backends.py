@@ -6,12 +6,14 @@
     reference  the pure-PyTorch loop that autograd differentiates: everything, slowly
 
 "auto" is triton on CUDA; on the CPU it is aten where that is the faster (oneDNN's LSTM; what needs no gradient), else
-loop. "triton:resident", "triton:grid" and "triton:stepwise" name a schedule as well.
+loop. What torch.jit.trace makes of triton and loop runs and can be saved, but has no gradients; of aten, it has.
+"triton:resident", "triton:grid" and "triton:stepwise" name a schedule as well.
 """
 
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -33,6 +35,9 @@ SCHEDULES = ("resident", "grid", "stepwise")
 ATEN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 LOOP_CELLS = (*ATEN_CELLS, "gru_before")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+# Of the checks of shapes, under torch.jit.trace. torch does the same for its own.
+warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="seqcells")
 
 # A plain list, not a ContextVar: torch.compile guards on its contents and so recompiles when they change.
 _chosen: list[str] = []
@@ -112,6 +117,11 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def traced() -> bool:
+    """Whether what runs is looked at by a compiler, a tracer or a transform, to which values mean nothing."""
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or transforming()
+
+
 def _without_kernels(cell: str, device: torch.device, request: Request, lacking: str) -> tuple[str, str]:
     """What "auto" is where the kernels do not run, and why."""
     loop = "loop" if cell in LOOP_CELLS else "reference"
@@ -140,6 +150,8 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request
     """
     spelled = requested or (_chosen[-1] if _chosen else "auto")
     name, schedule = parse(spelled)
+    if name != "aten" and torch.compiler.is_compiling() and transforming():
+        return Choice("reference", "", "within torch.compile, torch.func has no vmap of a Function")
     if name == "triton":
         if problem := _no_triton(device, dtype):
             raise problem

@@ -106,8 +106,8 @@ def _check(x: Tensor, states: tuple[Tensor | None, ...], weights: aten.Weights, 
             raise RuntimeError(f"Expected lengths size {tuple(x.shape[1:2])}, got {list(lengths.shape)}")
         if lengths.device != x.device:
             raise RuntimeError(f"lengths must be on the input's device {x.device}, got {lengths.device}")
-        # On a device their values are not looked at: that would wait for it.
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling() and not backends.transforming():
+        # On a device their values are not looked at: that would wait for it. What is traced has none.
+        if lengths.device.type == "cpu" and type(lengths) is Tensor and not backends.traced():
             low, high = (int(v) for v in lengths.aminmax()) if lengths.numel() else (0, 0)
             if low < 0 or high > x.shape[0]:
                 raise ValueError(f"lengths must be between 0 and {x.shape[0]}, got {low} to {high}")
@@ -201,7 +201,7 @@ def _run(
                 u = w_hh if w_hh.dim() == 3 else w_hh[None]
                 ops.plan_for(ops.cells.get(cell), B, u, chosen.schedule, precision, backward)
         options = autograd.Options(chosen.backend, cell, how.save, bits, chosen.schedule, precision, how.cells)
-        if how.one_step and chosen == backends.Choice("triton", "", chosen.why) and not backends.transforming():
+        if how.one_step and chosen == backends.Choice("triton", "", chosen.why) and not backends.traced():
             inputs = precisions.of_inputs(x.dtype)
             if ops.one_launch(cell, x[0], w_hh, precision, inputs):  # type: ignore[arg-type]
                 options = replace(options, save="gates", single=inputs)

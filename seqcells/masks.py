@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from .kernels.buffers import HELD, RESET, RESET_REVERSED, held, resets_of
 
@@ -26,7 +25,9 @@ def encode(resets: Tensor | None, lengths: Tensor | None, steps: int, reversed: 
         begins = resets if ended is None else resets & ~ended
         codes.append(begins.to(torch.uint8) * RESET)
         if reversed:
-            codes.append(pad(begins[1:].to(torch.uint8), (0, 0, 0, 1)) * RESET_REVERSED)
+            # Not begins[1:]: a tensor of T-1 steps makes torch.export ask whether T is 2.
+            inner = torch.arange(1, steps + 1, device=begins.device)[:, None] < steps
+            codes.append((begins.roll(-1, 0) & inner).to(torch.uint8) * RESET_REVERSED)
     return codes[0] if len(codes) == 1 else torch.stack(codes).sum(0, dtype=torch.uint8)
 
 

@@ -43,6 +43,7 @@ def _scan_forward(
     declared = cells.get(cell)
     options: Any = {"plan": plan_for(declared, gx.shape[1], u, schedule, precision, False)}
     options |= {"reversed": reversed, "precision": precision}
+    gx = gx.contiguous()  # vmap's rows and groups need not be
     return tuple(scan.forward(declared, gx, u, bias, h0, c0, mask, save=save, **options))  # type: ignore[return-value]
 
 
@@ -71,6 +72,7 @@ def _scan_backward(
     options: Any = {"plan": plan_for(declared, y.shape[1], u, schedule, precision, True)}
     options |= {"reversed": reversed, "precision": precision}
     options |= {} if dcs is None else {"dcs": dcs}
+    y, c, saved = y.contiguous(), c.contiguous(), saved.contiguous()
     return tuple(scan.backward(declared, dy, dhn, dcn, u, y, c, saved, mask, **options))  # type: ignore[return-value]
 
 
@@ -85,6 +87,7 @@ def _recompute(
     """See kernels.scan.recompute."""
     declared = cells.get(cell)
     chosen = plan_for(declared, y.shape[1], u, "", "ieee", False)
+    gx, y, c = gx.contiguous(), y.contiguous(), c.contiguous()
     return scan.recompute(declared, gx, u, bias, y, c, mask, plan=chosen, reversed=reversed)
 
 

@@ -41,8 +41,6 @@ def layout(batch_sizes: Tensor, batch: int, rows: int, device: torch.device) -> 
 class _Move(torch.autograd.Function):
     """Packed rows [N, ...] to padded ones [T, B, ...] (zero where padding), or back; each is the other's gradient."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(x: Tensor, where: Layout, pad: bool) -> Tensor:
         source, padding = where.source, where.padding
@@ -57,18 +55,30 @@ class _Move(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _Move.apply(grad, ctx.where, not ctx.pad), None, None
+        return _move(grad, ctx.where, not ctx.pad), None, None
+
+
+class _TransformedMove(_Move):
+    """_Move with what torch.func and forward mode ask for, which torch.compile refuses to trace."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
-        return _Move.apply(tangent, ctx.where, ctx.pad)
+        return _move(tangent, ctx.where, ctx.pad)
+
+
+def _move(x: Tensor, where: Layout, pad: bool) -> Tensor:
+    if torch.jit.is_tracing():  # a trace can hold operators, but no Function
+        return _Move.forward(x, where, pad)
+    return (_Move if torch.compiler.is_compiling() else _TransformedMove).apply(x, where, pad)
 
 
 def pad(data: Tensor, where: Layout) -> Tensor:
     """[N, ...] to [T, B, ...], zero where padding."""
-    return _Move.apply(data, where, True)
+    return _move(data, where, True)
 
 
 def pack(padded: Tensor, where: Layout) -> Tensor:
     """[T, B, ...] to [N, ...]."""
-    return _Move.apply(padded, where, False)
+    return _move(padded, where, False)

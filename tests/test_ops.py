@@ -10,37 +10,69 @@ from conftest import DEVICE
 from shapes import CELLS, SAVES
 
 import seqcells
-from seqcells import backends, check, functional, ops, precisions
+from seqcells import aten, autograd, backends, check, functional, masks, precisions, reference
 from seqcells.check import Shape
-from seqcells.kernels import cells, scan
+from seqcells.kernels import buffers
 
 
-def op_arguments(cell, save, groups=1):
-    """The arguments of scan_forward, scan_backward and recompute for one small scan; of two groups, one reversed."""
-    declared = cells.get(cell)
+def op_arguments(engine, cell, save, groups=1, lengths=False, leaf=False):
+    """The arguments of an engine's three operators for one small scan; of two groups, one reversed."""
     x, w_ih, w_hh, b_ih, b_hh, *states = check.inputs(cell, Shape(3, 2, 2, 4), torch.float64, DEVICE)
     w_ih, w_hh, b_ih, b_hh, *states = (torch.stack([t] * groups) for t in (w_ih, w_hh, b_ih, b_hh, *states))
     h0, c0 = states if len(states) == 2 else (states[0], None)
-    gx, bias = ops.input_projection(declared, x, w_ih, b_ih, b_hh)
-    resets = torch.zeros(3, 2, dtype=torch.bool, device=DEVICE)
+    gx, bias = autograd.input_projection(reference.get(cell), x, w_ih, b_ih, b_hh)
     reversed = groups - 1
-    forward = (gx, w_hh, bias, h0, c0, resets, cell, save, reversed, "", "ieee")
-    y, c, saved, hn, cn = ops.scan_forward(*forward)
+    resets = torch.tensor([[0, 1], [1, 0], [0, 0]], dtype=torch.bool, device=DEVICE)
+    mask = masks.encode(resets, torch.tensor([3, 2], device=DEVICE) if lengths else None, 3, reversed)
+    forward = (gx, w_hh, bias, h0, c0, mask, cell, save, reversed, "", "ieee")
+    y, c, saved, hn, cn = engine.forward(*forward)
     dcn = cn if c0 is not None else None
-    dy = torch.ones_like(scan.outputs(y, reversed))
-    backward = (dy, hn, dcn, w_hh, y, c, saved, resets, cell, reversed, "", "ieee")
-    return forward, backward, (gx, w_hh, bias, y, c, resets, cell, reversed)
+    dy = torch.ones_like(buffers.outputs(y, reversed))
+    backward = (dy, hn, dcn, None, w_hh, y, c, saved, mask, cell, reversed, "", "ieee")
+    recompute = (gx, w_hh, bias, y, c, mask, cell, reversed)
+    return tuple(
+        tuple(t.requires_grad_() if leaf and isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in a)
+        for a in (forward, backward, recompute)
+    )
 
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("cell", CELLS)
-def test_opcheck(cell, groups):
-    forward, backward, recompute = op_arguments(cell, "gates", groups)
-    torch.library.opcheck(ops.scan_forward, forward)
-    torch.library.opcheck(ops.scan_backward, backward)
-    torch.library.opcheck(ops.recompute, recompute)
-    for save in ("states", "none"):
-        torch.library.opcheck(ops.scan_forward, (*forward[:7], save, *forward[8:]), test_utils="test_faketensor")
+@pytest.mark.parametrize("engine", ["triton", "loop"])
+def test_opcheck(engine, cell, groups):
+    """Schema, fakes and tracing; the other save modes, whose shapes differ, and lengths by their fakes alone."""
+    walker = autograd.ENGINES[engine]
+    for op, arguments in zip(walker[:3], op_arguments(walker, cell, "gates", groups), strict=True):
+        torch.library.opcheck(op, arguments)
+    for save, lengths in (("states", False), ("none", False), ("gates", True)):
+        every = zip(walker[:3], op_arguments(walker, cell, save, groups, lengths), strict=True)
+        for op, arguments in list(every)[: 1 if save != "gates" else 3]:
+            torch.library.opcheck(op, arguments, test_utils="test_faketensor")
+
+
+OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
+
+
+@pytest.mark.parametrize("engine", ["triton", "loop"])
+def test_opcheck_of_inputs_that_require_gradients(engine):
+    """As within a Function, which alone has the operators' gradients: the operators have none."""
+    walker = autograd.ENGINES[engine]
+    for op, arguments in zip(walker[:3], op_arguments(walker, "gru", "gates", 2, leaf=True), strict=True):
+        torch.library.opcheck(op, arguments, test_utils=OPCHECKS)
+
+
+@pytest.mark.skipif(not aten.onednn("lstm", torch.device("cpu"), torch.float32), reason="no oneDNN")
+@pytest.mark.parametrize("reverse", [False, True])
+def test_opcheck_of_onednn(reverse):
+    x, w_ih, w_hh, b_ih, b_hh, h0, c0 = check.inputs("lstm", Shape(3, 2, 2, 4), torch.float32, "cpu")
+    inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+    y, h, _ = aten._forward_op(*inputs, reverse)
+    # oneDNN's own rounding differs from call to call, so only what does not compare values to the last bit.
+    torch.library.opcheck(aten._forward_op, (*inputs, reverse))
+    torch.library.opcheck(aten._backward_op, (torch.ones_like(y), h, None, *inputs, reverse))
+    leaves = tuple(t.requires_grad_() for t in inputs)
+    torch.library.opcheck(aten._forward_op, (*leaves, reverse), test_utils=OPCHECKS)
+    torch.library.opcheck(aten._backward_op, (y, None, None, *leaves, reverse), test_utils=OPCHECKS)
 
 
 @pytest.mark.parametrize("save", SAVES)
@@ -58,19 +90,21 @@ def test_compile_without_a_break(cell, save):
     torch.testing.assert_close(torch.autograd.grad(compiled(*tensors), tensors), expected)
 
 
-def test_auto_chooses_by_device_and_cell():
-    def chosen(cell, device, **options):
-        return backends.choose(
-            cell, torch.device(device), torch.float32, **{"resets": False, "requested": None} | options
-        )
+def test_auto_chooses_by_device_cell_and_what_is_asked_for():
+    def chosen(cell, device, requested=None, **asked):
+        request = backends.Request(**asked)
+        return backends.choose(cell, torch.device(device), torch.float32, request, requested)
 
-    assert chosen("lstm", "cuda").backend == "triton"
-    assert chosen("lstm", "cpu").backend == "aten"
-    assert chosen("gru_before", "cpu").backend == "reference"
-    assert chosen("lstm", "cpu", resets=True).backend == "reference"
+    if torch.cuda.is_available():
+        assert chosen("lstm", "cuda").backend == "triton"
+    assert chosen("lstm", "cpu", onednn=True, grad=True).backend == "aten"
+    assert chosen("gru", "cpu").backend == "aten"
+    assert chosen("gru", "cpu", grad=True).backend == "loop"
+    assert chosen("gru_before", "cpu").backend == "loop"
+    assert chosen("lstm", "cpu", resets=True).backend == "loop"
     assert "no resets" in chosen("lstm", "cpu", resets=True).why
     with seqcells.backend("reference"):
-        assert chosen("lstm", "cuda").backend == "reference"
+        assert chosen("lstm", "cpu").backend == "reference"
         assert chosen("lstm", "cpu", requested="aten").backend == "aten"
         with seqcells.backend("auto"):
             assert chosen("lstm", "cpu").backend == "aten"
