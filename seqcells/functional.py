@@ -115,7 +115,9 @@ def _check(x: Tensor, states: tuple[Tensor | None, ...], weights: aten.Weights, 
 
 def autocasting(device: torch.device) -> bool:
     """Whether torch.autocast is on for tensors of that device."""
-    return torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    # Of most devices it need not be asked, which torch.compile of torch 2.11 cannot trace.
+    available = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
+    return available and torch.is_autocast_enabled(device.type)
 
 
 def _cast(
