@@ -1,5 +1,8 @@
 """What the parity tests run over."""
 
+from itertools import product
+
+import pytest
 import torch
 from conftest import DEVICE
 
@@ -22,6 +25,18 @@ SHAPES = [
     Shape(1, 3, 2, 64),
     Shape(2, 1, 2, 150),
 ]
+
+
+def spread(*axes, most):
+    """The product of the axes, the last of which takes turns: of its values each combination of the others is tried
+    with `most` by default, and with the rest by `make test-slow`. Neighbours take different ones."""
+    *others, last = axes
+    cases = []
+    for n, chosen in enumerate(product(*others)):
+        for k, value in enumerate(last):
+            marks = () if (k - n - n // len(others[-1])) % len(last) < most else pytest.mark.slow
+            cases.append(pytest.param(*chosen, value, marks=marks))
+    return cases
 
 
 def fits(cell: str, schedule: str, shape: Shape, dtype: torch.dtype) -> bool:

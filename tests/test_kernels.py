@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 from conftest import DEVICE
-from shapes import CELLS, SCHEDULES
+from shapes import CELLS, SCHEDULES, spread
 
 from seqcells import check, functional
 from seqcells.check import Shape
@@ -57,12 +57,18 @@ def scan_arguments(cell, shape, dtype=torch.float32, groups=1):
 
 
 @pytest.mark.parametrize(
-    ("shape", "reversed"), [(Shape(3, 1, 2, 1), 0), (Shape(2, 17, 2, 33), 0), (Shape(3, 9, 1, 16), 2)], ids=str
+    ("cell", "schedule", "save", "shape_and_reversed"),
+    spread(
+        CELLS,
+        SCHEDULES,
+        ["gates", "states", "none"],
+        [(Shape(3, 1, 2, 1), 0), (Shape(2, 17, 2, 33), 0), (Shape(3, 9, 1, 16), 2)],
+        most=1,
+    ),
+    ids=str,
 )
-@pytest.mark.parametrize("save", ["gates", "states", "none"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("cell", CELLS)
-def test_nothing_outside_the_buffers_is_read_or_written(cell, schedule, save, shape, reversed, poison):
+def test_nothing_outside_the_buffers_is_read_or_written(cell, schedule, save, shape_and_reversed, poison):
+    shape, reversed = shape_and_reversed
     declared, (gx, *rest) = scan_arguments(cell, shape, groups=2 if reversed else 1)
     size = {"B": shape.B, "H": shape.H, "itemsize": 4, "device": scan.device_facts(gx.device)}
     there, back = (plan(declared, **size, schedule=schedule, backward=b) for b in (False, True))

@@ -5,7 +5,7 @@ import torch
 from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from shapes import CELLS, HALVES, SAVES, SCHEDULES, SHAPES, fits
+from shapes import CELLS, HALVES, SAVES, SCHEDULES, SHAPES, fits, spread
 
 from seqcells import check, functional, precisions, reference
 from seqcells.check import Shape, errors, tolerance
@@ -24,23 +24,26 @@ def assert_parity(cell, schedule, save, dtype, shape, resets=False, scale=1.0):
     assert not wrong, f"{wrong} > {allowed}; all: {found}"
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("save", SAVES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(
+    ("cell", "schedule", "shape", "save"), spread(CELLS, SCHEDULES, SHAPES, SAVES, most=1), ids=str
+)
 def test_float64(cell, schedule, save, shape, poison):
     assert_parity(cell, schedule, save, torch.float64, shape)
 
 
 @pytest.mark.parametrize(
-    ("shape", "save"),
-    [(SHAPES[1], "gates"), (SHAPES[2], "states"), (SHAPES[4], "gates"), (SHAPES[6], "states")],
+    ("cell", "schedule", "dtype", "shape_and_save"),
+    spread(
+        CELLS,
+        SCHEDULES,
+        [torch.float32, *HALVES],
+        [(SHAPES[1], "gates"), (SHAPES[2], "states"), (SHAPES[4], "gates"), (SHAPES[6], "states")],
+        most=1,
+    ),
     ids=str,
 )
-@pytest.mark.parametrize("dtype", [torch.float32, *HALVES], ids=str)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("cell", CELLS)
-def test_other_dtypes(cell, schedule, save, dtype, shape, poison):
+def test_other_dtypes(cell, schedule, dtype, shape_and_save, poison):
+    shape, save = shape_and_save
     assert_parity(cell, schedule, save, dtype, shape)
 
 

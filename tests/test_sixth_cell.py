@@ -6,7 +6,7 @@ import coupled_lstm
 import pytest
 import torch
 from conftest import DEVICE
-from shapes import HALVES, SAVES, SCHEDULES
+from shapes import HALVES, SAVES, SCHEDULES, spread
 
 from seqcells import functional
 from seqcells.check import Shape, errors, inputs, tolerance
@@ -22,10 +22,11 @@ def test_it_is_under_a_hundred_lines():
     assert len(Path(coupled_lstm.__file__).read_text().splitlines()) < 100
 
 
-@pytest.mark.parametrize("resets", [False, True])
-@pytest.mark.parametrize("save", SAVES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *HALVES], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "schedule", "save", "resets"),
+    spread([torch.float64, torch.float32, *HALVES], SCHEDULES, SAVES, [False, True], most=1),
+    ids=str,
+)
 def test_parity(dtype, schedule, save, resets, poison):
     shape = Shape(4, 9, 2, 20)
     found = errors("coupled_lstm", shape, dtype, DEVICE, backend=f"triton:{schedule}", save=save, resets=resets)
