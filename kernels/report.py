@@ -246,7 +246,7 @@ BATCHES = (1, 8, 16, 64, 256)
 
 
 def whole(targets: list[str], names: list[str]) -> Iterator[Case]:
-    """Every shape of HIDDEN and BATCHES, and those of `quick`."""
+    """Every shape of HIDDEN and BATCHES, those of `quick`, and all `precise` ones."""
     for target in targets:
         for name in names:
             for dtype in ("bf16", "fp16", "fp32"):
@@ -258,10 +258,11 @@ def whole(targets: list[str], names: list[str]) -> Iterator[Case]:
                 for hidden in (32, 64, 128):
                     yield Case(name, "infer", dtype, 8, hidden, target)
     yield from quick(targets, names)
+    yield from (case for target in targets for name in names for case in precise(target, name))
 
 
 def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
-    """The shapes at which the plan changes its mind, every schedule, dtype and precision, masks and groups."""
+    """The shapes at which the plan changes its mind, every schedule, masks, groups; on sm_90 the `precise` ones too."""
     names = [name for name in names if name != "rnn_relu"]  # rnn_tanh but for one function
     shapes = [(20, 8), (32, 8), (64, 8), (128, 8), (256, 16), (300, 64), (1024, 16), (64, 16384), (1024, 1024)]
     for target in targets:
@@ -280,15 +281,6 @@ def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
                 yield replace(case, groups=2)
                 yield replace(case, groups=2, mask="lengths")
                 yield replace(case, hidden=512, batch=16, groups=2)
-                for hidden, batch in ((20, 8), (64, 8), (64, 16384), (512, 512)):
-                    yield replace(case, dtype="fp32", hidden=hidden, batch=batch, precision="ieee")
-                for hidden, batch in ((10, 16384), (20, 8), (64, 8), (256, 8), (1024, 1024)):
-                    yield replace(case, dtype="fp32", hidden=hidden, batch=batch, precision="tf32x3")
-                for hidden, batch in ((20, 8), (20, 16384), (256, 64)):
-                    yield replace(case, dtype="fp64", hidden=hidden, batch=batch, precision="ieee")
-            # The most registers: masks, and a tile that H does not fill.
-            for mask in MASKS:
-                yield Case(name, "backward", "fp32", 8, 20, target, mask=mask, precision="tf32x3")
             if cells.get(name).states == 2:
                 yield Case(name, "backward", "bf16", 8, 128, target, mask="lengths", dcs=True)
                 yield Case(name, "backward", "bf16", 16, 512, target, dcs=True)
@@ -296,16 +288,34 @@ def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
                 yield Case(name, "infer", "bf16", 8, hidden, target)
             yield Case(name, "recompute", "bf16", 8, 64, target)
             if not plan_single.unfit(cells.get(name), 1, 1):
-                yield from steps(target, name)
+                for hidden, batch in ((64, 1), (1024, 16)):
+                    for dtype in ("bf16", "fp32"):
+                        yield Case(name, "step train", dtype, batch, hidden, target)
+                yield Case(name, "step", "bf16", 1, 1024, target)
+            if target == "sm_90":
+                yield from precise(target, name)
 
 
-def steps(target: str, name: str) -> Iterator[Case]:
-    """A cell's single step. Its large batches are for the GEMM; they are here for those who force it."""
+def precise(target: str, name: str) -> Iterator[Case]:
+    """Every precision and dtype; and a cell's single step. Its large batches are for the GEMM; they are here for those
+    who force it."""
+    for direction in ("train", "backward"):
+        case = Case(name, direction, "bf16", 8, 64, target)
+        for hidden, batch in ((20, 8), (64, 8), (64, 16384), (512, 512)):
+            yield replace(case, dtype="fp32", hidden=hidden, batch=batch, precision="ieee")
+        for hidden, batch in ((10, 16384), (20, 8), (64, 8), (256, 8), (1024, 1024)):
+            yield replace(case, dtype="fp32", hidden=hidden, batch=batch, precision="tf32x3")
+        for hidden, batch in ((20, 8), (20, 16384), (256, 64)):
+            yield replace(case, dtype="fp64", hidden=hidden, batch=batch, precision="ieee")
+    # The most registers: masks, and a tile that H does not fill.
+    for mask in MASKS:
+        yield Case(name, "backward", "fp32", 8, 20, target, mask=mask, precision="tf32x3")
+    if plan_single.unfit(cells.get(name), 1, 1):
+        return
     for hidden in (20, 64, 256, 1024):
         for batch in (1, 16, 64, 256):
             for dtype in ("bf16", "fp32"):
                 yield Case(name, "step train", dtype, batch, hidden, target)
-    yield Case(name, "step", "bf16", 1, 1024, target)
     for dtype in ("bf16", "fp32"):
         yield Case(name, "step train", dtype, 64, 1001, target)
     for hidden, batch in ((20, 1), (1024, 1), (1024, 256)):

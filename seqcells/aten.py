@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .autograd import Options, _reference, _vjp
+from .autograd import Options, reference_of, vjp
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _LAYERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
@@ -75,7 +75,8 @@ def _directions(x: Tensor, states: Sequence[Tensor], groups: Sequence[Weights]) 
         outputs.append(y)
         finals.append((h, c))
     if len(groups) == 1:
-        return outputs[0], finals[0]
+        # Backward keeps its own: a caller may change these in place.
+        return outputs[0], tuple(s.clone() for s in finals[0])
     return torch.cat(outputs, 2), tuple(torch.cat(s) for s in zip(*finals, strict=True))
 
 
@@ -165,8 +166,8 @@ class _OneDNN(torch.autograd.Function):
             return None, *_backward_op(*grads, *inputs, ctx.reverse)
         if torch.is_grad_enabled():  # create_graph=True
             # Aliases, so that an input computed from another does not hand it its own share a second time.
-            run = _reference(Options("", "lstm", reversed=int(ctx.reverse)), [True] * 7, None, None)
-            out, back = _vjp(run, *(t.view_as(t) for t in inputs))
+            run = reference_of(Options("", "lstm", reversed=int(ctx.reverse)), [True] * 7, None, None)
+            out, back = vjp(run, *(t.view_as(t) for t in inputs))
             given = (torch.zeros_like(o) if g is None else g.view_as(o) for o, g in zip(out, grads, strict=True))
             return None, *back(tuple(given))
         *out, workspace = rest

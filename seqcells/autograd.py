@@ -142,7 +142,7 @@ def _gradients(
         saved = walker.recompute(gx, w_hh, bias, y, c, mask, name, reversed)
     dy, dhn, *others = grads
     dcn, dcs = (*others, None, None)[:2] if cell.states == 2 else (None, None)
-    dy, dcs = (None if d is None else d.unflatten(2, (K, H)) for d in (dy, dcs))
+    dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, H) for d in (dy, dcs))
     if options.single:  # whose states have no axis of groups
         dhn, dcn = (None if d is None else d[None] for d in (dhn, dcn))
     how = (name, reversed, options.schedule, options.precision)
@@ -150,8 +150,9 @@ def _gradients(
     dgx, dhu, m, dh0, dc0 = out
     dx = dw_ih = dw_hh = db_ih = db_hh = None
     if x.dim() == 3:
-        flat = dgx.flatten(2).flatten(0, 1)
-        dx = dgx.flatten(2) @ w_ih.flatten(0, 1) if need[0] else None
+        wide = dgx.reshape(*dgx.shape[:2], K * dgx.shape[3])
+        flat = wide.reshape(-1, wide.shape[2])
+        dx = wide @ w_ih.flatten(0, 1) if need[0] else None
         dw_ih = flat.t() @ x.flatten(0, 1) if need[3] else None
     else:
         dx = torch.einsum("tbkg,kgi->tbki", dgx, w_ih) if need[0] else None
@@ -162,7 +163,7 @@ def _gradients(
     if need[5] or need[6]:
         db_ih = dgx.sum((0, 1))
     if need[6] and db_ih is not None:
-        plain = db_ih[:, : (cell.gates - cell.inner) * H]
+        plain = db_ih.narrow(1, 0, (cell.gates - cell.inner) * H)
         db_hh = torch.cat([plain, dhu.sum((0, 1))], 1) if cell.inner else db_ih.clone()
     found = [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh]
     # In the shapes the inputs had; the optional ones answer with None where they were None.
@@ -178,16 +179,16 @@ def _recurrent_weight_gradient(
     """[G*H, H] of group k, by one GEMM a kind of gate: with h U^T added, with it used inside, of the second product."""
     H = y.shape[3]
     h = previous_outputs(y, mask, reversed, k).flatten(0, 1)
-    d = dgx[:, :, k].flatten(0, 1)
-    parts = [d[:, : (cell.split - cell.inner) * H].t() @ h]
+    d = dgx[:, :, k].reshape(-1, dgx.shape[3])
+    parts = [d.narrow(1, 0, (cell.split - cell.inner) * H).t() @ h]
     if cell.inner:
-        parts.append(dhu[:, :, k].flatten(0, 1).t() @ h)
+        parts.append(dhu[:, :, k].reshape(-1, dhu.shape[3]).t() @ h)
     if cell.split < cell.gates:
-        parts.append(d[:, cell.split * H :].t() @ m[:, :, k].flatten(0, 1))
+        parts.append(d.narrow(1, cell.split * H, (cell.gates - cell.split) * H).t() @ m[:, :, k].reshape(-1, H))
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _reference(
+def reference_of(
     options: Options, present: list[bool], resets: Tensor | None, lengths: Tensor | None
 ) -> Callable[..., tuple[Tensor, ...]]:
     """The scan as a function of its present tensors among x, h0, c0, w_ih, w_hh, b_ih, b_hh, differentiable any number
@@ -209,7 +210,7 @@ def _reference(
     return run
 
 
-def _vjp(run: Callable[..., Any], *primals: Any) -> tuple[Any, Any]:
+def vjp(run: Callable[..., Any], *primals: Any) -> tuple[Any, Any]:
     """run's outputs, and their gradients' way back."""
     out, back = torch.func.vjp(run, *primals)  # type: ignore[misc]
     return out, back
@@ -219,7 +220,7 @@ def _gradients_of(run: Callable[..., Any], wanted: list[bool], given: list[bool]
     """The wanted gradients of run's inputs, as a function of its inputs and of the given gradients of its outputs."""
 
     def first(*tensors: Tensor) -> tuple[Tensor, ...]:
-        out, back = _vjp(run, *tensors[: len(wanted)])
+        out, back = vjp(run, *tensors[: len(wanted)])
         grads = iter(tensors[len(wanted) :])
         found = back(tuple(next(grads) if g else torch.zeros_like(o) for o, g in zip(out, given, strict=True)))
         return tuple(f for f, w in zip(found, wanted, strict=True) if w)
@@ -230,8 +231,8 @@ def _gradients_of(run: Callable[..., Any], wanted: list[bool], given: list[bool]
 def _forward_mode(run: Callable[..., Any], primals: list[Tensor], tangents: list[Tensor | None]) -> tuple[Tensor, ...]:
     """The derivative of run along tangents (None: zero), by backward mode twice: a gradient is linear in the gradients
     it is given, and its own gradient in those is the derivative forward."""
-    out, back = _vjp(run, *primals)
-    _, forth = _vjp(back, tuple(torch.zeros_like(o) for o in out))
+    out, back = vjp(run, *primals)
+    _, forth = vjp(back, tuple(torch.zeros_like(o) for o in out))
     return forth(tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)))[0]
 
 
@@ -260,7 +261,7 @@ class _Gradients(torch.autograd.Function):
         mask, *rest = ctx.saved_tensors
         present = [t is not None for t in rest[:7]]
         wanted = [n for n, p in zip(ctx.options.need, present, strict=True) if p]
-        run = _reference(ctx.options, present, *masks.decode(mask))
+        run = reference_of(ctx.options, present, *masks.decode(mask))
         primals = [t for t in rest if t is not None]
         given = [n and p for n, p in zip(ctx.options.need, present, strict=True)]
         return _gradients_of(run, wanted, [g is not None for g in rest[7:]]), primals, given
@@ -268,7 +269,7 @@ class _Gradients(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
         first, primals, given = _Gradients._function(ctx)
-        values, back = _vjp(first, *primals)
+        values, back = vjp(first, *primals)
         weights = [o for o, g in zip(outer, given, strict=True) if g]
         found = iter(back(tuple(torch.zeros_like(v) if w is None else w for v, w in zip(values, weights, strict=True))))
         return *(None,) * 5, *(next(found) if t is not None else None for t in ctx.saved_tensors[1:])
@@ -288,7 +289,9 @@ class _Scan(torch.autograd.Function):
     def forward(options: Options, mask: Any, *inputs: Any) -> Any:
         out = _run(options, options.save, inputs, mask)
         shown = _visible(options, out, inputs, mask)
-        if forward_ad._current_level >= 0:  # forward mode gives views of other outputs no tangents of their own
+        # Views of other outputs have no tangents in forward mode, and may not be changed in place, as torch's own
+        # outputs on the CPU may. The kernels' stay views, for speed: cuDNN's may not be changed either.
+        if forward_ad._current_level >= 0 or options.engine == "loop":
             shown = tuple(s.clone() for s in shown)
         return *shown, *out[:3]
 
@@ -307,7 +310,8 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         mask, *inputs, y, c, saved = ctx.saved_tensors
         options = replace(ctx.options, need=ctx.needs_input_grad[2:])
-        kept = (y, c, None if options.save == "states" and saved.numel() == 0 else saved)
+        again = options.save == "states" and reference.get(options.cell).saves
+        kept = (y, c, None if again else saved)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             return None, None, *_Gradients.apply(options, mask, *kept, *inputs, *grads[:-3])
         return None, None, *_gradients(options, tuple(inputs), mask, kept, grads[:-3])
@@ -322,7 +326,7 @@ class _TransformedScan(_Scan):
     def jvp(ctx: Any, _options: Any, _mask: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
         mask, *inputs = ctx.saved_tensors[:8]
         present = [t is not None for t in inputs]
-        run = _reference(ctx.options, present, *masks.decode(mask))
+        run = reference_of(ctx.options, present, *masks.decode(mask))
         pairs = [(t, d) for t, d in zip(inputs, tangents, strict=True) if t is not None]
         found = _forward_mode(run, [t for t, _ in pairs], [d for _, d in pairs])
         return *found, None, None, None

@@ -127,7 +127,7 @@ def _without_kernels(cell: str, device: torch.device, request: Request, lacking:
     loop = "loop" if cell in LOOP_CELLS else "reference"
     if lacking:
         return loop, lacking
-    if loop == "reference" or request.one_step or torch.jit.is_tracing():
+    if loop == "reference" or (request.one_step and not transforming()) or torch.jit.is_tracing():
         return "aten", f"torch's own fused {cell} runs there"
     if transforming():
         return loop, "torch.func and forward mode want operators that can be transformed"

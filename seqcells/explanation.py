@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from . import aten, backends, precisions, reference
-from .functional import ops
+from .kernels.plan import KNOWN
 
 
 @dataclass(frozen=True)
@@ -22,11 +22,6 @@ class Explanation:
 
     def __str__(self) -> str:
         return f"{self.backend}: {self.why}"
-
-
-def _known_devices() -> tuple[str, ...]:
-    """The devices that `explain` knows without having one."""
-    return () if ops is None else tuple(ops.KNOWN)
 
 
 def explain(
@@ -51,7 +46,7 @@ def explain(
     for name, size in (("batch", batch), ("hidden_size", hidden_size), ("groups", groups)):
         if size < 1:
             raise ValueError(f"{name} must be greater than zero, got {size}")
-    elsewhere = isinstance(device, str) and (device in _known_devices() or device.startswith("sm_"))
+    elsewhere = isinstance(device, str) and (device in KNOWN or device.startswith("sm_"))
     place = torch.device("cuda" if elsewhere else device)
     if place.type == "cuda" and place.index is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
@@ -61,9 +56,9 @@ def explain(
         return Explanation(chosen.backend, None, chosen.why)
     from .kernels import cells, plan, scan
 
-    if elsewhere and device not in plan.KNOWN:
-        raise ValueError(f"unknown device {device!r}: expected a torch device or one of {', '.join(plan.KNOWN)}")
-    facts = plan.KNOWN[str(device)] if elsewhere else scan.device_facts(place)
+    if elsewhere and device not in KNOWN:
+        raise ValueError(f"unknown device {device!r}: expected a torch device or one of {', '.join(KNOWN)}")
+    facts = KNOWN[str(device)] if elsewhere else scan.device_facts(place)
     options: Any = {"B": batch, "H": hidden_size, "groups": groups, "itemsize": dtype.itemsize, "device": facts}
     options |= {"schedule": chosen.schedule or None, "precision": precisions.of_products(precision, dtype)}
     there, back = (plan.plan(cells.get(cell), backward=b, **options) for b in (False, True))

@@ -1,4 +1,4 @@
-"""lstm(), gru(), rnn(), scan(): check the arguments, choose a backend, run. One layer, one direction.
+"""lstm(), gru(), rnn(), scan(), scan_groups(): check the arguments, choose a backend, run. One layer.
 
 Shapes: x [T, B, I]; states [B, H]; w_ih [G*H, I]; w_hh [G*H, H]; b_ih, b_hh [G*H] or None; resets bool [T, B];
 lengths int [B].
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import aten, autograd, backends, loop, masks, precisions, projection, reference  # noqa: F401  (loop: its engine)
+from . import aten, autograd, backends, batching, loop, masks, precisions, projection, reference  # noqa: F401  (loop: its engine)
 
 try:
     from . import ops
@@ -106,11 +106,15 @@ def _check(x: Tensor, states: tuple[Tensor | None, ...], weights: aten.Weights, 
             raise RuntimeError(f"Expected lengths size {tuple(x.shape[1:2])}, got {list(lengths.shape)}")
         if lengths.device != x.device:
             raise RuntimeError(f"lengths must be on the input's device {x.device}, got {lengths.device}")
-        # On a device their values are not looked at: that would wait for it. What is traced has none.
-        if lengths.device.type == "cpu" and type(lengths) is Tensor and not backends.traced():
-            low, high = (int(v) for v in lengths.aminmax()) if lengths.numel() else (0, 0)
-            if low < 0 or high > x.shape[0]:
-                raise ValueError(f"lengths must be between 0 and {x.shape[0]}, got {low} to {high}")
+        check_lengths(lengths, x.shape[0])
+
+
+def check_lengths(lengths: Tensor, steps: int) -> None:
+    """ValueError for lengths beyond 0..steps, if the host has them: to look at a device's would be to wait for it."""
+    if lengths.device.type == "cpu" and type(lengths) is Tensor and not backends.traced():
+        low, high = (int(v) for v in lengths.aminmax()) if lengths.numel() else (0, 0)
+        if low < 0 or high > steps:
+            raise ValueError(f"lengths must be between 0 and {steps}, got {low} to {high}")
 
 
 def autocasting(device: torch.device) -> bool:
@@ -203,12 +207,13 @@ def _run(
                 u = w_hh if w_hh.dim() == 3 else w_hh[None]
                 ops.plan_for(ops.cells.get(cell), B, u, chosen.schedule, precision, backward)
         options = autograd.Options(chosen.backend, cell, how.save, bits, chosen.schedule, precision, how.cells)
-        if how.one_step and chosen == backends.Choice("triton", "", chosen.why) and not backends.traced():
+        if how.one_step and chosen.backend == "triton" and not chosen.schedule and not backends.traced():
             inputs = precisions.of_inputs(x.dtype)
             if ops.one_launch(cell, x[0], w_hh, precision, inputs):  # type: ignore[arg-type]
                 options = replace(options, save="gates", single=inputs)
         if how.lengths is not None and not how.padded:  # padding takes no part, whatever it is: NaN, too
-            x = x.masked_fill(_beyond(how.lengths, x), 0)
+            past = masks.ended(how.lengths, x.shape[0])
+            x = x.masked_fill(past.reshape(*past.shape, *(1,) * (x.dim() - 2)), 0)
         mask = masks.encode(how.resets, how.lengths, x.shape[0], bits)
         return autograd.apply(options, x, given, w_ih, w_hh, b_ih, b_hh, mask)  # type: ignore[arg-type]
     full = _starts(x, given, groups, H)
@@ -240,7 +245,7 @@ def _projected(
     h0, c0 = given
     plain = projection.unprojected(groups)
     if h0 is not None:
-        h0 = h0.reshape(len(groups), x.shape[1], -1)
+        h0 = h0.reshape(len(groups), x.shape[1], h0.shape[-1])
         x, plain = projection.with_start(x, h0, groups, plain, how.reverse, how.resets, how.lengths)
     y, (m, c), every = _run(cell, x, (None, c0), plain, how, None)
     hn = projection.project_final(m, groups, h0, how.lengths)
@@ -268,12 +273,6 @@ def aten_packed(
 def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
     present = [t for t in tensors if t is not None]
     return torch.stack(present) if present else None
-
-
-def _beyond(lengths: Tensor, x: Tensor) -> Tensor:
-    """Where x [T, B, ...] is padding, to fill x with."""
-    ended = torch.arange(x.shape[0], device=x.device)[:, None] >= lengths
-    return ended.reshape(*ended.shape, *(1,) * (x.dim() - 2))
 
 
 def _aten(
@@ -314,7 +313,12 @@ def scan(
     w_hh: Tensor,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
-    **options: Any,
+    *,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    save: str = "gates",
+    backend: str | None = None,
+    precision: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A registered cell over all steps of x: (y, final states [B, H]). Shapes: see the module.
 
@@ -334,7 +338,8 @@ def scan(
 
     Raises RuntimeError, ValueError or TypeError as torch.nn does for shapes, dtypes and devices that do not fit.
     """
-    y, final, _ = run(cell, x, states, [(w_ih, w_hh, b_ih, b_hh)], How(**options))
+    how = How(resets, lengths, save=save, backend=backend, precision=precision)
+    y, final, _ = run(cell, x, states, [(w_ih, w_hh, b_ih, b_hh)], how)
     return y, tuple(s[0] for s in final)
 
 
@@ -348,7 +353,11 @@ def scan_groups(
     b_hh: Tensor | None = None,
     *,
     reverse: Sequence[bool] = (),
-    **options: Any,
+    resets: Tensor | None = None,
+    lengths: Tensor | None = None,
+    save: str = "gates",
+    backend: str | None = None,
+    precision: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """K independent scans of one cell, on the triton backend in one launch: y [T, B, K*H], final states [K, B, H].
 
@@ -371,7 +380,10 @@ def scan_groups(
     if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[2] != K):
         raise RuntimeError(f"input must have shape (T, B, I) or (T, B, {K}, I), got {tuple(x.shape)}")
     groups = [tuple(None if t is None else t[k] for t in weights) for k in range(K)]
-    y, final, _ = run(cell, x, states, groups, How(reverse=flags, **options), stacked=weights)
+    if any(flags) and K > batching.MOST:
+        raise ValueError(f"at most {batching.MOST} groups where some are reversed, got {K}")
+    how = How(resets, lengths, flags, save, backend, precision)
+    y, final, _ = run(cell, x, states, groups, how, stacked=weights)
     return y, final
 
 

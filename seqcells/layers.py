@@ -167,7 +167,8 @@ class _Layer(nn.Module):
             x = input.transpose(0, 1)
             resets = None if resets is None else resets.t()
         if lengths is not None:
-            lengths = torch.as_tensor(lengths, device="cpu" if x.device.type == "meta" else None)
+            lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
+            functional.check_lengths(lengths, x.shape[0])
             lengths = lengths.to(x.device, non_blocking=True)
         self._check(x, states, x.shape[1])
         self._check_count(hx)
@@ -198,8 +199,8 @@ class _Layer(nn.Module):
             batch = int(batch_sizes[0])
         self._check(data[:, None], states, batch)
         self._check_count(hx)
-        # resets and batch_sizes as stand-ins: which backend does not depend on their values.
-        asked = How(resets=resets, lengths=batch_sizes, cells=cells, backend=self.backend)  # type: ignore[arg-type]
+        # Packed, it is no matter of lengths to torch's own. resets as a stand-in: their values do not matter.
+        asked = How(resets=resets, cells=cells, backend=self.backend)  # type: ignore[arg-type]
         chosen = functional.choose(self.cell, data, (*self._flat_weights, *(states or ())), asked)
         if chosen.backend == "aten":
             y, final = self._layers_packed(data, batch_sizes, batch, states)
@@ -357,8 +358,9 @@ class LSTM(_Layer):
     resets: bool [T, B] ([B, T] with batch_first, [T] unbatched): where set, an episode begins at that step: no state
     crosses from the step before it, in any layer or direction, hx included. Of a packed input: padded, in the order of
     the sequences, or packed like it.
-    lengths: int [B], or a list: the steps of each sequence of a padded batch. As if it were packed: outputs beyond are
-    zero, h_n is that of the last step, padding may hold anything.
+    lengths: int [B] on any device, or a list: the steps of each sequence of a padded batch. As if it were packed:
+    outputs beyond are zero, h_n is that of the last step, padding may hold anything. (A CUDA graph wants them on the
+    device before.)
     Returns output [T, B, D*P], (h_n, c_n), and with return_cell_states a third: the last layer's cell states after
     every step [T, B, D*H].
     """
@@ -378,19 +380,8 @@ class LSTM(_Layer):
         return (y, (h, c), every) if return_cell_states else (y, (h, c))
 
 
-class GRU(_Layer):
-    """torch.nn.GRU with resets=, lengths=, backend=, save= and precision= (see LSTM), and reset_after=.
-
-    reset_after: True is torch's and cuDNN's form; False applies the reset to h before the product (Cho et al. 2014,
-    arXiv:1406.1078 v3). hx [L*D, B, H] ([L*D, H] unbatched). Returns output, h_n.
-    """
-
-    def __init__(self, *args: Any, reset_after: bool = True, **options: Any) -> None:
-        if "proj_size" in options or (len(args) > 7 and args[7]):
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        self.cell = "gru" if reset_after else "gru_before"
-        super().__init__(*args, **options)
-        self.reset_after = reset_after
+class _OneState(_Layer):
+    """A layer whose only state is its output."""
 
     def forward(
         self,
@@ -404,7 +395,22 @@ class GRU(_Layer):
         return y, h
 
 
-class RNN(_Layer):
+class GRU(_OneState):
+    """torch.nn.GRU with resets=, lengths=, backend=, save= and precision= (see LSTM), and reset_after=.
+
+    reset_after: True is torch's and cuDNN's form; False applies the reset to h before the product (Cho et al. 2014,
+    arXiv:1406.1078 v3). hx [L*D, B, H] ([L*D, H] unbatched). Returns output, h_n.
+    """
+
+    def __init__(self, *args: Any, reset_after: bool = True, **options: Any) -> None:
+        if "proj_size" in options or (len(args) > 7 and args[7]):
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        self.cell = "gru" if reset_after else "gru_before"
+        super().__init__(*args, **options)
+        self.reset_after = reset_after
+
+
+class RNN(_OneState):
     """torch.nn.RNN with resets=, lengths=, backend=, save= and precision= (see LSTM).
 
     nonlinearity: "tanh" or "relu"; the fourth argument, as in torch. hx [L*D, B, H] ([L*D, H] unbatched).
@@ -425,14 +431,3 @@ class RNN(_Layer):
         self.cell = functional.rnn_cell_name(nonlinearity)
         super().__init__(input_size, hidden_size, num_layers, *args, **options)
         self.nonlinearity = nonlinearity
-
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | None = None,
-        *,
-        resets: Tensor | PackedSequence | None = None,
-        lengths: Tensor | Sequence[int] | None = None,
-    ) -> Any:
-        y, (h,), _ = self._run(input, hx, resets, lengths)
-        return y, h

@@ -270,7 +270,7 @@ def _backward(
         each = [previous_outputs(y, mask, reversed, k), outputs(y, reversed)[:, :, k], None, None]
         if part.states == 2:
             each[2:] = previous_outputs(c, mask, reversed, k), outputs(c, reversed)[:, :, k]
-        each += [saved[:, :, k] if saved.numel() else None, ended, out.m[:, :, k] if part.second else None]
+        each += [saved[:, :, k] if part.saved else None, ended, out.m[:, :, k] if part.second else None]
         dys, dc_rows = (_rows(d, k, ended) for d in (dy, dcs))
         dgx, dhu = out.dgx[:, :, k].unbind(0), out.dhu[:, :, k].unbind(0) if part.inner else None
         dh = y.new_zeros(B, H) if dhn is None else dhn[k]

@@ -8,6 +8,11 @@ from torch import Tensor
 from .kernels.buffers import HELD, RESET, RESET_REVERSED, held, resets_of
 
 
+def ended(lengths: Tensor, steps: int) -> Tensor:
+    """Where rows of these lengths are past their end: [T, B] bool."""
+    return torch.arange(steps, device=lengths.device)[:, None] >= lengths
+
+
 def encode(resets: Tensor | None, lengths: Tensor | None, steps: int, reversed: int) -> Tensor | None:
     """resets [T, B] bool and lengths [B] as a mask; None if there is nothing to mask.
 
@@ -17,12 +22,11 @@ def encode(resets: Tensor | None, lengths: Tensor | None, steps: int, reversed: 
     if lengths is None and (resets is None or not reversed):
         return resets
     codes = []
-    ended = None
-    if lengths is not None:
-        ended = torch.arange(steps, device=lengths.device)[:, None] >= lengths
-        codes.append(ended.to(torch.uint8) * HELD)
+    past = None if lengths is None else ended(lengths, steps)
+    if past is not None:
+        codes.append(past.to(torch.uint8) * HELD)
     if resets is not None:
-        begins = resets if ended is None else resets & ~ended
+        begins = resets if past is None else resets & ~past
         codes.append(begins.to(torch.uint8) * RESET)
         if reversed:
             # Not begins[1:]: a tensor of T-1 steps makes torch.export ask whether T is 2.
@@ -35,5 +39,5 @@ def decode(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """resets and lengths of a mask, for the reference."""
     if mask is None:
         return None, None
-    ended = held(mask)
-    return resets_of(mask, False), None if ended is None else (~ended).sum(0)
+    past = held(mask)
+    return resets_of(mask, False), None if past is None else (~past).sum(0)

@@ -15,7 +15,7 @@ from . import batching
 from .autograd import ENGINES, Engine
 from .kernels import cells, scan, single
 from .kernels.cells import Cell
-from .kernels.plan import KNOWN, Plan, plan  # noqa: F401  (functional names them)
+from .kernels.plan import Plan, plan
 from .kernels.plan_single import Single, plan_single, unfit
 
 

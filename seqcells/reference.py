@@ -77,6 +77,7 @@ class Cell:
 
     inner: trailing gates whose recurrent product does more than add to the input's. first: gates whose recurrent
     product is with h, where the others' is with something else (the reset-before GRU's with r*h); None: all.
+    saves: whether backward wants more of a step than the states before and after it.
     """
 
     step: Step
@@ -84,6 +85,7 @@ class Cell:
     states: int
     inner: int = 0
     first: int | None = None
+    saves: bool = True
 
     @property
     def split(self) -> int:
@@ -96,8 +98,8 @@ CELLS: dict[str, Cell] = {
     "lstm": Cell(lstm_cell, 4, 2),
     "gru": Cell(gru_cell, 3, 1, inner=1),
     "gru_before": Cell(gru_before_cell, 3, 1, first=2),
-    "rnn_tanh": Cell(rnn_tanh_cell, 1, 1),
-    "rnn_relu": Cell(rnn_relu_cell, 1, 1),
+    "rnn_tanh": Cell(rnn_tanh_cell, 1, 1, saves=False),
+    "rnn_relu": Cell(rnn_relu_cell, 1, 1, saves=False),
 }
 
 
