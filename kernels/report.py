@@ -262,7 +262,7 @@ def whole(targets: list[str], names: list[str]) -> Iterator[Case]:
 
 
 def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
-    """The shapes at which the plan changes its mind, every schedule, masks, groups; on sm_90 the `precise` ones too."""
+    """The shapes at which the plan changes its mind, every schedule, masks, groups; on sm_100 the `precise` ones too."""
     names = [name for name in names if name != "rnn_relu"]  # rnn_tanh but for one function
     shapes = [(20, 8), (32, 8), (64, 8), (128, 8), (256, 16), (300, 64), (1024, 16), (64, 16384), (1024, 1024)]
     for target in targets:
@@ -292,7 +292,7 @@ def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
                     for dtype in ("bf16", "fp32"):
                         yield Case(name, "step train", dtype, batch, hidden, target)
                 yield Case(name, "step", "bf16", 1, 1024, target)
-            if target == "sm_90":
+            if target == "sm_100":
                 yield from precise(target, name)
 
 

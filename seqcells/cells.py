@@ -101,7 +101,7 @@ class _Cell(nn.Module):
         how = functional.How(backend=self.backend, precision=self.precision, one_step=True)
         _, final, _ = functional.run(self.cell, x[None], states, [weights], how)
         # [1, B, H] from those without an operator for one step; a copy, since a view could not be detached in place.
-        final = tuple(torch.squeeze_copy(s, 0) if s.dim() == 3 else s for s in final)
+        final = tuple(s[0].clone() if s.dim() == 3 else s for s in final)
         return final if batched else tuple(s[0] for s in final)
 
 
