@@ -201,7 +201,8 @@ def _run(
             stacked = groups[0] if K == 1 else [_stack(ts) for ts in zip(*groups, strict=True)]
         w_ih, w_hh, b_ih, b_hh = stacked
         precision = precisions.of_products(how.precision, x.dtype)
-        if chosen.schedule:  # it may not fit: say so before anything runs
+        # It may not fit: say so before anything runs. (A compiler cannot trace the plan; the operator says it then.)
+        if chosen.schedule and not torch.compiler.is_compiling():
             assert w_hh is not None
             for backward in (False, True):
                 u = w_hh if w_hh.dim() == 3 else w_hh[None]

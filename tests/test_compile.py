@@ -53,7 +53,7 @@ def test_training_compiled_is_training(backend, compiler):
     torch.testing.assert_close(trained(compiled, function, x, resets), expected)
 
 
-@pytest.mark.parametrize("resets", [False, True])
+@pytest.mark.parametrize("resets", [pytest.param(False, marks=pytest.mark.slow), True])
 @pytest.mark.parametrize("backend", BACKENDS[:3])
 def test_other_lengths_and_batches_compile_no_more(backend, resets):
     """The first T compiles, the second compiles for any T, and so with B: no third of either."""

@@ -122,7 +122,7 @@ def test_resets_are_separate_runs_of_torch_nn(kind, form, layers):
 
 
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", ["LSTM-proj", "GRU"])
+@pytest.mark.parametrize("kind", [pytest.param("LSTM-proj", marks=pytest.mark.slow), "GRU"])
 def test_resets_in_the_kernels_are_separate_runs_of_torch_nn(kind, form):
     check_resets(kind, form, 2 if form == "batch first" else 1, form != "unbatched", ["triton"])
 

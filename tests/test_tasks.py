@@ -60,7 +60,19 @@ def fit(cell, backend, recipe, seed=0, dtype=torch.float32):
 
 @pytest.mark.parametrize(
     ("cell", "schedule"),
-    [("lstm", "resident"), ("gru", "resident"), ("gru-before", "resident"), ("gru", "grid"), ("lstm", "stepwise")],
+    [
+        ("lstm", "resident"),
+        ("gru", "stepwise"),
+        *(
+            pytest.param(cell, schedule, marks=pytest.mark.slow)
+            for cell, schedule in (
+                ("gru", "resident"),
+                ("gru-before", "resident"),
+                ("gru", "grid"),
+                ("lstm", "stepwise"),
+            )
+        ),
+    ],
 )
 def test_ten_steps_with_the_kernels_follow_the_reference(cell, schedule):
     recipe = replace(count_ones.QUICK, training=10 * 16, test=16, epochs=1)
