@@ -262,7 +262,7 @@ def whole(targets: list[str], names: list[str]) -> Iterator[Case]:
 
 
 def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
-    """The shapes at which the plan changes its mind, every schedule, masks, groups; on sm_100 the `precise` ones too."""
+    """Shapes at which the plan changes its mind, every schedule, masks, groups; on sm_100 the `precise` ones too."""
     names = [name for name in names if name != "rnn_relu"]  # rnn_tanh but for one function
     shapes = [(20, 8), (32, 8), (64, 8), (128, 8), (256, 16), (300, 64), (1024, 16), (64, 16384), (1024, 1024)]
     for target in targets:

@@ -31,7 +31,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "reference": set(),
     "backends": set(),
     "masks": {"kernels.buffers"},
-    "autograd": {"masks", "reference", "kernels.buffers"},
+    "autograd": {"backends", "masks", "reference", "kernels.buffers"},
     "batching": set(),
     "loop": {"autograd", "batching", "kernels.buffers"},
     "ops": {"autograd", "batching", *(f"kernels.{n}" for n in ("cells", "plan", "plan_single", "scan", "single"))},
