@@ -98,7 +98,8 @@ def test_every_option_in_float32(kind, depth):
         check({"kind": kind, "depth": depth, **inner}, torch.float32, BACKENDS)
 
 
-@pytest.mark.parametrize("kind", list(KINDS))
+# A projection has no kernels of its own: the LSTM's, and what test_every_option_in_float64 tries.
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=pytest.mark.slow) if k == "LSTM-proj" else k for k in KINDS])
 def test_every_pair_of_options_of_the_kernels(kind):
     for case in pairwise({**INNER, "depth": ["1", "2", "2-dropout"]}):
         check({"kind": kind, **case}, torch.float64, ["triton"])
