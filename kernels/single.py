@@ -6,7 +6,7 @@ are what it costs. Here a program owns BLOCK_H units of BLOCK_B rows with all th
 matrices once, W's and then U's, in one pipelined loop.
 
 Few rows are the tensor cores' work as well, padded to eight: multiplied as vectors on the other units, even one row of
-bfloat16 takes more than twice the issue slots (tried with the report on sm_90), about as long as L2 takes to deliver.
+bfloat16 takes more issue slots (tried, compiled for sm_90).
 
 Shapes: x [B, I], W [G*H, I], U [G*H, H], b_ih, b_hh [G*H], h0, c0, hn, cn [B, H]. With SAVE the buffers of a scan over
 one step of one group (see `resident`) in memory's order: y, c [2, B, H], before and after the step; saved [B, W, H].

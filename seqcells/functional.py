@@ -159,7 +159,8 @@ def run(
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """What `scan`, `scan_groups` and the modules share: y [T, B, K*H], final states [K, B, H], all cell states or None.
 
-    groups: each group's w_ih, w_hh, b_ih, b_hh; stacked: the same with an axis K, if there is such a tensor already.
+    groups: each group's w_ih, w_hh, b_ih, b_hh (and w_hr, of an LSTM with a projection); stacked: the same with an axis
+    K, if there is such a tensor already.
     x [T, B, I] or [T, B, K, I]; states [K, B, H] (of one group also [B, H]).
     """
     spec = reference.get(cell)

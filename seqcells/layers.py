@@ -50,7 +50,9 @@ class _Layer(nn.Module):
     ) -> None:
         super().__init__()
         rate = float(dropout)  # first, as torch.nn does, for its error
-        _check_options(input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        # Warnings name the caller's line: GRU and RNN have a constructor of their own between.
+        _check_options(*sizes, stacklevel=3 if type(self).__init__ is _Layer.__init__ else 4)
         if save not in functional.SAVES:
             raise ValueError(f"unknown save {save!r}: expected one of {', '.join(functional.SAVES)}")
         precisions.check(precision)
@@ -316,6 +318,7 @@ def _check_options(
     dropout: float,
     bidirectional: bool,
     proj_size: int,
+    stacklevel: int,
 ) -> None:
     """torch.nn's checks, in its words and order; and of bidirectional, at whose type it stumbles when called."""
     if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
@@ -328,7 +331,7 @@ def _check_options(
             "recurrent layer, so non-zero dropout expects "
             f"num_layers greater than 1, but got dropout={dropout} and "
             f"num_layers={num_layers}",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
     for name, flag in (("bias", bias), ("batch_first", batch_first)):
         if not isinstance(flag, bool):

@@ -35,7 +35,7 @@ class LSTM:
         return c
 
     @staticmethod
-    def activate(gx: Tensor, hu: Tensor, h: Tensor, c: Any) -> Tensor:
+    def activate(gx: Tensor, hu: Tensor) -> Tensor:
         """kept of all steps at once, given the recurrent products hu [T, B, G*H] (with the inner gates' bias)."""
         i, f, g, o = (gx + hu).chunk(4, 2)
         return torch.cat([i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()], 2)
@@ -76,7 +76,7 @@ class GRU:
         torch.lerp(n, h, first[:, H:], out=out)
 
     @staticmethod
-    def activate(gx: Tensor, hu: Tensor, h: Tensor, c: Any) -> Tensor:
+    def activate(gx: Tensor, hu: Tensor) -> Tensor:
         (gx_r, gx_z, gx_n), (hu_r, hu_z, q) = gx.chunk(3, 2), hu.chunk(3, 2)
         r = (gx_r + hu_r).sigmoid()
         return torch.cat([r, (gx_z + hu_z).sigmoid(), (gx_n + r * q).tanh(), q], 2)
@@ -110,8 +110,8 @@ class GRUBefore:
         torch.lerp(n, h, first[:, H:], out=out)
 
     @staticmethod
-    def activate(gx: Tensor, hu: Tensor, h: Tensor, c: Any) -> Tensor:
-        H = h.shape[2]
+    def activate(gx: Tensor, hu: Tensor) -> Tensor:
+        H = gx.shape[2] // 3
         first = (gx[:, :, : 2 * H] + hu[:, :, : 2 * H]).sigmoid()
         return torch.cat([first, (gx[:, :, 2 * H :] + hu[:, :, 2 * H :]).tanh()], 2)
 
@@ -139,10 +139,6 @@ class Tanh:
         torch.addmm(gx, h, u.t(), out=out).tanh_()
 
     @staticmethod
-    def activate(gx: Tensor, hu: Tensor, h: Tensor, c: Any) -> Tensor:
-        return gx.new_empty(0)
-
-    @staticmethod
     def derivatives(kept: Any, h: Tensor, c: Any, y: Tensor, after: Any) -> tuple[list[Tensor], list[Tensor]]:
         return [1 - y * y], []
 
@@ -161,7 +157,7 @@ class Relu(Tanh):
         return [(y > 0).to(y.dtype)], []
 
 
-CHUNK = 1 << 15  # elements; tried from 2^13 to 2^19
+CHUNK = 1 << 15  # elements of a tile
 CELLS: dict[str, Any] = {"lstm": LSTM, "gru": GRU, "gru_before": GRUBefore, "rnn_tanh": Tanh, "rnn_relu": Relu}
 
 
@@ -343,7 +339,7 @@ def _recompute(
             hu = torch.cat([hu, (r * h) @ u[k, 2 * H :].t()], 2)
         if bias is not None:
             hu[:, :, -part.inner * H :] += bias[k]
-        groups.append(part.activate(gx[:, :, k], hu, h, None))
+        groups.append(part.activate(gx[:, :, k], hu))
     return torch.stack(groups, 2)
 
 
