@@ -1,15 +1,16 @@
-"""The one training loop the tasks, the examples and the command line share: epochs over a fixed set, Adam.
+"""The one training loop that the tasks and the command line share, and its checkpoints.
 
-Resumable: a checkpoint holds everything that decides what comes next, so that a run that was stopped and resumed ends
-with the same numbers, bit for bit, as one that was not.
+Resumable: a checkpoint holds everything that decides what comes next, so that a run that was stopped, by Ctrl-C or by a
+kill, and resumed ends with the same numbers, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
 
 import os
 import time
+import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,37 +19,97 @@ from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
-class Data:
-    """inputs [N, T, I], targets [N, ...]."""
-
-    inputs: Tensor
-    targets: Tensor
-
-    def to(self, device: str, dtype: torch.dtype) -> Data:
-        return Data(self.inputs.to(device, dtype), self.targets.to(device, dtype))
-
-
-@dataclass(frozen=True)
 class Row:
-    """One epoch: sequences seen so far, mean training loss, loss and accuracy on the test set, seconds it took."""
+    """One evaluation. train_loss: the mean since the last one. measured: what the run's `measure` found."""
 
-    epoch: int
+    step: int
     sequences: int
     train_loss: float
-    test_loss: float
-    accuracy: float
+    measured: dict[str, float]
     seconds: float
 
 
-@dataclass
-class Run:
-    """A model in training. identity: what a checkpoint must agree with to be resumed."""
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a run solved its task, and the criterion with what was reached."""
 
-    model: nn.Module
-    optimizer: torch.optim.Optimizer
-    generator: torch.Generator  # orders the training set
-    identity: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
+    solved: bool
+    text: str
+
+
+def stream(task: str, purpose: str, seed: int) -> torch.Generator:
+    """A generator of its own for each purpose ("training", "test", ...) of each seed of a task."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{task} {purpose} {seed}".encode()))
+
+
+class Run:
+    """A model in training. A task's subclass says what a step is, what is measured and what counts as solved.
+
+    generator: what the training data is drawn from, on the CPU. identity: what a checkpoint must agree with to be
+    resumed. steps: at most so many. every: steps between evaluations. Only at those are checkpoints written, so a
+    subclass that works through a fixed set should evaluate where it begins anew.
+    """
+
+    unit = "step"
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        generator: torch.Generator,
+        identity: dict[str, Any],
+        *,
+        steps: int,
+        every: int,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
+    ) -> None:
+        self.model = model
+        self.optimizer = optimizer
+        self.generator = generator
+        self.identity = identity
+        self.steps = steps
+        self.every = every
+        self.schedule = schedule
+        self.done = 0
+        self.sequences = 0
+        self.stopped = False
+        self.rows: list[Row] = []
+
+    def step(self) -> tuple[Tensor, int]:
+        """Train on a batch: its loss, detached and not read by the host, and the number of sequences in it."""
+        raise NotImplementedError
+
+    def measure(self) -> dict[str, float]:
+        """Evaluate on data that training does not see. "loss" and "accuracy" are among what it gives."""
+        raise NotImplementedError
+
+    def stop(self) -> bool:
+        """Whether to stop before `steps`, judged by what training has seen."""
+        return False
+
+    def extra(self) -> dict[str, Any]:
+        """What else decides how training goes on: tensors, numbers, lists of them."""
+        return {}
+
+    def restore(self, extra: dict[str, Any]) -> None:
+        """Take back what `extra` gave."""
+
+    def verdict(self) -> Verdict:
+        """Judge the model as it is now."""
+        raise NotImplementedError
+
+    def lines(self) -> list[str]:
+        """What was learnt, on a few examples."""
+        return []
+
+    def update(self, loss: Tensor, clip: float | None = None) -> Tensor:
+        """One step of the optimizer down loss's gradient, of norm at most clip. Returns loss, detached."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if clip is not None:
+            nn.utils.clip_grad_norm_(self.model.parameters(), clip)
+        self.optimizer.step()
+        return loss.detach()
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, at once or not at all."""
@@ -58,9 +119,15 @@ class Run:
             "identity": self.identity,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule and self.schedule.state_dict(),
             "generator": self.generator.get_state(),
             "rng": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+            "done": self.done,
+            "sequences": self.sequences,
+            "stopped": self.stopped,
             "rows": [asdict(r) for r in self.rows],
+            "extra": self.extra(),
         }
         with open(temporary, "wb") as file:
             torch.save(state, file)
@@ -75,59 +142,52 @@ class Run:
             raise ValueError(f"{path} was written by another run: {state['identity']}, this one is {self.identity}")
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.schedule is not None:
+            self.schedule.load_state_dict(state["schedule"])
         self.generator.set_state(state["generator"])
         torch.set_rng_state(state["rng"])
+        if state["cuda"]:
+            torch.cuda.set_rng_state_all(state["cuda"])
+        self.done, self.sequences, self.stopped = state["done"], state["sequences"], state["stopped"]
         self.rows = [Row(**r) for r in state["rows"]]
-
-
-def evaluate(
-    model: nn.Module, data: Data, loss: Callable[[Tensor, Tensor], Tensor], right: Callable[[Tensor, Tensor], Tensor]
-) -> tuple[float, float]:
-    """Mean loss and the share of right answers on data."""
-    model.eval()
-    with torch.no_grad():
-        answers = model(data.inputs)
-        result = loss(answers, data.targets).item(), right(answers, data.targets).double().mean().item()
-    model.train()
-    return result
+        self.restore(state["extra"])
 
 
 def train(
     run: Run,
-    training: Data,
-    test: Data,
     *,
-    epochs: int,
-    batch: int,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    right: Callable[[Tensor, Tensor], Tensor],
     on_step: Callable[[int, float], None] = lambda done, loss: None,
-    on_epoch: Callable[[Row], None] = lambda row: None,
+    on_row: Callable[[Row], None] = lambda row: None,
     checkpoint: Path | None = None,
 ) -> list[Row]:
-    """Train to the given number of epochs in all, from wherever run stands. Returns run's rows.
+    """Train from wherever run stands to its last step, or to where it stops itself. Returns run's rows.
 
-    on_step(steps done in this epoch, its loss) is called about twenty times an epoch; on_epoch after each test.
+    on_step(steps done, the last loss) is called about twenty times between evaluations; on_row after each of those.
     """
-    count = training.inputs.shape[0]
-    steps = -(-count // batch)
-    for epoch in range(len(run.rows) + 1, epochs + 1):
-        started = time.perf_counter()
-        order = torch.randperm(count, generator=run.generator).to(training.inputs.device)
-        total = torch.zeros((), dtype=torch.float64, device=training.inputs.device)
-        for step, chosen in enumerate(order.split(batch), 1):
-            run.optimizer.zero_grad(set_to_none=True)
-            value = loss(run.model(training.inputs[chosen]), training.targets[chosen])
-            value.backward()
-            run.optimizer.step()
-            total += value.detach() * len(chosen)  # read only once an epoch: a read waits for the device
-            if step % max(1, steps // 20) == 0 or step == steps:
-                on_step(step, value.item())
-        test_loss, accuracy = evaluate(run.model, test, loss, right)
-        seconds = time.perf_counter() - started
-        row = Row(epoch, epoch * count, total.item() / count, test_loss, accuracy, seconds)
+    started, total, weight = time.perf_counter(), torch.zeros((), dtype=torch.float64), 0
+    while run.done < run.steps and not run.stopped:
+        value, sequences = run.step()
+        if run.schedule is not None:
+            run.schedule.step()
+        run.done += 1
+        run.sequences += sequences
+        # Kept where it is, and read only once an evaluation: a read waits for the device.
+        total = total.to(value.device) + value * sequences
+        weight += sequences
+        if run.done % max(1, run.every // 20) == 0:
+            on_step(run.done, value.item())
+        run.stopped = run.stop()
+        if run.done % run.every and run.done < run.steps and not run.stopped:
+            continue
+        run.model.eval()
+        with torch.no_grad():
+            measured = run.measure()
+        run.model.train()
+        now = time.perf_counter()
+        row = Row(run.done, run.sequences, total.item() / weight, measured, now - started)
         run.rows.append(row)
+        started, total, weight = now, torch.zeros((), dtype=torch.float64), 0
         if checkpoint is not None:
             run.save(checkpoint)
-        on_epoch(row)
+        on_row(row)
     return run.rows

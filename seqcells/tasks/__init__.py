@@ -1,5 +1,9 @@
-"""The task suite: data, model, recipe and success criterion, one file a task."""
+"""The task suite: data, model, recipes and success criterion, one file a task.
+
+A task is a module with NAME, SHOWS, CASES (base.Case by name) and start(case, cell, recipe, seed, backend=, device=,
+dtype=), which gives a training.Run.
+"""
 
 from . import count_ones
 
-TASKS = {"count-ones": count_ones}
+TASKS = {task.NAME: task for task in (count_ones,)}

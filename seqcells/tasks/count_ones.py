@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .. import layers
-from ..training import Data, Row, Run
+from ..training import Run, Verdict, stream
+from .base import Case, identity, recurrent
 
-CELLS = ("lstm", "gru", "gru-before", "rnn")
+NAME = "count-ones"
 SHOWS = "hand-written LSTM and GRU cells learn to count; fused and reference cells do the same"
 
 
@@ -36,20 +36,27 @@ class Recipe:
     lr: float = 1e-3
     training: int = 10_000
     test: int = 1_000
+    dtype: torch.dtype = torch.float32
 
 
-QUICK = Recipe(epochs=7, accuracy=0.995, loss=math.inf)
-FULL = Recipe(epochs=10, accuracy=0.998, loss=0.05)
+CASES = {
+    "strings of 20": Case(
+        shows="the count of ones in a string of 20, from the last state",
+        quick=Recipe(epochs=7, accuracy=0.995, loss=math.inf),
+        full=Recipe(epochs=10, accuracy=0.998, loss=0.05),
+        cells=("lstm", "gru", "gru-before"),
+    )
+}
 
 
-def strings(count: int, length: int, generator: torch.Generator) -> Data:
+def strings(count: int, length: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Random strings [count, length, 1] of 0. and 1., and their counts [count].
 
     P(one) is drawn for each string from {1/20, 2/20, ..., 1}.
     """
     share = 1 - torch.randint(20, (count, 1), generator=generator) / 20
     ones = (torch.rand(count, length, generator=generator) < share).float()
-    return Data(ones[..., None], ones.sum(1))
+    return ones[..., None], ones.sum(1)
 
 
 class Counter(nn.Module):
@@ -57,15 +64,7 @@ class Counter(nn.Module):
 
     def __init__(self, cell: str, hidden: int, backend: str | None = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        if cell == "lstm":
-            self.layer: nn.Module = layers.LSTM(1, hidden, batch_first=True, backend=backend, dtype=dtype)
-        elif cell == "rnn":
-            self.layer = layers.RNN(1, hidden, batch_first=True, backend=backend, dtype=dtype)
-        elif cell in CELLS:
-            after = cell == "gru"
-            self.layer = layers.GRU(1, hidden, batch_first=True, reset_after=after, backend=backend, dtype=dtype)
-        else:
-            raise ValueError(f"unknown cell {cell!r}: expected one of {', '.join(CELLS)}")
+        self.layer = recurrent(cell, 1, hidden, backend=backend, dtype=dtype)
         self.head = nn.Linear(hidden, 1, dtype=dtype)
         for name, weight in self.layer.named_parameters():
             fan_in = 1 if "_ih" in name else hidden
@@ -77,47 +76,77 @@ class Counter(nn.Module):
         return self.head(output[:, -1])[:, 0]
 
 
-def loss(answers: Tensor, counts: Tensor) -> Tensor:
-    return nn.functional.mse_loss(answers, counts)
+class Counting(Run):
+    """Epochs over a fixed set in random order."""
+
+    def __init__(self, recipe: Recipe, seed: int, place: dict, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self.recipe = recipe
+        drawn = (strings(n, recipe.length, stream(NAME, p, seed)) for n, p in self._sets())
+        self.training, self.test = (tuple(t.to(**place) for t in pair) for pair in drawn)
+        self.order: tuple[Tensor, ...] = ()
+
+    def _sets(self) -> tuple[tuple[int, str], ...]:
+        return (self.recipe.training, "training"), (self.recipe.test, "test")
+
+    def step(self) -> tuple[Tensor, int]:
+        inputs, counts = self.training
+        at = self.done % self.every  # every: the steps of an epoch
+        if at == 0:
+            self.order = torch.randperm(len(inputs), generator=self.generator).to(inputs.device).split(self.recipe.batch)
+        chosen = self.order[at]
+        return self.update(nn.functional.mse_loss(self.model(inputs[chosen]), counts[chosen])), len(chosen)
+
+    def measure(self) -> dict[str, float]:
+        inputs, counts = self.test
+        answers = self.model(inputs)
+        accuracy = (answers.round() == counts).double().mean()
+        return {"loss": nn.functional.mse_loss(answers, counts).item(), "accuracy": accuracy.item()}
+
+    def verdict(self) -> Verdict:
+        """By the last epoch's test."""
+        last, recipe = self.rows[-1].measured, self.recipe
+        text = f"test accuracy {last['accuracy']:.4f} (needs >= {recipe.accuracy}) at epoch {len(self.rows)}"
+        if recipe.loss < math.inf:
+            text += f", test loss {last['loss']:.4f} (needs < {recipe.loss})"
+        return Verdict(last["accuracy"] >= recipe.accuracy and last["loss"] < recipe.loss, text)
+
+    def lines(self) -> list[str]:
+        """A few test strings with their count and the model's answer."""
+        inputs, counts = (t[:5] for t in self.test)
+        with torch.no_grad():
+            answers = self.model(inputs).tolist()
+        digits = ["".join(str(int(v)) for v in x) for x in inputs[..., 0].tolist()]
+        return [
+            f"{d}  count {int(n)}  answer {a:.2f}" for d, n, a in zip(digits, counts.tolist(), answers, strict=True)
+        ]
 
 
-def right(answers: Tensor, counts: Tensor) -> Tensor:
-    """[B] bool: the answer rounds to the count."""
-    return answers.round() == counts
-
-
-def data(recipe: Recipe, seed: int) -> tuple[Data, Data]:
-    """The training and the test set, from streams of their own."""
-    training = strings(recipe.training, recipe.length, torch.Generator().manual_seed(2 * seed))
-    return training, strings(recipe.test, recipe.length, torch.Generator().manual_seed(2 * seed + 1))
-
-
-def start(cell: str, recipe: Recipe, seed: int, *, backend: str | None, device: str, dtype: torch.dtype) -> Run:
-    """A fresh run: the model and its optimizer, seeded."""
+def start(
+    case: str,
+    cell: str,
+    recipe: Recipe,
+    seed: int,
+    *,
+    backend: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+) -> Counting:
+    """A fresh run: the model, its optimizer and its data, seeded. dtype None: the recipe's."""
+    dtype = dtype or recipe.dtype
     torch.manual_seed(seed)
     model = Counter(cell, recipe.hidden, backend, dtype).to(device)
-    identity = {"task": "count-ones", "cell": cell, "seed": seed, "dtype": str(dtype), "hidden": recipe.hidden}
-    identity |= {"batch": recipe.batch, "lr": recipe.lr, "length": recipe.length, "training": recipe.training}
     # foreach=True falls back on tiny CPU tensors; the fused CPU loop is one call for all of them.
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True)
-    return Run(model, optimizer, torch.Generator().manual_seed(1000 + seed), identity)
-
-
-def solved(rows: list[Row], recipe: Recipe) -> tuple[bool, str]:
-    """Whether the last epoch meets the criterion, and the criterion with what was reached."""
-    last = rows[-1]
-    text = f"test accuracy {last.accuracy:.4f} (needs >= {recipe.accuracy}) at epoch {last.epoch}"
-    if recipe.loss < math.inf:
-        text += f", test loss {last.test_loss:.4f} (needs < {recipe.loss})"
-    return last.accuracy >= recipe.accuracy and last.test_loss < recipe.loss, text
-
-
-def examples(model: nn.Module, test: Data, count: int = 5) -> list[str]:
-    """A few test strings with their count and the model's answer, as lines."""
-    with torch.no_grad():
-        answers = model(test.inputs[:count])
-    lines = []
-    for x, target, answer in zip(test.inputs, test.targets, answers, strict=False):
-        digits = "".join(str(int(v)) for v in x[:, 0].tolist())
-        lines.append(f"{digits}  count {int(target)}  answer {answer.item():.2f}")
-    return lines
+    per_epoch = -(-recipe.training // recipe.batch)
+    return Counting(
+        recipe,
+        seed,
+        {"device": device, "dtype": dtype},
+        model,
+        optimizer,
+        stream(NAME, "order", seed),
+        identity(NAME, case, cell, recipe, seed, dtype),
+        steps=recipe.epochs * per_epoch,
+        every=per_epoch,
+    )
