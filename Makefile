@@ -1,7 +1,7 @@
 # Every target prepares its own virtual environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo test test-slow lint report report-quick bench clean
+.PHONY: demo tasks test test-slow lint report report-quick bench clean
 
 .venv/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -11,6 +11,9 @@ BIN := .venv/bin
 demo: .venv/ready
 	$(BIN)/python -m seqcells check
 	$(BIN)/python -m seqcells run count-ones --cell lstm gru --full --plot out/count-ones.png
+
+tasks: .venv/ready
+	$(BIN)/python -m seqcells run --all --full --device cpu --save out/tasks --resume --json out/tasks.json --table benchmarks/results/tasks-cpu.md
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n 2

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -17,6 +15,7 @@ import seqcells
 
 from . import backends, explanation, precisions, reference
 from .tasks import TASKS
+from .tasks.base import CELLS
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -104,75 +103,59 @@ def explain(options: argparse.Namespace) -> int:
 def tasks(_: argparse.Namespace) -> int:
     """The task suite."""
     for name, task in TASKS.items():
-        print(f"{name:<12} {task.SHOWS}")
+        print(f"{name}: {task.SHOWS}")
+        for case, what in task.CASES.items():
+            print(f"    --case {case!r:<18} {what.shows} ({', '.join(what.cells)})")
     return 0
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train and judge a task with each cell."""
-    from . import plots
-    from .progress import bar
-    from .training import Row, train
+    """Train and judge a task, or all of them."""
+    from . import plots, suite
 
-    task, device = TASKS[options.task], _device(options)
+    device = _device(options)
     if torch.device(device).type == "cpu":
-        torch.set_num_threads(
-            1
-        )  # tensors this small gain nothing from a second thread, and lose much where cores are busy
-    recipe = task.FULL if options.full else task.QUICK
+        # Tensors this small gain nothing from a second thread, and lose much where cores are busy.
+        torch.set_num_threads(1)
+    if options.all == (options.task is not None):
+        raise ValueError("expected a task or --all, one of them")
     if options.resume and not options.save:
-        raise SystemExit("--resume needs --save DIR, where the checkpoints are")
-    training, test = (d.to(device, DTYPES[options.dtype]) for d in task.data(recipe, options.seed))
-    histories: dict[str, list[Row]] = {}
-    outcome: dict[str, Any] = {}
-    for cell in options.cell:
-        started = task.start(
-            cell, recipe, options.seed, backend=options.backend, device=device, dtype=DTYPES[options.dtype]
-        )
-        checkpoint = Path(options.save) / f"{options.task}-{cell}-{options.seed}.pt" if options.save else None
-        if options.resume and checkpoint is not None and checkpoint.exists():
-            started.load(checkpoint)
-            print(f"{cell}: resumed after epoch {len(started.rows)}")
-        print(f"\n{options.task}, {cell}, seed {options.seed}, on {device}")
-        print(f"{'epoch':>5}  {'sequences':>9}  {'train loss':>10}  {'test loss':>9}  {'accuracy':>8}  {'seconds':>7}")
-        with bar(total=-(-recipe.training // recipe.batch), leave=False) as progress:
-
-            def on_step(done: int, value: float, progress: Any = progress) -> None:
-                progress.n = done
-                progress.set_postfix(loss=f"{value:.4f}")
-
-            def on_epoch(r: Row, progress: Any = progress) -> None:
-                progress.write(
-                    f"{r.epoch:>5}  {r.sequences:>9}  {r.train_loss:>10.4f}  {r.test_loss:>9.4f}  {r.accuracy:>8.4f}  "
-                    f"{r.seconds:>7.1f}"
+        raise ValueError("--resume needs --save DIR, where the checkpoints are")
+    wanted = list(
+        suite.jobs(options.task, full=options.full, cases=options.case, cells=options.cell, seed=options.seed)
+    )
+    outcomes = []
+    try:
+        for job in wanted:
+            outcomes.append(
+                suite.perform(
+                    job,
+                    backend=options.backend,
+                    device=device,
+                    dtype=DTYPES[options.dtype] if options.dtype else None,
+                    save=Path(options.save) if options.save else None,
+                    resume=options.resume,
+                    quiet=options.all,
                 )
-
-            rows = train(
-                started,
-                training,
-                test,
-                epochs=options.epochs or recipe.epochs,
-                batch=recipe.batch,
-                loss=task.loss,
-                right=task.right,
-                on_step=on_step,
-                on_epoch=on_epoch,
-                checkpoint=checkpoint,
             )
-        print("\n".join(task.examples(started.model, test)))
-        good, text = task.solved(rows, recipe)
-        print(f"{'solved' if good else 'NOT solved'}: {text}")
-        histories[cell] = rows
-        outcome[cell] = {"solved": good, "criterion": text, "rows": [asdict(r) for r in rows]}
+    except KeyboardInterrupt:
+        how = (
+            f"--save {options.save} --resume goes on from the last checkpoint" if options.save else "nothing was saved"
+        )
+        print(f"interrupted; {how}", file=sys.stderr)
+        return 130
+    if options.all:
+        print("\n" + suite.table(outcomes))
     if options.json:
-        path = Path(options.json)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(json.dumps({"task": options.task, "seed": options.seed, "cells": outcome}, indent=1))
-        temporary.replace(path)
+        suite.write(Path(options.json), suite.as_json(outcomes))
+    if options.table:
+        command = " ".join(["python -m seqcells", *options.command_line])
+        suite.write(Path(options.table), suite.report(outcomes, command, device))
     if options.plot:
-        plots.learning_curves(options.task, histories, Path(options.plot))
+        histories = {f"{o.case}, {o.cell}, {o.seed}": o.rows for o in outcomes}
+        plots.learning_curves(options.task or "all tasks", histories, Path(options.plot))
         print(f"plot: {options.plot}")
-    return 0 if all(o["solved"] for o in outcome.values()) else 1
+    return 0 if all(o.solved for o in outcomes) else 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -200,21 +183,24 @@ def main(argv: list[str] | None = None) -> int:
     p.set_defaults(call=explain)
 
     p = commands.add_parser("run", help=run.__doc__)
-    p.add_argument("task", choices=TASKS)
-    p.add_argument("--cell", nargs="+", default=["lstm"], choices=["lstm", "gru", "gru-before", "rnn"])
-    p.add_argument("--backend", help="auto, triton, aten or reference")
+    p.add_argument("task", nargs="?", choices=TASKS)
+    p.add_argument("--all", action="store_true", help="every task, case and cell, and with --full every seed")
+    p.add_argument("--case", action="append", metavar="K", help="only this case (may be repeated); see tasks")
+    p.add_argument("--cell", nargs="+", choices=CELLS, help="default: those the case is judged with")
+    p.add_argument("--backend", help="auto, triton, aten, loop or reference")
     p.add_argument("--device", help="default: cuda if there is one")
-    p.add_argument("--dtype", choices=["float32", "float64"], default="float32")
-    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--dtype", choices=["float32", "float64"], help="default: the recipe's")
+    p.add_argument("--seed", type=int, help="default: 0; with --all --full every seed of the case")
     p.add_argument("--full", action="store_true", help="the full recipe and criterion")
-    p.add_argument("--epochs", type=int, help="stop there instead")
-    p.add_argument("--json", metavar="FILE")
+    p.add_argument("--json", metavar="FILE", help="outcomes with every evaluation")
+    p.add_argument("--table", metavar="FILE", help="outcomes as Markdown")
     p.add_argument("--plot", metavar="FILE", help="loss and accuracy against sequences seen")
-    p.add_argument("--save", metavar="DIR", help="write a checkpoint there after each epoch")
-    p.add_argument("--resume", action="store_true", help="continue from the checkpoint in --save DIR")
+    p.add_argument("--save", metavar="DIR", help="write a checkpoint there at each evaluation")
+    p.add_argument("--resume", action="store_true", help="continue from the checkpoints in --save DIR")
     p.set_defaults(call=run)
 
     options = parser.parse_args(argv)
+    options.command_line = sys.argv[1:] if argv is None else argv
     try:
         return options.call(options)
     except (ValueError, RuntimeError, ModuleNotFoundError) as error:

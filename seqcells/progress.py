@@ -17,7 +17,7 @@ class _Silent:
     def update(self, n: int = 1) -> None:
         pass
 
-    def set_postfix(self, **_: object) -> None:
+    def set_postfix_str(self, *_: object, **__: object) -> None:
         pass
 
     def write(self, text: str) -> None:

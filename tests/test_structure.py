@@ -68,7 +68,8 @@ ARROWS = {  # room: the rooms of the project it may import
     "training": set(),
     "plots": {"training"},
     "progress": set(),
-    "tasks": {"layers", "training"},
+    "tasks": {"init", "layers", "training"},
+    "suite": {"progress", "tasks", "training"},
 }
 TOP = {"__init__", "__main__"}  # these may import anything
 

@@ -1,157 +1,197 @@
-"""The task suite and its command line: data, learning, the kernels following the reference, resuming."""
+"""The task suite, every task and case alike: solved, the kernels following the reference, stopped and resumed."""
 
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import DEVICE
-from hypothesis import given
-from hypothesis import strategies as st
 
 import seqcells
+from seqcells import suite
 from seqcells.__main__ import main
-from seqcells.tasks import count_ones
+from seqcells.tasks import TASKS, count_ones
+from seqcells.tasks.base import CELLS
 from seqcells.training import train
 
 ROOT = Path(__file__).parents[1]
-TINY = replace(count_ones.QUICK, training=96, test=32, epochs=2)
+# What makes a case small enough for the interpreter: the model's form and the recipe's other values stay.
+SMALL = {"count-ones": {"length": 6, "hidden": 5, "training": 24, "test": 16, "batch": 8, "epochs": 4}}
+EACH = [(task, case) for task in TASKS for case in TASKS[task].CASES]
 
 
-@given(count=st.integers(1, 50), length=st.integers(1, 30), seed=st.integers(0, 2**31))
-def test_strings_and_their_counts(count, length, seed):
-    data = count_ones.strings(count, length, torch.Generator().manual_seed(seed))
-    assert data.inputs.shape == (count, length, 1) and data.targets.shape == (count,)
-    assert set(data.inputs.unique().tolist()) <= {0.0, 1.0}
-    assert data.targets.tolist() == [sum(x) for x in data.inputs[..., 0].tolist()]
-    again = count_ones.strings(count, length, torch.Generator().manual_seed(seed))
-    assert torch.equal(again.inputs, data.inputs)
+def small(task, case):
+    case = TASKS[task].CASES[case]
+    names = set(type(case.quick).__dataclass_fields__)
+    return replace(case.quick, **{k: v for k, v in SMALL[task].items() if k in names})
 
 
-def test_shares_of_ones_are_spread_evenly():
-    counts = count_ones.strings(20_000, 20, torch.Generator().manual_seed(0)).targets
-    assert abs(counts.mean().item() - 10.5) < 0.1  # P(one) is uniform on 1/20 ... 1
-    assert (counts == 20).double().mean().item() > 1 / 20
+def begin(task, case, cell, backend=None, seed=0, dtype=None):
+    torch.manual_seed(99)  # of no consequence: a run seeds itself
+    recipe = small(task, case)
+    return TASKS[task].start(case, cell, recipe, seed, backend=backend, device=DEVICE, dtype=dtype)
 
 
-def test_training_and_test_strings_come_from_different_streams():
-    training, test = count_ones.data(count_ones.QUICK, 0)
-    assert training.inputs.shape[0] == 10_000 and not torch.equal(training.inputs[:1000], test.inputs)
-
-
-def fit(cell, backend, recipe, seed=0, dtype=torch.float32):
-    run = count_ones.start(cell, recipe, seed, backend=backend, device=DEVICE, dtype=dtype)
-    losses = []
-    training, test = (d.to(DEVICE, dtype) for d in count_ones.data(recipe, seed))
-
-    def loss(answers, counts):
-        value = count_ones.loss(answers, counts)
-        losses.append(value.item())
-        return value
-
-    options = {"epochs": recipe.epochs, "batch": recipe.batch, "loss": loss, "right": count_ones.right}
-    return run, train(run, training, test, **options), losses
-
-
-@pytest.mark.parametrize(
-    ("cell", "schedule"),
-    [
-        ("lstm", "resident"),
-        ("gru", "stepwise"),
-        *(
-            pytest.param(cell, schedule, marks=pytest.mark.slow)
-            for cell, schedule in (
-                ("gru", "resident"),
-                ("gru-before", "resident"),
-                ("gru", "grid"),
-                ("lstm", "stepwise"),
-            )
-        ),
-    ],
-)
-def test_ten_steps_with_the_kernels_follow_the_reference(cell, schedule):
-    recipe = replace(count_ones.QUICK, training=10 * 16, test=16, epochs=1)
-    _, _, reference = fit(cell, "reference", recipe)
-    _, _, fused = fit(cell, f"triton:{schedule}", recipe)
-    assert len(reference) == len(fused) == 11  # ten steps and the test
-    for a, b in zip(reference, fused, strict=True):
-        assert math.isclose(a, b, rel_tol=1e-4, abs_tol=1e-4)
-
-
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_quick_is_solved(cell):
-    run, rows, _ = fit(cell, "auto", count_ones.QUICK)
-    assert count_ones.solved(rows, count_ones.QUICK)[0], rows[-1]
-    # What was learnt does not depend on who computes it.
-    _, test = count_ones.data(count_ones.QUICK, 0)
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("task", "case"), EACH)
+def test_ten_steps_with_the_kernels_follow_the_reference(task, case, cell):
+    reference, fused = (begin(task, case, cell, backend) for backend in ("reference", "triton"))
+    for step in range(10):
+        expected, got = (run.step()[0].item() for run in (reference, fused))
+        for run in (reference, fused):
+            run.done += 1
+            if run.schedule is not None:
+                run.schedule.step()
+        assert math.isclose(expected, got, rel_tol=1e-3, abs_tol=1e-4), (step, expected, got)
+    # What was learnt on one backend is as good on the other.
+    fused.model.load_state_dict(reference.model.state_dict())
+    fused.restore(reference.extra())
     with torch.no_grad():
-        answers = {}
-        for backend in ("reference", "triton"):
-            run.model.layer.backend = backend
-            answers[backend] = run.model(test.inputs[:64].to(DEVICE))
-    torch.testing.assert_close(answers["triton"], answers["reference"], rtol=1e-4, atol=1e-4)
+        expected, got = reference.measure(), fused.measure()
+    assert expected.keys() == got.keys() and {"loss", "accuracy"} <= got.keys()
+    for name, value in expected.items():
+        assert math.isclose(got[name], value, rel_tol=1e-4, abs_tol=1e-5), name
+
+
+def label(job):
+    return f"{job.task.NAME}-{job.case}-{job.cell}".replace(" ", "-")
+
+
+def solve(job, dtype=None):
+    outcome = suite.perform(job, backend=None, device=DEVICE, dtype=dtype, quiet=True)
+    assert outcome.solved, outcome.text
+
+
+@pytest.mark.parametrize("job", list(suite.jobs()), ids=label)
+def test_quick_is_solved(job):
+    solve(job)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["aten", "reference"])
-@pytest.mark.parametrize("seed", [0, 1, 2])
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_full_is_solved(cell, seed, backend):
-    _, rows, _ = fit(cell, backend, count_ones.FULL, seed)
-    assert count_ones.solved(rows, count_ones.FULL)[0], rows[-1]
+@pytest.mark.parametrize("job", list(suite.jobs(full=True)), ids=lambda job: f"{label(job)}-{job.seed}")
+def test_full_is_solved(job):
+    solve(job)
 
 
-def test_a_run_that_was_stopped_resumes_to_the_same_bits(tmp_path):
-    training, test = count_ones.data(TINY, 3)
-    options = {"batch": 16, "loss": count_ones.loss, "right": count_ones.right}
-    place = {"backend": "auto", "device": "cpu", "dtype": torch.float32}
-    whole = count_ones.start("lstm", TINY, 3, **place)
-    train(whole, training, test, epochs=3, **options)
+class Killed(Exception):
+    pass
 
+
+@pytest.mark.parametrize(("task", "case"), EACH)
+def test_a_run_that_was_stopped_resumes_to_the_same_bits(task, case, tmp_path):
+    def begun():
+        run = begin(task, case, "lstm")
+        if task != "count-ones":  # whose evaluations are its epochs
+            run.every = 2
+        run.steps = 4 * run.every
+        return run
+
+    whole, first, second = begun(), begun(), begun()
+    train(whole)
     path = tmp_path / "run.pt"
-    first = count_ones.start("lstm", TINY, 3, **place)
-    train(first, training, test, epochs=1, checkpoint=path, **options)
 
-    class Killed(Exception):
-        pass
-
-    def killed(step, loss):
-        raise Killed
+    def killed(row):
+        if row.step == 2 * first.every:
+            first.step()  # in the midst of what is lost
+            raise Killed
 
     with pytest.raises(Killed):
-        train(first, training, test, epochs=3, checkpoint=path, on_step=killed, **options)
-    second = count_ones.start("lstm", TINY, 3, **place)
+        train(first, checkpoint=path, on_row=killed)
     torch.manual_seed(999)
     second.load(path)
-    assert len(second.rows) == 1
-    train(second, training, test, epochs=3, checkpoint=path, **options)
-    for a, b in zip(whole.model.parameters(), second.model.parameters(), strict=True):
+    assert second.done == 2 * second.every
+    train(second, checkpoint=path)
+    for a, b in zip(whole.model.state_dict().values(), second.model.state_dict().values(), strict=True):
         assert torch.equal(a, b)
-    assert [r.test_loss for r in whole.rows] == [r.test_loss for r in second.rows]
+    assert [(r.train_loss, r.measured) for r in whole.rows] == [(r.train_loss, r.measured) for r in second.rows]
     assert [p.name for p in tmp_path.iterdir()] == ["run.pt"]
-    other = count_ones.start("gru", TINY, 3, **place)
     with pytest.raises(ValueError, match="written by another run"):
-        other.load(path)
+        begin(task, case, "gru").load(path)
 
 
-def test_command_line(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(count_ones, "QUICK", TINY)
-    plot, out, checkpoints = tmp_path / "p.png", tmp_path / "r.json", tmp_path / "ck"
-    command = ["run", "count-ones", "--cell", "lstm", "gru", "--device", "cpu", "--save", str(checkpoints)]
-    assert main([*command, "--plot", str(plot), "--json", str(out)]) == 1  # two epochs of 96 strings solve nothing
+def command(folder, *more):
+    return [
+        *(sys.executable, "-m", "seqcells", "run", "count-ones", "--cell", "lstm", "--device", "cpu"),
+        *("--save", str(folder), "--json", str(folder / "out.json"), *more),
+    ]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of a run that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    subprocess.run(command(folder), check=True, capture_output=True, timeout=300)
+    return folder
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_command_that_was_killed_resumes_to_the_same_bits(how, tmp_path, whole):
+    """SIGINT as Ctrl-C; SIGKILL whenever it comes, so that nothing can be put in order first."""
+    process = subprocess.Popen(command(tmp_path), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 200
+    while not list(tmp_path.glob("*.pt")) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(how)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == (130 if how == signal.SIGINT else -signal.SIGKILL)
+    assert how == signal.SIGKILL or "--resume goes on" in error
+    assert not (tmp_path / "out.json").exists()
+    again = subprocess.run(command(tmp_path, "--resume"), check=True, capture_output=True, text=True, timeout=300)
+    assert "resumed after step" in again.stdout
+    (expected,), (got,) = (json.loads((folder / "out.json").read_text()) for folder in (whole, tmp_path))
+    for outcome in (expected, got):
+        del outcome["seconds"]
+        for row in outcome["rows"]:
+            del row["seconds"]
+    assert expected == got
+    name = "count-ones-strings-of-20-lstm-0.pt"
+    expected, got = (torch.load(folder / name, weights_only=True)["model"] for folder in (whole, tmp_path))
+    assert all(torch.equal(expected[k], got[k]) for k in expected)
+
+
+@pytest.fixture
+def only_small(monkeypatch):
+    """The suite with count-ones alone, and that small."""
+    (name,) = count_ones.CASES
+    case = count_ones.CASES[name]
+    tiny = replace(case, quick=small("count-ones", name), full=small("count-ones", name), cells=("lstm", "gru"))
+    monkeypatch.setattr(count_ones, "CASES", {name: tiny})
+    monkeypatch.setattr(suite, "TASKS", {"count-ones": count_ones})
+
+
+def test_command_line(tmp_path, capsys, only_small):
+    plot, out, table, saved = (tmp_path / name for name in ("p.png", "r.json", "t.md", "ck"))
+    command = ["run", "count-ones", "--device", "cpu", "--save", str(saved)]
+    assert main([*command, "--plot", str(plot), "--json", str(out)]) == 1  # four epochs of 24 strings solve nothing
     printed = capsys.readouterr().out
     assert "NOT solved: test accuracy" in printed and "sequences" in printed and "count " in printed
     assert plot.read_bytes().startswith(b"\x89PNG")
-    assert set(json.loads(out.read_text())["cells"]) == {"lstm", "gru"}
-    assert len(list(checkpoints.iterdir())) == 2
-    assert main([*command, "--resume", "--epochs", "3"]) == 1
-    assert "lstm: resumed after epoch 2" in capsys.readouterr().out
-    assert main(["tasks"]) == 0 and "count-ones" in capsys.readouterr().out
+    outcomes = json.loads(out.read_text())
+    assert [o["cell"] for o in outcomes] == ["lstm", "gru"] and len(outcomes[0]["rows"]) == 4
+    assert len(list(saved.iterdir())) == 2
+    assert main([*command, "--resume"]) == 1
+    assert "resumed after step 12" in capsys.readouterr().out
+    assert main(["run", "--all", "--full", "--device", "cpu", "--table", str(table)]) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("| count-ones |") == 6 == table.read_text().count("| **no** |")  # two cells, three seeds
+    for wrong, message in (
+        (["run"], "expected a task or --all"),
+        (["run", "count-ones", "--all"], "expected a task or --all"),
+        (["run", "count-ones", "--resume"], "--resume needs --save"),
+        (["run", "count-ones", "--case", "9"], "has no case '9': expected one of strings of 20"),
+    ):
+        assert main(wrong) == 2
+        assert message in capsys.readouterr().err
+    assert main(["tasks"]) == 0
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in TASKS) and "strings of 20" in printed
     assert main(["info"]) == 0 and "lstm" in capsys.readouterr().out
     assert main(["explain", "lstm", "--batch", "8", "--hidden", "64", "--device", "sm_90"]) == 0
     assert "resident" in capsys.readouterr().out
@@ -159,9 +199,15 @@ def test_command_line(tmp_path, capsys, monkeypatch):
     assert "batch must be greater than zero" in capsys.readouterr().err
 
 
-def test_a_solved_run_exits_with_zero(monkeypatch):
-    monkeypatch.setattr(count_ones, "QUICK", replace(TINY, accuracy=0.0))
+def test_a_solved_run_exits_with_zero(monkeypatch, only_small):
+    ((name, case),) = count_ones.CASES.items()
+    monkeypatch.setitem(count_ones.CASES, name, replace(case, quick=replace(case.quick, accuracy=0.0)))
     assert main(["run", "count-ones", "--cell", "gru-before", "--device", "cpu"]) == 0
+
+
+def test_an_unknown_cell_is_named():
+    with pytest.raises(ValueError, match="unknown cell 'elman': expected one of lstm"):
+        begin("count-ones", next(iter(count_ones.CASES)), "elman")
 
 
 def test_check_command_starts_the_interpreter_itself():
@@ -180,8 +226,14 @@ def test_check_fails_on_a_wrong_kernel(monkeypatch):
     assert "WRONG" in seqcells.check.table(results)
 
 
-def test_the_example_runs(tmp_path):
-    command = [sys.executable, str(ROOT / "examples" / "count_ones.py"), "1"]
+EXAMPLES = {"count_ones.py": ("1", "GRU epoch 1: test accuracy")}
+
+
+@pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
+def test_the_examples_run(file, tmp_path):
+    """Cut short; what they say is in EXAMPLES."""
+    steps, printed = EXAMPLES[file]
+    command = [sys.executable, str(ROOT / "examples" / file), steps]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert "GRU epoch 1: test accuracy" in result.stdout and (tmp_path / "count_ones.png").exists()
+    assert printed in result.stdout and (tmp_path / file).with_suffix(".png").exists()

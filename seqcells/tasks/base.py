@@ -15,7 +15,7 @@ CELLS = ("lstm", "gru", "gru-before", "rnn")
 
 @dataclass(frozen=True)
 class Case:
-    """One experiment of a task. quick and full: the task's own recipes. cells and seeds: what the suite runs it with."""
+    """One experiment of a task. quick, full: the task's own recipes. cells, seeds: what the suite runs it with."""
 
     shows: str
     quick: Any

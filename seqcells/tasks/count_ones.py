@@ -93,7 +93,9 @@ class Counting(Run):
         inputs, counts = self.training
         at = self.done % self.every  # every: the steps of an epoch
         if at == 0:
-            self.order = torch.randperm(len(inputs), generator=self.generator).to(inputs.device).split(self.recipe.batch)
+            self.order = (
+                torch.randperm(len(inputs), generator=self.generator).to(inputs.device).split(self.recipe.batch)
+            )
         chosen = self.order[at]
         return self.update(nn.functional.mse_loss(self.model(inputs[chosen]), counts[chosen])), len(chosen)
 
