@@ -132,7 +132,8 @@ def table(outcomes: list[Outcome]) -> str:
     lines = ["| task | case | cell | seed | solved | criterion and result | steps | sequences | seconds |"]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for o in outcomes:
-        start = f"| {o.task} | {o.case} | {o.cell} | {o.seed} | {'yes' if o.solved else '**no**'} | {o.text.replace('|', chr(92) + '|')} "
+        text = o.text.replace("|", "\\|")  # which would end the column
+        start = f"| {o.task} | {o.case} | {o.cell} | {o.seed} | {'yes' if o.solved else '**no**'} | {text} "
         lines.append(start + f"| {o.steps} | {o.sequences} | {o.seconds:.0f} |")
     return "\n".join(lines)
 
