@@ -4,6 +4,6 @@ A task is a module with NAME, SHOWS, CASES (base.Case by name) and start(case, c
 dtype=), which gives a training.Run.
 """
 
-from . import count_ones
+from . import count_ones, echo, memorize
 
-TASKS = {task.NAME: task for task in (count_ones,)}
+TASKS = {task.NAME: task for task in (count_ones, memorize, echo)}
