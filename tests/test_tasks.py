@@ -23,7 +23,13 @@ from seqcells.training import train
 
 ROOT = Path(__file__).parents[1]
 # What makes a case small enough for the interpreter: the model's form and the recipe's other values stay.
-SMALL = {"count-ones": {"length": 6, "hidden": 5, "training": 24, "test": 16, "batch": 8, "epochs": 4}}
+SMALL = {
+    "count-ones": {"length": 6, "hidden": 5, "training": 24, "test": 16, "batch": 8, "epochs": 4},
+    "count-ones-regression": {"lengths": (7, 9), "long": (10, 12), "batch": 4},
+    "memorize": {"string": "ABCDA", "hidden": 6, "epochs": 40},
+    "temporal-order": {"batch": 4, "test": 4, "hidden": 6, "window": 8},
+    "echo": {"inputs": 3, "hidden": 5, "symbols": 7, "batch": 4, "windows": 3, "test": 6},
+}
 EACH = [(task, case) for task in TASKS for case in TASKS[task].CASES]
 
 

@@ -73,7 +73,7 @@ CASES = {
     ),
     "5-5": Case(
         shows="five integers in, then all five out (quick: of ten integers, 64 units)",
-        quick=Recipe(steps=1000, exact=0.95, outputs=5, **_SMALL),  # type: ignore[arg-type]
+        quick=Recipe(steps=1500, exact=0.95, outputs=5, **_SMALL),  # type: ignore[arg-type]
         full=Recipe(steps=4000, exact=0.995, outputs=5),
     ),
 }
