@@ -59,9 +59,7 @@ CASES = {
     ),
     "goal": Case(
         shows="trained on strings of 64, asked about lengths 65 to 127",
-        quick=Recipe(
-            dict.fromkeys(_LR, 1500), 0.99, length=64, hidden=_HIDDEN, lr=_LR, goal=True, dtype=torch.float32
-        ),
+        quick=Recipe(dict.fromkeys(_LR, 1500), 0.99, length=64, hidden=_HIDDEN, lr=_LR, goal=True, dtype=torch.float32),
         full=Recipe(
             dict.fromkeys(_LR, 3000),
             1.0,
