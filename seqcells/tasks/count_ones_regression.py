@@ -2,8 +2,8 @@
 
 From a notebook. "literal": all 4096 binary strings of length 12, four fifths of them for training, an LSTM of two units
 in float64, the answer the last output times two numbers drawn from N(0, 1) and trained with the rest (as drawn they
-could not reach the larger counts: an output is below 1); mean squared error, full batches, Adam. The notebook's stated goal it never reached: trained on strings of at most 64, be right on lengths
-in (64, 128). That is "goal".
+could not reach the larger counts: an output is below 1); mean squared error, full batches, Adam. The notebook's stated
+goal it never reached: trained on strings of at most 64, be right on lengths in (64, 128). That is "goal".
 
 A default initialisation does not get there: its gates forget, and what was learnt for 64 steps does not hold for 127.
 What does is an accumulator from the start, `seqcells.init.accumulator_`: the forget gate open, the input gate nearly

@@ -85,7 +85,7 @@ def integers(count: int, length: int, symbols: int, generator: torch.Generator) 
 
 
 def windows(sequences: Tensor, length: int) -> Tensor:
-    """All windows [W, N, length] of sequences [N, W + length - 1]: window k of row j is sequences[j, k : k + length]."""
+    """All windows [W, N, length] of sequences [N, W + length - 1]: [k, j] is sequences[j, k : k + length]."""
     return sequences.unfold(1, length, 1).transpose(0, 1)
 
 
@@ -214,9 +214,7 @@ class Echoing(Run):
         if extra:
             states = extra["states"]
             self.windows = extra["windows"]
-            self.model.layer.states = (  # type: ignore[union-attr,assignment]
-                None if states is None else tuple(s.to(self.place["device"]) for s in states)
-            )
+            self.model.layer.states = None if states is None else tuple(s.to(self.place["device"]) for s in states)
 
     def _answers(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """As _scores. A stateful model is asked from zero states, and then goes on where training stood."""
@@ -226,7 +224,7 @@ class Echoing(Run):
         kept = layer.states  # type: ignore[union-attr]
         layer.reset_states()  # type: ignore[union-attr,operator]
         result = self._scores(rows)
-        layer.states = kept  # type: ignore[union-attr,assignment]
+        layer.states = kept
         return result
 
     def measure(self) -> dict[str, float]:

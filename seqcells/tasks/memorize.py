@@ -36,7 +36,7 @@ LETTERS = 26
 
 @dataclass(frozen=True)
 class Recipe:
-    """exact: whether the string is to come back (else it must at no evaluation). carried: the state, over the string."""
+    """exact: whether the string is to come back, else it must not at any evaluation. carried: the state, along it."""
 
     string: str
     exact: bool = True
@@ -144,7 +144,7 @@ class Memorizing(Run):
                 scores = scores.softmax(-1)
             else:
                 scores, state = self.model(self.x[:, at : at + 1], state)
-                state = _detached(state)  # type: ignore[arg-type]
+                state = _detached(state)
             if not recipe.carried:
                 state = None
             loss = nn.functional.cross_entropy(scores, target)
