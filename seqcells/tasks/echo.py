@@ -183,6 +183,13 @@ class Echoing(Run):
         self.test = integers(recipe.test, recipe.inputs, recipe.symbols, stream(NAME, "test", seed))
         self.windows: Tensor | None = None
 
+    @property
+    def layer(self) -> Stateful:
+        """Of the stateful form."""
+        layer = self.model.layer
+        assert isinstance(layer, Stateful)
+        return layer
+
     def _scores(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Scores for rows of integers [B, inputs], and the integers asked for."""
         x = nn.functional.one_hot(rows, self.recipe.symbols).to(**self.place)
@@ -200,7 +207,7 @@ class Echoing(Run):
                 drawn = integers(recipe.batch, length, recipe.symbols, self.generator)
                 self.windows = windows(drawn, recipe.inputs)
             if at == 0:
-                self.model.layer.reset_states()  # type: ignore[union-attr,operator]
+                self.layer.reset_states()
             rows = self.windows[at]
         scores, asked = self._scores(rows)
         return self.update(nn.functional.cross_entropy(scores.flatten(0, 1), asked.flatten()), recipe.clip), len(rows)
@@ -208,21 +215,21 @@ class Echoing(Run):
     def extra(self) -> dict[str, Any]:
         if not self.recipe.stateful:
             return {}
-        return {"windows": self.windows, "states": self.model.layer.states}  # type: ignore[union-attr]
+        return {"windows": self.windows, "states": self.layer.states}
 
     def restore(self, extra: dict[str, Any]) -> None:
         if extra:
             states = extra["states"]
             self.windows = extra["windows"]
-            self.model.layer.states = None if states is None else tuple(s.to(self.place["device"]) for s in states)
+            self.layer.states = None if states is None else tuple(s.to(self.place["device"]) for s in states)
 
     def _answers(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """As _scores. A stateful model is asked from zero states, and then goes on where training stood."""
         if not self.recipe.stateful:
             return self._scores(rows)
-        layer = self.model.layer
-        kept = layer.states  # type: ignore[union-attr]
-        layer.reset_states()  # type: ignore[union-attr,operator]
+        layer = self.layer
+        kept = layer.states
+        layer.reset_states()
         result = self._scores(rows)
         layer.states = kept
         return result
