@@ -28,7 +28,7 @@ SMALL = {
     "count-ones-regression": {"length": 4, "lengths": (5, 6), "long": (7, 8), "batch": 4},
     "memorize": {"string": "ABA", "hidden": 6, "epochs": 40},
     "temporal-order": {"batch": 4, "test": 4, "hidden": 6, "window": 8},
-    "echo": {"inputs": 3, "hidden": 5, "symbols": 7, "batch": 4, "windows": 3, "test": 6},
+    "echo": {"inputs": 5, "hidden": 5, "symbols": 7, "batch": 4, "windows": 3, "test": 6},
 }
 # The strings of temporal-order are 110 long by definition: for the kernels every eleventh symbol does.
 LONG = temporal_order.strings
@@ -249,7 +249,13 @@ def test_check_fails_on_a_wrong_kernel(monkeypatch):
     assert "WRONG" in seqcells.check.table(results)
 
 
-EXAMPLES = {"count_ones.py": ("1", "GRU epoch 1: test accuracy")}
+EXAMPLES = {
+    "count_ones.py": ("1", "GRU epoch 1: test accuracy"),
+    "count_ones_regression.py": ("5", "GRU: worst error"),
+    "memorize.py": ("2", "GRU produced V"),
+    "temporal_order.py": ("5", "GRU: 0."),
+    "echo.py": ("5", "GRU: 0."),
+}
 
 
 @pytest.mark.parametrize("file", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
