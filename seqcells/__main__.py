@@ -59,6 +59,7 @@ def check(options: argparse.Namespace) -> int:
         # Triton reads this when it is imported, which has happened: start again.
         command = [sys.executable, "-m", "seqcells", "check", "--device", device]
         command += [a for cell in options.cell or [] for a in ("--cell", cell)]
+        command += [a for dtype in options.dtype or [] for a in ("--dtype", dtype)]
         sys.stdout.flush()
         os.execve(sys.executable, command, os.environ | {"TRITON_INTERPRET": "1"})
     from . import check as checking
@@ -67,9 +68,10 @@ def check(options: argparse.Namespace) -> int:
     where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "Triton's interpreter, CPU"
     print(f"largest relative errors against the float64 reference ({where}):\n")
     results = []
-    count = len(options.cell or reference.CELLS) * len(backends.SCHEDULES) * len(checking.kinds(device))
+    kinds = checking.kinds(device, options.dtype)
+    count = len(options.cell or reference.CELLS) * len(backends.SCHEDULES) * len(kinds)
     with bar(total=count, desc="check") as progress:
-        for result in checking.sweep(device, options.cell):
+        for result in checking.sweep(device, options.cell, options.dtype):
             results.append(result)
             progress.update()
     print(checking.table(results))
@@ -167,6 +169,9 @@ def main(argv: list[str] | None = None) -> int:
     p = commands.add_parser("check", help=check.__doc__)
     p.add_argument("--device", help="cpu (Triton's interpreter) or cuda; default: cuda if there is one")
     p.add_argument("--cell", action="append", choices=list(reference.CELLS), help="only this cell (may be repeated)")
+    p.add_argument(
+        "--dtype", action="append", choices=[*DTYPES, "tf32", "tf32x3"], help="only this one (may be repeated)"
+    )
     p.set_defaults(call=check)
 
     p = commands.add_parser("explain", help=explain.__doc__)

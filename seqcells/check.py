@@ -145,13 +145,20 @@ class Result:
         return max(self.errors.values()) <= self.tolerance
 
 
-def kinds(device: str) -> list[torch.dtype | str]:
-    """What `sweep` runs a cell and schedule in: keys of TOLERANCE."""
+def kinds(device: str, names: list[str] | None = None) -> list[torch.dtype | str]:
+    """What `sweep` runs a cell and schedule in, of those named, None: of all. Keys of TOLERANCE.
+
+    ValueError if none is left: tf32 and tf32x3 are a CUDA device's.
+    """
     products = ["tf32", "tf32x3"] if torch.device(device).type == "cuda" else []
-    return [torch.float64, torch.float32, *products, torch.float16, torch.bfloat16]
+    every: list[torch.dtype | str] = [torch.float64, torch.float32, *products, torch.float16, torch.bfloat16]
+    chosen = [kind for kind in every if names is None or str(kind).removeprefix("torch.") in names]
+    if not chosen:
+        raise ValueError(f"dtype must be one that {device} has, got {', '.join(names or ())}")
+    return chosen
 
 
-def sweep(device: str, cells: list[str] | None = None) -> Iterator[Result]:
+def sweep(device: str, cells: list[str] | None = None, dtypes: list[str] | None = None) -> Iterator[Result]:
     """The largest errors over the device's shapes, with and without resets, by cell, schedule and dtype.
 
     On a device float32 is checked at every precision; the interpreter has only one.
@@ -159,7 +166,7 @@ def sweep(device: str, cells: list[str] | None = None) -> Iterator[Result]:
     shapes = LARGE if torch.device(device).type == "cuda" else SMALL
     for cell in cells or list(reference.CELLS):
         for schedule in backends.SCHEDULES:
-            for kind in kinds(device):
+            for kind in kinds(device, dtypes):
                 yield _worst(cell, schedule, kind, device, shapes)
 
 

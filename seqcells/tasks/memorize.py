@@ -56,9 +56,9 @@ FIVE_TWICE = "ABCDETFGCHIJKLDMNOPFQRSTUJVWXYZ"
 RANDOM = "VNMVWKTFFLOZKUNSDYGOEFOBTZTTVU"
 
 
-def _case(shows: str, string: str, quick_epochs: int | None = None, **values: object) -> Case:
+def _case(shows: str, string: str, quick_epochs: int = 60, **values: object) -> Case:
     full = Recipe(string, **values)  # type: ignore[arg-type]
-    quick = Recipe(string, **values | {"epochs": quick_epochs or full.epochs})  # type: ignore[arg-type]
+    quick = Recipe(string, **values | {"epochs": quick_epochs})  # type: ignore[arg-type]
     return Case(shows=shows, quick=quick, full=full)
 
 
@@ -71,8 +71,8 @@ CASES = {
     "4": _case("one letter twice, the state carried", ONE_TWICE),
     "5": _case("five letters twice", FIVE_TWICE),
     "6": _case("thirty random letters", RANDOM),
-    "7": _case("thirty random letters, 128 units", RANDOM, hidden=128, lr=1e-3),
-    "6 replay": _case("the same with the exact gradient", RANDOM, form="replay"),
+    "7": _case("thirty random letters, 128 units", RANDOM, 100, hidden=128, lr=1e-3),
+    "6 replay": _case("the same with the exact gradient", RANDOM, 100, form="replay"),
     "6 notebook": _case(
         "the same as the notebook did it: exact at no evaluation",
         RANDOM,
