@@ -38,7 +38,7 @@ class Recipe:
     length: int = 12
     hidden: dict[str, int] | None = None  # by cell; None: two
     lr: dict[str, float] | None = None  # by cell; None: 1e-3
-    batch: int = 64
+    batch: int | None = 64  # None: all training strings in each
     lengths: tuple[int, int] = (65, 127)
     long: tuple[int, int] = (128, 1023)
     goal: bool = False
@@ -53,8 +53,8 @@ _SCALE = {"lstm": 1500.0, "gru": 300.0, "gru-before": 300.0, "rnn": 1.0}
 CASES = {
     "literal": Case(
         shows="strings of 12, two units, float64, as the notebook has it",
-        quick=Recipe(_LITERAL_STEPS, accuracy=0.98, loss=0.05, lr=_LITERAL_LR),
-        full=Recipe(dict.fromkeys(_LITERAL_LR, 10_000), accuracy=0.0, loss=0.03),
+        quick=Recipe(_LITERAL_STEPS, accuracy=0.98, loss=0.05, lr=_LITERAL_LR, batch=512),
+        full=Recipe(dict.fromkeys(_LITERAL_LR, 10_000), accuracy=0.0, loss=0.03, batch=None),
         cells=("lstm",),
     ),
     "goal": Case(
@@ -119,7 +119,7 @@ class Counter(nn.Module):
 
 
 class Literal(Run):
-    """Full batches of four fifths of all strings."""
+    """Four fifths of all strings, in full batches or some drawn from them each step."""
 
     def __init__(self, recipe: Recipe, seed: int, place: dict, *args: object, **options: object) -> None:
         super().__init__(*args, **options)  # type: ignore[arg-type]
@@ -131,6 +131,9 @@ class Literal(Run):
 
     def step(self) -> tuple[Tensor, int]:
         inputs, counts = self.training
+        if self.recipe.batch is not None:
+            chosen = torch.randint(len(inputs), (self.recipe.batch,), generator=self.generator).to(inputs.device)
+            inputs, counts = inputs[chosen], counts[chosen]
         return self.update(nn.functional.mse_loss(self.model(inputs)[:, -1], counts)), len(inputs)
 
     def measure(self) -> dict[str, float]:

@@ -1,0 +1,325 @@
+"""Who does a case: seqcells by each backend, torch.nn, loops over cells, and peers if they are installed.
+
+A provider takes a `cases.Problem` and gives a `cases.Work`, or raises Unavailable and says why. What is not the work
+(the weights in a provider's own layout, compilation, capture of a graph) is done before, and is not timed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import torch
+from cases import GATES, KINDS, NAMES, STEP, TRAINING, Case, Problem, Unavailable, Work
+from torch import Tensor, nn
+
+import seqcells
+from seqcells import backends, functional, reference
+from seqcells.kernels.buffers import previous_outputs
+
+UNROLLED = 64  # steps: a loop longer than that takes minutes to compile
+
+
+def _stateful(problem: Problem, dtype: torch.dtype | None, device: torch.device | None) -> tuple[Tensor, list[Tensor]]:
+    return problem.fresh(dtype, device)
+
+
+def _layer(problem: Problem, module: nn.Module, weights: list[Tensor]) -> nn.Module:
+    """The module on the problem's device with its weights; they stay the leaves."""
+    for (name, _), weight in zip(list(module.named_parameters()), weights, strict=True):
+        owner = module
+        setattr(owner, name, nn.Parameter(weight.detach(), requires_grad=weight.requires_grad))
+    return module
+
+
+def ours(
+    backend: str, save: str = "gates", dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> Callable[[Problem], Work]:
+    """seqcells by a backend. dtype, device: other than the problem's, for the judge."""
+
+    def provide(problem: Problem) -> Work:
+        case, where = problem.case, device or problem.device
+        if backend.startswith("triton") and where.type == "cpu" and not backends.INTERPRETED:
+            raise Unavailable("the kernels need CUDA, or TRITON_INTERPRET=1")
+        x, weights = problem.fresh(dtype, device)
+        resets, lengths = (None if m is None else m.to(where) for m in (problem.resets, problem.lengths))
+        if not case.projected and backend in ("reference", "auto"):
+            # For the judge: the input product of an identity.
+            gates = GATES[case.cell] * case.H
+            eye = torch.eye(gates, dtype=x.dtype, device=x.device).expand(case.heads, gates, gates)
+
+            def unprojected() -> Tensor:
+                given = x.unflatten(2, (case.heads, gates))
+                return functional.scan_groups(NAMES[case.cell], given, None, eye, weights[0], backend=backend)[0]
+
+            return Work(unprojected, [x, *weights])
+        if not case.projected:
+            return _scan_alone(problem, backend, save, x, weights[0])
+        if case.heads > 1:
+            options = {"save": save, "backend": backend}
+            return Work(lambda: functional.scan_groups(NAMES[case.cell], x, None, *weights, **options)[0], weights)
+        more = {"reset_after": case.cell == "gru"} if case.cell.startswith("gru") else {}
+        if case.mode == STEP:
+            cell = _layer(problem, getattr(seqcells, f"{KINDS[case.cell]}Cell")(case.I, case.H, **more), weights)
+            cell.backend = backend
+            return Work(lambda: _first(cell(x[0]))[None], list(cell.parameters()))
+        sizes = {"num_layers": case.layers, "bidirectional": case.bidirectional}
+        module = getattr(seqcells, KINDS[case.cell])(case.I, case.H, backend=backend, save=save, **sizes, **more)
+        layer = _layer(problem, module, weights)
+        return Work(lambda: layer(x, resets=resets, lengths=lengths)[0], list(layer.parameters()))
+
+    return provide
+
+
+def _first(state: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return state if isinstance(state, Tensor) else state[0]
+
+
+class _Alone(torch.autograd.Function):
+    """The recurrent part alone, as the engines have it: gx [T, B, K, G*H], u [K, G*H, H] to y [T, B, K*H]."""
+
+    @staticmethod
+    def forward(ctx, gx, u, engine, cell, save):
+        keep = save if any(ctx.needs_input_grad) else "none"
+        y, c, saved, *_ = engine.forward(gx, u, None, None, None, None, cell, keep, 0, "", "ieee")
+        ctx.engine, ctx.cell = engine, cell
+        ctx.save_for_backward(u, y, c, saved)
+        return y[1:].flatten(2) if y.shape[0] == gx.shape[0] + 1 else y.flatten(2)
+
+    @staticmethod
+    def backward(ctx, dy):
+        u, y, c, saved = ctx.saved_tensors
+        dgx, dhu, *_ = ctx.engine.backward(
+            dy.unflatten(2, (u.shape[0], -1)), None, None, None, u, y, c, saved, None, ctx.cell, 0, "", "ieee"
+        )
+        before = previous_outputs(y, 0)
+        du = torch.einsum("tbkg,tbkh->kgh", dgx if dhu is None else dhu, before)
+        return dgx, du, None, None, None
+
+
+def _scan_alone(problem: Problem, backend: str, save: str, x: Tensor, u: Tensor) -> Work:
+    raise Unavailable("the input's product is part of every call")
+
+
+def torch_nn(problem: Problem) -> Work:
+    """torch.nn's layer or cell; packed where rows differ in length."""
+    case = problem.case
+    if case.cell == "gru-before" or case.heads > 1 or not case.projected or case.resets:
+        raise Unavailable("torch.nn has not got it")
+    x, weights = problem.fresh()
+    if case.mode == STEP:
+        cell = _layer(problem, getattr(nn, f"{KINDS[case.cell]}Cell")(case.I, case.H), weights)
+        return Work(lambda: _first(cell(x[0]))[None], list(cell.parameters()))
+    layer = getattr(nn, KINDS[case.cell])(case.I, case.H, num_layers=case.layers, bidirectional=case.bidirectional)
+    layer = layer.to(problem.device, problem.dtype)
+    with torch.no_grad():
+        for parameter, weight in zip(layer.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+    layer.requires_grad_(case.mode != "inference")
+    if problem.lengths is None:
+        return Work(lambda: layer(x)[0], list(layer.parameters()))
+    lengths = problem.lengths
+
+    def packed() -> Tensor:
+        given = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(layer(given)[0], total_length=case.T)[0]
+
+    return Work(packed, list(layer.parameters()))
+
+
+def split(problem: Problem) -> Work:
+    """Resets by torch.nn's layer over each stretch in which no episode begins, the state multiplied between."""
+    case = problem.case
+    if not case.resets or case.layers > 1 or case.bidirectional or case.cell == "gru-before":
+        raise Unavailable("for resets, in one layer that torch.nn has")
+    x, weights = problem.fresh()
+    layer = getattr(nn, KINDS[case.cell])(case.I, case.H).to(problem.device, problem.dtype)
+    with torch.no_grad():
+        for parameter, weight in zip(layer.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+    layer.requires_grad_(case.mode != "inference")
+    resets = problem.resets
+    assert resets is not None
+
+    def stretches() -> Tensor:
+        kept = (~resets).to(x.dtype)[..., None]
+        starts = [0, *(t for t in resets.any(1).nonzero().flatten().tolist() if t), case.T]
+        state, outputs = None, []
+        for start, end in pairwise(starts):
+            if state is not None:
+                state = tuple(s * kept[start] for s in state) if isinstance(state, tuple) else state * kept[start]
+            y, state = layer(x[start:end], state)
+            outputs.append(y)
+        return torch.cat(outputs)
+
+    return Work(stretches, list(layer.parameters()))
+
+
+def _looped(problem: Problem) -> tuple[Callable[..., Tensor], Tensor, list[Tensor]]:
+    """A function of x and the weights: the cell written out, called a step at a time, as people do."""
+    case = problem.case
+    if case.layers > 1 or case.bidirectional or case.heads > 1 or not case.projected or case.mode == STEP:
+        raise Unavailable("a loop of one layer and direction")
+    spec, resets, lengths = reference.get(NAMES[case.cell]), problem.resets, problem.lengths
+    torch_cells = {"lstm": torch.lstm_cell, "gru": torch.gru_cell, "rnn": torch.rnn_tanh_cell}
+    kept = None if resets is None else (~resets).to(problem.dtype)[..., None]
+    alive = None
+    if lengths is not None:
+        alive = (torch.arange(case.T)[:, None] < lengths).to(problem.device, problem.dtype)[..., None]
+
+    def run(x: Tensor, *weights: Tensor) -> Tensor:
+        state = tuple(x.new_zeros(case.B, case.H) for _ in range(spec.states))
+        outputs = []
+        for t in range(case.T):
+            if kept is not None:
+                state = tuple(s * kept[t] for s in state)
+            if case.cell == "gru-before":
+                new = before(x[t], state[0], *weights)
+            else:
+                new = torch_cells[case.cell](x[t], state if spec.states == 2 else state[0], *weights)
+            state = new if isinstance(new, tuple) else (new,)
+            outputs.append(state[0] if alive is None else state[0] * alive[t])
+        return torch.stack(outputs)
+
+    x, weights = problem.fresh()
+    return run, x, weights
+
+
+def before(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
+    """A step of the textbook's GRU: the reset gate before the product."""
+    H = h.shape[1]
+    r, z = (nn.functional.linear(x, w_ih[: 2 * H], b_ih[: 2 * H]) + nn.functional.linear(h, w_hh[: 2 * H], b_hh[: 2 * H])).sigmoid().chunk(2, 1)
+    n = torch.tanh(
+        nn.functional.linear(x, w_ih[2 * H :], b_ih[2 * H :]) + nn.functional.linear(r * h, w_hh[2 * H :], b_hh[2 * H :])
+    )
+    return n + z * (h - n)
+
+
+def loop(problem: Problem) -> Work:
+    """A loop over torch's own cell function (torch.lstm_cell, ...); the reset-before GRU written out."""
+    run, x, weights = _looped(problem)
+    return Work(lambda: run(x, *weights), weights)
+
+
+def compiled_loop(problem: Problem) -> Work:
+    """The same loop under torch.compile."""
+    if problem.case.T > UNROLLED:
+        raise Unavailable(f"a loop of more than {UNROLLED} steps is unrolled, and compiles for minutes")
+    run, x, weights = _looped(problem)
+    whole = torch.compile(run, fullgraph=True, dynamic=False)
+    return Work(lambda: whole(x, *weights), weights)
+
+
+def graphed_loop(problem: Problem) -> Work:
+    """The same loop, captured as CUDA graphs, forward and backward."""
+    if problem.device.type != "cuda":
+        raise Unavailable("CUDA graphs need CUDA")
+    run, x, weights = _looped(problem)
+    if problem.case.mode != TRAINING:
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        with torch.no_grad(), torch.cuda.stream(stream):
+            for _ in range(3):
+                run(x, *weights)
+        torch.cuda.synchronize()
+        with torch.no_grad(), torch.cuda.graph(graph):
+            y = run(x, *weights)
+
+        def replay() -> Tensor:
+            graph.replay()
+            return y
+
+        return Work(replay, weights)
+    graphed = torch.cuda.make_graphed_callables(run, (x, *weights))
+    return Work(lambda: graphed(x, *weights), weights)
+
+
+def flashrnn(problem: Problem) -> Work:
+    """FlashRNN (pip install flashrnn): its fused CUDA kernels; on the CPU its plain PyTorch form.
+
+    It takes the input's product: with `projected` we form that for it. Its layouts are made before, where they can be.
+    """
+    case = problem.case
+    if case.cell not in ("lstm", "gru") or case.resets or case.lengths or case.layers > 1 or case.bidirectional:
+        raise Unavailable("flashrnn has one layer of LSTM or GRU, without masks")
+    if case.mode == STEP:
+        raise Unavailable("flashrnn has no cells")
+    try:
+        from flashrnn import flashrnn as call
+    except ImportError as error:
+        raise Unavailable(f"not installed: {error}") from error
+    backend = "cuda_fused" if problem.device.type == "cuda" else "vanilla"
+    x, weights = problem.fresh()
+    T, B, N, G, D = case.T, case.B, case.heads, GATES[case.cell], case.H
+    order = [2, 0, 1] if case.cell == "gru" else [0, 1, 2, 3]  # of its recurrent gates: n first, then r and z
+
+    def bias(b_ih: Tensor | None, b_hh: Tensor | None) -> Tensor:
+        if b_ih is None or b_hh is None:
+            return x.new_zeros(4, N, D)
+        i, h = (b.reshape(N, G, D).transpose(0, 1) for b in (b_ih, b_hh))
+        if case.cell == "lstm":
+            return i + h
+        return torch.stack([h[2], i[0] + h[0], i[1] + h[1], i[2]])
+
+    def run() -> Tensor:
+        w_ih, w_hh, b_ih, b_hh = weights if case.projected else (None, weights[0], None, None)
+        gx = x if w_ih is None else nn.functional.linear(x, w_ih.reshape(-1, case.I))
+        gates = gx.reshape(T, B, N, G, D).permute(1, 0, 3, 2, 4)
+        recurrent = w_hh.reshape(N, G, D, D).transpose(0, 1)[order]
+        states, _ = call(gates, recurrent, bias(b_ih, b_hh), function=case.cell, backend=backend, dtype=case.dtype)
+        return states[0].transpose(0, 1).reshape(T, B, N * D)
+
+    return Work(run, weights if case.projected else [x, *weights])
+
+
+def torchrl(problem: Problem) -> Work:
+    """TorchRL's Triton kernels (pip install torchrl): one layer of LSTM or GRU, with resets."""
+    case = problem.case
+    if case.cell not in ("lstm", "gru") or case.lengths or case.layers > 1 or case.bidirectional or case.heads > 1:
+        raise Unavailable("torchrl has one layer of LSTM or GRU, without lengths")
+    if case.mode == STEP or not case.projected:
+        raise Unavailable("torchrl's cells are torch's, and its layers take the input itself")
+    if problem.device.type != "cuda":
+        raise Unavailable("torchrl's kernels need CUDA")
+    try:
+        from torchrl.modules.tensordict_module import _rnn_triton as kernels
+    except ImportError as error:
+        raise Unavailable(f"not installed: {error}") from error
+    x, weights = problem.fresh()
+    batch_first = x.transpose(0, 1).contiguous()
+    resets = torch.zeros(case.T, case.B, dtype=torch.bool) if problem.resets is None else problem.resets
+    resets = resets.to(x.device).transpose(0, 1).contiguous()
+    zeros = x.new_zeros(case.B, case.T, case.H)
+    compute = {"compute_dtype": problem.dtype if case.dtype == "bfloat16" else torch.float32}
+
+    def run() -> Tensor:
+        states = (zeros, zeros) if case.cell == "lstm" else (zeros,)
+        call = kernels.lstm_triton if case.cell == "lstm" else kernels.gru_triton
+        return call(batch_first, *states, *weights, resets, **compute)[0].transpose(0, 1)
+
+    return Work(run, weights)
+
+
+PROVIDERS: dict[str, Callable[[Problem], Work]] = {
+    "torch.nn": torch_nn,
+    "auto": ours("auto"),
+    "triton": ours("triton"),
+    "triton, states": ours("triton", "states"),
+    "aten": ours("aten"),
+    "loop": ours("loop"),
+    "reference": ours("reference"),
+    "split": split,
+    "cell loop": loop,
+    "compiled loop": compiled_loop,
+    "graphed loop": graphed_loop,
+    "flashrnn": flashrnn,
+    "torchrl": torchrl,
+}
+
+
+def judge(problem: Problem) -> Work:
+    """The reference: in float64 on the CPU, or, where that would take minutes, in float32 on the device."""
+    case: Case = problem.case
+    products = 2 * case.T * case.B * GATES[case.cell] * case.heads * case.H * case.H * case.layers
+    if problem.device.type == "cpu" or products < 2e10:
+        return ours("reference", dtype=torch.float64, device=torch.device("cpu"))(problem)
+    return ours("reference", dtype=torch.float32)(problem)
