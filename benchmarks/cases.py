@@ -57,7 +57,12 @@ class Case:
 
     def small(self) -> Case:
         """The same kind of work at a size for the interpreter."""
-        few = {"T": min(self.T, 3), "B": min(self.B, 3), "I": min(self.I, 3), "H": min(self.H, 16 if self.heads > 1 else 5)}
+        few = {
+            "T": min(self.T, 3),
+            "B": min(self.B, 3),
+            "I": min(self.I, 3),
+            "H": min(self.H, 16 if self.heads > 1 else 5),
+        }
         return replace(self, **few, heads=min(self.heads, 2), layers=min(self.layers, 2), resets=self.resets and 0.3)
 
 
@@ -66,14 +71,14 @@ class Unavailable(Exception):
 
 
 class Work(NamedTuple):
-    """run() gives y; gradients are taken of leaves, which are x (if it is one) and the parameters in torch.nn's order."""
+    """run() gives y. Gradients are taken of leaves: x (if it is one) and the parameters, in torch.nn's order."""
 
     run: Callable[[], Tensor]
     leaves: list[Tensor]
 
 
 class Problem:
-    """A case's tensors on a device: x [T, B, I], the weights of torch.nn's layer, where episodes begin, how long rows are.
+    """A case's tensors on a device: x [T, B, I], weights as torch.nn draws them, where episodes begin, rows' lengths.
 
     Every provider is handed the same values.
     """
@@ -99,7 +104,11 @@ class Problem:
 
             self.weights = [drawn(case.heads, gates, case.H)]
             if case.projected:
-                self.weights = [drawn(case.heads, gates, case.I), *self.weights, *(drawn(case.heads, gates) for _ in "ih")]
+                self.weights = [
+                    drawn(case.heads, gates, case.I),
+                    *self.weights,
+                    *(drawn(case.heads, gates) for _ in "ih"),
+                ]
         starts = torch.rand(case.T, case.B, generator=generator) < case.resets
         self.resets = starts.to(self.device) if case.resets else None
         self.lengths = None
@@ -116,7 +125,9 @@ class Problem:
         """Of y."""
         return self.case.heads * self.case.H * (1 + self.case.bidirectional)
 
-    def fresh(self, dtype: torch.dtype | None = None, device: torch.device | None = None) -> tuple[Tensor, list[Tensor]]:
+    def fresh(
+        self, dtype: torch.dtype | None = None, device: torch.device | None = None
+    ) -> tuple[Tensor, list[Tensor]]:
         """x and the weights, copied, as leaves: the weights and an input product have gradients, data does not."""
         x = self.x.to(device or self.device, dtype or self.dtype, copy=True)
         weights = [w.to(device or self.device, dtype or self.dtype, copy=True) for w in self.weights]

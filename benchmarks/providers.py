@@ -188,9 +188,14 @@ def _looped(problem: Problem) -> tuple[Callable[..., Tensor], Tensor, list[Tenso
 def before(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
     """A step of the textbook's GRU: the reset gate before the product."""
     H = h.shape[1]
-    r, z = (nn.functional.linear(x, w_ih[: 2 * H], b_ih[: 2 * H]) + nn.functional.linear(h, w_hh[: 2 * H], b_hh[: 2 * H])).sigmoid().chunk(2, 1)
+    r, z = (
+        (nn.functional.linear(x, w_ih[: 2 * H], b_ih[: 2 * H]) + nn.functional.linear(h, w_hh[: 2 * H], b_hh[: 2 * H]))
+        .sigmoid()
+        .chunk(2, 1)
+    )
     n = torch.tanh(
-        nn.functional.linear(x, w_ih[2 * H :], b_ih[2 * H :]) + nn.functional.linear(r * h, w_hh[2 * H :], b_hh[2 * H :])
+        nn.functional.linear(x, w_ih[2 * H :], b_ih[2 * H :])
+        + nn.functional.linear(r * h, w_hh[2 * H :], b_hh[2 * H :])
     )
     return n + z * (h - n)
 

@@ -5,6 +5,7 @@ import io
 import pytest
 import torch
 from conftest import DEVICE
+from shapes import spread
 from test_transforms import Net, batch, loss, net
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -89,9 +90,7 @@ def test_compile_of_everything_else(backend):
     torch.testing.assert_close(grad(sum(map(loss, found)), weights), grad(sum(map(loss, expected)), weights))
 
 
-@pytest.mark.parametrize("strict", [False, True])
-@pytest.mark.parametrize("resets", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("backend", "resets", "strict"), spread(BACKENDS, [False, True], [False, True], most=1))
 def test_export(backend, resets, strict):
     """The exported program, saved and loaded, for any T and B; the reference's, which is unrolled, for its own T."""
     module, (x, begins) = net(backend, torch.float32).eval(), batch(torch.float32)

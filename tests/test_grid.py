@@ -7,7 +7,7 @@ between two barriers.
 import pytest
 import torch
 from conftest import DEVICE
-from shapes import CELLS, SCHEDULES
+from shapes import CELLS, SCHEDULES, spread
 
 from seqcells import check, functional
 from seqcells.check import Shape, errors, relative, tolerance
@@ -40,9 +40,7 @@ def test_parity_over_many_programs(cell, shape, dtype, save, resets, poison):
 
 
 @pytest.mark.parametrize("H", [48, pytest.param(160, marks=pytest.mark.slow)])
-@pytest.mark.parametrize(
-    "cell", [c if c in ("gru", "gru_before") else pytest.param(c, marks=pytest.mark.slow) for c in CELLS]
-)
+@pytest.mark.parametrize("cell", [c if c == "gru_before" else pytest.param(c, marks=pytest.mark.slow) for c in CELLS])
 def test_gradcheck_over_many_programs(cell, H):
     shape = Shape(2, 9, 1, H)  # T=2: one state is handed on, one gradient back
     assert planned(cell, shape, torch.float64).programs >= 6
@@ -179,17 +177,16 @@ def groups_run(cell, backend, heads, K, reverse, resets, save="gates"):
     return [*outputs, *torch.autograd.grad(outputs, [x, *weights, *states], directions)]
 
 
-@pytest.mark.parametrize(
-    ("heads", "K", "reverse", "resets", "save"),
-    [
-        (False, 2, (False, True), True, "gates"),
-        (True, 3, (), False, "states"),
-        (True, 2, (True, False), True, "states"),
-    ],
-)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("cell", CELLS)
-def test_groups(cell, schedule, heads, K, reverse, resets, save, poison):
+GROUPS = [
+    (False, 2, (False, True), True, "gates"),
+    (True, 3, (), False, "states"),
+    (True, 2, (True, False), True, "states"),
+]
+
+
+@pytest.mark.parametrize(("cell", "schedule", "groups"), spread(CELLS, SCHEDULES, GROUPS, most=1), ids=str)
+def test_groups(cell, schedule, groups, poison):
+    heads, K, reverse, resets, save = groups
     exact = groups_run(cell, "reference", heads, K, reverse, resets)
     found = groups_run(cell, f"triton:{schedule}", heads, K, reverse, resets, save)
     for got, want in zip(found, exact, strict=True):

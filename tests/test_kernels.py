@@ -162,9 +162,7 @@ def test_a_split_sequence_is_the_whole(cell, schedule):
     torch.testing.assert_close((torch.cat([first, second]), *end), (y, *final), rtol=1e-13, atol=1e-14)
 
 
-@pytest.mark.parametrize("save", ["gates", "states"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize(("cell", "schedule", "save"), spread(CELLS, SCHEDULES, ["gates", "states"], most=1))
 def test_two_backward_calls_and_two_runs_give_the_same_bits(cell, schedule, save):
     tensors = [t.requires_grad_() for t in check.inputs(cell, Shape(4, 9, 2, 20), torch.float32, DEVICE)]
     x, w_ih, w_hh, b_ih, b_hh, *states = tensors

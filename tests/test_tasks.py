@@ -92,7 +92,10 @@ def solve(job, dtype=None):
     assert outcome.solved, outcome.text
 
 
-@pytest.mark.parametrize("job", list(suite.jobs()), ids=label)
+@pytest.mark.parametrize(
+    "job",
+    [pytest.param(j, marks=[pytest.mark.slow] * (j.cell == "gru-before"), id=label(j)) for j in suite.jobs()],
+)
 def test_quick_is_solved(job):
     solve(job)
 

@@ -14,9 +14,9 @@ refuses today. The form of the gradient is a choice here, by name:
     replay      the exact gradient at the present parameters: the prefix is run again at each character
     notebook    the double softmax, and the gradient through states that older parameters made
 
-In the notebook's form the epochs are as the notebook's were: an LSTM of seed 0, asked every ten, is first exact at 30
-(case 1), 70 (2), 240 (4), 250 (5) and at none of 300 (3, 6, 7; the notebook's 7 came between 400 and 600, this one not by
-600). Detached, with the loss on the scores, all but 3 are exact after 10 to 50: benchmarks/results/tasks-cpu.md.
+In the notebook's form the epochs are much as the notebook's were, and detached, with the loss on the scores, all but 3
+are exact soon: benchmarks/results/tasks-cpu.md has the epoch at which each was first exact, asked every ten. The
+notebook's were 50 to 100 (cases 1, 2), 100 to 200 (4), 200 to 300 (5), none of 1000 (6) and 400 to 600 (7).
 
 What is judged is the string itself, which is what was to be memorized; the number of epochs is fixed in advance. The
 rate falls to a tenth over them, so that what is exact stays so.

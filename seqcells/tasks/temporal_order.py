@@ -13,9 +13,9 @@ from the start: an LSTM with the forget gate's bias 6 and the input gate's -3, a
 and z's bias 4 (`seqcells.init.accumulator_`), a plain RNN with relu and the identity for its recurrent weights. The
 rate decays exponentially to a tenth. Training stops when the last 2,000 strings all had every output within .3 before
 the update with them: data that decides when to stop is not what the criterion is judged on. So the task must be solved
-by the 6,000th string if training is to stop by the 8,000th. With batches of 16 and a rate of .02 the LSTM does not with
-two seeds of five; with 8 and .03, twice the updates, it does with all (benchmarks/results/tasks-cpu.md; the paper's net
-took 571,100). Worse for the LSTM: orthogonal recurrent weights, and biases of 5 and -2, with which none stopped in time.
+by the 6,000th string if training is to stop by the 8,000th. With batches of 16 and a rate of .02 the LSTM is too late
+with some seeds; with 8 and .03, twice the updates, with none (benchmarks/results/tasks-cpu.md; the paper's net took
+571,100). Worse for the LSTM: orthogonal recurrent weights, and biases of 5 and -2.
 
 Attention: alpha_i, normalised from sigmoid(5 cos(W h_T, h_i)), over the hidden states; a linear layer on the context
 and h_T. Over one-hot inputs and without h_T, as the notebook describes it, the context forgets the order.
