@@ -1,0 +1,252 @@
+"""Providers side by side: every one that can do a case, in turn within one run, after parity; medians and ratios.
+
+    make bench        or        python benchmarks/compare.py [--device cuda] [--minutes 3] [--json FILE] [--table FILE]
+
+A provider that fails is recorded with its error, and the others go on. Nothing here claims a speed across machines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from statistics import quantiles
+from typing import Any
+
+if "--dry" in sys.argv and "cuda" not in sys.argv:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: the kernels take part on the CPU
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a plain checkout: nothing need be installed
+
+import cases
+import measure
+from cases import NAMES, Case, Problem, Unavailable
+from providers import PROVIDERS, judge
+
+import seqcells
+from seqcells import explanation, suite
+from seqcells.progress import bar
+
+# What others are compared with, the first of these that did the case.
+PEERS = ("torch.nn", "split", "cell loop", "flashrnn", "torchrl", "reference")
+
+
+def planned(problem: Problem) -> tuple[str, float | None]:
+    """The plan of the case's scan, in words, and the model's floor of a step, in microseconds (both directions)."""
+    case = problem.case
+    size = {"batch": case.B, "hidden_size": case.H, "dtype": problem.dtype, "groups": case.heads}
+    try:
+        found = explanation.explain(NAMES[case.cell], device=problem.device, resets=case.resets > 0, **size)
+    except (ValueError, RuntimeError) as error:
+        return str(error), None
+    if found.plan is None:
+        return str(found), None
+    floor = found.plan.microseconds + (found.backward.microseconds if case.mode == cases.TRAINING else 0)
+    return str(found), floor
+
+
+def compared(
+    case: Case, device: str, seconds: float, names: Iterable[str] | None = None, least: int = 5
+) -> list[dict[str, Any]]:
+    """A row a provider: its error against the judge and its times (`least` at least), or why there are none."""
+    problem = Problem(case, device)
+    plan, floor = planned(problem)
+    start = {"case": asdict(case), "name": case.name, "device": device, "plan": plan, "floor_us_a_step": floor}
+    rows, runs = [], {}
+    judged = cases.answer(problem, judge(problem))
+    allowed = cases.tolerance(case, problem.device)
+    for name in names or PROVIDERS:
+        row: dict[str, Any] = {**start, "provider": name}
+        rows.append(row)
+        try:
+            work = PROVIDERS[name](problem)
+            row["error"] = cases.parity(cases.answer(problem, work), judged, allowed)
+            row["saved_bytes"] = measure.saved_bytes(problem, work)
+            run = cases.repeated(problem, work)
+            row["peak_bytes"] = measure.peak_bytes(run, problem.device)
+            runs[name] = run
+        except Unavailable as reason:
+            row["unavailable"] = str(reason)
+        except Exception as error:  # a peer's failure is a result
+            row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
+    if not runs:
+        return rows
+    for name, samples in measure.interleaved(runs, problem.device, seconds, least).items():
+        row = next(r for r in rows if r["provider"] == name)
+        low, middle, high = quantiles(samples, n=4)
+        row |= {"seconds": middle, "quartiles": [low, high], "rounds": len(samples)}
+        row["us_a_step"] = middle * 1e6 / case.T
+    return rows
+
+
+def sweep(
+    chosen: list[Case],
+    device: str,
+    minutes: float,
+    names: Iterable[str] | None = None,
+    note: Callable[[list[dict[str, Any]]], None] = lambda rows: None,
+    dry: bool = False,
+) -> list[dict[str, Any]]:
+    """All cases, in order, until the time is up; those after it are recorded as not reached.
+
+    note: called after each case with all rows so far. dry: hardly timed.
+    """
+    deadline, rows = time.monotonic() + 60 * minutes, []
+    with bar(total=len(chosen), desc="cases") as progress:
+        for number, case in enumerate(chosen):
+            left = deadline - time.monotonic()
+            if left <= 0:
+                rows.append({"case": asdict(case), "name": case.name, "device": device, "not_reached": True})
+                continue
+            try:
+                seconds = 0.0 if dry else min(20.0, 0.5 * left / (len(chosen) - number))
+                rows += compared(case, device, seconds, names, 2 if dry else 5)
+            except Exception as error:  # the case itself: too large for the device, say
+                reason = f"{type(error).__name__}: {error}"[:300]
+                rows.append({"case": asdict(case), "name": case.name, "device": device, "failed": reason})
+            note(rows)
+            progress.update()
+            if torch.device(device).type == "cuda":
+                torch.cuda.empty_cache()
+    return rows
+
+
+def machine(device: str) -> dict[str, str]:
+    """What it ran on."""
+    facts = {
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "seqcells": seqcells.__version__,
+        "threads": str(torch.get_num_threads()),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": str(os.cpu_count()),
+    }
+    try:
+        import triton
+
+        facts["triton"] = triton.__version__
+    except ImportError:
+        pass
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        lines = (line.split(":", 1) for line in info.read_text().splitlines() if ":" in line)
+        facts["cpu"] = next((v.strip() for k, v in lines if k.strip() == "model name"), platform.processor())
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        facts |= {"gpu": properties.name, "memory": f"{properties.total_memory / 2**30:.0f} GiB"}
+        facts |= {"cuda": str(torch.version.cuda), "cudnn": str(torch.backends.cudnn.version())}
+    return facts
+
+
+def by_case(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """{case: {provider: row}} of what was timed."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in rows:
+        if "seconds" in row:
+            found.setdefault(row["name"], {})[row["provider"]] = row
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line a case, microseconds of auto, and how many times as long each other takes."""
+    timed = by_case(rows)
+    present = [p for p in PROVIDERS if any(p in r for r in timed.values())]
+    others = [p for p in present if p != "auto"]
+    lines = [
+        f"| case | for | auto, us | a step | {' | '.join(others)} |",
+        f"|---|---|---:|---:|{'---:|' * len(others)}",
+    ]
+    for name, providers in timed.items():
+        case, auto = next(iter(providers.values()))["case"], providers.get("auto")
+        shown = [
+            name,
+            case["why"],
+            f"{auto['seconds'] * 1e6:.0f}" if auto else "-",
+            f"{auto['us_a_step']:.2f}" if auto else "-",
+        ]
+        for other in others:
+            row = providers.get(other)
+            if row is None or auto is None:
+                shown.append("" if row is None else f"{row['seconds'] * 1e6:.0f} us")
+            else:
+                shown.append(f"{row['seconds'] / auto['seconds']:.2f}")
+        lines.append(f"| {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def memory(rows: list[dict[str, Any]]) -> str:
+    """Markdown: what is kept for backward beyond input, weights and output, in units of T*B*H elements."""
+    timed = {n: r for n, r in by_case(rows).items() if next(iter(r.values()))["case"]["mode"] == cases.TRAINING}
+    present = [p for p in PROVIDERS if any(p in r for r in timed.values())]
+    lines = [f"| case | {' | '.join(present)} |", f"|---|{'---:|' * len(present)}"]
+    for name, providers in timed.items():
+        case = next(iter(providers.values()))["case"]
+        width = case["T"] * case["B"] * case["H"] * case["heads"] * case["layers"] * (1 + case["bidirectional"])
+        unit = width * cases.DTYPES[case["dtype"]].itemsize
+        shown = [f"{providers[p]['saved_bytes'] / unit:.1f}" if p in providers else "" for p in present]
+        lines.append(f"| {name} | {' | '.join(shown)} |")
+    return "\n".join(lines)
+
+
+def failures(rows: list[dict[str, Any]]) -> str:
+    lines = [f"- {r['name']}, {r.get('provider', 'the case')}: {r['failed']}" for r in rows if "failed" in r]
+    missed = sum("not_reached" in r for r in rows)
+    return "\n".join(lines + [f"- {missed} cases were not reached in the time."] * (missed > 0)) or "None."
+
+
+def document(rows: list[dict[str, Any]], facts: dict[str, str], command: str) -> str:
+    shown = ", ".join(f"{k} {v}" for k, v in facts.items())
+    return (
+        f"# Side by side\n\nWritten by `{command}`: {shown}.\n\n"
+        'Medians of interleaved samples. "auto" in microseconds, of the whole and of a step; every other provider as\n'
+        "a multiple of auto's time in the same run (above 1: auto is faster). An empty place: it has not got it.\n"
+        "Training is forward and backward, gradients of all weights; inference forward without gradients.\n\n"
+        f"{table(rows)}\n\n## Kept for backward\n\nBeyond input, weights and output, in units of T*B*H elements of the "
+        f"case's type.\n\n{memory(rows)}\n\n## What failed\n\n{failures(rows)}\n"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--minutes", type=float, default=3.0)
+    parser.add_argument(
+        "--case", action="append", metavar="TEXT", help="only cases whose name or purpose has this in it"
+    )
+    parser.add_argument("--provider", action="append", choices=PROVIDERS, help="only this one (may be repeated)")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--table", type=Path, metavar="FILE")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes, and Triton's interpreter: does it all run?")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    on_cpu = torch.device(options.device).type == "cpu"
+    chosen = [*cases.LACKING, *cases.PLAIN, *cases.TASKS] if on_cpu else cases.grid()
+    if options.dry:
+        chosen = list(dict.fromkeys(c.small() for c in cases.grid()))
+    if options.case:
+        chosen = [c for c in chosen if any(text in f"{c.name} {c.why}" for text in options.case)]
+    names = options.provider or [p for p in PROVIDERS if options.dry or not on_cpu or p != "compiled loop"]
+    rows = sweep(chosen, options.device, options.minutes, names, dry=options.dry)
+    facts = machine(options.device)
+    command = " ".join(["python benchmarks/compare.py", *sys.argv[1:]])
+    print(table(rows))
+    if options.json:
+        suite.write(options.json, json.dumps({"command": command, "machine": facts, "rows": rows}, indent=1))
+    if options.table:
+        suite.write(options.table, document(rows, facts, command))
+    wrong = [r for r in rows if "failed" in r]
+    print("\n".join(f"failed: {r['name']}, {r.get('provider')}: {r['failed']}" for r in wrong), file=sys.stderr)
+    return 1 if wrong and options.dry else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

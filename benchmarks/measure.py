@@ -1,0 +1,85 @@
+"""How it is timed, on the CPU by the wall clock, on CUDA by events; and what is kept for backward."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from cases import INFERENCE, Problem, Work
+
+SHORTEST = 2e-3  # seconds of a sample: below it a clock's own cost shows
+
+
+def sample(run: Callable[[], object], device: torch.device, times: int) -> float:
+    """Seconds of one run, the mean of `times` of them in a row. On CUDA the device's time, by events."""
+    if device.type != "cuda":
+        started = time.perf_counter()
+        for _ in range(times):
+            run()
+        return (time.perf_counter() - started) / times
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    torch.cuda.synchronize(device)
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3 / times
+
+
+def repeats(run: Callable[[], object], device: torch.device) -> int:
+    """How often to run for one sample. Warms up."""
+    for _ in range(2):  # the first may compile
+        once = sample(run, device, 1)
+    return max(1, round(SHORTEST / max(once, 1e-7)))
+
+
+def interleaved(runs: dict[str, Callable[[], object]], device: torch.device, seconds: float, least: int = 5) -> dict:
+    """Samples of each, in turn, so that what disturbs the machine disturbs all: {name: [seconds of one run]}.
+
+    seconds: about how long it may take in all; `least` rounds are made in any case.
+    """
+    times = {name: repeats(run, device) for name, run in runs.items()}
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    deadline = time.perf_counter() + seconds
+    while len(next(iter(found.values()))) < least or time.perf_counter() < deadline:
+        for name, run in runs.items():
+            found[name].append(sample(run, device, times[name]))
+        if len(next(iter(found.values()))) >= 100:
+            break
+    return found
+
+
+def middle(samples: list[float]) -> float:
+    return median(samples)
+
+
+def saved_bytes(problem: Problem, work: Work) -> int:
+    """Memory that autograd keeps for backward beyond the input, the weights and the output, in bytes."""
+    if problem.case.mode == INFERENCE:
+        return 0
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        y = work.run()
+    known = {t.untyped_storage().data_ptr() for t in (y, problem.x, *work.leaves)}
+    return sum(size for pointer, size in kept.items() if pointer not in known)
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
+    """The most memory that one run takes on a CUDA device beyond what was there; None on the CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
