@@ -66,6 +66,11 @@ def backend(name: str) -> Iterator[None]:
         _chosen.pop()
 
 
+def spelled(requested: str | None) -> str:
+    """A layer's own backend, else the context's, else "auto"."""
+    return requested or (_chosen[-1] if _chosen else "auto")
+
+
 @dataclass(frozen=True)
 class Choice:
     """backend: triton, aten, loop or reference. schedule: "" unless it was asked for."""
@@ -101,6 +106,7 @@ class Request:
     grad: bool = False
     onednn: bool = False  # oneDNN's LSTM would run it
     one_step: bool = False  # a cell's call
+    short: bool = False  # so few steps, or such large products, that what a step costs beside them hardly counts
 
 
 def _no_aten(cell: str, request: Request) -> str:
@@ -137,7 +143,7 @@ def _without_kernels(cell: str, device: torch.device, request: Request, lacking:
         return loop, "torch.compile would unroll torch's own for every length"
     if request.lengths:
         return loop, "torch's own fused RNNs take lengths only packed"
-    if request.grad and device.type == "cpu":
+    if request.grad and device.type == "cpu" and not request.short:
         return loop, f"with gradients it is faster than torch's own fused {cell}"
     return "aten", f"torch's own fused {cell} runs there"
 
@@ -148,8 +154,7 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request
     Raises ModuleNotFoundError (no triton), RuntimeError (wrong device, or something a backend lacks), TypeError
     (dtype), ValueError (unknown backend).
     """
-    spelled = requested or (_chosen[-1] if _chosen else "auto")
-    name, schedule = parse(spelled)
+    name, schedule = parse(spelled(requested))
     if name != "aten" and torch.compiler.is_compiling() and transforming():
         return Choice("reference", "", "within torch.compile, torch.func has no vmap of a Function")
     if name == "triton":

@@ -98,10 +98,12 @@ class _Cell(nn.Module):
                     f"hidden{i} has inconsistent hidden_size: got {s.shape[1]}, expected {self.hidden_size}"
                 )
         weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        how = functional.How(backend=self.backend, precision=self.precision, one_step=True)
-        _, final, _ = functional.run(self.cell, x[None], states, [weights], how)
-        # [1, B, H] from those without an operator for one step; a copy, since a view could not be detached in place.
-        final = tuple(s[0].clone() if s.dim() == 3 else s for s in final)
+        final = functional.plain_step(self.cell, x, states, weights, self.backend)
+        if final is None:
+            how = functional.How(backend=self.backend, precision=self.precision, one_step=True)
+            _, final, _ = functional.run(self.cell, x[None], states, [weights], how)
+            # [1, B, H] from those without an operator for one step; copied, since no view can be detached in place.
+            final = tuple(s[0].clone() if s.dim() == 3 else s for s in final)
         return final if batched else tuple(s[0] for s in final)
 
 

@@ -25,6 +25,9 @@ except ModuleNotFoundError as missing:  # without triton all but the triton back
     ops = None  # type: ignore[assignment]
 
 SAVES = ("gates", "states")
+# Where the loop in Python with our own backward stops being faster on the CPU than torch's GRU and RNN: fewer steps do
+# not pay for the call, and above so many states (B * H) the products take all the time (`make bench`).
+SHORT, WIDE = 32, 8192
 
 
 @dataclass(frozen=True)
@@ -124,6 +127,22 @@ def autocasting(device: torch.device) -> bool:
     return available and torch.is_autocast_enabled(device.type)
 
 
+def plain_step(
+    cell: str, x: Tensor, states: tuple[Tensor, ...] | None, weights: aten.Weights, backend: str | None
+) -> tuple[Tensor, ...] | None:
+    """A cell's states after one step by torch's own, where that is what it comes to and nothing looks on; else None.
+
+    What `run` would do after more questions, which cost more than a step on the CPU. x [B, I], states [B, H].
+    """
+    asked = x.device.type == "cpu" and cell in aten.CELLS and backends.spelled(backend) in ("auto", "aten")
+    if not asked or autocasting(x.device) or backends.transforming():
+        return None
+    if states is None:
+        zero = x.new_zeros(x.shape[0], weights[1].shape[1])  # type: ignore[union-attr]
+        states = (zero,) * reference.get(cell).states
+    return aten.step(cell, x, states, weights)
+
+
 def _cast(
     x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights]
 ) -> tuple[Tensor, tuple[Tensor | None, ...], Sequence[aten.Weights]]:
@@ -136,14 +155,20 @@ def _cast(
     return cast([x])[0], cast(given), [cast(weights) for weights in groups]
 
 
-def choose(cell: str, x: Tensor, tensors: Iterable[Tensor | None], how: How) -> backends.Choice:
-    """The backend for a scan of x; tensors: states and weights. Raises as backends.choose does."""
+def choose(
+    cell: str, x: Tensor, tensors: Iterable[Tensor | None], how: How, hidden: int | None = None
+) -> backends.Choice:
+    """The backend for a scan of x; tensors: states and weights; hidden: H. Raises as backends.choose does."""
+    short = False
+    if hidden is not None and not torch.compiler.is_compiling():
+        short = x.shape[0] < SHORT or x.shape[1] * hidden > WIDE
     request = backends.Request(
         resets=how.resets is not None,
         lengths=how.lengths is not None,
         cells=how.cells,
         grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)),
         one_step=how.one_step,
+        short=short,
         onednn=how.lengths is None and x.dim() == 3 and x.numel() > 0 and aten.onednn(cell, x.device, x.dtype),
     )
     return backends.choose(cell, x.device, x.dtype, request, how.backend)
@@ -193,7 +218,7 @@ def _run(
         mine = x if x.dim() == 3 else x[:, :, k]
         _check(mine, tuple(s[k] if s is not None and s.dim() == 3 else s for s in given), weights, how, spec.gates)
     B, H = x.shape[1], groups[0][1].shape[0] // spec.gates  # type: ignore[union-attr]
-    chosen = choose(cell, x, (*given, *(t for weights in groups for t in weights)), how)
+    chosen = choose(cell, x, (*given, *(t for weights in groups for t in weights)), how, H)
     bits = sum(1 << k for k in range(K) if how.reverse[k])
     if len(groups[0]) == 5 and chosen.backend != "aten":
         return _projected(cell, x, given, groups, how)
