@@ -1,7 +1,7 @@
 # Every target prepares its own virtual environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo tasks test test-slow lint report report-quick bench clean
+.PHONY: demo tasks test test-slow lint report report-quick bench bench-quick bench-dry bench-results pictures clean
 
 .venv/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -35,7 +35,20 @@ report-quick: .venv/ready
 	$(BIN)/python -m seqcells.kernels.report --target all --quick
 
 bench: .venv/ready
-	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+	$(BIN)/python benchmarks/compare.py --device cpu --minutes 3
+
+bench-quick: .venv/ready
+	$(BIN)/python -m pytest benchmarks --benchmark-only -m quick --benchmark-group-by=group --benchmark-columns=median,iqr,rounds
+
+bench-dry: .venv/ready
+	$(BIN)/python benchmarks/gpu.py --out out/gpu --device cpu --dry
+
+bench-results: .venv/ready
+	$(BIN)/python benchmarks/compare.py --device cpu --minutes 4 --json benchmarks/results/cpu.json --table benchmarks/results/cpu.md
+	$(MAKE) pictures
+
+pictures: .venv/ready
+	$(BIN)/python benchmarks/plot.py benchmarks/results/cpu.json benchmarks/results
 
 clean:
 	rm -rf .venv out build dist *.egg-info

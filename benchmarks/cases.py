@@ -58,7 +58,7 @@ class Case:
     def small(self) -> Case:
         """The same kind of work at a size for the interpreter."""
         few = {
-            "T": min(self.T, 3),
+            "T": min(self.T, 2),
             "B": min(self.B, 3),
             "I": min(self.I, 3),
             "H": min(self.H, 16 if self.heads > 1 else 5),

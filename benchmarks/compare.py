@@ -53,10 +53,8 @@ def planned(problem: Problem) -> tuple[str, float | None]:
     return str(found), floor
 
 
-def compared(
-    case: Case, device: str, seconds: float, names: Iterable[str] | None = None, least: int = 5
-) -> list[dict[str, Any]]:
-    """A row a provider: its error against the judge and its times (`least` at least), or why there are none."""
+def compared(case: Case, device: str, seconds: float, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
+    """A row a provider: its error against the judge and its times, or why there are none."""
     problem = Problem(case, device)
     plan, floor = planned(problem)
     start = {"case": asdict(case), "name": case.name, "device": device, "plan": plan, "floor_us_a_step": floor}
@@ -79,7 +77,7 @@ def compared(
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
     if not runs:
         return rows
-    for name, samples in measure.interleaved(runs, problem.device, seconds, least).items():
+    for name, samples in measure.interleaved(runs, problem.device, seconds).items():
         row = next(r for r in rows if r["provider"] == name)
         low, middle, high = quantiles(samples, n=4)
         row |= {"seconds": middle, "quartiles": [low, high], "rounds": len(samples)}
@@ -108,7 +106,7 @@ def sweep(
                 continue
             try:
                 seconds = 0.0 if dry else min(20.0, 0.5 * left / (len(chosen) - number))
-                rows += compared(case, device, seconds, names, 2 if dry else 5)
+                rows += compared(case, device, seconds, names)
             except Exception as error:  # the case itself: too large for the device, say
                 reason = f"{type(error).__name__}: {error}"[:300]
                 rows.append({"case": asdict(case), "name": case.name, "device": device, "failed": reason})

@@ -188,7 +188,7 @@ def main() -> int:
         return compare.sweep(chosen, device, minutes, note=note, dry=options.dry)
 
     report.part("grid", grid)
-    wanted = ("count-ones-regression", "--case", "goal", "--cell", "lstm") if options.dry else ("--all",)
+    wanted = ("memorize", "--case", "1", "--cell", "lstm") if options.dry else ("--all",)
     backend = "reference" if options.dry else "triton"
     suite_run = seqcells("run", *wanted, "--device", device, "--backend", backend)
     report.part("task suite", lambda: said(suite_run, max(60.0, left())))

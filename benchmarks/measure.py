@@ -39,11 +39,12 @@ def repeats(run: Callable[[], object], device: torch.device) -> int:
 def interleaved(runs: dict[str, Callable[[], object]], device: torch.device, seconds: float, least: int = 5) -> dict:
     """Samples of each, in turn, so that what disturbs the machine disturbs all: {name: [seconds of one run]}.
 
-    seconds: about how long it may take in all; `least` rounds are made in any case.
+    seconds: about how long it may take in all, 0: just once around; `least` rounds are made in any case.
     """
-    times = {name: repeats(run, device) for name, run in runs.items()}
+    times = {name: repeats(run, device) if seconds else 1 for name, run in runs.items()}
     found: dict[str, list[float]] = {name: [] for name in runs}
     deadline = time.perf_counter() + seconds
+    least = least if seconds else 2  # quartiles want two
     while len(next(iter(found.values()))) < least or time.perf_counter() < deadline:
         for name, run in runs.items():
             found[name].append(sample(run, device, times[name]))

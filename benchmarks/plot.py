@@ -43,9 +43,14 @@ def save(figure: Any, path: Path) -> None:
     print(path)
 
 
-def bars(timed: dict[str, dict[str, Any]], path: Path, title: str, value: Any, label: str) -> None:
-    """A group of bars a case, one bar a provider. value(row, rows of the case): None where there is no bar."""
-    shown = {n: {p: value(r, rows) for p, r in rows.items()} for n, rows in timed.items()}
+OURS = ("auto", "triton", "triton, states")
+
+
+def bars(
+    timed: dict[str, dict[str, Any]], path: Path, title: str, value: Any, label: str, names: Any = PROVIDERS
+) -> None:
+    """A group of bars a case, one bar a provider of names. value(row, rows of the case): None where there is none."""
+    shown = {n: {p: value(r, rows) for p, r in rows.items() if p in names} for n, rows in timed.items()}
     shown = {n: {p: v for p, v in found.items() if v is not None} for n, found in shown.items()}
     shown = {n: found for n, found in shown.items() if found}
     if not shown:
@@ -57,10 +62,12 @@ def bars(timed: dict[str, dict[str, Any]], path: Path, title: str, value: Any, l
         rows = [(i + k * height, found[provider]) for i, found in enumerate(shown.values()) if provider in found]
         axes.barh([y for y, _ in rows], [v for _, v in rows], height, label=provider, color=COLOURS[provider])
     axes.set_yticks([i + 0.4 - height / 2 for i in range(len(shown))], list(shown))
-    axes.invert_yaxis()
+    axes.set_ylim(len(shown) - 0.1, -0.3)  # downward
     axes.set(xscale="log", xlabel=label, title=title)
     axes.grid(axis="x", alpha=0.3)
-    axes.legend(frameon=False, ncols=2)
+    if label.startswith("speed-up"):
+        axes.axvline(1, color=GREY, linewidth=1)
+    figure.legend(frameon=False, ncols=4, loc="outside lower center")
     save(figure, path)
 
 
@@ -121,10 +128,7 @@ def main() -> int:
         stem = f"{options.file.stem}-"
         for peer in ("torch.nn", "cell loop"):
             title, path = f"times as fast as {peer}, {device}", options.folder / f"{stem}{peer.replace(' ', '-')}.png"
-            bars(timed, path, title, against(peer), f"speed-up over {peer}")
-        bars(
-            timed, options.folder / f"{stem}steps.png", f"a step, {device}", lambda r, _: r["us_a_step"], "microseconds"
-        )
+            bars(timed, path, title, against(peer), f"speed-up over {peer}", OURS)
         bars(timed, options.folder / f"{stem}memory.png", "kept for backward", kept, "elements, in T*B*H")
         for axis in ("H", "B"):
             scaling(timed, axis, options.folder / f"{stem}scaling.png")
