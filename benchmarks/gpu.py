@@ -48,7 +48,8 @@ def said(command: list[str], seconds: float) -> dict[str, Any]:
     except subprocess.TimeoutExpired as stopped:
         code, out, error = -1, str(stopped.stdout or ""), f"stopped after {seconds:.0f} s"
     took = time.monotonic() - started
-    return {"command": " ".join(command), "code": code, "out": out, "error": error[-2000:], "seconds": took}
+    shown = " ".join("python" if part == sys.executable else part for part in command)  # results name no paths
+    return {"command": shown, "code": code, "out": out, "error": error[-2000:], "seconds": took}
 
 
 def seqcells(*arguments: str) -> list[str]:
