@@ -19,9 +19,6 @@ from pathlib import Path
 from statistics import quantiles
 from typing import Any
 
-if "--dry" in sys.argv and "cuda" not in sys.argv:
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: the kernels take part on the CPU
-
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a plain checkout: nothing need be installed
@@ -34,9 +31,6 @@ from providers import PROVIDERS, judge
 import seqcells
 from seqcells import explanation, suite
 from seqcells.progress import bar
-
-# What others are compared with, the first of these that did the case.
-PEERS = ("torch.nn", "split", "cell loop", "flashrnn", "torchrl", "reference")
 
 
 def planned(problem: Problem) -> tuple[str, float | None]:
@@ -223,27 +217,24 @@ def main() -> int:
     parser.add_argument("--provider", action="append", choices=PROVIDERS, help="only this one (may be repeated)")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--table", type=Path, metavar="FILE")
-    parser.add_argument("--dry", action="store_true", help="tiny sizes, and Triton's interpreter: does it all run?")
     options = parser.parse_args()
     torch.set_num_threads(1)
     on_cpu = torch.device(options.device).type == "cpu"
     chosen = [*cases.LACKING, *cases.PLAIN, *cases.TASKS] if on_cpu else cases.grid()
-    if options.dry:
-        chosen = list(dict.fromkeys(c.small() for c in cases.grid()))
     if options.case:
         chosen = [c for c in chosen if any(text in f"{c.name} {c.why}" for text in options.case)]
-    names = options.provider or [p for p in PROVIDERS if options.dry or not on_cpu or p != "compiled loop"]
-    rows = sweep(chosen, options.device, options.minutes, names, dry=options.dry)
+    names = options.provider or [p for p in PROVIDERS if not on_cpu or p != "compiled loop"]
+    rows = sweep(chosen, options.device, options.minutes, names)
     facts = machine(options.device)
     command = " ".join(["python benchmarks/compare.py", *sys.argv[1:]])
-    print(table(rows))
+    print(f"{table(rows)}\n\nKept for backward, in units of T*B*H elements:\n\n{memory(rows)}")
     if options.json:
         suite.write(options.json, json.dumps({"command": command, "machine": facts, "rows": rows}, indent=1))
     if options.table:
         suite.write(options.table, document(rows, facts, command))
     wrong = [r for r in rows if "failed" in r]
     print("\n".join(f"failed: {r['name']}, {r.get('provider')}: {r['failed']}" for r in wrong), file=sys.stderr)
-    return 1 if wrong and options.dry else 0
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

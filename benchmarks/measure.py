@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from statistics import median
 
 import torch
 from cases import INFERENCE, Problem, Work
@@ -51,10 +50,6 @@ def interleaved(runs: dict[str, Callable[[], object]], device: torch.device, sec
         if len(next(iter(found.values()))) >= 100:
             break
     return found
-
-
-def middle(samples: list[float]) -> float:
-    return median(samples)
 
 
 def saved_bytes(problem: Problem, work: Work) -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from statistics import median
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
-from measure import interleaved, middle
+from measure import interleaved
 
 from seqcells.kernels.grid import arrive, wait
 
@@ -55,7 +56,7 @@ def ceilings(device: str, dry: bool = False) -> dict[str, Any]:
         "barrier": barrier,
         "L2": lambda: chase[(1,)](circle, out, steps, num_warps=1),
     }
-    found = {name: middle(s) for name, s in interleaved(runs, place, 0.0 if dry else 2.0).items()}
+    found = {name: median(s) for name, s in interleaved(runs, place, 0.0 if dry else 2.0).items()}
     return {
         "copy, GB/s": 2 * 4 * size / found["copy"] / 1e9,
         "bf16 product, TFLOP/s": 2 * side**3 / found["product"] / 1e12,

@@ -103,6 +103,17 @@ def _scan_alone(problem: Problem, backend: str, save: str, x: Tensor, u: Tensor)
     return Work(lambda: _Alone.apply(x, u, engine, cell, save), [x, u])
 
 
+def _torch_layer(problem: Problem, weights: list[Tensor]) -> nn.Module:
+    """torch.nn's own layer, its weights copied into the one buffer that cuDNN wants them in."""
+    case = problem.case
+    layer = getattr(nn, KINDS[case.cell])(case.I, case.H, num_layers=case.layers, bidirectional=case.bidirectional)
+    layer = layer.to(problem.device, problem.dtype)
+    with torch.no_grad():
+        for parameter, weight in zip(layer.parameters(), weights, strict=True):
+            parameter.copy_(weight)
+    return layer.requires_grad_(case.mode != "inference")
+
+
 def torch_nn(problem: Problem) -> Work:
     """torch.nn's layer or cell; packed where rows differ in length."""
     case = problem.case
@@ -112,12 +123,7 @@ def torch_nn(problem: Problem) -> Work:
     if case.mode == STEP:
         cell = _layer(problem, getattr(nn, f"{KINDS[case.cell]}Cell")(case.I, case.H), weights)
         return Work(lambda: _first(cell(x[0]))[None], list(cell.parameters()))
-    layer = getattr(nn, KINDS[case.cell])(case.I, case.H, num_layers=case.layers, bidirectional=case.bidirectional)
-    layer = layer.to(problem.device, problem.dtype)
-    with torch.no_grad():
-        for parameter, weight in zip(layer.parameters(), weights, strict=True):
-            parameter.copy_(weight)
-    layer.requires_grad_(case.mode != "inference")
+    layer = _torch_layer(problem, weights)
     if problem.lengths is None:
         return Work(lambda: layer(x)[0], list(layer.parameters()))
     lengths = problem.lengths
@@ -135,11 +141,7 @@ def split(problem: Problem) -> Work:
     if not case.resets or case.layers > 1 or case.bidirectional or case.cell == "gru-before":
         raise Unavailable("for resets, in one layer that torch.nn has")
     x, weights = problem.fresh()
-    layer = getattr(nn, KINDS[case.cell])(case.I, case.H).to(problem.device, problem.dtype)
-    with torch.no_grad():
-        for parameter, weight in zip(layer.parameters(), weights, strict=True):
-            parameter.copy_(weight)
-    layer.requires_grad_(case.mode != "inference")
+    layer = _torch_layer(problem, weights)
     resets = problem.resets
     assert resets is not None
 

@@ -109,6 +109,16 @@ class Request:
     short: bool = False  # so few steps, or such large products, that what a step costs beside them hardly counts
 
 
+# Where the loop in Python with our own backward stops being faster on the CPU than torch's GRU and RNN: fewer steps do
+# not pay for the call, and above so many states (B * H) the products take all the time (`make bench`).
+_STEPS, _STATES = 32, 8192
+
+
+def short(batch: int, hidden: int, steps: int | None = None) -> bool:
+    """What Request.short says of a scan; steps None: of many."""
+    return batch * hidden > _STATES or (steps is not None and steps < _STEPS)
+
+
 def _no_aten(cell: str, request: Request) -> str:
     """Why aten cannot; "" if it can."""
     if cell not in ATEN_CELLS:

@@ -50,7 +50,8 @@ def explain(
     place = torch.device("cuda" if elsewhere else device)
     if place.type == "cuda" and place.index is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
-    asks = backends.Request(resets=resets, grad=True, onednn=aten.onednn(cell, place, dtype))
+    wide = backends.short(batch, hidden_size)
+    asks = backends.Request(resets=resets, grad=True, short=wide, onednn=aten.onednn(cell, place, dtype))
     chosen = backends.choose(cell, place, dtype, asks, backend)
     if chosen.backend != "triton":
         return Explanation(chosen.backend, None, chosen.why)

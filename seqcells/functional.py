@@ -25,9 +25,6 @@ except ModuleNotFoundError as missing:  # without triton all but the triton back
     ops = None  # type: ignore[assignment]
 
 SAVES = ("gates", "states")
-# Where the loop in Python with our own backward stops being faster on the CPU than torch's GRU and RNN: fewer steps do
-# not pay for the call, and above so many states (B * H) the products take all the time (`make bench`).
-SHORT, WIDE = 32, 8192
 
 
 @dataclass(frozen=True)
@@ -161,7 +158,7 @@ def choose(
     """The backend for a scan of x; tensors: states and weights; hidden: H. Raises as backends.choose does."""
     short = False
     if hidden is not None and not torch.compiler.is_compiling():
-        short = x.shape[0] < SHORT or x.shape[1] * hidden > WIDE
+        short = backends.short(x.shape[1], hidden, x.shape[0])
     request = backends.Request(
         resets=how.resets is not None,
         lengths=how.lengths is not None,

@@ -66,9 +66,9 @@ def accumulator_(module: M, keep: float | None = None, add: float | None = None)
 
     A step then adds about sigmoid(add) (a GRU: sigmoid(-keep)) times the candidate: so little that the state stays
     where tanh is linear, and sums stay sums. The model has to multiply its output back up. Counting the ones in strings
-    of 64, right up to length 127, was learnt with these: LSTM, 8 units, float32, 14 and -9, output times 1500; in
-    float64 12 and -8, times 600; GRU, 16 units, 8, times 300. For remembering a symbol over a hundred steps, 6 and -3
-    (LSTM) and 4 (GRU). With the default initialisation of an LSTM, 11 to 47 of 100 of those counts were right.
+    of 64, right up to length 127, is learnt with these: LSTM, 8 units, 14 and -9, output times 1500; GRU, 16 units, 8,
+    times 300. For remembering a symbol over a hundred steps, 6 and -3 (LSTM) and 4 (GRU). See seqcells/tasks/
+    count_ones_regression.py and temporal_order.py; what comes of it is in benchmarks/results/tasks-cpu.md.
     """
     cell = weights.kind(module, ("lstm", "gru"), "accumulator_")
     if cell == "gru":

@@ -19,7 +19,7 @@ hypothesis.settings.load_profile("seqcells")
 
 
 def make_the_interpreter_quicker():
-    """Without what takes most of its time here and finds nothing: 8 seconds where it was 12.
+    """Without what takes much of its time here and finds nothing.
 
     It patches triton.language at every launch, and again at every call of a device function, where the launch's patches
     stand. And it looks whether integers overflow, at every sum, difference and product; at these sizes none can.

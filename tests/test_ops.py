@@ -104,6 +104,8 @@ def test_auto_chooses_by_device_cell_and_what_is_asked_for():
     weights = [torch.zeros(s, requires_grad=True) for s in ((60, 3), (60, 20))]
     for T, B, backend in ((32, 16, "loop"), (31, 16, "aten"), (32, 410, "aten")):
         assert functional.choose("gru", torch.zeros(T, B, 3), weights, functional.How(), 20).backend == backend
+    for B, backend in ((16, "loop"), (410, "aten")):
+        assert seqcells.explain("gru", batch=B, hidden_size=20, device="cpu").backend == backend
     assert chosen("gru_before", "cpu").backend == "loop"
     assert chosen("lstm", "cpu", resets=True).backend == "loop"
     assert "no resets" in chosen("lstm", "cpu", resets=True).why
