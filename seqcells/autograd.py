@@ -30,12 +30,17 @@ class Engine(NamedTuple):
     recompute(gx, u, bias, y, c, mask, cell, reversed) -> saved
     single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, H], cell, save, precision, input_precision) -> as forward, but
     hn, cn [B, H]: one step and its input's product together; None where there is none
+    whole(options, save, the 7 inputs, mask) -> what `_visible` gives, and three tensors that
+    whole_backward(options, the 7 inputs, mask, those three, the outputs' gradients) -> the 7 gradients
+    is given back: all of it by the engine, where nothing looks on; None where there is none
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
     recompute: Callable[..., Any]
     single: Callable[..., Any] | None = None
+    whole: Callable[..., Any] | None = None
+    whole_backward: Callable[..., Any] | None = None
 
 
 ENGINES: dict[str, Engine] = {}
@@ -45,7 +50,8 @@ ENGINES: dict[str, Engine] = {}
 class Options:
     """What a scan is told beside its tensors. reversed: bits, see kernels.buffers. cells: also give all cell states.
 
-    single: the precision of the input's product in one step by the engine's `single`; "" is a scan.
+    single: the precision of the input's product in one step by the engine's `single`; "" is a scan. whole: by its
+    `whole`.
     need: of a scan's gradients, which of the 7 are wanted. Not a tuple: torch.func takes those apart.
     """
 
@@ -57,7 +63,20 @@ class Options:
     precision: str = "ieee"
     cells: bool = False
     single: str = ""
+    whole: bool = False
     need: tuple[bool, ...] = ()
+
+
+def input_biases(cell: Cell, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Of biases [K, G*H]: the sum of what only adds to the input's product, and b_hh of the inner gates, which does not."""
+    if b_hh is None:
+        return b_ih, None
+    adds, inner = b_hh, None
+    if cell.inner:
+        plain = b_hh.shape[1] - cell.inner * (b_hh.shape[1] // cell.gates)
+        inner = b_hh[:, plain:]
+        adds = torch.cat([b_hh[:, :plain], torch.zeros_like(inner)], 1)
+    return adds if b_ih is None else b_ih + adds, inner
 
 
 def input_projection(
@@ -66,14 +85,7 @@ def input_projection(
     """gx [T, B, K, G*H] with every bias that only adds, by one GEMM; and b_hh of the inner gates [K, inner*H], which
     does not. x [T, B, I] for all groups, or [T, B, K, I]; w_ih [K, G*H, I]."""
     K, GH = w_ih.shape[:2]
-    bias, inner = b_ih, None
-    if b_hh is not None:
-        adds = b_hh
-        if cell.inner:
-            plain = GH - cell.inner * (GH // cell.gates)
-            inner = b_hh[:, plain:]
-            adds = torch.cat([b_hh[:, :plain], torch.zeros_like(inner)], 1)
-        bias = adds if b_ih is None else b_ih + adds
+    bias, inner = input_biases(cell, b_ih, b_hh)
     if x.dim() == 3:
         gx = linear(x, w_ih.reshape(K * GH, -1), None if bias is None else bias.reshape(-1))
         return gx.unflatten(2, (K, GH)), inner
@@ -81,22 +93,32 @@ def input_projection(
     return (gx if bias is None else gx + bias).contiguous(), inner
 
 
-def _grouped(*tensors: Tensor | None) -> list[Tensor | None]:
+def grouped(*tensors: Tensor | None) -> list[Tensor | None]:
     """Weights [G*H, .] with a leading axis of one group; those [K, G*H, .] as they are. w_ih, w_hh, b_ih, b_hh."""
     w_hh = tensors[1]
     assert w_hh is not None
     return list(tensors) if w_hh.dim() == 3 else [None if t is None else t[None] for t in tensors]
 
 
-def _run(options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: Tensor | None) -> tuple[Tensor, ...]:
-    """What the engine's forward gives for `apply`'s arguments."""
+def _run(
+    options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: Tensor | None
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """For `apply`'s arguments, what is visible, and y, c and saved."""
+    if options.whole:
+        return ENGINES[options.engine].whole(options, save, inputs, mask)  # type: ignore[misc]
+    out = _scanned(options, save, inputs, mask)
+    return _visible(options, out, inputs, mask), out[:3]
+
+
+def _scanned(options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: Tensor | None) -> tuple[Tensor, ...]:
+    """What the engine's forward gives."""
     x, h0, c0, *weights = inputs
     cell, engine = reference.get(options.cell), ENGINES[options.engine]
     assert x is not None
     if options.single and engine.single is not None:
         h0, c0 = (None if s is None else s.reshape(s.shape[-2:]) for s in (h0, c0))
         return engine.single(x[0], *weights, h0, c0, options.cell, save, options.precision, options.single)
-    w_ih, w_hh, b_ih, b_hh = _grouped(*weights)
+    w_ih, w_hh, b_ih, b_hh = grouped(*weights)
     assert w_ih is not None
     gx, bias = input_projection(cell, x, w_ih, b_ih, b_hh)
     K, B = gx.shape[2], gx.shape[1]
@@ -131,9 +153,13 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh, in their shapes, through the engine."""
     name, reversed, need = options.cell, options.reversed, options.need
+    if options.whole:
+        if backends.transforming():  # is_grads_batched=True
+            return _gradients_by_reference(options, inputs, mask, grads)
+        return ENGINES[options.engine].whole_backward(options, inputs, mask, kept, grads)  # type: ignore[misc]
     x, _, _, *weights = inputs
     y, c, saved = kept
-    w_ih, w_hh, b_ih, b_hh = _grouped(*weights)
+    w_ih, w_hh, b_ih, b_hh = grouped(*weights)
     assert x is not None and y is not None and w_ih is not None and w_hh is not None
     cell, walker = reference.get(name), ENGINES[options.engine]
     K, H = y.shape[2:]
@@ -236,6 +262,18 @@ def _forward_mode(run: Callable[..., Any], primals: list[Tensor], tangents: list
     return forth(tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)))[0]
 
 
+def _gradients_by_reference(
+    options: Options, inputs: tuple[Tensor | None, ...], mask: Tensor | None, grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """`_gradients`, in operations that can be transformed."""
+    present = [t is not None for t in inputs]
+    wanted = [n and p for n, p in zip(options.need, present, strict=True)]
+    run = reference_of(options, present, *masks.decode(mask))
+    first = _gradients_of(run, [w for w, p in zip(wanted, present, strict=True) if p], [g is not None for g in grads])
+    found = iter(first(*(t for t in (*inputs, *grads) if t is not None)))
+    return tuple(next(found) if w else None for w in wanted)
+
+
 class _Gradients(torch.autograd.Function):
     """The gradients, through the engine; their own gradients, through the reference.
 
@@ -287,13 +325,12 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(options: Options, mask: Any, *inputs: Any) -> Any:
-        out = _run(options, options.save, inputs, mask)
-        shown = _visible(options, out, inputs, mask)
+        shown, kept = _run(options, options.save, inputs, mask)
         # Views of other outputs have no tangents in forward mode, and may not be changed in place, as torch's own
         # outputs on the CPU may. The kernels' stay views, for speed: cuDNN's may not be changed either.
-        if forward_ad._current_level >= 0 or options.engine == "loop":
+        if not options.whole and (forward_ad._current_level >= 0 or options.engine == "loop"):
             shown = tuple(s.clone() for s in shown)
-        return *shown, *out[:3]
+        return *shown, *kept
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -332,6 +369,11 @@ class _TransformedScan(_Scan):
         return *found, None, None, None
 
 
+def _plain(x: Tensor) -> bool:
+    """Whether x is a tensor with values, and no wrapper of one."""
+    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
+
+
 def apply(
     options: Options,
     x: Tensor,
@@ -349,6 +391,8 @@ def apply(
     """
     h0, c0 = states if len(states) == 2 else (states[0], None)
     inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
+    if ENGINES[options.engine].whole is not None and not backends.traced() and _plain(x):
+        options = replace(options, whole=True)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if torch.jit.is_tracing():  # a trace can hold operators, but no Function: it has no gradients
         wanted = False
@@ -359,7 +403,7 @@ def apply(
         shown = function.apply(options, mask, *inputs)[:-3]
     else:
         save = "states" if options.cells else "none"
-        shown = _visible(options, _run(options, save, inputs, mask), inputs, mask)
+        shown, _ = _run(options, save, inputs, mask)
     if not options.cells:
         return shown[0], shown[1:], None
     return shown[0], shown[1:-1], shown[-1]

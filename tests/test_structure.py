@@ -33,7 +33,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "masks": {"kernels.buffers"},
     "autograd": {"backends", "masks", "reference", "kernels.buffers"},
     "batching": set(),
-    "loop": {"autograd", "batching", "kernels.buffers"},
+    "loop": {"autograd", "batching", "reference", "kernels.buffers"},
     "ops": {"autograd", "batching", *(f"kernels.{n}" for n in ("cells", "plan", "plan_single", "scan", "single"))},
     "aten": {"autograd"},
     "projection": set(),

@@ -1,0 +1,280 @@
+"""The cells of the loop engine: a step's operations in torch, forward and backward, as few as there can be.
+
+On the CPU a small step costs what its operations cost to call, so their number is what counts. They work in place on
+columns of one buffer: one product fills all gates, one sigmoid or one multiplication serves neighbouring ones. What does
+not depend on a neighbouring step (`factors`) is done for many steps at once. The formulas are in kernels/cells.
+
+Rows are those of a `stretches.Walk`: each step has sizes[k] of them, a leading part of the step's before. In `kept`
+[rows, saved*H] are a cell's gates, in an order of its own. A cell's class says
+
+    gates, states    the weights' rows in units of H; the number of states
+    saved            columns of kept in units of H; 0: the gate is the output itself, and its product is formed there
+    wide             columns of the gates' gradients in units of H, in kept's order
+    turned           whether the input's product begins with the last gate
+    operands(u)      the recurrent weights [G*H, H] as activate and walk want them, then as back wants them
+    activate(kept, h, u)    the gates of any number of rows at once: kept has the input's product
+    walk(sizes, kept, h, c, y, cs, u, spare)    steps, one after another: y and cs (all c) are filled. The last h and c
+    factors(p, kept, h, c, y, after)    fills p with what each gate's gradient is of the gradient of h (or c, or the
+                     second operand), from h and c before and y and c after; gives what else back wants of these rows
+    back(sizes, p, kept, others, dh, dc, dcs, below, u, spare)    steps back: p becomes the gates' gradients; to below[k]
+                     the gradient of the step before is added; dc is that of c, dcs what is added at each step, or None
+    products(p, others, h)    pairs (gates' gradients, operand) whose products are the recurrent weights' gradient,
+                     one part of its rows after another
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Operands = Sequence[Tensor]
+Sizes = Sequence[int]
+_sigmoid_backward: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.grad_input
+_tanh_backward: Callable[..., Tensor] = torch.ops.aten.tanh_backward.grad_input
+
+
+def last_first(t: Tensor, H: int) -> Tensor:
+    """The last gate's rows, then the others'."""
+    return torch.cat([t[-H:], t[:-H]])
+
+
+def first_last(t: Tensor, H: int) -> Tensor:
+    """Undoes `last_first`."""
+    return torch.cat([t[H:], t[:H]])
+
+
+class LSTM:
+    """kept: o i f g. The three sigmoids are neighbours, and so are the three gates that reach c."""
+
+    gates, states, saved, wide, turned = 4, 2, 4, 4, True
+
+    @staticmethod
+    def operands(u: Tensor) -> tuple[Operands, Operands]:
+        turned = last_first(u, u.shape[1])
+        return (turned.t().contiguous(),), (turned,)
+
+    @staticmethod
+    def activate(kept: Tensor, h: Tensor, u: Operands) -> None:
+        H = h.shape[1]
+        kept.addmm_(h, u[0])
+        kept[:, : 3 * H].sigmoid_()
+        kept[:, 3 * H :].tanh_()
+
+    @staticmethod
+    def walk(sizes: Sizes, kept: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, spare: Tensor) -> Any:
+        (operand,), rows = u, -1
+        each = (kept, kept[:, : 3 * y.shape[1]], *kept.chunk(4, 1), y, cs)
+        for n, gates, opened, o, i, f, g, out, after in zip(sizes, *(t.split(sizes) for t in each), strict=True):
+            if n != rows:
+                h, c, tc, rows = h[:n], c[:n], spare[:n], n
+            gates.addmm_(h, operand)
+            opened.sigmoid_()
+            g.tanh_()
+            torch.mul(f, c, out=after).addcmul_(i, g)
+            torch.mul(o, torch.tanh(after, out=tc), out=out)
+            h, c = out, after
+        return h, c
+
+    @staticmethod
+    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any) -> Operands:
+        (o, i, f, g), (of_o, of_i, of_f, of_g) = kept.chunk(4, 1), p.chunk(4, 1)
+        tc = torch.tanh(after)
+        _sigmoid_backward(tc, o, grad_input=of_o)
+        _sigmoid_backward(g, i, grad_input=of_i)
+        _sigmoid_backward(c, f, grad_input=of_f)
+        _tanh_backward(i, g, grad_input=of_g)
+        return (torch.ops.aten.tanh_backward(o, tc),)
+
+    @staticmethod
+    def back(
+        sizes: Sizes, p: Tensor, kept: Tensor, others: Operands, dh: Operands, dc: Any, dcs: Any, below: Operands,
+        u: Operands, spare: Tensor,
+    ) -> None:  # fmt: skip
+        (operand,), H = u, dc.shape[1]
+        each = (p, p[:, :H], p[:, H:].unflatten(1, (3, H)), others[0], kept[:, 2 * H : 3 * H])
+        steps = list(zip(sizes, *(t.split(sizes) for t in each), dh, below, dcs or sizes, strict=True))
+        of_c, rows = dc, -1
+        for n, gates, of_o, of_cell, into_c, f, d, under, add in reversed(steps):
+            if n != rows:
+                of_c, rows = dc[:n], n
+                spread = of_c[:, None]
+            if dcs is not None:
+                of_c.add_(add)
+            of_c.addcmul_(d, into_c)
+            of_cell.mul_(spread)
+            of_o.mul_(d)
+            under.addmm_(gates, operand)
+            of_c.mul_(f)
+
+    @staticmethod
+    def products(p: Tensor, others: Operands, h: Tensor) -> list[tuple[Tensor, Tensor]]:
+        H = h.shape[1]
+        return [(p[:, H:], h), (p[:, :H], h)]
+
+
+class GRU:
+    """kept: n r z q, q the inner product: the input's product goes to n r z, and the recurrent one to r z q."""
+
+    gates, states, saved, wide, turned = 3, 1, 4, 4, True
+
+    @staticmethod
+    def operands(u: Tensor) -> tuple[Operands, Operands]:
+        return (u.t().contiguous(),), (u,)
+
+    @staticmethod
+    def activate(kept: Tensor, h: Tensor, u: Operands) -> None:
+        H = h.shape[1]
+        kept[:, H:].addmm_(h, u[0])
+        kept[:, H : 3 * H].sigmoid_()
+        kept[:, :H].addcmul_(kept[:, H : 2 * H], kept[:, 3 * H :]).tanh_()
+
+    @staticmethod
+    def walk(sizes: Sizes, kept: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, spare: Tensor) -> Any:
+        (operand,), H, rows = u, y.shape[1], -1
+        each = (kept[:, H:], kept[:, H : 3 * H], *kept.chunk(4, 1), y)
+        for m, gates, opened, n, r, z, q, out in zip(sizes, *(t.split(sizes) for t in each), strict=True):
+            if m != rows:
+                h, rows = h[:m], m
+            gates.addmm_(h, operand)
+            opened.sigmoid_()
+            n.addcmul_(r, q).tanh_()
+            h = torch.lerp(n, h, z, out=out)
+        return h, c
+
+    @staticmethod
+    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any) -> Operands:
+        (n, r, z, q), (of_n, of_r, of_z, of_q) = kept.chunk(4, 1), p.chunk(4, 1)
+        _tanh_backward(1 - z, n, grad_input=of_n)
+        torch.mul(of_n, r, out=of_q)
+        _sigmoid_backward(of_n * q, r, grad_input=of_r)
+        _sigmoid_backward(h - n, z, grad_input=of_z)
+        return ()
+
+    @staticmethod
+    def back(
+        sizes: Sizes, p: Tensor, kept: Tensor, others: Operands, dh: Operands, dc: Any, dcs: Any, below: Operands,
+        u: Operands, spare: Tensor,
+    ) -> None:  # fmt: skip
+        (operand,), H = u, spare.shape[1]
+        each = (p[:, H:], p.unflatten(1, (4, H)), kept[:, 2 * H : 3 * H])
+        steps = list(zip(*(t.split(sizes) for t in each), dh, below, strict=True))
+        for gates, every, z, d, under in reversed(steps):
+            every.mul_(d[:, None])
+            under.addcmul_(d, z).addmm_(gates, operand)
+
+    @staticmethod
+    def products(p: Tensor, others: Operands, h: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(p[:, h.shape[1] :], h)]
+
+
+class GRUBefore:
+    """kept: r z n. The sigmoids are neighbours, and so are the gates that the gradient of h reaches first."""
+
+    gates, states, saved, wide, turned = 3, 1, 3, 3, False
+
+    @staticmethod
+    def operands(u: Tensor) -> tuple[Operands, Operands]:
+        first, last = u.split((2 * u.shape[1], u.shape[1]))
+        return (first.t().contiguous(), last.t().contiguous()), (first, last)
+
+    @staticmethod
+    def activate(kept: Tensor, h: Tensor, u: Operands) -> None:
+        H = h.shape[1]
+        kept[:, : 2 * H].addmm_(h, u[0]).sigmoid_()
+        kept[:, 2 * H :].addmm_(kept[:, :H] * h, u[1]).tanh_()
+
+    @staticmethod
+    def walk(sizes: Sizes, kept: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, spare: Tensor) -> Any:
+        (first, last), rows = u, -1
+        each = (kept[:, : 2 * y.shape[1]], *kept.chunk(3, 1), y)
+        for m, opened, r, z, n, out in zip(sizes, *(t.split(sizes) for t in each), strict=True):
+            if m != rows:
+                h, of_h, rows = h[:m], spare[:m], m
+            opened.addmm_(h, first).sigmoid_()
+            n.addmm_(torch.mul(r, h, out=of_h), last).tanh_()
+            h = torch.lerp(n, h, z, out=out)
+        return h, c
+
+    @staticmethod
+    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any) -> Operands:
+        (r, z, n), (of_r, of_z, of_n) = kept.chunk(3, 1), p.chunk(3, 1)
+        _tanh_backward(1 - z, n, grad_input=of_n)
+        _sigmoid_backward(h - n, z, grad_input=of_z)
+        _sigmoid_backward(h, r, grad_input=of_r)
+        return (r * h,)
+
+    @staticmethod
+    def back(
+        sizes: Sizes, p: Tensor, kept: Tensor, others: Operands, dh: Operands, dc: Any, dcs: Any, below: Operands,
+        u: Operands, spare: Tensor,
+    ) -> None:  # fmt: skip
+        (first, last), H = u, spare.shape[1]
+        r, z = kept[:, : 2 * H].chunk(2, 1)
+        each = (p[:, : 2 * H], p[:, H:].unflatten(1, (2, H)), p[:, :H], p[:, 2 * H :], r, z)
+        steps = list(zip(sizes, *(t.split(sizes) for t in each), dh, below, strict=True))
+        rows = -1
+        for m, opened, of_h, of_r, of_n, r, z, d, under in reversed(steps):
+            if m != rows:
+                of_second, rows = spare[:m], m
+            of_h.mul_(d[:, None])
+            torch.mm(of_n, last, out=of_second)
+            of_r.mul_(of_second)
+            under.addcmul_(d, z).addcmul_(of_second, r).addmm_(opened, first)
+
+    @staticmethod
+    def products(p: Tensor, others: Operands, h: Tensor) -> list[tuple[Tensor, Tensor]]:
+        H = h.shape[1]
+        return [(p[:, : 2 * H], h), (p[:, 2 * H :], others[0])]
+
+
+class Tanh:
+    """kept: nothing, y says it all."""
+
+    gates, states, saved, wide, turned = 1, 1, 0, 1, False
+    bend = torch.tanh_
+
+    @staticmethod
+    def operands(u: Tensor) -> tuple[Operands, Operands]:
+        return (u.t().contiguous(),), (u,)
+
+    @classmethod
+    def walk(cls, sizes: Sizes, kept: Any, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, spare: Tensor) -> Any:
+        (operand,), bend, rows = u, cls.bend, -1
+        for m, out in zip(sizes, y.split(sizes), strict=True):
+            if m != rows:
+                h, rows = h[:m], m
+            h = bend(out.addmm_(h, operand))
+        return h, c
+
+    @staticmethod
+    def factors(p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any) -> Operands:
+        torch.addcmul(torch.ones((), dtype=y.dtype, device=y.device), y, y, value=-1, out=p)
+        return ()
+
+    @staticmethod
+    def back(
+        sizes: Sizes, p: Tensor, kept: Any, others: Operands, dh: Operands, dc: Any, dcs: Any, below: Operands,
+        u: Operands, spare: Tensor,
+    ) -> None:  # fmt: skip
+        (operand,) = u
+        for gate, d, under in reversed(list(zip(p.split(sizes), dh, below, strict=True))):
+            under.addmm_(gate.mul_(d), operand)
+
+    @staticmethod
+    def products(p: Tensor, others: Operands, h: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return [(p, h)]
+
+
+class Relu(Tanh):
+    bend = torch.relu_
+
+    @staticmethod
+    def factors(p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any) -> Operands:
+        torch.gt(y, 0, out=p)
+        return ()
+
+
+CELLS: dict[str, Any] = {"lstm": LSTM, "gru": GRU, "gru_before": GRUBefore, "rnn_tanh": Tanh, "rnn_relu": Relu}

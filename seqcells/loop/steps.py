@@ -1,0 +1,93 @@
+"""All steps of one group, forward and back, in pieces that the CPU's caches hold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .stretches import Walk
+
+CHUNK = 1 << 15  # elements of a state in a piece: a buffer of all steps would go through memory, and back
+
+Fill = Callable[[Tensor, int, int], object]  # (into, a, b): rows a to b of a walk
+
+
+def _pieces(w: Walk, like: Tensor) -> tuple[list[tuple[int, int, int, int]], int]:
+    """See Walk.chunks; and the rows of the largest."""
+    found = w.chunks(max(1, CHUNK // like.shape[1]) if like.device.type == "cpu" else w.rows)
+    return found, max((b - a for _, _, a, b in found), default=0)
+
+
+def scan(
+    part: Any, w: Walk, u: Tensor, fill: Fill, inner: Tensor | None, y: Tensor, c: Tensor | None, kept: Tensor | None
+) -> None:
+    """Fills y and c (None, for a cell without) [head+N, H], in whose head are the starts, and kept [N, saved*H], if given.
+
+    part: see `cells`. u [G*H, H]. fill: the input's product with every bias that only adds, [., G*H], the last gate
+    first if part.turned. inner: the bias of the inner gate [H].
+    """
+    pieces, largest = _pieces(w, y)
+    operands, _ = part.operands(u)
+    first: Any = slice(0, w.widest) if w.start is None else w.start
+    h, c_now = y[first], None if c is None else c[first]
+    spare = torch.empty_like(h)
+    scratch = y.new_empty(largest, part.saved * y.shape[1]) if kept is None else kept
+    for begin, end, a, b in pieces:
+        mine = scratch[: b - a] if kept is None else kept[a:b]
+        outs, cs = (None if s is None else s[w.head + a : w.head + b] for s in (y, c))
+        before_step(part, mine if part.saved else outs, fill, inner, a, b, u.shape[0])
+        h, c_now = part.walk(w.sizes[begin:end], mine, h, c_now, outs, cs, operands, spare)
+
+
+def before_step(part: Any, kept: Any, fill: Fill, inner: Tensor | None, a: int, b: int, GH: int) -> None:
+    """What kept's rows a to b have before the recurrent product is added."""
+    fill(kept[:, :GH], a, b)
+    if part.saved > part.gates:
+        kept[:, GH:] = 0 if inner is None else inner
+
+
+def scan_back(
+    part: Any,
+    w: Walk,
+    u: Tensor,
+    states: Callable[[int, int], tuple[Any, ...]],
+    dy: Fill | None,
+    dcs: Fill | None,
+    dhn: Tensor | None,
+    dcn: Tensor | None,
+    emit: Callable[[int, int, Tensor, Any, Tensor], None],
+) -> tuple[Tensor, Tensor]:
+    """The gradients of the given starts h0 and c0 [B, H] (of a cell with one state, the second means nothing).
+
+    states: (h, c before, y, c after, kept) of rows a to b. dy, dcs: fill in the gradients of outputs and cell states;
+    None: zero. dhn, dcn: those of the final states [B, H]. emit: is given rows a to b, their gates' gradients, `others`
+    (see `cells`) and their h before.
+    """
+    (pieces, largest), (_, operands), H = _pieces(w, u), part.operands(u), u.shape[1]
+    p, dh, of_cells = (u.new_empty(largest, n * H) for n in (part.wide, 1, int(dcs is not None)))
+    carried, spare = u.new_zeros(w.widest, H), u.new_empty(w.widest, H)
+    ends, dc = (w.by_stretch(s, u) for s in (dhn, dcn))
+    for begin, end, a, b in reversed(pieces):
+        sizes = w.sizes[begin:end]
+        above = (*sizes[1:], w.sizes[end] if end < len(w.sizes) else 0)  # rows of each's next step
+        (dh[: b - a].zero_() if dy is None else dy(dh[: b - a], a, b))
+        each = dh[: b - a].split(sizes)
+        if dhn is not None:
+            for n, m, d in zip(sizes, above, each, strict=True):
+                if n > m:
+                    d[m:].add_(ends[m:n])
+        each[-1][: above[-1]].add_(carried[: above[-1]])
+        below = [carried[: sizes[0]].zero_(), *(d[:m] for d, m in zip(each, above, strict=True))][:-1]
+        added = None
+        if dcs is not None:
+            dcs(of_cells[: b - a], a, b)
+            added = of_cells[: b - a].split(sizes)
+        h, c, y, after, kept = states(a, b)
+        mine = p[: b - a]
+        others = part.factors(mine, kept, h, c, y, after)
+        part.back(sizes, mine, kept, others, each, dc, added, below, operands, spare)
+        emit(a, b, mine, others, h)
+    return w.by_sequence(carried, dhn), w.by_sequence(dc, dcn)
