@@ -12,7 +12,11 @@ SHORTEST = 2e-3  # seconds of a sample: below it a clock's own cost shows
 
 
 def sample(run: Callable[[], object], device: torch.device, times: int) -> float:
-    """Seconds of one run, the mean of `times` of them in a row. On CUDA the device's time, by events."""
+    """Seconds of one run, the mean of `times` of them in a row. On CUDA the device's time, by events.
+
+    One run before is not timed: what another provider left in the caches and in the allocator is not this one's cost.
+    """
+    run()
     if device.type != "cuda":
         started = time.perf_counter()
         for _ in range(times):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 from torch.nn.functional import linear
 
@@ -154,7 +155,8 @@ def _gradients(
     """The gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh, in their shapes, through the engine."""
     name, reversed, need = options.cell, options.reversed, options.need
     if options.whole:
-        if backends.transforming():  # is_grads_batched=True
+        # is_grads_batched=True is torch's older vmap.
+        if backends.transforming() or any(g is not None and is_legacy_batchedtensor(g) for g in grads):
             return _gradients_by_reference(options, inputs, mask, grads)
         return ENGINES[options.engine].whole_backward(options, inputs, mask, kept, grads)  # type: ignore[misc]
     x, _, _, *weights = inputs
@@ -369,9 +371,10 @@ class _TransformedScan(_Scan):
         return *found, None, None, None
 
 
-def _plain(x: Tensor) -> bool:
-    """Whether x is a tensor with values, and no wrapper of one."""
-    return type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
+def unseen(engine: str, x: Tensor) -> bool:
+    """Whether the engine can do all by itself: nothing looks on, and x is a tensor with values, no wrapper of one."""
+    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
+    return plain and ENGINES[engine].whole is not None and not backends.traced()
 
 
 def apply(
@@ -391,8 +394,6 @@ def apply(
     """
     h0, c0 = states if len(states) == 2 else (states[0], None)
     inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-    if ENGINES[options.engine].whole is not None and not backends.traced() and _plain(x):
-        options = replace(options, whole=True)
     wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     if torch.jit.is_tracing():  # a trace can hold operators, but no Function: it has no gradients
         wanted = False

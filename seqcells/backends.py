@@ -138,6 +138,13 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or transforming()
 
 
+def autocasting(device: torch.device) -> bool:
+    """Whether torch.autocast is on for tensors of that device."""
+    # Of most devices it need not be asked, which torch.compile of torch 2.11 cannot trace.
+    available = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
+    return available and torch.is_autocast_enabled(device.type)
+
+
 def _without_kernels(cell: str, device: torch.device, request: Request, lacking: str) -> tuple[str, str]:
     """What "auto" is where the kernels do not run, and why."""
     loop = "loop" if cell in LOOP_CELLS else "reference"

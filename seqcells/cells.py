@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import functional, precisions, reference
+from . import backends, functional, plain, precisions, reference
 
 # As torch's matrix product names dtypes in its errors.
 _NAMES = {
@@ -87,7 +87,7 @@ class _Cell(nn.Module):
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
         for t in (x, *(states or ())):
-            if t.dtype != self.weight_ih.dtype and not functional.autocasting(x.device):
+            if t.dtype != self.weight_ih.dtype and not backends.autocasting(x.device):
                 got = f"{_NAMES.get(t.dtype, t.dtype)} and {_NAMES.get(self.weight_ih.dtype, self.weight_ih.dtype)}"
                 raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {got}")
         for i, s in enumerate(states or ()):
@@ -98,7 +98,7 @@ class _Cell(nn.Module):
                     f"hidden{i} has inconsistent hidden_size: got {s.shape[1]}, expected {self.hidden_size}"
                 )
         weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        final = functional.plain_step(self.cell, x, states, weights, self.backend)
+        final = plain.step(self.cell, x, states, weights, self.backend)
         if final is None:
             how = functional.How(backend=self.backend, precision=self.precision, one_step=True)
             _, final, _ = functional.run(self.cell, x[None], states, [weights], how)

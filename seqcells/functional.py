@@ -117,29 +117,6 @@ def check_lengths(lengths: Tensor, steps: int) -> None:
             raise ValueError(f"lengths must be between 0 and {steps}, got {low} to {high}")
 
 
-def autocasting(device: torch.device) -> bool:
-    """Whether torch.autocast is on for tensors of that device."""
-    # Of most devices it need not be asked, which torch.compile of torch 2.11 cannot trace.
-    available = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
-    return available and torch.is_autocast_enabled(device.type)
-
-
-def plain_step(
-    cell: str, x: Tensor, states: tuple[Tensor, ...] | None, weights: aten.Weights, backend: str | None
-) -> tuple[Tensor, ...] | None:
-    """A cell's states after one step by torch's own, where that is what it comes to and nothing looks on; else None.
-
-    What `run` would do after more questions, which cost more than a step on the CPU. x [B, I], states [B, H].
-    """
-    asked = x.device.type == "cpu" and cell in aten.CELLS and backends.spelled(backend) in ("auto", "aten")
-    if not asked or autocasting(x.device) or backends.transforming():
-        return None
-    if states is None:
-        zero = x.new_zeros(x.shape[0], weights[1].shape[1])  # type: ignore[union-attr]
-        states = (zero,) * reference.get(cell).states
-    return aten.step(cell, x, states, weights)
-
-
 def _cast(
     x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights]
 ) -> tuple[Tensor, tuple[Tensor | None, ...], Sequence[aten.Weights]]:
@@ -194,7 +171,7 @@ def run(
         raise RuntimeError(f"{cell} has {spec.states} state{'s' * (spec.states > 1)}, got {len(given)}")
     if how.cells and spec.states == 1:
         raise ValueError(f"{cell} has no cell state: all cell states were asked for")
-    if autocasting(x.device):
+    if backends.autocasting(x.device):
         x, given, groups = _cast(x, given, groups)
         with torch.autocast(x.device.type, enabled=False):
             return _run(cell, x, given, groups, how, None)
@@ -230,7 +207,9 @@ def _run(
             for backward in (False, True):
                 u = w_hh if w_hh.dim() == 3 else w_hh[None]
                 ops.plan_for(ops.cells.get(cell), B, u, chosen.schedule, precision, backward)
-        options = autograd.Options(chosen.backend, cell, how.save, bits, chosen.schedule, precision, how.cells)
+        options = autograd.Options(
+            chosen.backend, cell, how.save, bits, chosen.schedule, precision, how.cells, "", autograd.unseen(chosen.backend, x)
+        )
         if how.one_step and chosen.backend == "triton" and not chosen.schedule and not backends.traced():
             inputs = precisions.of_inputs(x.dtype)
             if ops.one_launch(cell, x[0], w_hh, precision, inputs):  # type: ignore[arg-type]
@@ -287,7 +266,7 @@ def aten_packed(
     """One layer by torch's own over a PackedSequence's data; states [K, B, .] in its order. Shapes are not checked."""
     spec = reference.get(cell)
     given: tuple[Tensor | None, ...] = (None,) * spec.states if states is None else states
-    if autocasting(data.device):
+    if backends.autocasting(data.device):
         data, given, groups = _cast(data, given, groups)
     H = groups[0][1].shape[0] // spec.gates  # type: ignore[union-attr]
     with torch.autocast(data.device.type, enabled=False):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, packing, precisions, reference
+from . import functional, packing, plain, precisions, reference
 from .functional import How
 
 
@@ -144,6 +144,8 @@ class _Layer(nn.Module):
         cells: bool = False,
     ) -> tuple[Any, tuple[Tensor, ...], Any]:
         """Output, final states, and all cell states of the last layer or None, in the input's own layout."""
+        if resets is None and lengths is None and not cells and (found := plain.layers(self, input, hx)) is not None:
+            return *found, None
         if isinstance(input, PackedSequence):
             if lengths is not None:
                 raise ValueError("lengths cannot be given with a PackedSequence, which has its own")

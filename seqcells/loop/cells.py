@@ -30,6 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .stretches import by_step
+
 Operands = Sequence[Tensor]
 Sizes = Sequence[int]
 _sigmoid_backward: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.grad_input
@@ -67,7 +69,7 @@ class LSTM:
     def walk(sizes: Sizes, kept: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, spare: Tensor) -> Any:
         (operand,), rows = u, -1
         each = (kept, kept[:, : 3 * y.shape[1]], *kept.chunk(4, 1), y, cs)
-        for n, gates, opened, o, i, f, g, out, after in zip(sizes, *(t.split(sizes) for t in each), strict=True):
+        for n, gates, opened, o, i, f, g, out, after in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
             if n != rows:
                 h, c, tc, rows = h[:n], c[:n], spare[:n], n
             gates.addmm_(h, operand)
@@ -95,7 +97,7 @@ class LSTM:
     ) -> None:  # fmt: skip
         (operand,), H = u, dc.shape[1]
         each = (p, p[:, :H], p[:, H:].unflatten(1, (3, H)), others[0], kept[:, 2 * H : 3 * H])
-        steps = list(zip(sizes, *(t.split(sizes) for t in each), dh, below, dcs or sizes, strict=True))
+        steps = list(zip(sizes, *(by_step(t, sizes) for t in each), dh, below, dcs or sizes, strict=True))
         of_c, rows = dc, -1
         for n, gates, of_o, of_cell, into_c, f, d, under, add in reversed(steps):
             if n != rows:
@@ -135,7 +137,7 @@ class GRU:
     def walk(sizes: Sizes, kept: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, spare: Tensor) -> Any:
         (operand,), H, rows = u, y.shape[1], -1
         each = (kept[:, H:], kept[:, H : 3 * H], *kept.chunk(4, 1), y)
-        for m, gates, opened, n, r, z, q, out in zip(sizes, *(t.split(sizes) for t in each), strict=True):
+        for m, gates, opened, n, r, z, q, out in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
             if m != rows:
                 h, rows = h[:m], m
             gates.addmm_(h, operand)
@@ -160,7 +162,7 @@ class GRU:
     ) -> None:  # fmt: skip
         (operand,), H = u, spare.shape[1]
         each = (p[:, H:], p.unflatten(1, (4, H)), kept[:, 2 * H : 3 * H])
-        steps = list(zip(*(t.split(sizes) for t in each), dh, below, strict=True))
+        steps = list(zip(*(by_step(t, sizes) for t in each), dh, below, strict=True))
         for gates, every, z, d, under in reversed(steps):
             every.mul_(d[:, None])
             under.addcmul_(d, z).addmm_(gates, operand)
@@ -190,7 +192,7 @@ class GRUBefore:
     def walk(sizes: Sizes, kept: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, spare: Tensor) -> Any:
         (first, last), rows = u, -1
         each = (kept[:, : 2 * y.shape[1]], *kept.chunk(3, 1), y)
-        for m, opened, r, z, n, out in zip(sizes, *(t.split(sizes) for t in each), strict=True):
+        for m, opened, r, z, n, out in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
             if m != rows:
                 h, of_h, rows = h[:m], spare[:m], m
             opened.addmm_(h, first).sigmoid_()
@@ -214,7 +216,7 @@ class GRUBefore:
         (first, last), H = u, spare.shape[1]
         r, z = kept[:, : 2 * H].chunk(2, 1)
         each = (p[:, : 2 * H], p[:, H:].unflatten(1, (2, H)), p[:, :H], p[:, 2 * H :], r, z)
-        steps = list(zip(sizes, *(t.split(sizes) for t in each), dh, below, strict=True))
+        steps = list(zip(sizes, *(by_step(t, sizes) for t in each), dh, below, strict=True))
         rows = -1
         for m, opened, of_h, of_r, of_n, r, z, d, under in reversed(steps):
             if m != rows:
@@ -243,7 +245,7 @@ class Tanh:
     @classmethod
     def walk(cls, sizes: Sizes, kept: Any, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, spare: Tensor) -> Any:
         (operand,), bend, rows = u, cls.bend, -1
-        for m, out in zip(sizes, y.split(sizes), strict=True):
+        for m, out in zip(sizes, by_step(y, sizes), strict=True):
             if m != rows:
                 h, rows = h[:m], m
             h = bend(out.addmm_(h, operand))
@@ -260,7 +262,7 @@ class Tanh:
         u: Operands, spare: Tensor,
     ) -> None:  # fmt: skip
         (operand,) = u
-        for gate, d, under in reversed(list(zip(p.split(sizes), dh, below, strict=True))):
+        for gate, d, under in reversed(list(zip(by_step(p, sizes), dh, below, strict=True))):
             under.addmm_(gate.mul_(d), operand)
 
     @staticmethod

@@ -28,7 +28,7 @@ class _Group:
         assert x is not None and w_ih is not None and u is not None
         self.part: Any = CELLS[options.cell]
         self.cell: Cell = get(options.cell)
-        self.w: Walk = walk(mask, is_reversed(k, options.reversed), *x.shape[:2], x.device)
+        self.w: Walk = walk(mask, is_reversed(k, options.reversed), *x.shape[:2], x.device, steps.most_rows(u.shape[1], x.device))
         self.x = (x if x.dim() == 3 else x[:, :, k]).flatten(0, 1)
         self.u, self.H = u, u.shape[1]
         biases = input_biases(self.cell, *(None if b is None else b[None] for b in (b_ih, b_hh)))
@@ -89,7 +89,7 @@ def forward(
             kept = None if gates is None else gates[k]
             steps.scan(part, group.w, group.u, group.fill, group.inner, y, c, kept)
     walks = [group.w for group in groups]
-    finals = [torch.stack([s.index_select(0, w.last) for s, w in zip(of, walks, strict=True)]) for of in states]
+    finals = [torch.stack([w.final(s) for s, w in zip(of, walks, strict=True)]) for of in states]
     shown = [_shown(of, walks, T, B) for of in (states if options.cells else states[:1])]
     if len(states) == 1:
         states.append(x.new_empty(0))
@@ -97,11 +97,18 @@ def forward(
 
 
 def _shown(buffer: Tensor, walks: list[Walk], T: int, B: int) -> Tensor:
-    """The states after each step [T, B, K*H], zero where padding; never a view."""
-    of = [s[w.head :] if w.target is None else s.index_select(0, w.target) for s, w in zip(buffer, walks, strict=True)]
-    if len(of) > 1:
-        return torch.cat(of, 1).view(T, B, -1)
-    return (of[0].clone() if walks[0].target is None else of[0]).view(T, B, -1)
+    """The states after each step [T, B, K*H], zero where padding: a tensor of its own, which may be changed in place."""
+    K, _, H = buffer.shape
+    y = buffer.new_empty(T, B, K * H)
+    for k, w in enumerate(walks):
+        place = y.view(T * B, K, H)[:, k]
+        if w.target is None:
+            place.copy_(buffer[k, w.head :])
+        elif K == 1:
+            torch.index_select(buffer[k], 0, w.target, out=place)
+        else:
+            place.copy_(buffer[k].index_select(0, w.target))
+    return y
 
 
 def backward(
@@ -120,7 +127,7 @@ def backward(
     dy, dcs = (None if d is None else d.reshape(-1, K, u.shape[-1]) for d in (dy, dcs))
     each = []
     for k in range(K):
-        of = [None if t is None or not t.numel() else t[k] for t in (*kept, dhn, dcn)]
+        of = [None if t is None or t.dim() == 1 else t[k] for t in (*kept, dhn, dcn)]
         dys = [None if d is None else d[:, k] for d in (dy, dcs)]
         each.append(_group_back(_Group(options, inputs, mask, k), need, of, dys))
     dx, *others = zip(*each, strict=True)

@@ -56,7 +56,7 @@ def _forward(
     T, B, K, H = *gx.shape[:3], u.shape[2]
     for k in range(K):
         back = is_reversed(k, reversed)
-        w = walk(mask, back, T, B, gx.device)
+        w = walk(mask, back, T, B, gx.device, walking.most_rows(H, gx.device))
         states = []
         for start in (h0, c0)[: part.states]:
             states.append(gx.new_empty(w.head + w.rows, H))
@@ -75,7 +75,7 @@ def _forward(
                     buffer[0 if back else T + 1, :, k] = 0
                 buffer[1 : T + 1, :, k] = _in_place(w, state, back).view(T, B, H)
         for final, state in zip((out.hn, out.cn), states, strict=False):
-            final[k] = state.index_select(0, w.last)
+            final[k] = w.final(state)
         if gates is not None:
             # Where padding is, any numbers will do, but NaN would be taken for a defect.
             rows = gates.new_zeros(T * B, gates.shape[1]) if w.start is not None else torch.empty_like(gates)
@@ -93,7 +93,7 @@ def _in_place(w: Walk, state: Tensor, back: bool) -> Tensor:
     back waits in: its given start."""
     if w.target is None:
         return state[w.head :]
-    B = w.last.shape[0]
+    B = w.batch
     places = w.target
     if back and w.start is not None:
         places = torch.where(places == B, torch.arange(places.shape[0], device=places.device) % max(B, 1), places)
@@ -123,7 +123,7 @@ def _backward(
         if mask is not None:
             buffer.zero_()
     for k in range(K):
-        w = walk(mask, is_reversed(k, reversed), T, B, y.device)
+        w = walk(mask, is_reversed(k, reversed), T, B, y.device, walking.most_rows(H, y.device))
         each = [previous_outputs(y, mask, reversed, k), outputs(y, reversed)[:, :, k]]
         if part.states == 2:
             each += [previous_outputs(c, mask, reversed, k), outputs(c, reversed)[:, :, k]]
@@ -180,7 +180,7 @@ def _recompute(
     part, (T, B, K), H = CELLS[cell], gx.shape[:3], u.shape[2]
     saved = gx.new_empty(T, B, K, part.saved * H) if part.saved else gx.new_empty(0)
     for k in range(K if part.saved else 0):
-        whole = walk(None, False, T, B, gx.device)
+        whole = walk(None, False, T, B, gx.device, B)
         kept = gx.new_empty(T * B, part.saved * H)
         fill = _product(part, whole, gx[:, :, k].flatten(0, 1), H)
         walking.before_step(part, kept, fill, None if bias is None else bias[k], 0, T * B, part.gates * H)

@@ -8,17 +8,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .stretches import Walk
+from .stretches import Walk, by_step
 
 CHUNK = 1 << 15  # elements of a state in a piece: a buffer of all steps would go through memory, and back
 
 Fill = Callable[[Tensor, int, int], object]  # (into, a, b): rows a to b of a walk
 
 
-def _pieces(w: Walk, like: Tensor) -> tuple[list[tuple[int, int, int, int]], int]:
-    """See Walk.chunks; and the rows of the largest."""
-    found = w.chunks(max(1, CHUNK // like.shape[1]) if like.device.type == "cpu" else w.rows)
-    return found, max((b - a for _, _, a, b in found), default=0)
+def most_rows(H: int, device: torch.device) -> int:
+    """Of a piece, and of a batch of stretches."""
+    return max(1, CHUNK // H) if device.type == "cpu" else 1 << 40
+
+
+def _pieces(w: Walk, like: Tensor) -> tuple[list[list[tuple[int, int, int, int]]], int]:
+    """See Walk.pieces; and the rows of the largest."""
+    found = w.pieces(most_rows(like.shape[1], like.device))
+    return found, max((b - a for of_batch in found for _, _, a, b in of_batch), default=0)
 
 
 def scan(
@@ -29,17 +34,16 @@ def scan(
     part: see `cells`. u [G*H, H]. fill: the input's product with every bias that only adds, [., G*H], the last gate
     first if part.turned. inner: the bias of the inner gate [H].
     """
-    pieces, largest = _pieces(w, y)
-    operands, _ = part.operands(u)
-    first: Any = slice(0, w.widest) if w.start is None else w.start
-    h, c_now = y[first], None if c is None else c[first]
-    spare = torch.empty_like(h)
+    (pieces, largest), (operands, _) = _pieces(w, y), part.operands(u)
+    spare = y.new_empty(max(w.sizes, default=0), y.shape[1])
     scratch = y.new_empty(largest, part.saved * y.shape[1]) if kept is None else kept
-    for begin, end, a, b in pieces:
-        mine = scratch[: b - a] if kept is None else kept[a:b]
-        outs, cs = (None if s is None else s[w.head + a : w.head + b] for s in (y, c))
-        before_step(part, mine if part.saved else outs, fill, inner, a, b, u.shape[0])
-        h, c_now = part.walk(w.sizes[begin:end], mine, h, c_now, outs, cs, operands, spare)
+    for (_, _, i, j), of_batch in zip(w.batches, pieces, strict=True):
+        h, c_now = (None if s is None else w.starts(s, i, j) for s in (y, c))
+        for begin, end, a, b in of_batch:
+            mine = scratch[: b - a] if kept is None else kept[a:b]
+            outs, cs = (None if s is None else s[w.head + a : w.head + b] for s in (y, c))
+            before_step(part, mine if part.saved else outs, fill, inner, a, b, u.shape[0])
+            h, c_now = part.walk(w.sizes[begin:end], mine, h, c_now, outs, cs, operands, spare)
 
 
 def before_step(part: Any, kept: Any, fill: Fill, inner: Tensor | None, a: int, b: int, GH: int) -> None:
@@ -68,26 +72,29 @@ def scan_back(
     """
     (pieces, largest), (_, operands), H = _pieces(w, u), part.operands(u), u.shape[1]
     p, dh, of_cells = (u.new_empty(largest, n * H) for n in (part.wide, 1, int(dcs is not None)))
-    carried, spare = u.new_zeros(w.widest, H), u.new_empty(w.widest, H)
+    carried, spare = u.new_zeros(w.stretches, H), u.new_empty(max(w.sizes, default=0), H)
     ends, dc = (w.by_stretch(s, u) for s in (dhn, dcn))
-    for begin, end, a, b in reversed(pieces):
-        sizes = w.sizes[begin:end]
-        above = (*sizes[1:], w.sizes[end] if end < len(w.sizes) else 0)  # rows of each's next step
-        (dh[: b - a].zero_() if dy is None else dy(dh[: b - a], a, b))
-        each = dh[: b - a].split(sizes)
-        if dhn is not None:
-            for n, m, d in zip(sizes, above, each, strict=True):
-                if n > m:
-                    d[m:].add_(ends[m:n])
-        each[-1][: above[-1]].add_(carried[: above[-1]])
-        below = [carried[: sizes[0]].zero_(), *(d[:m] for d, m in zip(each, above, strict=True))][:-1]
-        added = None
-        if dcs is not None:
-            dcs(of_cells[: b - a], a, b)
-            added = of_cells[: b - a].split(sizes)
-        h, c, y, after, kept = states(a, b)
-        mine = p[: b - a]
-        others = part.factors(mine, kept, h, c, y, after)
-        part.back(sizes, mine, kept, others, each, dc, added, below, operands, spare)
-        emit(a, b, mine, others, h)
+    for (_, last, i, j), of_batch in reversed(list(zip(w.batches, pieces, strict=True))):
+        for begin, end, a, b in reversed(of_batch):
+            sizes = w.sizes[begin:end]
+            above = (*sizes[1:], w.sizes[end] if end < last else 0)  # rows of each's next step
+            (dh[: b - a].zero_() if dy is None else dy(dh[: b - a], a, b))
+            each = by_step(dh[: b - a], sizes)
+            if dhn is not None:
+                for n, m, d in zip(sizes, above, each, strict=True):
+                    if n > m:
+                        d[m:].add_(ends[i + m : i + n])
+            each[-1][: above[-1]].add_(carried[i : i + above[-1]])
+            below = [carried[i : i + sizes[0]].zero_(), *each[:-1]]
+            if sizes[0] != sizes[-1]:
+                below[1:] = [d[:m] for d, m in zip(each, above[:-1], strict=False)]
+            added = None
+            if dcs is not None:
+                dcs(of_cells[: b - a], a, b)
+                added = by_step(of_cells[: b - a], sizes)
+            h, c, y, after, kept = states(a, b)
+            mine = p[: b - a]
+            others = part.factors(mine, kept, h, c, y, after)
+            part.back(sizes, mine, kept, others, each, dc[i:j], added, below, operands, spare)
+            emit(a, b, mine, others, h)
     return w.by_sequence(carried, dhn), w.by_sequence(dc, dcn)
