@@ -1,8 +1,6 @@
 """PyTorch's own fused RNNs, a layer at a time: cuDNN's on CUDA, oneDNN's LSTM and ATen's loops on the CPU.
 
-oneDNN's LSTM is called through its operators: through torch.lstm it has no second derivative and cannot be traced by
-torch.compile. Where nothing looks on, its own node of the graph stays, and a hook on it gives gradients that can be
-differentiated again if they are asked for (`_hooked`); else it is in a Function of ours, which costs 50 microseconds more.
+torch.compile cannot trace torch.lstm: for it, oneDNN's LSTM is called through operators of our own.
 """
 
 from __future__ import annotations
@@ -12,9 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-
-from .autograd import Options, reference_of, vjp
-from .backends import transforming
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 LAYERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
@@ -44,9 +39,9 @@ def layer(
     # cuDNN keeps what its backward needs only in training mode.
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *flat))
     tracing = torch.jit.is_tracing()  # a trace may be trained, and cannot hold a Function
-    own = batch_sizes is None and x.numel() > 0 and len(groups[0]) == 4 and onednn(cell, x.device, x.dtype)
-    if own and not tracing and (train or torch.compiler.is_compiling()):
-        return onednn_layer(x, states, groups)
+    if torch.compiler.is_compiling() and batch_sizes is None and x.numel() > 0 and len(groups[0]) == 4:
+        if onednn(cell, x.device, x.dtype):
+            return _directions(x, states, groups)
     hx: Any = list(states) if cell == "lstm" else states[0]
     sizes = () if batch_sizes is None else (batch_sizes,)
     rest = (len(groups) == 2,) if batch_sizes is not None else (len(groups) == 2, False)
@@ -68,71 +63,23 @@ def onednn(cell: str, device: torch.device, dtype: torch.dtype) -> bool:
     return here and cell == "lstm" and device.type == "cpu" and dtype == torch.float32
 
 
-def onednn_layer(x: Tensor, states: Sequence[Tensor], groups: Sequence[Weights]) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """`layer`, by oneDNN, with gradients that can be differentiated again."""
-    if len(groups) == 1:
-        y, *final = onednn_group(False, x, *states, *groups[0])
-        return y, tuple(final)
-    each = [onednn_group(k == 1, x, *(s[k : k + 1] for s in states), *of) for k, of in enumerate(groups)]
-    y, *final = (torch.cat(of, dim) for of, dim in zip(zip(*each, strict=True), (2, 0, 0), strict=True))
+def _directions(x: Tensor, states: Sequence[Tensor], groups: Sequence[Weights]) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """`layer`, by oneDNN, for a compiler."""
+    each = []
+    for k, (w_ih, w_hh, *biases) in enumerate(groups):
+        assert w_ih is not None and w_hh is not None
+        b_ih, b_hh = (w_ih.new_zeros(w_ih.shape[0]) if b is None else b for b in biases[:2])
+        each.append(_OneDNN.apply(k == 1, x, *(s[k : k + 1] for s in states), w_ih, w_hh, b_ih, b_hh))
+    if len(each) == 1:
+        y, *final = each[0]
+    else:
+        y, *final = (torch.cat(of, dim) for of, dim in zip(zip(*each, strict=True), (2, 0, 0), strict=True))
     return y, tuple(final)
 
 
-def onednn_group(
-    reverse: bool,
-    x: Tensor,
-    h0: Tensor,
-    c0: Tensor,
-    w_ih: Tensor | None,
-    w_hh: Tensor | None,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y [T, B, H], h_n and c_n [1, B, H] of one direction, from states [1, B, H]."""
-    assert w_ih is not None and w_hh is not None
-    if b_ih is None or b_hh is None:
-        b_ih, b_hh = (w_ih.new_zeros(w_ih.shape[0]) if b is None else b for b in (b_ih, b_hh))
-    # Hooks on saved tensors are told of what a Function saves; a closure would keep from them what they take care of.
-    if transforming() or torch.compiler.is_compiling() or _saved_tensors_hooks(True) is not None:
-        return _OneDNN.apply(reverse, x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-    return _hooked(reverse, x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-
-
-_saved_tensors_hooks: Any = torch._C._autograd._top_saved_tensors_default_hooks
 _MODE = 2  # an LSTM, to mkldnn_rnn_layer
 _forward: Any = torch.ops.aten.mkldnn_rnn_layer.default
 _backward: Any = torch.ops.aten.mkldnn_rnn_layer_backward.default
-
-
-def _hooked(
-    reverse: bool, x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What _OneDNN gives, by torch's own node; something of it must require a gradient."""
-    inputs = (x.contiguous(), w_ih.contiguous(), w_hh.contiguous(), b_ih.contiguous(), b_hh.contiguous())
-    states = (h0.contiguous(), c0.contiguous())
-    options = (reverse, [], _MODE, w_hh.shape[1], 1, True, False, False, True)
-    # Its backward gives gradients of states without their axis of layers.
-    y, h, c, _ = torch.mkldnn_rnn_layer(*inputs, states[0][0], states[1][0], *options)  # type: ignore[attr-defined]
-
-    def again(found: tuple[Tensor | None, ...], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...] | None:
-        if not torch.is_grad_enabled():  # no create_graph=True
-            return None
-        dx, dh0, dc0, *others = _differentiable(reverse, (inputs[0], *states, *inputs[1:]), grads[:3])
-        each = (dx, *others, dh0[0], dc0[0])
-        return tuple(None if f is None else e for f, e in zip(found, each, strict=True))
-
-    y.grad_fn.register_hook(again)
-    return y, torch.stack((h,)), torch.stack((c,))  # copies: a caller may change these in place
-
-
-def _differentiable(
-    reverse: bool, inputs: Sequence[Tensor], grads: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
-    """The gradients of all inputs, through the reference."""
-    # Aliases, so that an input computed from another does not hand it its own share a second time.
-    run = reference_of(Options("", "lstm", reversed=int(reverse)), [True] * 7, None, None)
-    out, back = vjp(run, *(t.view_as(t) for t in inputs))
-    return back(tuple(torch.zeros_like(o) if g is None else g.view_as(o) for o, g in zip(out, grads, strict=True)))
 
 
 def _call(
@@ -193,27 +140,18 @@ def _(dy: Any, dh: Any, dc: Any, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 class _OneDNN(torch.autograd.Function):
-    """reverse, x [T, B, I], h0, c0 [1, B, H], w_ih, w_hh, b_ih, b_hh: y, h_n, c_n."""
+    """reverse, x [T, B, I], h0, c0 [1, B, H], w_ih, w_hh, b_ih, b_hh: y, h_n, c_n.
+
+    The workspace's size is known to oneDNN alone, so a compiler cannot hand it on: backward makes it anew.
+    """
 
     @staticmethod
     def forward(ctx: Any, reverse: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.reverse = reverse
-        if torch.compiler.is_compiling():
-            # The workspace's size is known to oneDNN alone, so a compiler cannot hand it on: backward makes it anew.
-            ctx.save_for_backward(*inputs)
-            return _forward_op(*inputs, reverse)
-        y, h, c, workspace = _call(*inputs, reverse, any(ctx.needs_input_grad))  # type: ignore[call-arg, arg-type]
-        ctx.save_for_backward(*inputs, y, h, c, workspace)
-        return y, h.clone(), c.clone()  # a caller may change these in place
+        ctx.save_for_backward(*inputs)
+        return _forward_op(*inputs, reverse)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors  # once: torch.utils.checkpoint gives it no second time
-        inputs, rest = saved[:7], saved[7:]
-        if not rest:
-            return None, *_backward_op(*grads, *inputs, ctx.reverse)
-        if torch.is_grad_enabled():  # create_graph=True
-            return None, *_differentiable(ctx.reverse, inputs, grads)
-        *out, workspace = rest
-        return None, *_call_backward(grads, inputs, out, ctx.reverse, workspace)
+        return None, *_backward_op(*grads, *ctx.saved_tensors, ctx.reverse)

@@ -31,9 +31,9 @@ class Engine(NamedTuple):
     recompute(gx, u, bias, y, c, mask, cell, reversed) -> saved
     single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, H], cell, save, precision, input_precision) -> as forward, but
     hn, cn [B, H]: one step and its input's product together; None where there is none
-    whole(options, save, the 7 inputs, mask) -> what `_visible` gives, and three tensors that
-    whole_backward(options, the 7 inputs, mask, those three, the outputs' gradients) -> the 7 gradients
-    is given back: all of it by the engine, where nothing looks on; None where there is none
+    whole(options, save, the 7 inputs, mask) -> what `_visible` gives, three tensors and an object that
+    whole_backward(options, the 7 inputs, mask, those three, the outputs' gradients, need, that object or None) -> the 7
+    gradients is given back: all of it by the engine, where nothing looks on; None where there is none
     """
 
     forward: Callable[..., Any]
@@ -69,14 +69,14 @@ class Options:
 
 
 def input_biases(cell: Cell, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Of biases [K, G*H]: the sum of what only adds to the input's product, and b_hh of the inner gates, which does not."""
+    """Of biases [K, G*H] or [G*H]: the sum of those that only add to the input's product, and b_hh of the inner gates."""
     if b_hh is None:
         return b_ih, None
     adds, inner = b_hh, None
     if cell.inner:
-        plain = b_hh.shape[1] - cell.inner * (b_hh.shape[1] // cell.gates)
-        inner = b_hh[:, plain:]
-        adds = torch.cat([b_hh[:, :plain], torch.zeros_like(inner)], 1)
+        plain = b_hh.shape[-1] - cell.inner * (b_hh.shape[-1] // cell.gates)
+        inner = b_hh[..., plain:]
+        adds = torch.cat([b_hh[..., :plain], torch.zeros_like(inner)], -1)
     return adds if b_ih is None else b_ih + adds, inner
 
 
@@ -101,18 +101,8 @@ def grouped(*tensors: Tensor | None) -> list[Tensor | None]:
     return list(tensors) if w_hh.dim() == 3 else [None if t is None else t[None] for t in tensors]
 
 
-def _run(
-    options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: Tensor | None
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """For `apply`'s arguments, what is visible, and y, c and saved."""
-    if options.whole:
-        return ENGINES[options.engine].whole(options, save, inputs, mask)  # type: ignore[misc]
-    out = _scanned(options, save, inputs, mask)
-    return _visible(options, out, inputs, mask), out[:3]
-
-
-def _scanned(options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: Tensor | None) -> tuple[Tensor, ...]:
-    """What the engine's forward gives."""
+def _run(options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: Tensor | None) -> tuple[Tensor, ...]:
+    """What the engine's forward gives for `apply`'s arguments."""
     x, h0, c0, *weights = inputs
     cell, engine = reference.get(options.cell), ENGINES[options.engine]
     assert x is not None
@@ -155,10 +145,7 @@ def _gradients(
     """The gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh, in their shapes, through the engine."""
     name, reversed, need = options.cell, options.reversed, options.need
     if options.whole:
-        # is_grads_batched=True is torch's older vmap.
-        if backends.transforming() or any(g is not None and is_legacy_batchedtensor(g) for g in grads):
-            return _gradients_by_reference(options, inputs, mask, grads)
-        return ENGINES[options.engine].whole_backward(options, inputs, mask, kept, grads)  # type: ignore[misc]
+        return ENGINES[options.engine].whole_backward(options, inputs, mask, kept, grads, need, None)  # type: ignore[misc]
     x, _, _, *weights = inputs
     y, c, saved = kept
     w_ih, w_hh, b_ih, b_hh = grouped(*weights)
@@ -327,12 +314,13 @@ class _Scan(torch.autograd.Function):
 
     @staticmethod
     def forward(options: Options, mask: Any, *inputs: Any) -> Any:
-        shown, kept = _run(options, options.save, inputs, mask)
+        out = _run(options, options.save, inputs, mask)
+        shown = _visible(options, out, inputs, mask)
         # Views of other outputs have no tangents in forward mode, and may not be changed in place, as torch's own
         # outputs on the CPU may. The kernels' stay views, for speed: cuDNN's may not be changed either.
-        if not options.whole and (forward_ad._current_level >= 0 or options.engine == "loop"):
+        if forward_ad._current_level >= 0 or options.engine == "loop":
             shown = tuple(s.clone() for s in shown)
-        return *shown, *kept
+        return *shown, *out[:3]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -371,6 +359,33 @@ class _TransformedScan(_Scan):
         return *found, None, None, None
 
 
+class _Whole(torch.autograd.Function):
+    """_Scan by an engine's `whole`, where nothing looks on: options, mask; the 7 inputs, to what `_visible` gives."""
+
+    @staticmethod
+    def forward(ctx: Any, options: Options, mask: Tensor | None, *inputs: Tensor | None) -> tuple[Tensor, ...]:
+        shown, kept, ctx.more = ENGINES[options.engine].whole(options, options.save, inputs, mask)  # type: ignore[misc]
+        ctx.set_materialize_grads(False)
+        ctx.options = options
+        ctx.save_for_backward(mask, *inputs, *kept)
+        return shown
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        mask, *inputs, y, c, saved = ctx.saved_tensors
+        options, need = ctx.options, ctx.needs_input_grad[2:]
+        kept = (y, c, saved if saved.dim() > 1 else None)
+        # is_grads_batched=True: torch's older vmap, which runs backward as it is.
+        if backends.transforming() or any(g is not None and is_legacy_batchedtensor(g) for g in grads):
+            found = _gradients_by_reference(replace(options, need=need), tuple(inputs), mask, grads)
+        elif torch.is_grad_enabled():  # create_graph=True
+            found = _Gradients.apply(replace(options, need=need), mask, *kept, *inputs, *grads)
+        else:
+            back: Any = ENGINES[options.engine].whole_backward
+            found = back(options, tuple(inputs), mask, kept, grads, need, ctx.more)
+        return None, None, *found
+
+
 def unseen(engine: str, x: Tensor) -> bool:
     """Whether the engine can do all by itself: nothing looks on, and x is a tensor with values, no wrapper of one."""
     plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
@@ -399,12 +414,15 @@ def apply(
         wanted = False
     elif backends.transforming():  # within vmap requires_grad does not show, nor does a tangent ever
         wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
-    if wanted:
+    if options.whole:
+        given = (options, "states" if options.cells else "none", inputs, mask)
+        shown = _Whole.apply(options, mask, *inputs) if wanted else ENGINES[options.engine].whole(*given)[0]  # type: ignore[misc]
+    elif wanted:
         function = _Scan if torch.compiler.is_compiling() else _TransformedScan
         shown = function.apply(options, mask, *inputs)[:-3]
     else:
         save = "states" if options.cells else "none"
-        shown, _ = _run(options, save, inputs, mask)
+        shown = _visible(options, _run(options, save, inputs, mask), inputs, mask)
     if not options.cells:
         return shown[0], shown[1:], None
     return shown[0], shown[1:-1], shown[-1]

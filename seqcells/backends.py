@@ -105,6 +105,7 @@ class Request:
     cells: bool = False  # all cell states
     grad: bool = False
     onednn: bool = False  # oneDNN's LSTM would run it
+    marked: bool = False  # oneDNN's LSTM would, its masks as steps of another kind
     one_step: bool = False  # a cell's call
     short: bool = False  # so few steps, or such large products, that what a step costs beside them hardly counts
 
@@ -125,7 +126,7 @@ def _no_aten(cell: str, request: Request) -> str:
         return f"torch has no fused {cell}"
     if request.cells:
         return "torch's fused RNNs do not give all cell states"
-    return "torch's fused RNNs have no resets" if request.resets else ""
+    return "torch's fused RNNs have no resets" if request.resets and not request.marked else ""
 
 
 def transforming() -> bool:
@@ -154,7 +155,7 @@ def _without_kernels(cell: str, device: torch.device, request: Request, lacking:
         return "aten", f"torch's own fused {cell} runs there"
     if transforming():
         return loop, "torch.func and forward mode want operators that can be transformed"
-    if request.onednn:
+    if request.onednn or request.marked:
         return "aten", "oneDNN's LSTM is the fastest there"
     if torch.compiler.is_compiling():
         return loop, "torch.compile would unroll torch's own for every length"

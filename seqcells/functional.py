@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import aten, autograd, backends, batching, loop, masks, precisions, projection, reference  # noqa: F401  (loop: its engine)
+from . import aten, autograd, backends, batching, loop, marked, masks, precisions, projection, reference  # noqa: F401  (loop: its engine)
 
 try:
     from . import ops
@@ -143,9 +143,20 @@ def choose(
         grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)),
         one_step=how.one_step,
         short=short,
-        onednn=how.lengths is None and x.dim() == 3 and x.numel() > 0 and aten.onednn(cell, x.device, x.dtype),
+        marked=_marks(cell, x, how),
+        onednn=how.lengths is None
+        and how.resets is None
+        and x.dim() == 3
+        and x.numel() > 0
+        and aten.onednn(cell, x.device, x.dtype),
     )
     return backends.choose(cell, x.device, x.dtype, request, how.backend)
+
+
+def _marks(cell: str, x: Tensor, how: How) -> bool:
+    """Whether a scan with masks can be by `marked`, of weights without a projection."""
+    masked = (how.resets is not None or how.lengths is not None) and not how.cells and x.numel() > 0
+    return masked and aten.onednn(cell, x.device, x.dtype) and type(x) is Tensor and not backends.traced()
 
 
 def run(
@@ -208,17 +219,27 @@ def _run(
                 u = w_hh if w_hh.dim() == 3 else w_hh[None]
                 ops.plan_for(ops.cells.get(cell), B, u, chosen.schedule, precision, backward)
         options = autograd.Options(
-            chosen.backend, cell, how.save, bits, chosen.schedule, precision, how.cells, "", autograd.unseen(chosen.backend, x)
+            chosen.backend,
+            cell,
+            how.save,
+            bits,
+            chosen.schedule,
+            precision,
+            how.cells,
+            "",
+            autograd.unseen(chosen.backend, x),
         )
         if how.one_step and chosen.backend == "triton" and not chosen.schedule and not backends.traced():
             inputs = precisions.of_inputs(x.dtype)
             if ops.one_launch(cell, x[0], w_hh, precision, inputs):  # type: ignore[arg-type]
                 options = replace(options, save="gates", single=inputs)
-        if how.lengths is not None and not how.padded:  # padding takes no part, whatever it is: NaN, too
-            past = masks.ended(how.lengths, x.shape[0])
-            x = x.masked_fill(past.reshape(*past.shape, *(1,) * (x.dim() - 2)), 0)
-        mask = masks.encode(how.resets, how.lengths, x.shape[0], bits)
+        x, mask = _masked(x, how, bits)
         return autograd.apply(options, x, given, w_ih, w_hh, b_ih, b_hh, mask)  # type: ignore[arg-type]
+    if chosen.backend == "aten" and len(groups[0]) == 4 and _marks(cell, x, how):
+        found = _marked(x, given, groups, how, bits)
+        return (
+            (*found, None) if found is not None else _run(cell, x, given, groups, replace(how, backend="loop"), stacked)
+        )
     full = _starts(x, given, groups, H)
     if chosen.backend == "aten" and how.one_step:
         final = aten.step(cell, x[0], tuple(s[0] for s in full), groups[0])
@@ -229,6 +250,31 @@ def _run(
     masked: Any = {"resets": how.resets, "lengths": how.lengths, "reversed": bits}
     states, final = reference.scan_groups(spec.step, x, full, *stacked, **masked)  # type: ignore[arg-type]
     return states[0], final, states[1] if how.cells else None
+
+
+def _masked(x: Tensor, how: How, bits: int) -> tuple[Tensor, Tensor | None]:
+    """x, zero where padding, which takes no part, whatever it is: NaN, too; and the mask of resets and lengths."""
+    if how.lengths is not None and not how.padded:
+        past = masks.ended(how.lengths, x.shape[0])
+        x = x.masked_fill(past.reshape(*past.shape, *(1,) * (x.dim() - 2)), 0)
+    return x, masks.encode(how.resets, how.lengths, x.shape[0], bits)
+
+
+def _marked(
+    x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], how: How, bits: int
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """By `marked`, group after group; None where it cannot."""
+    x, mask = _masked(x, how, bits)
+    assert mask is not None
+    found = []
+    for k, weights in enumerate(groups):
+        h0, c0 = (None if s is None else s.reshape(len(groups), *s.shape[-2:])[k : k + 1] for s in given)
+        of = marked.layer(x if x.dim() == 3 else x[:, :, k], h0, c0, weights, mask, how.reverse[k])
+        if of is None:
+            return None
+        found.append(of)
+    ys, hs, cs = zip(*found, strict=True)
+    return (ys[0], (hs[0], cs[0])) if len(groups) == 1 else (torch.cat(ys, 2), (torch.cat(hs), torch.cat(cs)))
 
 
 def _starts(

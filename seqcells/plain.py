@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import dropout
 
 from . import aten, backends, reference
 
@@ -36,49 +35,34 @@ def layers(module: Any, x: Tensor, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]]
     What is wrong with the arguments is left for others to say: then, too, it is None.
     """
     cell, name = module.cell, backends.spelled(module.backend)
-    if cell not in aten.CELLS or name not in ("auto", "aten") or type(x) is not Tensor or not x.is_cpu:
+    if cell not in aten.CELLS or name not in ("auto", "aten") or type(x) is not Tensor or x.dim() != 3:
         return None
-    if x.dim() != 3 or x.numel() == 0 or x.shape[2] != module.input_size:
-        return None
-    if backends.autocasting(x.device) or backends.traced():
+    T, B, size = x.shape
+    if not x.is_cpu or size != module.input_size or T * B == 0 or backends.autocasting(x.device) or backends.traced():
         return None
     if module.batch_first:
-        x = x.transpose(0, 1)
-    names, H, (T, B, _) = module._all_weights, module.hidden_size, x.shape
-    weights = [getattr(module, name) for of in names for name in of]
-    if weights[0].dtype != x.dtype:
+        x, T, B = x.transpose(0, 1), B, T
+    weights = [getattr(module, name) for of in module._all_weights for name in of]
+    H, rows, dtype = module.hidden_size, len(module._all_weights), x.dtype
+    if weights[0].dtype != dtype:
         return None
-    sizes = (module.proj_size or H, H)[: 2 if cell == "lstm" else 1]
+    outer = module.proj_size or H
     if hx is None:
-        zero = x.new_zeros(len(names), B, sizes[0])
-        states = (zero,) if cell != "lstm" else (zero, zero if sizes[0] == H else x.new_zeros(len(names), B, H))
+        zero = x.new_zeros(rows, B, outer)
+        states = zero if cell != "lstm" else (zero, zero if outer == H else x.new_zeros(rows, B, H))
+        grad = False
     else:
-        states = tuple(hx) if cell == "lstm" else (hx,)
-        for s, n in zip(states, sizes, strict=False):
-            if not isinstance(s, Tensor) or s.shape != (len(names), B, n) or s.dtype != x.dtype or not s.is_cpu:
-                return None
-        if len(states) != len(sizes):
+        given = hx if cell == "lstm" else (hx,)
+        if len(given) != (2 if cell == "lstm" else 1):
             return None
-    grad = torch.is_grad_enabled() and (weights[0].requires_grad or any(t.requires_grad for t in (x, *weights, *states)))
-    own = grad and not module.proj_size and aten.onednn(cell, x.device, x.dtype)
-    if grad and not own and name == "auto" and not backends.short(B, H, T):
+        for s, n in zip(given, (outer, H), strict=False):
+            if not isinstance(s, Tensor) or s.shape != (rows, B, n) or s.dtype != dtype or not s.is_cpu:
+                return None
+        states, grad = hx, any(s.requires_grad for s in given)
+    grad = torch.is_grad_enabled() and (grad or x.requires_grad or any(w.requires_grad for w in weights))
+    slow = grad and not aten.onednn(cell, x.device, dtype) and not backends.short(B, H, T)
+    if slow and name == "auto" and outer == H:
         return None
-    if not own:
-        how = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional)
-        y, *final = aten.LAYERS[cell](x, states if cell == "lstm" else hx if hx is not None else zero, weights, *how, False)
-    elif len(names) == 1:
-        y, *final = aten.onednn_group(False, x, *states, *weights, *(() if module.bias else (None, None)))
-    else:
-        y, final = _onednn_layers(module, x, states)
+    how = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional, False)
+    y, *final = aten.LAYERS[cell](x, states, weights, *how)  # type: ignore[operator]
     return y.transpose(0, 1) if module.batch_first else y, tuple(final)
-
-
-def _onednn_layers(module: Any, x: Tensor, states: tuple[Tensor, ...]) -> tuple[Tensor, list[Tensor]]:
-    finals, count = [], 2 if module.bidirectional else 1
-    for layer in range(module.num_layers):
-        mine = [s[layer * count : (layer + 1) * count] for s in states]
-        x, final = aten.onednn_layer(x, mine, module._directions(layer))
-        finals.append(final)
-        if module.dropout and module.training and layer < module.num_layers - 1:
-            x = dropout(x, module.dropout)
-    return x, [torch.cat(s) for s in zip(*finals, strict=True)]

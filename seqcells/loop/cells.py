@@ -11,7 +11,7 @@ Rows are those of a `stretches.Walk`: each step has sizes[k] of them, a leading 
     saved            columns of kept in units of H; 0: the gate is the output itself, and its product is formed there
     wide             columns of the gates' gradients in units of H, in kept's order
     turned           whether the input's product begins with the last gate
-    operands(u)      the recurrent weights [G*H, H] as activate and walk want them, then as back wants them
+    forth(u), back_again(u)    the recurrent weights [G*H, H] as activate and walk want them, and as back wants them
     activate(kept, h, u)    the gates of any number of rows at once: kept has the input's product
     walk(sizes, kept, h, c, y, cs, u, spare)    steps, one after another: y and cs (all c) are filled. The last h and c
     factors(p, kept, h, c, y, after)    fills p with what each gate's gradient is of the gradient of h (or c, or the
@@ -54,9 +54,12 @@ class LSTM:
     gates, states, saved, wide, turned = 4, 2, 4, 4, True
 
     @staticmethod
-    def operands(u: Tensor) -> tuple[Operands, Operands]:
-        turned = last_first(u, u.shape[1])
-        return (turned.t().contiguous(),), (turned,)
+    def forth(u: Tensor) -> Operands:
+        return (last_first(u, u.shape[1]).t().contiguous(),)
+
+    @staticmethod
+    def back_again(u: Tensor) -> Operands:
+        return (last_first(u, u.shape[1]),)
 
     @staticmethod
     def activate(kept: Tensor, h: Tensor, u: Operands) -> None:
@@ -123,8 +126,12 @@ class GRU:
     gates, states, saved, wide, turned = 3, 1, 4, 4, True
 
     @staticmethod
-    def operands(u: Tensor) -> tuple[Operands, Operands]:
-        return (u.t().contiguous(),), (u,)
+    def forth(u: Tensor) -> Operands:
+        return (u.t().contiguous(),)
+
+    @staticmethod
+    def back_again(u: Tensor) -> Operands:
+        return (u,)
 
     @staticmethod
     def activate(kept: Tensor, h: Tensor, u: Operands) -> None:
@@ -178,9 +185,12 @@ class GRUBefore:
     gates, states, saved, wide, turned = 3, 1, 3, 3, False
 
     @staticmethod
-    def operands(u: Tensor) -> tuple[Operands, Operands]:
-        first, last = u.split((2 * u.shape[1], u.shape[1]))
-        return (first.t().contiguous(), last.t().contiguous()), (first, last)
+    def forth(u: Tensor) -> Operands:
+        return tuple(part.t().contiguous() for part in GRUBefore.back_again(u))
+
+    @staticmethod
+    def back_again(u: Tensor) -> Operands:
+        return u.split((2 * u.shape[1], u.shape[1]))
 
     @staticmethod
     def activate(kept: Tensor, h: Tensor, u: Operands) -> None:
@@ -239,8 +249,12 @@ class Tanh:
     bend = torch.tanh_
 
     @staticmethod
-    def operands(u: Tensor) -> tuple[Operands, Operands]:
-        return (u.t().contiguous(),), (u,)
+    def forth(u: Tensor) -> Operands:
+        return (u.t().contiguous(),)
+
+    @staticmethod
+    def back_again(u: Tensor) -> Operands:
+        return (u,)
 
     @classmethod
     def walk(cls, sizes: Sizes, kept: Any, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, spare: Tensor) -> Any:

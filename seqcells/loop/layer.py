@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import Options, grouped, input_biases
+from ..autograd import Options, input_biases
 from ..kernels.buffers import is_reversed
-from ..reference import Cell, get
+from ..reference import get
 from . import steps
 from .cells import CELLS, first_last, last_first
 from .stretches import Walk, walk
@@ -22,20 +22,24 @@ from .stretches import Walk, walk
 class _Group:
     """One of the groups of a layer: its input, its weights in the cell's order, its walk."""
 
-    def __init__(self, options: Options, inputs: tuple[Tensor | None, ...], mask: Tensor | None, k: int) -> None:
+    def __init__(
+        self, options: Options, inputs: tuple[Tensor | None, ...], mask: Tensor | None, k: int, w: Walk | None = None
+    ) -> None:
         x, _, _, *weights = inputs
-        w_ih, u, b_ih, b_hh = (None if t is None else t[k] for t in grouped(*weights))
-        assert x is not None and w_ih is not None and u is not None
+        u = weights[1]
+        assert x is not None and u is not None
+        w_ih, u, b_ih, b_hh = weights if u.dim() == 2 else (None if t is None else t[k] for t in weights)
+        assert w_ih is not None and u is not None
         self.part: Any = CELLS[options.cell]
-        self.cell: Cell = get(options.cell)
-        self.w: Walk = walk(mask, is_reversed(k, options.reversed), *x.shape[:2], x.device, steps.most_rows(u.shape[1], x.device))
+        self.H = H = u.shape[1]
+        if w is None:
+            w = walk(mask, is_reversed(k, options.reversed), *x.shape[:2], x.device, steps.most_rows(H, x.device))
+        self.w = w
         self.x = (x if x.dim() == 3 else x[:, :, k]).flatten(0, 1)
-        self.u, self.H = u, u.shape[1]
-        biases = input_biases(self.cell, *(None if b is None else b[None] for b in (b_ih, b_hh)))
-        bias, self.inner = (None if b is None else b[0] for b in biases)
+        bias, self.inner = input_biases(get(options.cell), b_ih, b_hh)
         if self.part.turned:
-            w_ih, bias = last_first(w_ih, self.H), None if bias is None else last_first(bias, self.H)
-        self.w_ih, self.bias = w_ih, bias
+            w_ih, bias = last_first(w_ih, H), None if bias is None else last_first(bias, H)
+        self.u, self.w_ih, self.bias = u, w_ih, bias
 
     def fill(self, into: Tensor, a: int, b: int) -> None:
         """The input's product of rows a to b."""
@@ -47,7 +51,7 @@ class _Group:
     def states(self, y: Tensor, c: Tensor | None, gates: Tensor | None) -> Any:
         """What steps.scan_back asks of rows; gates None: they are recomputed."""
         w, part, head = self.w, self.part, self.w.head
-        operands, _ = part.operands(self.u)
+        operands = part.forth(self.u) if part.saved and gates is None else ()
 
         def of(a: int, b: int) -> tuple[Any, ...]:
             h, kept = w.before(y, a, b), None
@@ -69,8 +73,8 @@ class _Group:
 
 def forward(
     options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: Tensor | None
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor]]:
-    """What `autograd._visible` gives, and what is kept."""
+) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor], list[Walk]]:
+    """What `autograd._visible` gives, what is kept, and the walks."""
     x, *starts, _, u = inputs[:5]
     assert x is not None and u is not None
     T, B, H, K = *x.shape[:2], u.shape[-1], 1 if u.dim() == 2 else u.shape[0]
@@ -89,11 +93,16 @@ def forward(
             kept = None if gates is None else gates[k]
             steps.scan(part, group.w, group.u, group.fill, group.inner, y, c, kept)
     walks = [group.w for group in groups]
-    finals = [torch.stack([w.final(s) for s, w in zip(of, walks, strict=True)]) for of in states]
+    finals = [
+        walks[0].final(of[0])[None].clone()
+        if K == 1
+        else torch.stack([w.final(s) for s, w in zip(of, walks, strict=True)])
+        for of in states
+    ]
     shown = [_shown(of, walks, T, B) for of in (states if options.cells else states[:1])]
     if len(states) == 1:
         states.append(x.new_empty(0))
-    return (shown[0], *finals, *shown[1:]), (*states, x.new_empty(0) if gates is None else gates)  # type: ignore[return-value]
+    return (shown[0], *finals, *shown[1:]), (*states, x.new_empty(0) if gates is None else gates), walks  # type: ignore[return-value]
 
 
 def _shown(buffer: Tensor, walks: list[Walk], T: int, B: int) -> Tensor:
@@ -117,11 +126,13 @@ def backward(
     mask: Tensor | None,
     kept: tuple[Tensor | None, ...],
     grads: tuple[Tensor | None, ...],
+    need: tuple[bool, ...],
+    walks: list[Walk] | None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the 7 inputs, in their shapes; None where options.need says so. kept: gates None, recompute."""
+    """The gradients of the 7 inputs, in their shapes; None where `need` says so. kept: gates None are recomputed."""
     x, _, _, _, u = inputs[:5]
     assert x is not None and u is not None
-    K, need = 1 if u.dim() == 2 else u.shape[0], options.need
+    K = 1 if u.dim() == 2 else u.shape[0]
     dy, dhn, *rest = grads
     dcn, dcs = (*rest, None, None)[:2] if CELLS[options.cell].states == 2 else (None, None)
     dy, dcs = (None if d is None else d.reshape(-1, K, u.shape[-1]) for d in (dy, dcs))
@@ -129,7 +140,7 @@ def backward(
     for k in range(K):
         of = [None if t is None or t.dim() == 1 else t[k] for t in (*kept, dhn, dcn)]
         dys = [None if d is None else d[:, k] for d in (dy, dcs)]
-        each.append(_group_back(_Group(options, inputs, mask, k), need, of, dys))
+        each.append(_group_back(_Group(options, inputs, mask, k, walks and walks[k]), need, of, dys))
     dx, *others = zip(*each, strict=True)
     found = [None if dx[0] is None else sum(dx[1:], dx[0]) if x.dim() == 3 else torch.stack(dx, 1)]
     found += [None if of[0] is None else of[0] if K == 1 else torch.stack(of) for of in others]

@@ -184,7 +184,7 @@ def _recompute(
         kept = gx.new_empty(T * B, part.saved * H)
         fill = _product(part, whole, gx[:, :, k].flatten(0, 1), H)
         walking.before_step(part, kept, fill, None if bias is None else bias[k], 0, T * B, part.gates * H)
-        part.activate(kept, previous_outputs(y, mask, reversed, k).flatten(0, 1), part.operands(u[k])[0])
+        part.activate(kept, previous_outputs(y, mask, reversed, k).flatten(0, 1), part.forth(u[k]))
         saved[:, :, k] = kept.view(T, B, -1)
     return saved
 

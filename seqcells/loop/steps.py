@@ -34,7 +34,7 @@ def scan(
     part: see `cells`. u [G*H, H]. fill: the input's product with every bias that only adds, [., G*H], the last gate
     first if part.turned. inner: the bias of the inner gate [H].
     """
-    (pieces, largest), (operands, _) = _pieces(w, y), part.operands(u)
+    (pieces, largest), operands = _pieces(w, y), part.forth(u)
     spare = y.new_empty(max(w.sizes, default=0), y.shape[1])
     scratch = y.new_empty(largest, part.saved * y.shape[1]) if kept is None else kept
     for (_, _, i, j), of_batch in zip(w.batches, pieces, strict=True):
@@ -70,7 +70,7 @@ def scan_back(
     None: zero. dhn, dcn: those of the final states [B, H]. emit: is given rows a to b, their gates' gradients, `others`
     (see `cells`) and their h before.
     """
-    (pieces, largest), (_, operands), H = _pieces(w, u), part.operands(u), u.shape[1]
+    (pieces, largest), operands, H = _pieces(w, u), part.back_again(u), u.shape[1]
     p, dh, of_cells = (u.new_empty(largest, n * H) for n in (part.wide, 1, int(dcs is not None)))
     carried, spare = u.new_zeros(w.stretches, H), u.new_empty(max(w.sizes, default=0), H)
     ends, dc = (w.by_stretch(s, u) for s in (dhn, dcn))
