@@ -105,19 +105,30 @@ class Request:
     cells: bool = False  # all cell states
     grad: bool = False
     onednn: bool = False  # oneDNN's LSTM would run it
-    marked: bool = False  # oneDNN's LSTM would, its masks as steps of another kind
+    marked: bool = False  # oneDNN's LSTM could, with masks as marked steps
     one_step: bool = False  # a cell's call
-    short: bool = False  # so few steps, or such large products, that what a step costs beside them hardly counts
+    looped: bool = False  # the loop is faster at it than torch's own: `loop_pays`
 
 
-# Where the loop in Python with our own backward stops being faster on the CPU than torch's GRU and RNN: fewer steps do
-# not pay for the call, and above so many states (B * H) the products take all the time (`make bench`).
-_STEPS, _STATES = 32, 8192
+# Measured: benchmarks/NOTES.md. With more threads than one torch's own gain more than the loop does.
+_STEPS = {"rnn_tanh": 20, "rnn_relu": 20}  # below which the loop's call costs more than its steps save
+_OTHERS, _INFERENCE = 10, 96  # steps of the other cells; without gradients
+_WORKSPACE = 1 << 20  # T*B*H above which oneDNN's, of 16 such, is memory new in every call
+_MARKED = {True: 4096, False: 8192}  # B*H up to which oneDNN's LSTM with marked steps is faster than the loop
 
 
-def short(batch: int, hidden: int, steps: int | None = None) -> bool:
-    """What Request.short says of a scan; steps None: of many."""
-    return batch * hidden > _STATES or (steps is not None and steps < _STEPS)
+def loop_pays(cell: str, steps: int | None, batch: int, hidden: int, grad: bool, onednn: bool) -> bool:
+    """Whether on the CPU the loop is faster than torch's own cell without masks; steps None: many."""
+    steps = 1 << 10 if steps is None else steps
+    alone = torch.get_num_threads() == 1
+    if onednn:
+        return grad and alone and batch >= 64 and steps * batch * max(hidden, 16) >= _WORKSPACE
+    return steps >= _STEPS.get(cell, _OTHERS) if grad else alone and steps >= _INFERENCE and hidden >= 16
+
+
+def marks_pay(batch: int, hidden: int, grad: bool) -> bool:
+    """Whether on the CPU an LSTM with masks is faster by oneDNN, see `marked`, than by the loop."""
+    return batch * hidden <= _MARKED[grad]
 
 
 def _no_aten(cell: str, request: Request) -> str:
@@ -155,14 +166,14 @@ def _without_kernels(cell: str, device: torch.device, request: Request, lacking:
         return "aten", f"torch's own fused {cell} runs there"
     if transforming():
         return loop, "torch.func and forward mode want operators that can be transformed"
-    if request.onednn or request.marked:
+    if (request.onednn or request.marked) and not request.looped:
         return "aten", "oneDNN's LSTM is the fastest there"
     if torch.compiler.is_compiling():
         return loop, "torch.compile would unroll torch's own for every length"
     if request.lengths:
         return loop, "torch's own fused RNNs take lengths only packed"
-    if request.grad and device.type == "cpu" and not request.short:
-        return loop, f"with gradients it is faster than torch's own fused {cell}"
+    if request.looped and device.type == "cpu":
+        return loop, f"it is faster than torch's own fused {cell}"
     return "aten", f"torch's own fused {cell} runs there"
 
 

@@ -50,8 +50,11 @@ def explain(
     place = torch.device("cuda" if elsewhere else device)
     if place.type == "cuda" and place.index is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
-    wide = backends.short(batch, hidden_size)
-    asks = backends.Request(resets=resets, grad=True, short=wide, onednn=aten.onednn(cell, place, dtype))
+    onednn = aten.onednn(cell, place, dtype)
+    marked = onednn and resets
+    many = {"steps": None, "batch": batch, "hidden": hidden_size, "grad": True}
+    looped = not backends.marks_pay(batch, hidden_size, True) if marked else backends.loop_pays(cell, onednn=onednn, **many)
+    asks = backends.Request(resets=resets, grad=True, looped=looped, marked=marked, onednn=onednn and not resets)
     chosen = backends.choose(cell, place, dtype, asks, backend)
     if chosen.backend != "triton":
         return Explanation(chosen.backend, None, chosen.why)

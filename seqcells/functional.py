@@ -133,22 +133,22 @@ def choose(
     cell: str, x: Tensor, tensors: Iterable[Tensor | None], how: How, hidden: int | None = None
 ) -> backends.Choice:
     """The backend for a scan of x; tensors: states and weights; hidden: H. Raises as backends.choose does."""
-    short = False
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
+    masked = how.lengths is not None or how.resets is not None
+    onednn = x.dim() == 3 and x.numel() > 0 and aten.onednn(cell, x.device, x.dtype)
+    marked, looped = _marks(cell, x, how), False
     if hidden is not None and not torch.compiler.is_compiling():
-        short = backends.short(x.shape[1], hidden, x.shape[0])
+        (T, B), own = x.shape[:2], onednn and not masked
+        looped = not backends.marks_pay(B, hidden, grad) if marked else backends.loop_pays(cell, T, B, hidden, grad, own)
     request = backends.Request(
         resets=how.resets is not None,
         lengths=how.lengths is not None,
         cells=how.cells,
-        grad=torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors)),
+        grad=grad,
         one_step=how.one_step,
-        short=short,
-        marked=_marks(cell, x, how),
-        onednn=how.lengths is None
-        and how.resets is None
-        and x.dim() == 3
-        and x.numel() > 0
-        and aten.onednn(cell, x.device, x.dtype),
+        looped=looped,
+        marked=marked,
+        onednn=onednn and not masked,
     )
     return backends.choose(cell, x.device, x.dtype, request, how.backend)
 

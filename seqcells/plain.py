@@ -60,8 +60,7 @@ def layers(module: Any, x: Tensor, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]]
                 return None
         states, grad = hx, any(s.requires_grad for s in given)
     grad = torch.is_grad_enabled() and (grad or x.requires_grad or any(w.requires_grad for w in weights))
-    slow = grad and not aten.onednn(cell, x.device, dtype) and not backends.short(B, H, T)
-    if slow and name == "auto" and outer == H:
+    if name == "auto" and outer == H and backends.loop_pays(cell, T, B, H, grad, aten.onednn(cell, x.device, dtype)):
         return None
     how = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional, False)
     y, *final = aten.LAYERS[cell](x, states, weights, *how)  # type: ignore[operator]
