@@ -39,9 +39,9 @@ def layer(
     # cuDNN keeps what its backward needs only in training mode.
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *flat))
     tracing = torch.jit.is_tracing()  # a trace may be trained, and cannot hold a Function
-    if torch.compiler.is_compiling() and batch_sizes is None and x.numel() > 0 and len(groups[0]) == 4:
-        if onednn(cell, x.device, x.dtype):
-            return _directions(x, states, groups)
+    own = torch.compiler.is_compiling() and batch_sizes is None and x.numel() > 0 and len(groups[0]) == 4
+    if own and onednn(cell, x.device, x.dtype):
+        return _directions(x, states, groups)
     hx: Any = list(states) if cell == "lstm" else states[0]
     sizes = () if batch_sizes is None else (batch_sizes,)
     rest = (len(groups) == 2,) if batch_sizes is not None else (len(groups) == 2, False)

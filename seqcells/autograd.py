@@ -69,7 +69,7 @@ class Options:
 
 
 def input_biases(cell: Cell, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Of biases [K, G*H] or [G*H]: the sum of those that only add to the input's product, and b_hh of the inner gates."""
+    """Of biases [K, G*H] or [G*H]: the sum of what only adds to the input's product; and b_hh of the inner gates."""
     if b_hh is None:
         return b_ih, None
     adds, inner = b_hh, None

@@ -52,8 +52,10 @@ def explain(
         place = torch.device("cuda", torch.cuda.current_device())
     onednn = aten.onednn(cell, place, dtype)
     marked = onednn and resets
-    many = {"steps": None, "batch": batch, "hidden": hidden_size, "grad": True}
-    looped = not backends.marks_pay(batch, hidden_size, True) if marked else backends.loop_pays(cell, onednn=onednn, **many)
+    if marked:
+        looped = not backends.marks_pay(batch, hidden_size, True)
+    else:
+        looped = backends.loop_pays(cell, None, batch, hidden_size, True, onednn)
     asks = backends.Request(resets=resets, grad=True, looped=looped, marked=marked, onednn=onednn and not resets)
     chosen = backends.choose(cell, place, dtype, asks, backend)
     if chosen.backend != "triton":

@@ -139,7 +139,9 @@ def choose(
     marked, looped = _marks(cell, x, how), False
     if hidden is not None and not torch.compiler.is_compiling():
         (T, B), own = x.shape[:2], onednn and not masked
-        looped = not backends.marks_pay(B, hidden, grad) if marked else backends.loop_pays(cell, T, B, hidden, grad, own)
+        looped = (
+            not backends.marks_pay(B, hidden, grad) if marked else backends.loop_pays(cell, T, B, hidden, grad, own)
+        )
     request = backends.Request(
         resets=how.resets is not None,
         lengths=how.lengths is not None,

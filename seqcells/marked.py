@@ -1,8 +1,8 @@
 """oneDNN's LSTM with resets and lengths, which it has not got: by steps of another kind, which two more inputs mark.
 
-Before a step at which an episode begins a step is put that clears: with i, f and o shut, c and h are zero after it. After
-a sequence's end come steps that hold: with i and o shut and f open, c stays. An input of 1e30 shuts and opens exactly,
-since sigmoid is 0 or 1 there and its derivative 0, so that values and gradients are those without such steps.
+Before a step at which an episode begins a step is put that clears: with i, f and o shut, c and h are zero after it.
+After a sequence's end come steps that hold: with i and o shut and f open, c stays. An input of 1e30 shuts and opens
+exactly, since sigmoid is 0 or 1 there and its derivative 0: values and gradients are those without such steps.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ def step(
     return aten.step(cell, x, states, weights)
 
 
-def layers(module: Any, x: Tensor, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """Of a layers._Layer's call without masks: y and the final states, by torch's own; None where it is not that simple.
+def layers(module: Any, x: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """Of a layers._Layer's call without masks: y and the final states, by torch's own; None where it is not so simple.
 
     What is wrong with the arguments is left for others to say: then, too, it is None.
     """

@@ -213,7 +213,7 @@ def ours_alone():
             r"Expected resets size \(5, 2\), got \[2, 5\]",
         ),
         "aten resets": (
-            lambda: seqcells.LSTM(3, 4, backend="aten")(x, resets=torch.zeros(5, 2, dtype=torch.bool)),
+            lambda: seqcells.GRU(3, 4, backend="aten")(x, resets=torch.zeros(5, 2, dtype=torch.bool)),
             RuntimeError,
             "no resets",
         ),

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -99,13 +100,11 @@ def test_auto_chooses_by_device_cell_and_what_is_asked_for():
         assert chosen("lstm", "cuda").backend == "triton"
     assert chosen("lstm", "cpu", onednn=True, grad=True).backend == "aten"
     assert chosen("gru", "cpu").backend == "aten"
-    assert chosen("gru", "cpu", grad=True).backend == "loop"
-    assert chosen("gru", "cpu", grad=True, short=True).backend == "aten"
-    weights = [torch.zeros(s, requires_grad=True) for s in ((60, 3), (60, 20))]
-    for T, B, backend in ((32, 16, "loop"), (31, 16, "aten"), (32, 410, "aten")):
-        assert functional.choose("gru", torch.zeros(T, B, 3), weights, functional.How(), 20).backend == backend
-    for B, backend in ((16, "loop"), (410, "aten")):
-        assert seqcells.explain("gru", batch=B, hidden_size=20, device="cpu").backend == backend
+    assert chosen("gru", "cpu", grad=True).backend == "aten"
+    assert chosen("gru", "cpu", grad=True, looped=True).backend == "loop"
+    assert chosen("lstm", "cpu", onednn=True, looped=True, grad=True).backend == "loop"
+    assert chosen("lstm", "cpu", resets=True, marked=True).backend == "aten"
+    assert chosen("lstm", "cpu", resets=True, marked=True, looped=True).backend == "loop"
     assert chosen("gru_before", "cpu").backend == "loop"
     assert chosen("lstm", "cpu", resets=True).backend == "loop"
     assert "no resets" in chosen("lstm", "cpu", resets=True).why
@@ -116,6 +115,50 @@ def test_auto_chooses_by_device_cell_and_what_is_asked_for():
             assert chosen("lstm", "cpu").backend == "aten"
         assert chosen("lstm", "cpu").backend == "reference"
     assert chosen("lstm", "cpu").backend == "aten"
+
+
+@pytest.mark.parametrize("layer", [False, True])
+def test_auto_on_the_cpu_goes_by_the_size_of_the_work(layer):
+    """The same whether a layer or a function is called: with one thread, as the tests run."""
+
+    def chosen(cell, T, B, H, grad=True, **masks):
+        kind = {"lstm": "LSTM", "rnn_tanh": "RNN"}.get(cell, "GRU")
+        module = getattr(seqcells, kind)(1, H).requires_grad_(grad)
+        if not layer:
+            given = list(module.parameters())
+            how = functional.How(**masks)
+            return functional.choose(cell, torch.zeros(T, B, 1), given, how, H).backend
+        with mock.patch.dict(autograd.ENGINES, loop=autograd.ENGINES["loop"]._replace(whole=stop)):
+            try:
+                module(torch.zeros(T, B, 1), **masks)
+            except Stopped:
+                return "loop"
+        return "aten"
+
+    class Stopped(Exception):
+        pass
+
+    def stop(*arguments):
+        raise Stopped
+
+    assert torch.get_num_threads() == 1
+    assert [chosen("gru", T, 4, 8) for T in (9, 10)] == ["aten", "loop"]
+    assert [chosen("rnn_tanh", T, 4, 8) for T in (19, 20)] == ["aten", "loop"]
+    assert [chosen("gru", T, 4, 16, grad=False) for T in (95, 96)] == ["aten", "loop"]
+    assert chosen("gru", 96, 4, 8, grad=False) == "aten"
+    # oneDNN's LSTM, but where its workspace is large; with masks, where the steps are small.
+    assert [chosen("lstm", T, 128, 64) for T in (127, 128)] == ["aten", "loop"]
+    assert chosen("lstm", 128, 128, 64, grad=False) == "aten" == chosen("lstm", 256, 63, 64)
+    for B, backend in ((64, "aten"), (65, "loop")):
+        assert chosen("lstm", 2, B, 64, resets=torch.zeros(2, B, dtype=torch.bool)) == backend
+        assert chosen("lstm", 2, B, 64, lengths=torch.full((B,), 2)) == backend
+    assert [chosen("lstm", 2, B, 64, False, lengths=torch.full((B,), 2)) for B in (128, 129)] == ["aten", "loop"]
+    assert seqcells.explain("gru", batch=16, hidden_size=20, device="cpu").backend == "loop"
+    assert seqcells.explain("lstm", batch=16, hidden_size=20, device="cpu").backend == "aten"
+    assert [seqcells.explain("lstm", batch=B, hidden_size=64, resets=True).backend for B in (64, 65)] == [
+        "aten",
+        "loop",
+    ]
 
 
 def test_explain_says_why():

@@ -1,8 +1,9 @@
 """The loop over time in torch operations, forward and backward by hand: an engine (see `autograd`) that runs anywhere.
 
 The middle rung between `reference`, where autograd differentiates every step, and the kernels. A step is as few
-operations as there can be (`cells`), masks are taken out before (`stretches`), and what does not depend on a neighbouring
-step is done for many at once (`steps`): the derivatives of the activations, the input's product, the weight gradients.
+operations as there can be (`cells`), masks are taken out before (`stretches`), and what does not depend on a
+neighbouring step is done for many at once (`steps`): the derivatives of the activations, the input's product, the
+weight gradients.
 
 Two ways in: `layer`, from the input to all gradients, where nothing looks on; and the operators seqcells::loop_*, the
 steps alone, for compilers and torch.func, which see the products around them.

@@ -1,8 +1,8 @@
 """The cells of the loop engine: a step's operations in torch, forward and backward, as few as there can be.
 
 On the CPU a small step costs what its operations cost to call, so their number is what counts. They work in place on
-columns of one buffer: one product fills all gates, one sigmoid or one multiplication serves neighbouring ones. What does
-not depend on a neighbouring step (`factors`) is done for many steps at once. The formulas are in kernels/cells.
+columns of one buffer: one product fills all gates, one sigmoid or one multiplication serves neighbouring ones. What
+does not depend on a neighbouring step (`factors`) is done for many steps at once. The formulas are in kernels/cells.
 
 Rows are those of a `stretches.Walk`: each step has sizes[k] of them, a leading part of the step's before. In `kept`
 [rows, saved*H] are a cell's gates, in an order of its own. A cell's class says
@@ -16,8 +16,8 @@ Rows are those of a `stretches.Walk`: each step has sizes[k] of them, a leading 
     walk(sizes, kept, h, c, y, cs, u, spare)    steps, one after another: y and cs (all c) are filled. The last h and c
     factors(p, kept, h, c, y, after)    fills p with what each gate's gradient is of the gradient of h (or c, or the
                      second operand), from h and c before and y and c after; gives what else back wants of these rows
-    back(sizes, p, kept, others, dh, dc, dcs, below, u, spare)    steps back: p becomes the gates' gradients; to below[k]
-                     the gradient of the step before is added; dc is that of c, dcs what is added at each step, or None
+    back(sizes, p, kept, others, dh, dc, dcs, below, u, spare)    steps back: p becomes the gates' gradients; the
+                     gradient of the step before is added to below[k]; dc is that of c, dcs what each step adds to it
     products(p, others, h)    pairs (gates' gradients, operand) whose products are the recurrent weights' gradient,
                      one part of its rows after another
 """

@@ -33,7 +33,8 @@ class _Group:
         self.part: Any = CELLS[options.cell]
         self.H = H = u.shape[1]
         if w is None:
-            w = walk(mask, is_reversed(k, options.reversed), *x.shape[:2], x.device, steps.most_rows(H, x.device))
+            T, B = x.shape[:2]
+            w = walk(mask, is_reversed(k, options.reversed), T, B, x.device, steps.most_rows(H, x.device))
         self.w = w
         self.x = (x if x.dim() == 3 else x[:, :, k]).flatten(0, 1)
         bias, self.inner = input_biases(get(options.cell), b_ih, b_hh)
@@ -89,7 +90,7 @@ def forward(
     gates = x.new_empty(K, rows, part.saved * H) if save == "gates" and part.saved else None
     with torch.inference_mode():  # fewer questions asked in each of many small operations
         for k, group in enumerate(groups):
-            y, c = (*(s[k] for s in states), None)[:2]
+            y, c = states[0][k], states[1][k] if part.states == 2 else None
             kept = None if gates is None else gates[k]
             steps.scan(part, group.w, group.u, group.fill, group.inner, y, c, kept)
     walks = [group.w for group in groups]
@@ -106,7 +107,7 @@ def forward(
 
 
 def _shown(buffer: Tensor, walks: list[Walk], T: int, B: int) -> Tensor:
-    """The states after each step [T, B, K*H], zero where padding: a tensor of its own, which may be changed in place."""
+    """The states after each step [T, B, K*H], zero where padding: a tensor of its own, to be changed at will."""
     K, _, H = buffer.shape
     y = buffer.new_empty(T, B, K * H)
     for k, w in enumerate(walks):
@@ -140,7 +141,7 @@ def backward(
     for k in range(K):
         of = [None if t is None or t.dim() == 1 else t[k] for t in (*kept, dhn, dcn)]
         dys = [None if d is None else d[:, k] for d in (dy, dcs)]
-        each.append(_group_back(_Group(options, inputs, mask, k, walks and walks[k]), need, of, dys))
+        each.append(_group_back(_Group(options, inputs, mask, k, walks[k] if walks else None), need, of, dys))
     dx, *others = zip(*each, strict=True)
     found = [None if dx[0] is None else sum(dx[1:], dx[0]) if x.dim() == 3 else torch.stack(dx, 1)]
     found += [None if of[0] is None else of[0] if K == 1 else torch.stack(of) for of in others]
@@ -174,7 +175,7 @@ def _group_back(group: _Group, need: tuple[bool, ...], of: Any, dys: Any) -> tup
 
     fills = [None if d is None else w.copying(d) for d in dys]
     with torch.inference_mode():
-        starts = steps.scan_back(group.part, w, u, group.states(y, c, gates), *fills, dhn, dcn, emit)
+        starts = steps.scan_back(group.part, w, u, group.states(y, c, gates), fills, (dhn, dcn), emit)
     dh0, dc0 = (s.clone() for s in starts)  # not of inference mode
     if dx is not None:
         dx[: w.head] = 0

@@ -63,7 +63,7 @@ def _forward(
             states[-1][: w.head] = 0
             if start is not None:
                 states[-1][:B] = start[k]
-        y, c = (*states, None)[:2]
+        y, c = states[0], states[1] if part.states == 2 else None
         gates = gx.new_empty(w.rows, part.saved * H) if out.saved.numel() else None
         fill = _product(part, w, gx[:, :, k].flatten(0, 1), H)
         with torch.inference_mode():
@@ -150,7 +150,7 @@ def _backward(
         fills = [None if d is None else w.copying(d[:, :, k].flatten(0, 1)) for d in (dy, dcs)]
         finals = [None if d is None else d[k] for d in (dhn, dcn)]
         with torch.inference_mode():
-            starts = walking.scan_back(part, w, u[k], states, *fills, *finals, emit)
+            starts = walking.scan_back(part, w, u[k], states, fills, finals, emit)
         for buffer, rows in zip(out[:3], found, strict=True):
             if rows.shape[1]:
                 into = buffer[:, :, k].flatten(0, 1)  # a copy, of more groups than one

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .stretches import Walk, by_step
 
-CHUNK = 1 << 15  # elements of a state in a piece: a buffer of all steps would go through memory, and back
+CHUNK = 1 << 16  # elements of a state in a piece: a buffer of all steps would go through memory, and back
 
 Fill = Callable[[Tensor, int, int], object]  # (into, a, b): rows a to b of a walk
 
@@ -29,7 +29,7 @@ def _pieces(w: Walk, like: Tensor) -> tuple[list[list[tuple[int, int, int, int]]
 def scan(
     part: Any, w: Walk, u: Tensor, fill: Fill, inner: Tensor | None, y: Tensor, c: Tensor | None, kept: Tensor | None
 ) -> None:
-    """Fills y and c (None, for a cell without) [head+N, H], in whose head are the starts, and kept [N, saved*H], if given.
+    """Fills y and c (None: a cell without) [head+N, H], in whose head are the starts, and kept [N, saved*H], if any.
 
     part: see `cells`. u [G*H, H]. fill: the input's product with every bias that only adds, [., G*H], the last gate
     first if part.turned. inner: the bias of the inner gate [H].
@@ -58,19 +58,18 @@ def scan_back(
     w: Walk,
     u: Tensor,
     states: Callable[[int, int], tuple[Any, ...]],
-    dy: Fill | None,
-    dcs: Fill | None,
-    dhn: Tensor | None,
-    dcn: Tensor | None,
+    of_rows: Sequence[Fill | None],
+    of_finals: Sequence[Tensor | None],
     emit: Callable[[int, int, Tensor, Any, Tensor], None],
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the given starts h0 and c0 [B, H] (of a cell with one state, the second means nothing).
 
-    states: (h, c before, y, c after, kept) of rows a to b. dy, dcs: fill in the gradients of outputs and cell states;
-    None: zero. dhn, dcn: those of the final states [B, H]. emit: is given rows a to b, their gates' gradients, `others`
-    (see `cells`) and their h before.
+    states: (h, c before, y, c after, kept) of rows a to b. of_rows: fill in the gradients of outputs and of cell states;
+    None: zero. of_finals: those of the final states [B, H]. emit: is given rows a to b, their gates' gradients,
+    `others` (see `cells`) and their h before.
     """
     (pieces, largest), operands, H = _pieces(w, u), part.back_again(u), u.shape[1]
+    (dy, dcs), (dhn, dcn) = of_rows, of_finals
     p, dh, of_cells = (u.new_empty(largest, n * H) for n in (part.wide, 1, int(dcs is not None)))
     carried, spare = u.new_zeros(w.stretches, H), u.new_empty(max(w.sizes, default=0), H)
     ends, dc = (w.by_stretch(s, u) for s in (dhn, dcn))
@@ -78,7 +77,10 @@ def scan_back(
         for begin, end, a, b in reversed(of_batch):
             sizes = w.sizes[begin:end]
             above = (*sizes[1:], w.sizes[end] if end < last else 0)  # rows of each's next step
-            (dh[: b - a].zero_() if dy is None else dy(dh[: b - a], a, b))
+            if dy is None:
+                dh[: b - a].zero_()
+            else:
+                dy(dh[: b - a], a, b)
             each = by_step(dh[: b - a], sizes)
             if dhn is not None:
                 for n, m, d in zip(sizes, above, each, strict=True):

@@ -1,8 +1,8 @@
 """The rows of a scan with resets or lengths, put so that no step has to mask anything.
 
-What a mask cuts the sequences into, stretches, know nothing of each other. Sorted by length they make batches whose step
-k has a leading part of their rows, as in a PackedSequence: no step is wasted on padding, and no state has to be cleared.
-The lengths are read by the host.
+What a mask cuts the sequences into, stretches, know nothing of each other. Sorted by length they make batches whose
+step k has a leading part of their rows, as in a PackedSequence: no step is wasted on padding, and no state has to be
+cleared. The lengths are read by the host.
 
 A `Walk` has a step's rows together, one step after another: N rows of [T, B] in all. States are kept in a buffer of
 `head` + N rows: each sequence's given start [B], then, where there is a mask, a row of zeros, then the walk's.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -28,14 +29,14 @@ def by_step(t: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 
 @dataclass(frozen=True)
 class Walk:
-    """sizes: rows of each step. batches: (first step, step after the last, first stretch, stretch after the last); within
-    one sizes never grow, and start at its stretches. head: rows of a buffer before the walk's.
+    """sizes: rows of each step. batches: (first step, step after the last, first stretch, stretch after the last); in
+    one, sizes never grow, and start at its stretches. head: rows of a buffer before the walk's.
 
-    source [N]: the row t*B+b of each of the walk's; None: the same. target [T*B]: where in a buffer each row is; padding
-    is the row of zeros; None: head further on. The others are None without a mask. start [S]: of each stretch the
-    buffer's row that it begins with; previous [N]: the buffer's row with the state before. last [B]: the buffer's row
-    with each sequence's final state. first, end [B]: the stretch that begins with a sequence's given start, and the one
-    that ends with its final state; S where there is none.
+    source [N]: the row t*B+b of each of the walk's; None: the same. target [T*B]: where in a buffer each row is;
+    padding is the row of zeros; None: head further on. The others are None without a mask. start [S]: of each stretch
+    the buffer's row that it begins with; previous [N]: the buffer's row with the state before. last [B]: the buffer's
+    row with each sequence's final state. first, end [B]: the stretch that begins with a sequence's given start, and the
+    one that ends with its final state; S where there is none.
     """
 
     batch: int
@@ -92,7 +93,7 @@ class Walk:
         return found if final is None else found.addcmul_(final, (self.last < self.batch)[:, None].to(t.dtype))
 
     def pieces(self, most: int) -> list[list[tuple[int, int, int, int]]]:
-        """Of each batch, (first step, step after the last, first row, row after the last) of pieces of about `most` rows."""
+        """Of each batch: (first step, step after the last, first row, row after the last) of about `most` rows."""
         found, row = [], 0
         for begin, end, _, _ in self.batches:
             of_batch, k, first = [], begin, row
@@ -152,7 +153,5 @@ def walk(mask: Tensor | None, back: bool, T: int, B: int, device: torch.device, 
     if N:
         end = torch.where(lengths > 0, rank[stretch[(lengths.cumsum(0) - 1).clamp(min=0)]], end)
     firsts = [*base.tolist(), sizes.shape[0]]
-    batches = tuple(
-        (a, b, i * most, min((i + 1) * most, S)) for i, (a, b) in enumerate(zip(firsts, firsts[1:], strict=False))
-    )
+    batches = tuple((a, b, i * most, min((i + 1) * most, S)) for i, (a, b) in enumerate(pairwise(firsts)))
     return Walk(B, tuple(sizes.tolist()), head, batches, last, source, target, start, previous, first, end)
