@@ -44,11 +44,11 @@ bench-dry: .venv/ready
 	$(BIN)/python benchmarks/gpu.py --out out/gpu --device cpu --dry
 
 bench-results: .venv/ready
-	$(BIN)/python benchmarks/compare.py --device cpu --minutes 4 --json benchmarks/results/cpu.json --table benchmarks/results/cpu.md
+	$(BIN)/python benchmarks/compare.py --device cpu --scaling --minutes 8 --json benchmarks/results/cpu.json --table benchmarks/results/cpu.md
 	$(MAKE) pictures
 
 pictures: .venv/ready
-	$(BIN)/python benchmarks/plot.py benchmarks/results/cpu.json benchmarks/results
+	$(BIN)/python benchmarks/plot.py benchmarks/results/cpu.json benchmarks/results --static benchmarks/results/static-sm_90.md
 
 clean:
 	rm -rf .venv out build dist *.egg-info

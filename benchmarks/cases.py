@@ -218,6 +218,18 @@ PLAIN = [
 ]
 
 
+# How it scales, on the CPU.
+SCALING = [
+    Case(cell, 64, B, H, H, why=why)
+    for cell in ("lstm", "gru", "gru-before")
+    for why, sizes in (
+        ("by H", [(16, H) for H in (16, 32, 64, 128, 256, 512)]),
+        ("by B", [(B, 64) for B in (1, 4, 16, 64, 256)]),
+    )
+    for B, H in sizes
+]
+
+
 def public() -> Iterator[Case]:
     """Shapes that the field publishes, for a device: FlashRNN's, and cuDNN's fast paths with their neighbours."""
     for cell in ("lstm", "gru"):

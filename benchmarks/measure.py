@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from cases import INFERENCE, Problem, Work
+from cases import GATES, INFERENCE, STEP, TRAINING, Problem, Work
 
 SHORTEST = 2e-3  # seconds of a sample: below it a clock's own cost shows
 
@@ -83,3 +83,40 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
     run()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
+
+
+def products(problem: Problem, rows: int = 512) -> Callable[[], object] | None:
+    """The matrix products of a case alone, on the CPU, at sizes they can have: what no provider can take less than.
+
+    One a step for the recurrence, forward and, in training, back; those of the input and of the weights' gradients in
+    pieces of `rows` rows. None for more than one layer, direction or head.
+    """
+    case = problem.case
+    several = case.layers > 1 or case.bidirectional or case.heads > 1 or not case.projected or case.mode == STEP
+    if several or problem.device.type != "cpu":
+        return None
+    alive = [case.B] * case.T
+    if problem.lengths is not None:
+        alive = (torch.arange(case.T)[:, None] < problem.lengths).sum(1).tolist()
+    pieces = [min(rows, sum(alive) - first) for first in range(0, sum(alive), rows)]
+    width = GATES[case.cell] * case.H
+    most = max(case.B, rows)
+    x, h, gates = (torch.randn(most, n, dtype=problem.dtype) for n in (case.I, case.H, width))
+    w, u, du, dw = (torch.zeros(width, n, dtype=problem.dtype) for n in (case.I, case.H, case.H, case.I))
+    forth, into = u.t().contiguous(), w.t().contiguous()
+
+    def run() -> None:
+        with torch.inference_mode():
+            for n in pieces:
+                torch.mm(x[:n], into, out=gates[:n])
+            for n in alive:
+                torch.mm(h[:n], forth, out=gates[:n])
+            if case.mode != TRAINING:
+                return
+            for n in alive:
+                torch.mm(gates[:n], u, out=h[:n])
+            for n in pieces:
+                dw.addmm_(gates[:n].t(), x[:n])
+                du.addmm_(gates[:n].t(), h[:n])
+
+    return run

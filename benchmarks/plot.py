@@ -1,6 +1,6 @@
 """Pictures from compare.py's or gpu.py's JSON: how many times as fast, microseconds a step, what is kept for backward.
 
-    python benchmarks/plot.py FILE.json DIR      # make pictures
+    python benchmarks/plot.py FILE.json DIR [--static TABLE.md]      # make pictures
 
 Transparent, in colours that are read on white and on black.
 """
@@ -89,36 +89,71 @@ def kept(row: dict[str, Any], _: dict[str, Any]) -> float | None:
 
 
 def scaling(timed: dict[str, dict[str, Any]], axis: str, path: Path) -> None:
-    """Microseconds a step against H or B, a line a provider and the model's floor, where cases differ in that alone."""
+    """Against H or B, where cases differ in that alone: microseconds a step, a line a provider and the floor; and how
+    many times as fast the first of ours there is."""
     families: dict[str, list[dict[str, Any]]] = {}
     for rows in timed.values():
         case = next(iter(rows.values()))["case"]
-        if case["why"] in ("H, float32", "batch"):
+        if case["why"] in ("H, float32", "batch", "by H", "by B"):
             families.setdefault(f"{case['cell']}, {case['why']}", []).append(rows)
     for name, members in families.items():
         values = [next(iter(rows.values()))["case"][axis] for rows in members]
         if len(set(values)) < 3:
             continue
-        figure, axes = pyplot.subplots(figsize=(5, 3.4), layout="constrained")
-        for provider in PROVIDERS:
-            points = [
-                (v, rows[provider]["us_a_step"]) for v, rows in zip(values, members, strict=True) if provider in rows
+        placed = sorted(zip(values, members, strict=True), key=lambda pair: pair[0])
+        figure, (times, ratios) = pyplot.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
+        present = [p for p in PROVIDERS if any(p in rows for _, rows in placed)]
+        ours = next((p for p in ("triton", *OURS) if p in present), None)
+        for provider in present:
+            points = [(v, rows[provider]["us_a_step"]) for v, rows in placed if provider in rows]
+            times.plot(*zip(*points, strict=True), marker="o", ms=3, label=provider, color=COLOURS[provider])
+            faster = [
+                (v, rows[provider]["seconds"] / rows[ours]["seconds"])
+                for v, rows in placed
+                if ours in rows and provider in rows and provider not in OURS
             ]
-            if points:
-                axes.plot(*zip(*sorted(points), strict=True), marker="o", label=provider, color=COLOURS[provider])
-        floors = [(v, next(iter(r.values())).get("floor_us_a_step")) for v, r in zip(values, members, strict=True)]
+            if faster:
+                ratios.plot(*zip(*faster, strict=True), marker="o", ms=3, color=COLOURS[provider])
+        floors = [(v, next(iter(rows.values())).get("floor_us_a_step")) for v, rows in placed]
         if all(floor for _, floor in floors):
-            axes.plot(*zip(*sorted(floors), strict=True), ":", color=GREY, label="the model's floor")
-        axes.set(xscale="log", yscale="log", xlabel=axis, ylabel="microseconds a step", title=name)
-        axes.grid(alpha=0.3)
-        axes.legend(frameon=False)
+            times.plot(*zip(*floors, strict=True), ":", color=GREY, label="floor")
+        ratios.axhline(1, color=GREY, linewidth=1)
+        times.set(ylabel="microseconds a step", title=name)
+        ratios.set(ylabel="times as fast", title=f"{ours} against each")
+        for axes in (times, ratios):
+            axes.set(xscale="log", yscale="log", xlabel=axis)
+            axes.set_xticks(values, [str(v) for v in values], minor=False)
+            axes.minorticks_off()
+            axes.grid(alpha=0.3)
+        ratios.yaxis.set_major_formatter("{x:g}")
+        ratios.set_yticks([r for r in (0.5, 1, 2, 3, 5, 10, 20) if r <= 1.2 * ratios.get_ylim()[1]])
+        figure.legend(frameon=False, ncols=7, loc="outside lower center")
         save(figure, path.with_name(f"{path.stem}-{name.split(',')[0]}-{axis}.png"))
+
+
+def static(table: Path, folder: Path) -> None:
+    """What a step costs by its machine code, from the first table of static.py's document: issue slots against H."""
+    lines = table.read_text().split("## A step")[1].split("##")[0].splitlines()
+    head, _, *rows = ([part.strip() for part in line.strip("|").split("|")] for line in lines if line.startswith("|"))
+    phases = [(k, title) for k, title in enumerate(head) if title.startswith("bf16")]
+    figure, panels = pyplot.subplots(1, len(phases), figsize=(8, 2.8), layout="constrained", sharey=True)
+    for (k, title), axes in zip(phases, panels, strict=True):
+        for cell in dict.fromkeys(row[0] for row in rows):
+            points = [(int(row[1]), int(row[k].split(",")[0])) for row in rows if row[0] == cell and "," in row[k]]
+            axes.plot(*zip(*points, strict=True), marker="o", ms=3, label=cell if k == phases[0][0] else None)
+        axes.set(xlabel="H", title=title.removeprefix("bf16 "))
+        axes.set_xticks([int(row[1]) for row in rows])
+        axes.grid(alpha=0.3)
+    panels[0].set(ylabel=f"issue slots a step, {table.stem.removeprefix('static-')}")
+    figure.legend(frameon=False, ncols=3, loc="outside lower center")
+    save(figure, folder / f"{table.stem}.png")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--static", type=Path, metavar="FILE.md", help="also the cost by machine code, from this table")
     options = parser.parse_args()
     content = json.loads(options.file.read_text())
     rows = content["rows"] if "rows" in content else content["parts"]["grid"]
@@ -132,6 +167,8 @@ def main() -> int:
         bars(timed, options.folder / f"{stem}memory.png", "kept for backward", kept, "elements, in T*B*H")
         for axis in ("H", "B"):
             scaling(timed, axis, options.folder / f"{stem}scaling.png")
+        if options.static is not None:
+            static(options.static, options.folder)
     return 0
 
 

@@ -316,7 +316,7 @@ PROVIDERS: dict[str, Callable[[Problem], Work]] = {
     "triton, states": ours("triton", "states"),
     "aten": ours("aten"),
     "loop": ours("loop"),
-    "reference": ours("reference"),
+    "reference": ours("reference"),  # the loop as one writes it by hand
     "split": split,
     "cell loop": loop,
     "compiled loop": compiled_loop,

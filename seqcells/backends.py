@@ -102,6 +102,7 @@ class Request:
 
     resets: bool = False
     lengths: bool = False
+    packed: bool = False  # the input is a PackedSequence
     cells: bool = False  # all cell states
     grad: bool = False
     onednn: bool = False  # oneDNN's LSTM would run it
@@ -117,10 +118,14 @@ _WORKSPACE = 1 << 20  # T*B*H above which oneDNN's, of 16 such, is memory new in
 _MARKED = {True: 4096, False: 8192}  # B*H up to which oneDNN's LSTM with marked steps is faster than the loop
 
 
-def loop_pays(cell: str, steps: int | None, batch: int, hidden: int, grad: bool, onednn: bool) -> bool:
-    """Whether on the CPU the loop is faster than torch's own cell without masks; steps None: many."""
+def loop_pays(
+    cell: str, steps: int | None, batch: int, hidden: int, grad: bool, onednn: bool, lengths: bool = False
+) -> bool:
+    """Whether on the CPU the loop is faster than torch's own cell; steps None: many. lengths: torch's packs them."""
     steps = 1 << 10 if steps is None else steps
     alone = torch.get_num_threads() == 1
+    if lengths:
+        return grad and steps >= 2 * _STEPS.get(cell, _OTHERS)
     if onednn:
         return grad and alone and batch >= 64 and steps * batch * max(hidden, 16) >= _WORKSPACE
     return steps >= _STEPS.get(cell, _OTHERS) if grad else alone and steps >= _INFERENCE and hidden >= 16
@@ -170,7 +175,7 @@ def _without_kernels(cell: str, device: torch.device, request: Request, lacking:
         return "aten", "oneDNN's LSTM is the fastest there"
     if torch.compiler.is_compiling():
         return loop, "torch.compile would unroll torch's own for every length"
-    if request.lengths:
+    if request.lengths and not request.packed:
         return loop, "torch's own fused RNNs take lengths only packed"
     if request.looped and device.type == "cpu":
         return loop, f"it is faster than torch's own fused {cell}"

@@ -130,21 +130,28 @@ def _cast(
 
 
 def choose(
-    cell: str, x: Tensor, tensors: Iterable[Tensor | None], how: How, hidden: int | None = None
+    cell: str,
+    x: Tensor,
+    tensors: Iterable[Tensor | None],
+    how: How,
+    hidden: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> backends.Choice:
-    """The backend for a scan of x; tensors: states and weights; hidden: H. Raises as backends.choose does."""
+    """The backend for a scan of x; tensors: states and weights; hidden: H; size: T and B of packed x."""
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
-    masked = how.lengths is not None or how.resets is not None
+    masked, lengths = how.lengths is not None or how.resets is not None, how.lengths is not None
     onednn = x.dim() == 3 and x.numel() > 0 and aten.onednn(cell, x.device, x.dtype)
-    marked, looped = _marks(cell, x, how), False
+    marked, looped = marks(cell, x, how), False
     if hidden is not None and not torch.compiler.is_compiling():
-        (T, B), own = x.shape[:2], onednn and not masked
-        looped = (
-            not backends.marks_pay(B, hidden, grad) if marked else backends.loop_pays(cell, T, B, hidden, grad, own)
-        )
+        T, B = size or x.shape[:2]
+        if marked:
+            looped = not backends.marks_pay(B, hidden, grad)
+        else:
+            looped = backends.loop_pays(cell, T, B, hidden, grad, onednn and not masked, lengths)
     request = backends.Request(
         resets=how.resets is not None,
-        lengths=how.lengths is not None,
+        lengths=lengths,
+        packed=size is not None and type(x) is Tensor,
         cells=how.cells,
         grad=grad,
         one_step=how.one_step,
@@ -155,10 +162,11 @@ def choose(
     return backends.choose(cell, x.device, x.dtype, request, how.backend)
 
 
-def _marks(cell: str, x: Tensor, how: How) -> bool:
-    """Whether a scan with masks can be by `marked`, of weights without a projection."""
+def marks(cell: str, x: Tensor, how: How) -> bool:
+    """Whether a scan with masks is by `marked`, if by oneDNN, of weights without a projection."""
     masked = (how.resets is not None or how.lengths is not None) and not how.cells and x.numel() > 0
-    return masked and aten.onednn(cell, x.device, x.dtype) and type(x) is Tensor and not backends.traced()
+    plain = masked and aten.onednn(cell, x.device, x.dtype)
+    return plain and type(x) is Tensor and not backends.traced()
 
 
 def run(
@@ -237,7 +245,7 @@ def _run(
                 options = replace(options, save="gates", single=inputs)
         x, mask = _masked(x, how, bits)
         return autograd.apply(options, x, given, w_ih, w_hh, b_ih, b_hh, mask)  # type: ignore[arg-type]
-    if chosen.backend == "aten" and len(groups[0]) == 4 and _marks(cell, x, how):
+    if chosen.backend == "aten" and len(groups[0]) == 4 and marks(cell, x, how):
         found = _marked(x, given, groups, how, bits)
         return (
             (*found, None) if found is not None else _run(cell, x, given, groups, replace(how, backend="loop"), stacked)

@@ -10,7 +10,6 @@ import math
 import numbers
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -203,10 +202,13 @@ class _Layer(nn.Module):
             batch = int(batch_sizes[0])
         self._check(data[:, None], states, batch)
         self._check_count(hx)
-        # Packed, it is no matter of lengths to torch's own. resets as a stand-in: their values do not matter.
-        asked = How(resets=resets, cells=cells, backend=self.backend)  # type: ignore[arg-type]
-        chosen = functional.choose(self.cell, data, (*self._flat_weights, *(states or ())), asked)
-        if chosen.backend == "aten":
+        # resets and lengths as stand-ins: their values do not matter.
+        asked = How(resets=resets, lengths=batch_sizes, cells=cells, backend=self.backend)  # type: ignore[arg-type]
+        size, tensors = (batch_sizes.shape[0], batch), (*self._flat_weights, *(states or ()))
+        chosen = functional.choose(self.cell, data, tensors, asked, self.hidden_size, size)
+        # With gradients oneDNN's LSTM is faster padded and marked.
+        marked = functional.marks(self.cell, data, asked) and (torch.is_grad_enabled() or resets is not None)
+        if chosen.backend == "aten" and (self.proj_size or not marked):
             y, final = self._layers_packed(data, batch_sizes, batch, states)
             every = None
         else:
@@ -280,12 +282,11 @@ class _Layer(nn.Module):
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """All layers over x [T, B, I]; states [layers * directions, B, .]."""
         count, finals, every = 2 if self.bidirectional else 1, [], None
-        own: dict[str, Any] = {"reverse": (False, True)[:count], "save": self.save, "backend": self.backend}
-        how = replace(how, precision=self.precision, **own)
+        own = ((False, True)[:count], self.save, self.backend, self.precision)
         for layer in range(self.num_layers):
             last = layer == self.num_layers - 1
             mine = None if states is None else tuple(s[layer * count : (layer + 1) * count] for s in states)
-            options = replace(how, cells=cells and last, padded=how.padded or layer > 0)
+            options = How(how.resets, how.lengths, *own, cells and last, how.padded or layer > 0)
             x, final, every = functional.run(self.cell, x, mine, self._directions(layer), options)
             finals.append(final)
             if self.dropout and self.training and not last:

@@ -38,7 +38,7 @@ def layers(module: Any, x: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | 
     if cell not in aten.CELLS or name not in ("auto", "aten") or type(x) is not Tensor or x.dim() != 3:
         return None
     T, B, size = x.shape
-    if not x.is_cpu or size != module.input_size or T * B == 0 or backends.autocasting(x.device) or backends.traced():
+    if not x.is_cpu or size != module.input_size or T * B == 0 or torch.is_autocast_enabled("cpu") or backends.traced():
         return None
     if module.batch_first:
         x, T, B = x.transpose(0, 1), B, T

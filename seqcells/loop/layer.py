@@ -176,7 +176,8 @@ def _group_back(group: _Group, need: tuple[bool, ...], of: Any, dys: Any) -> tup
     fills = [None if d is None else w.copying(d) for d in dys]
     with torch.inference_mode():
         starts = steps.scan_back(group.part, w, u, group.states(y, c, gates), fills, (dhn, dcn), emit)
-    dh0, dc0 = (s.clone() for s in starts)  # not of inference mode
+    # Copies, for what is made in inference mode stays of it.
+    dh0, dc0 = (s.clone() if n else None for s, n in zip(starts, need[1:3], strict=True))
     if dx is not None:
         dx[: w.head] = 0
         dx = dx[w.head :] if w.target is None else dx.index_select(0, w.target)

@@ -64,15 +64,16 @@ def scan_back(
 ) -> tuple[Tensor, Tensor]:
     """The gradients of the given starts h0 and c0 [B, H] (of a cell with one state, the second means nothing).
 
-    states: (h, c before, y, c after, kept) of rows a to b. of_rows: fill in the gradients of outputs and of cell states;
-    None: zero. of_finals: those of the final states [B, H]. emit: is given rows a to b, their gates' gradients,
+    states: (h, c before, y, c after, kept) of rows a to b. of_rows: fill in the gradients of outputs and of cell
+    states; None: zero. of_finals: those of the final states [B, H]. emit: is given rows a to b, their gates' gradients,
     `others` (see `cells`) and their h before.
     """
     (pieces, largest), operands, H = _pieces(w, u), part.back_again(u), u.shape[1]
     (dy, dcs), (dhn, dcn) = of_rows, of_finals
     p, dh, of_cells = (u.new_empty(largest, n * H) for n in (part.wide, 1, int(dcs is not None)))
     carried, spare = u.new_zeros(w.stretches, H), u.new_empty(max(w.sizes, default=0), H)
-    ends, dc = (w.by_stretch(s, u) for s in (dhn, dcn))
+    ends = w.by_stretch(dhn, u) if dhn is not None else carried
+    dc = w.by_stretch(dcn, u) if part.states == 2 else carried
     for (_, last, i, j), of_batch in reversed(list(zip(w.batches, pieces, strict=True))):
         for begin, end, a, b in reversed(of_batch):
             sizes = w.sizes[begin:end]
@@ -99,4 +100,5 @@ def scan_back(
             others = part.factors(mine, kept, h, c, y, after)
             part.back(sizes, mine, kept, others, each, dc[i:j], added, below, operands, spare)
             emit(a, b, mine, others, h)
-    return w.by_sequence(carried, dhn), w.by_sequence(dc, dcn)
+    dh0 = w.by_sequence(carried, dhn)
+    return dh0, w.by_sequence(dc, dcn) if part.states == 2 else dh0
