@@ -223,8 +223,9 @@ SCALING = [
     Case(cell, 64, B, H, H, why=why)
     for cell in ("lstm", "gru", "gru-before")
     for why, sizes in (
-        ("by H", [(16, H) for H in (16, 32, 64, 128, 256, 512)]),
-        ("by B", [(B, 64) for B in (1, 4, 16, 64, 256)]),
+        ("by H", [(16, H) for H in (16, 32, 128, 256, 512)]),
+        ("by H, by B", [(16, 64)]),
+        ("by B", [(B, 64) for B in (1, 4, 64, 256)]),
     )
     for B, H in sizes
 ]

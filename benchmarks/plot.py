@@ -44,6 +44,8 @@ def save(figure: Any, path: Path) -> None:
 
 
 OURS = ("auto", "triton", "triton, states")
+PARTS = ("aten", "loop")  # what auto chooses from on the CPU
+SCALING = ("by H", "by B")
 
 
 def bars(
@@ -94,15 +96,15 @@ def scaling(timed: dict[str, dict[str, Any]], axis: str, path: Path) -> None:
     families: dict[str, list[dict[str, Any]]] = {}
     for rows in timed.values():
         case = next(iter(rows.values()))["case"]
-        if case["why"] in ("H, float32", "batch", "by H", "by B"):
-            families.setdefault(f"{case['cell']}, {case['why']}", []).append(rows)
+        if case["why"] == {"H": "H, float32", "B": "batch"}[axis] or f"by {axis}" in case["why"]:
+            families.setdefault(case["cell"], []).append(rows)
     for name, members in families.items():
         values = [next(iter(rows.values()))["case"][axis] for rows in members]
         if len(set(values)) < 3:
             continue
         placed = sorted(zip(values, members, strict=True), key=lambda pair: pair[0])
         figure, (times, ratios) = pyplot.subplots(1, 2, figsize=(8, 3.4), layout="constrained")
-        present = [p for p in PROVIDERS if any(p in rows for _, rows in placed)]
+        present = [p for p in PROVIDERS if p not in PARTS and any(p in rows for _, rows in placed)]
         ours = next((p for p in ("triton", *OURS) if p in present), None)
         for provider in present:
             points = [(v, rows[provider]["us_a_step"]) for v, rows in placed if provider in rows]
@@ -118,7 +120,7 @@ def scaling(timed: dict[str, dict[str, Any]], axis: str, path: Path) -> None:
         if all(floor for _, floor in floors):
             times.plot(*zip(*floors, strict=True), ":", color=GREY, label="floor")
         ratios.axhline(1, color=GREY, linewidth=1)
-        times.set(ylabel="microseconds a step", title=name)
+        times.set(ylabel="microseconds a step", title=f"{name}, by {axis}")
         ratios.set(ylabel="times as fast", title=f"{ours} against each")
         for axes in (times, ratios):
             axes.set(xscale="log", yscale="log", xlabel=axis)
@@ -128,7 +130,7 @@ def scaling(timed: dict[str, dict[str, Any]], axis: str, path: Path) -> None:
         ratios.yaxis.set_major_formatter("{x:g}")
         ratios.set_yticks([r for r in (0.5, 1, 2, 3, 5, 10, 20) if r <= 1.2 * ratios.get_ylim()[1]])
         figure.legend(frameon=False, ncols=7, loc="outside lower center")
-        save(figure, path.with_name(f"{path.stem}-{name.split(',')[0]}-{axis}.png"))
+        save(figure, path.with_name(f"{path.stem}-{name}-{axis}.png"))
 
 
 def static(table: Path, folder: Path) -> None:
@@ -158,13 +160,14 @@ def main() -> int:
     content = json.loads(options.file.read_text())
     rows = content["rows"] if "rows" in content else content["parts"]["grid"]
     timed = compare.by_case(rows)
+    single = {n: r for n, r in timed.items() if not next(iter(r.values()))["case"]["why"].startswith(SCALING)}
     device = rows[0]["device"]
     with pyplot.rc_context(STYLE):
         stem = f"{options.file.stem}-"
         for peer in ("torch.nn", "cell loop"):
             title, path = f"times as fast as {peer}, {device}", options.folder / f"{stem}{peer.replace(' ', '-')}.png"
-            bars(timed, path, title, against(peer), f"speed-up over {peer}", OURS)
-        bars(timed, options.folder / f"{stem}memory.png", "kept for backward", kept, "elements, in T*B*H")
+            bars(single, path, title, against(peer), f"speed-up over {peer}", OURS)
+        bars(single, options.folder / f"{stem}memory.png", "kept for backward", kept, "elements, in T*B*H")
         for axis in ("H", "B"):
             scaling(timed, axis, options.folder / f"{stem}scaling.png")
         if options.static is not None:

@@ -5,8 +5,8 @@
     loop       a loop over time in torch operations with a backward of its own: any device
     reference  the pure-PyTorch loop that autograd differentiates: everything, slowly
 
-"auto" is triton on CUDA; on the CPU it is aten where that is the faster (oneDNN's LSTM; what needs no gradient), else
-loop. What torch.jit.trace makes of triton and loop runs and can be saved, but has no gradients; of aten, it has.
+"auto" is triton on CUDA; on the CPU it is aten or loop, whichever was measured to be faster at such sizes (`loop_pays`,
+`marks_pay`). aten has resets for the LSTM in float32 on the CPU alone (see `marked`). What torch.jit.trace makes of triton and loop runs and can be saved, but has no gradients; of aten, it has.
 "triton:resident", "triton:grid" and "triton:stepwise" name a schedule as well.
 """
 
