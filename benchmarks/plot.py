@@ -151,12 +151,12 @@ def static(table: Path, folder: Path) -> None:
     save(figure, folder / f"{table.stem}.png")
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--static", type=Path, metavar="FILE.md", help="also the cost by machine code, from this table")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     content = json.loads(options.file.read_text())
     rows = content["rows"] if "rows" in content else content["parts"]["grid"]
     timed = compare.by_case(rows)

@@ -1,6 +1,8 @@
 """The benchmarks' own parts: what is refused, what is counted, and what a failing provider leaves behind."""
 
+import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -64,3 +66,54 @@ def test_the_cases_name_the_shapes_of_the_tasks_and_of_the_field():
     assert {(c.H, c.heads) for c in named if c.why == "FlashRNN's"} == {(64, 12), (128, 6), (256, 3), (768, 1)}
     assert {c.mode for c in named} == {cases.INFERENCE, cases.TRAINING, cases.STEP}
     assert len({c.name for c in named}) == len(named)
+
+
+def test_what_was_asked_is_held_against_what_was_found():
+    """torch.nn where it has the cell, the loop by hand where it has not; and what the products leave room for."""
+
+    def row(case, provider, seconds, floor=None):
+        found = {"case": asdict(case), "name": case.name, "provider": provider, "seconds": seconds}
+        return found | {"us_a_step": seconds * 1e6 / case.T, "floor_us_a_step": floor}
+
+    lacking = cases.Case("gru-before", 10, 2, 3, 4)
+    other = cases.Case("lstm", 10, 2, 3, 4, resets=0.1)
+    rows = [row(COUNT, "torch.nn", 0.94), row(COUNT, "auto", 1.0), row(COUNT, "reference", 9.0)]
+    rows += [row(lacking, "reference", 2e-5, 0.5), row(lacking, "auto", 1e-5, 0.5)]
+    rows += [row(other, "reference", 2e-5, 1.0), row(other, "auto", 1e-5, 1.0)]
+    lines = compare.goals(rows).splitlines()[2:]
+    assert lines == [
+        f"| {COUNT.name} | torch.nn | 0.94 | 0.95 |  | not reached |",
+        f"| {lacking.name} | reference | 2.00 | 3 | 4.0 | not reached |",
+        f"| {other.name} | reference | 2.00 | 3 | 2.0 | out of reach |",
+    ]
+
+
+def test_the_floor_is_the_products_of_the_rows_there_are(monkeypatch):
+    counted = []
+    for name in ("mm", "addmm_"):
+        target, own = (torch, torch.mm) if name == "mm" else (torch.Tensor, torch.Tensor.addmm_)
+
+        def count(a, b, *c, own=own, **more):
+            rows, inner, columns = (*b.shape, c[0].shape[1]) if c else (*a.shape, b.shape[1])
+            counted.append(rows * inner * columns)
+            return own(a, b, *c, **more)
+
+        monkeypatch.setattr(target, name, count)
+    case = cases.Case("gru", 7, 5, 3, 4, lengths=True)
+    problem = cases.Problem(case, "cpu")
+    measure.products(problem, rows=8)()
+    rows = int(problem.lengths.sum())
+    assert sum(counted) == rows * 12 * (3 + 4 + 4 + 3 + 4)  # forward: input and h; back: h; both weights' gradients
+    assert measure.products(cases.Problem(cases.Case("gru", 7, 5, 3, 4, layers=2), "cpu")) is None
+
+
+def test_pictures_come_of_a_run(tmp_path):
+    import plot
+
+    chosen = [cases.Case("gru", 4, 2, 3, 16 * n, why="by H") for n in (1, 3, 5)]
+    rows = compare.sweep(chosen, DEVICE, 1.0, ["torch.nn", "auto", "reference"], dry=True)
+    file = tmp_path / "run.json"
+    file.write_text(json.dumps({"rows": rows}))
+    table = Path(plot.__file__).parent / "results" / "static-sm_90.md"
+    assert plot.main([str(file), str(tmp_path), "--static", str(table)]) == 0
+    assert {p.name for p in tmp_path.glob("*.png")} >= {"run-scaling-gru-H.png", "static-sm_90.png"}
