@@ -1,7 +1,7 @@
 # Every target prepares its own virtual environment in .venv.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo tasks test test-slow lint report report-quick bench bench-quick bench-dry bench-results pictures clean
+.PHONY: demo tasks test test-slow lint report report-quick bench bench-quick bench-dry bench-results crossover pictures clean
 
 .venv/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -46,6 +46,9 @@ bench-dry: .venv/ready
 bench-results: .venv/ready
 	$(BIN)/python benchmarks/compare.py --device cpu --scaling --minutes 8 --json benchmarks/results/cpu.json --table benchmarks/results/cpu.md
 	$(MAKE) pictures
+
+crossover: .venv/ready
+	$(BIN)/python benchmarks/crossover.py --table benchmarks/results/crossover-cpu.md
 
 pictures: .venv/ready
 	$(BIN)/python benchmarks/plot.py benchmarks/results/cpu.json benchmarks/results --static benchmarks/results/static-sm_90.md

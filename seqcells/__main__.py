@@ -88,7 +88,10 @@ def explain(options: argparse.Namespace) -> int:
         hidden_size=options.hidden,
         dtype=DTYPES[options.dtype],
         device=options.device or _default_device(),
+        steps=options.steps,
         resets=options.resets,
+        lengths=options.lengths,
+        grad=not options.inference,
         backend=options.backend,
         precision=options.precision,
     )
@@ -180,7 +183,10 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--hidden", type=int, required=True)
     p.add_argument("--dtype", choices=DTYPES, default="float32")
     p.add_argument("--device", help="cpu, cuda, or one that need not be present, as sm_90, H200 or L4")
+    p.add_argument("--steps", type=int, help="of how many steps; default: many")
     p.add_argument("--resets", action="store_true", help="with a reset mask")
+    p.add_argument("--lengths", action="store_true", help="rows of different lengths")
+    p.add_argument("--inference", action="store_true", help="without gradients")
     p.add_argument("--backend")
     p.add_argument(
         "--precision", choices=precisions.PRECISIONS, help="of float32 products; default: PyTorch's switches"

@@ -38,7 +38,7 @@ def layer(
     biases = groups[0][2] is not None or groups[0][3] is not None
     # cuDNN keeps what its backward needs only in training mode.
     train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *flat))
-    tracing = torch.jit.is_tracing()  # a trace may be trained, and cannot hold a Function
+    tracing = torch.jit.is_tracing()  # a trace may be trained
     own = torch.compiler.is_compiling() and batch_sizes is None and x.numel() > 0 and len(groups[0]) == 4
     if own and onednn(cell, x.device, x.dtype):
         return _directions(x, states, groups)

@@ -7,7 +7,7 @@ gradients, one large product each; second derivatives and forward mode, through 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -31,9 +31,9 @@ class Engine(NamedTuple):
     recompute(gx, u, bias, y, c, mask, cell, reversed) -> saved
     single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, H], cell, save, precision, input_precision) -> as forward, but
     hn, cn [B, H]: one step and its input's product together; None where there is none
-    whole(options, save, the 7 inputs, mask) -> what `_visible` gives, three tensors and an object that
-    whole_backward(options, the 7 inputs, mask, those three, the outputs' gradients, need, that object or None) -> the 7
-    gradients is given back: all of it by the engine, where nothing looks on; None where there is none
+    whole(options, save, the 7 inputs, mask) -> what `_visible` gives, the three tensors `kept`, and `more`
+    whole_backward(options, the 7 inputs, mask, kept, the outputs' gradients, need, more or None) -> the 7 gradients
+    Both, or None: a layer from its input to all gradients, where nothing looks on
     """
 
     forward: Callable[..., Any]
@@ -94,7 +94,7 @@ def input_projection(
     return (gx if bias is None else gx + bias).contiguous(), inner
 
 
-def grouped(*tensors: Tensor | None) -> list[Tensor | None]:
+def _grouped(*tensors: Tensor | None) -> list[Tensor | None]:
     """Weights [G*H, .] with a leading axis of one group; those [K, G*H, .] as they are. w_ih, w_hh, b_ih, b_hh."""
     w_hh = tensors[1]
     assert w_hh is not None
@@ -109,7 +109,7 @@ def _run(options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: T
     if options.single and engine.single is not None:
         h0, c0 = (None if s is None else s.reshape(s.shape[-2:]) for s in (h0, c0))
         return engine.single(x[0], *weights, h0, c0, options.cell, save, options.precision, options.single)
-    w_ih, w_hh, b_ih, b_hh = grouped(*weights)
+    w_ih, w_hh, b_ih, b_hh = _grouped(*weights)
     assert w_ih is not None
     gx, bias = input_projection(cell, x, w_ih, b_ih, b_hh)
     K, B = gx.shape[2], gx.shape[1]
@@ -148,7 +148,7 @@ def _gradients(
         return ENGINES[options.engine].whole_backward(options, inputs, mask, kept, grads, need, None)  # type: ignore[misc]
     x, _, _, *weights = inputs
     y, c, saved = kept
-    w_ih, w_hh, b_ih, b_hh = grouped(*weights)
+    w_ih, w_hh, b_ih, b_hh = _grouped(*weights)
     assert x is not None and y is not None and w_ih is not None and w_hh is not None
     cell, walker = reference.get(name), ENGINES[options.engine]
     K, H = y.shape[2:]
@@ -382,13 +382,14 @@ class _Whole(torch.autograd.Function):
             found = _Gradients.apply(replace(options, need=need), mask, *kept, *inputs, *grads)
         else:
             back: Any = ENGINES[options.engine].whole_backward
-            found = back(options, tuple(inputs), mask, kept, grads, need, ctx.more)
+            more, ctx.more = ctx.more, None  # a second backward can do without
+            found = back(options, tuple(inputs), mask, kept, grads, need, more)
         return None, None, *found
 
 
-def unseen(engine: str, x: Tensor) -> bool:
-    """Whether the engine can do all by itself: nothing looks on, and x is a tensor with values, no wrapper of one."""
-    plain = type(x) in (Tensor, torch.nn.Parameter) and x.device.type != "meta"
+def unseen(engine: str, x: Tensor, others: Iterable[Tensor | None]) -> bool:
+    """Whether the engine can do all by itself: nothing looks on, and all are tensors with values, no wrappers."""
+    plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in (x, *others)) and x.device.type != "meta"
     return plain and ENGINES[engine].whole is not None and not backends.traced()
 
 

@@ -5,8 +5,10 @@
     loop       a loop over time in torch operations with a backward of its own: any device
     reference  the pure-PyTorch loop that autograd differentiates: everything, slowly
 
-"auto" is triton on CUDA; on the CPU it is aten or loop, whichever was measured to be faster at such sizes (`loop_pays`,
-`marks_pay`). aten has resets for the LSTM in float32 on the CPU alone (see `marked`). What torch.jit.trace makes of triton and loop runs and can be saved, but has no gradients; of aten, it has.
+"auto" is triton on CUDA; on the CPU it is aten or loop, whichever was measured to be faster at such sizes. aten has
+resets for one cell alone: the LSTM in float32 on the CPU, without a projection (see `marked`; if something in it is not
+finite, loop does it). What torch.jit.trace makes of triton and loop runs and can be saved, but has no gradients; of
+aten, it has.
 "triton:resident", "triton:grid" and "triton:stepwise" name a schedule as well.
 """
 
@@ -73,11 +75,12 @@ def spelled(requested: str | None) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """backend: triton, aten, loop or reference. schedule: "" unless it was asked for."""
+    """backend: triton, aten, loop or reference. schedule: "" unless it was asked for. marked: see `marked`, of aten."""
 
     backend: str
     schedule: str
     why: str
+    marked: bool = False
 
 
 def _no_triton(device: torch.device, dtype: torch.dtype) -> Exception | None:
@@ -104,36 +107,58 @@ class Request:
     lengths: bool = False
     packed: bool = False  # the input is a PackedSequence
     cells: bool = False  # all cell states
-    grad: bool = False
     onednn: bool = False  # oneDNN's LSTM would run it
     marked: bool = False  # oneDNN's LSTM could, with masks as marked steps
     one_step: bool = False  # a cell's call
-    looped: bool = False  # the loop is faster at it than torch's own: `loop_pays`
+    looped: bool = False  # the loop is faster at it than torch's own
 
 
-# Measured: benchmarks/NOTES.md. With more threads than one torch's own gain more than the loop does.
+# Measured by benchmarks/crossover.py: benchmarks/results/crossover-cpu.md. With more threads than one torch's own gain
+# more than the loop does.
 _STEPS = {"rnn_tanh": 20, "rnn_relu": 20}  # below which the loop's call costs more than its steps save
 _OTHERS, _INFERENCE = 10, 96  # steps of the other cells; without gradients
 _WORKSPACE = 1 << 20  # T*B*H above which oneDNN's, of 16 such, is memory new in every call
-_MARKED = {True: 4096, False: 8192}  # B*H up to which oneDNN's LSTM with marked steps is faster than the loop
+# B*H up to which oneDNN's LSTM with marked steps is faster than the loop, with gradients and without; a quarter of it
+# with lengths, for the loop leaves padding out, and nothing where less than this share of the rows is real.
+_MARKED, _REAL = {True: 4096, False: 8192}, 0.5
 
 
-def loop_pays(
-    cell: str, steps: int | None, batch: int, hidden: int, grad: bool, onednn: bool, lengths: bool = False
-) -> bool:
-    """Whether on the CPU the loop is faster than torch's own cell; steps None: many. lengths: torch's packs them."""
-    steps = 1 << 10 if steps is None else steps
+def loop_pays(cell: str, steps: int, batch: int, hidden: int, grad: bool, onednn: bool, lengths: bool = False) -> bool:
+    """Whether on the CPU the loop is faster than torch's own cell, which packs lengths."""
     alone = torch.get_num_threads() == 1
     if lengths:
         return grad and steps >= 2 * _STEPS.get(cell, _OTHERS)
     if onednn:
-        return grad and alone and batch >= 64 and steps * batch * max(hidden, 16) >= _WORKSPACE
+        return grad and alone and batch >= 64 and steps * batch * hidden >= _WORKSPACE
     return steps >= _STEPS.get(cell, _OTHERS) if grad else alone and steps >= _INFERENCE and hidden >= 16
 
 
-def marks_pay(batch: int, hidden: int, grad: bool) -> bool:
-    """Whether on the CPU an LSTM with masks is faster by oneDNN, see `marked`, than by the loop."""
-    return batch * hidden <= _MARKED[grad]
+def request(
+    cell: str,
+    size: tuple[int, int, int] | None,
+    grad: bool,
+    *,
+    resets: bool = False,
+    lengths: bool = False,
+    packed: bool = False,
+    cells: bool = False,
+    one_step: bool = False,
+    onednn: bool = False,
+    seen: bool = False,
+    real: float = 1.0,
+    lean: bool = False,
+) -> Request:
+    """size: T, B, H; None: not to be asked. onednn: its LSTM would run the cell, were there no masks; seen: it could
+    not with them. real: the share of rows that are no padding. lean: little is to be kept for backward."""
+    masked = resets or lengths
+    # A packed batch has a fast way of its own without gradients.
+    marked = masked and onednn and not (cells or seen) and (resets or grad or not packed)
+    looped = False
+    if size is not None and marked:
+        looped = lean or real < _REAL or size[1] * size[2] > _MARKED[grad] // (4 if lengths else 1)
+    elif size is not None:
+        looped = loop_pays(cell, *size, grad, onednn and not masked, lengths)
+    return Request(resets, lengths, packed, cells, onednn and not masked, marked, one_step, looped)
 
 
 def _no_aten(cell: str, request: Request) -> str:
@@ -201,10 +226,10 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request
     if name == "loop" and cell not in LOOP_CELLS:
         raise RuntimeError(f"the loop backend has no {cell}: use backend='triton' or 'reference'")
     if name != "auto":
-        return Choice(name, "", "it was asked for")
+        return Choice(name, "", "it was asked for", name == "aten" and request.marked)
     problem = _no_triton(device, dtype)
     if device.type == "cuda" and problem is None:
         return Choice("triton", "", "the tensors are on CUDA")
     where = str(problem) if device.type == "cuda" else f"the tensors are on the {device.type.upper()}"
     found, why = _without_kernels(cell, device, request, lacking)
-    return Choice(found, "", f"{where}, and {why}")
+    return Choice(found, "", f"{where}, and {why}", found == "aten" and request.marked)

@@ -32,14 +32,18 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     groups: int = 1,
+    steps: int | None = None,
     resets: bool = False,
+    lengths: bool = False,
+    grad: bool = True,
     backend: str | None = None,
     precision: str | None = None,
 ) -> Explanation:
     """What a scan of this shape would run on, without running it.
 
     device: a torch device, or one that need not be present: a name of kernels.plan.KNOWN, as "sm_90" or "L4".
-    groups: of `scan_groups`. precision: as in `scan`. Raises as `scan` does.
+    groups: of `scan_groups`. steps: None, many. lengths: of a batch with little padding. grad: in training. precision:
+    as in `scan`. Raises as `scan` does.
     """
     reference.get(cell)
     precisions.check(precision)
@@ -50,13 +54,8 @@ def explain(
     place = torch.device("cuda" if elsewhere else device)
     if place.type == "cuda" and place.index is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
-    onednn = aten.onednn(cell, place, dtype)
-    marked = onednn and resets
-    if marked:
-        looped = not backends.marks_pay(batch, hidden_size, True)
-    else:
-        looped = backends.loop_pays(cell, None, batch, hidden_size, True, onednn)
-    asks = backends.Request(resets=resets, grad=True, looped=looped, marked=marked, onednn=onednn and not resets)
+    how: Any = {"resets": resets, "lengths": lengths, "onednn": aten.onednn(cell, place, dtype)}
+    asks = backends.request(cell, (1 << 10 if steps is None else steps, batch, hidden_size), grad, **how)
     chosen = backends.choose(cell, place, dtype, asks, backend)
     if chosen.backend != "triton":
         return Explanation(chosen.backend, None, chosen.why)

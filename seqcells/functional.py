@@ -132,41 +132,36 @@ def _cast(
 def choose(
     cell: str,
     x: Tensor,
-    tensors: Iterable[Tensor | None],
+    weights: Iterable[Tensor | None],
     how: How,
-    hidden: int | None = None,
-    size: tuple[int, int] | None = None,
+    hidden: int,
+    packed: tuple[int, int] | None = None,
+    projected: bool = False,
 ) -> backends.Choice:
-    """The backend for a scan of x; tensors: states and weights; hidden: H; size: T and B of packed x."""
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
-    masked, lengths = how.lengths is not None or how.resets is not None, how.lengths is not None
-    onednn = x.dim() == 3 and x.numel() > 0 and aten.onednn(cell, x.device, x.dtype)
-    marked, looped = marks(cell, x, how), False
-    if hidden is not None and not torch.compiler.is_compiling():
-        T, B = size or x.shape[:2]
-        if marked:
-            looped = not backends.marks_pay(B, hidden, grad)
-        else:
-            looped = backends.loop_pays(cell, T, B, hidden, grad, onednn and not masked, lengths)
-    request = backends.Request(
+    """The backend for a scan of x, with H = hidden; weights: and states. packed: T and B of a PackedSequence with the
+    data x. Raises as backends.choose does."""
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))
+    onednn = x.numel() > 0 and aten.onednn(cell, x.device, x.dtype) and (x.dim() == 3 or packed is not None)
+    T, B = packed or x.shape[:2]
+    compiling, rows = torch.compiler.is_compiling(), x.shape[0]
+    seen = projected or type(x) is not Tensor or backends.traced()
+    if packed is None and how.lengths is not None and onednn and not seen:
+        rows = int(how.lengths.sum())
+    request = backends.request(
+        cell,
+        None if compiling else (T, B, hidden),
+        grad,
         resets=how.resets is not None,
-        lengths=lengths,
-        packed=size is not None and type(x) is Tensor,
+        lengths=how.lengths is not None,
+        packed=packed is not None and type(x) is Tensor,
         cells=how.cells,
-        grad=grad,
         one_step=how.one_step,
-        looped=looped,
-        marked=marked,
-        onednn=onednn and not masked,
+        onednn=onednn,
+        seen=seen,
+        real=1.0 if how.lengths is None or compiling else rows / max(T * B, 1),
+        lean=how.save == "states",
     )
     return backends.choose(cell, x.device, x.dtype, request, how.backend)
-
-
-def marks(cell: str, x: Tensor, how: How) -> bool:
-    """Whether a scan with masks is by `marked`, if by oneDNN, of weights without a projection."""
-    masked = (how.resets is not None or how.lengths is not None) and not how.cells and x.numel() > 0
-    plain = masked and aten.onednn(cell, x.device, x.dtype)
-    return plain and type(x) is Tensor and not backends.traced()
 
 
 def run(
@@ -213,7 +208,8 @@ def _run(
         mine = x if x.dim() == 3 else x[:, :, k]
         _check(mine, tuple(s[k] if s is not None and s.dim() == 3 else s for s in given), weights, how, spec.gates)
     B, H = x.shape[1], groups[0][1].shape[0] // spec.gates  # type: ignore[union-attr]
-    chosen = choose(cell, x, (*given, *(t for weights in groups for t in weights)), how, H)
+    tensors = (*given, *(t for weights in groups for t in weights))
+    chosen = choose(cell, x, tensors, how, H, projected=len(groups[0]) == 5)
     bits = sum(1 << k for k in range(K) if how.reverse[k])
     if len(groups[0]) == 5 and chosen.backend != "aten":
         return _projected(cell, x, given, groups, how)
@@ -237,7 +233,7 @@ def _run(
             precision,
             how.cells,
             "",
-            autograd.unseen(chosen.backend, x),
+            autograd.unseen(chosen.backend, x, tensors),
         )
         if how.one_step and chosen.backend == "triton" and not chosen.schedule and not backends.traced():
             inputs = precisions.of_inputs(x.dtype)
@@ -245,7 +241,7 @@ def _run(
                 options = replace(options, save="gates", single=inputs)
         x, mask = _masked(x, how, bits)
         return autograd.apply(options, x, given, w_ih, w_hh, b_ih, b_hh, mask)  # type: ignore[arg-type]
-    if chosen.backend == "aten" and len(groups[0]) == 4 and marks(cell, x, how):
+    if chosen.marked:
         found = _marked(x, given, groups, how, bits)
         return (
             (*found, None) if found is not None else _run(cell, x, given, groups, replace(how, backend="loop"), stacked)

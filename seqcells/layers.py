@@ -203,12 +203,11 @@ class _Layer(nn.Module):
         self._check(data[:, None], states, batch)
         self._check_count(hx)
         # resets and lengths as stand-ins: their values do not matter.
-        asked = How(resets=resets, lengths=batch_sizes, cells=cells, backend=self.backend)  # type: ignore[arg-type]
-        size, tensors = (batch_sizes.shape[0], batch), (*self._flat_weights, *(states or ()))
-        chosen = functional.choose(self.cell, data, tensors, asked, self.hidden_size, size)
-        # With gradients oneDNN's LSTM is faster padded and marked.
-        marked = functional.marks(self.cell, data, asked) and (torch.is_grad_enabled() or resets is not None)
-        if chosen.backend == "aten" and (self.proj_size or not marked):
+        asked = How(resets, batch_sizes, save=self.save, backend=self.backend, cells=cells)  # type: ignore[arg-type]
+        tensors, size = (*self._flat_weights, *(states or ())), (batch_sizes.shape[0], batch)
+        more: Any = {"packed": size, "projected": self.proj_size > 0}
+        chosen = functional.choose(self.cell, data, tensors, asked, self.hidden_size, **more)
+        if chosen.backend == "aten" and not chosen.marked:
             y, final = self._layers_packed(data, batch_sizes, batch, states)
             every = None
         else:

@@ -2,7 +2,8 @@
 
 Before a step at which an episode begins a step is put that clears: with i, f and o shut, c and h are zero after it.
 After a sequence's end come steps that hold: with i and o shut and f open, c stays. An input of 1e30 shuts and opens
-exactly, since sigmoid is 0 or 1 there and its derivative 0: values and gradients are those without such steps.
+exactly, since sigmoid is 0 or 1 there and its derivative 0: values and gradients are those without such steps, as long
+as they are finite. (What is given back are no views: people detach states in place.)
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def _steps(mask: Tensor, back: bool, given: bool) -> tuple[packing.Layout, Tenso
     column = torch.arange(B, device=mask.device)
     places = torch.where(alive, (taken + before) * B + column, 0)
     sizes = lengths + cuts.sum(0)  # of each sequence, clearing steps included
-    steps = int(sizes.max())
+    steps = max(1, int(sizes.max()))
     rows = alive.flatten().nonzero().flatten()
     source = torch.full((steps * B,), -1, device=mask.device)
     source[places.flatten()[rows]] = rows
@@ -66,4 +67,4 @@ def layer(
     if (ended := held(mask)) is not None:
         y = y.masked_fill(ended[..., None], 0)
         hn = torch.where((where.lengths > 0)[:, None], hn, h0[0])
-    return y, hn[None], cn
+    return y if ended is not None else y.clone(), hn[None].clone(), cn

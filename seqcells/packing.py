@@ -45,8 +45,8 @@ class _Move(torch.autograd.Function):
     def forward(x: Tensor, where: Layout, pad: bool) -> Tensor:
         source, padding = where.source, where.padding
         if not pad:
-            return x.flatten(0, 1).index_select(0, where.target)
-        rows = x.index_select(0, source.flatten()).unflatten(0, source.shape)
+            return x.reshape(-1, *x.shape[2:]).index_select(0, where.target)
+        rows = x.index_select(0, source.flatten()).reshape(*source.shape, *x.shape[1:])
         return rows.masked_fill(padding.reshape(*padding.shape, *(1,) * (x.dim() - 1)), 0)
 
     @staticmethod

@@ -169,3 +169,98 @@ def test_a_packed_batch_by_marked_steps_is_as_torchs(poison):
         y, (h, c) = module(x)
         found.append([y.data, h, c, *torch.autograd.grad(y.data.sum() + c.sum(), list(module.parameters()))])
     torch.testing.assert_close(*found)
+
+
+# --- habits and corners, where "auto" is oneDNN's LSTM with marked steps, or the loop ---------------------------------
+
+
+def masked_inputs(kind):
+    """An input and what says what is masked, of sequences of at most six steps."""
+    x, lengths = torch.randn(6, 3, 4), torch.tensor([6, 3, 2])
+    resets = torch.zeros(6, 3, dtype=torch.bool)
+    resets[2, 0] = resets[4] = True
+    if kind == "packed":
+        return torch.nn.utils.rnn.pack_padded_sequence(x, lengths), {}
+    return x, {"resets": resets} if kind == "resets" else {"lengths": lengths}
+
+
+@pytest.mark.parametrize("kind", ["resets", "lengths", "packed"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_masked_states_are_detached_in_place_and_gradients_batched(name, kind):
+    module = getattr(seqcells, name)(4, 5)
+    x, masks = masked_inputs(kind)
+    y, state = module(x, **masks)
+    y = y.data if kind == "packed" else y
+    given, parameters = torch.randn(3, *y.shape), list(module.parameters())
+    batched = torch.autograd.grad(y, parameters, given, is_grads_batched=True, retain_graph=True)
+    each = [torch.autograd.grad(y, parameters, g, retain_graph=True) for g in given]
+    torch.testing.assert_close(list(batched), [torch.stack(g) for g in zip(*each, strict=True)])
+    for s in (y, *(state if name == "LSTM" else (state,))):
+        s.detach_()
+
+
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("kind", ["resets", "lengths", "packed", "packed resets"])
+def test_a_projection_with_masks_in_float32(kind, grad):
+    """It has no marked steps, and must not be taken for one that has."""
+    module, plain = seqcells.LSTM(4, 5, 2, proj_size=2, bidirectional=True), seqcells.backend("reference")
+    x, masks = masked_inputs(kind.split()[0])
+    if kind == "packed resets":
+        masks = masked_inputs("resets")[1]
+    with torch.set_grad_enabled(grad):
+        found, _ = module(x, **masks)
+        with plain:
+            expected, _ = module(x, **masks)
+    if kind.startswith("packed"):
+        found, expected = found.data, expected.data
+    torch.testing.assert_close(found, expected)
+    if "resets" in kind:
+        with pytest.raises(RuntimeError, match="no resets"), seqcells.backend("aten"):
+            module(x, **masks)
+
+
+@pytest.mark.parametrize("proj_size", [0, 2])
+def test_sequences_of_no_steps_at_all(proj_size):
+    module = seqcells.LSTM(4, 5, proj_size=proj_size)
+    hx = (torch.randn(1, 3, proj_size or 5), torch.randn(1, 3, 5))
+    y, final = module(torch.randn(6, 3, 4), hx, lengths=[0, 0, 0])
+    assert not y.any()
+    torch.testing.assert_close(final, hx)
+    y, (h, _) = module(torch.randn(6, 3, 4), hx, lengths=[6, 0, 2])
+    assert not y[:, 1].any() and torch.equal(h[:, 1], hx[0][:, 1])
+
+
+def test_padding_is_left_to_the_loop_and_so_is_what_must_keep_little():
+    """A batch that is mostly padding, and save="states", are not for marked steps, which keep 16 T B H."""
+
+    def chosen(lengths, **options):
+        how = functional.How(lengths=torch.tensor(lengths), **options)
+        return functional.choose("lstm", torch.zeros(8, 4, 3), [torch.zeros(20, 5)], how, 5).backend
+
+    assert chosen([8, 8, 1, 1]) == "aten" and chosen([8, 3, 1, 1]) == "loop"
+    assert chosen([8, 8, 8, 8], save="states") == "loop"
+
+
+@pytest.mark.parametrize("cell", ["gru", "rnn_tanh"])
+def test_half_precision_sums_weight_gradients_of_many_pieces(cell, monkeypatch):
+    """In float32: a hundred pieces added up in bfloat16 lose most of what they add."""
+    monkeypatch.setattr(steps, "CHUNK", 64)
+    torch.manual_seed(0)
+    G = reference.get(cell).gates
+    x, weights = torch.randn(100, 32, 4), [torch.randn(G * 16, n) / 4 for n in (4, 16)] + [torch.zeros(G * 16)] * 2
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        leaves = [w.bfloat16().to(dtype).requires_grad_() for w in weights]
+        y, _ = functional.scan(cell, x.bfloat16().to(dtype), None, *leaves, backend="loop")
+        found.append(torch.autograd.grad(y.sum(), leaves))
+    for a, b in zip(*found, strict=True):
+        assert ((a.double() - b).norm() / b.norm()).item() < 0.02
+
+
+def test_an_undefined_gradient_of_a_final_state_stays_where_it_is():
+    module = seqcells.GRU(3, 4, backend="loop")
+    h0, resets = torch.zeros(1, 2, 4, requires_grad=True), torch.zeros(6, 2, dtype=torch.bool)
+    resets[3] = True
+    _, h = module(torch.randn(6, 2, 3), h0, resets=resets)
+    (found,) = torch.autograd.grad(h, h0, torch.full_like(h, torch.nan))
+    assert torch.equal(found, torch.zeros_like(found))

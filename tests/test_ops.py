@@ -98,13 +98,12 @@ def test_auto_chooses_by_device_cell_and_what_is_asked_for():
 
     if torch.cuda.is_available():
         assert chosen("lstm", "cuda").backend == "triton"
-    assert chosen("lstm", "cpu", onednn=True, grad=True).backend == "aten"
+    assert chosen("lstm", "cpu", onednn=True).backend == "aten"
     assert chosen("gru", "cpu").backend == "aten"
-    assert chosen("gru", "cpu", grad=True).backend == "aten"
-    assert chosen("gru", "cpu", grad=True, looped=True).backend == "loop"
-    assert chosen("lstm", "cpu", onednn=True, looped=True, grad=True).backend == "loop"
-    assert chosen("lstm", "cpu", resets=True, marked=True).backend == "aten"
-    assert chosen("lstm", "cpu", resets=True, marked=True, looped=True).backend == "loop"
+    assert chosen("gru", "cpu", looped=True).backend == "loop"
+    assert chosen("lstm", "cpu", onednn=True, looped=True).backend == "loop"
+    assert chosen("lstm", "cpu", resets=True, marked=True).marked
+    assert not chosen("lstm", "cpu", resets=True, marked=True, looped=True).marked
     assert chosen("gru_before", "cpu").backend == "loop"
     assert chosen("lstm", "cpu", resets=True).backend == "loop"
     assert "no resets" in chosen("lstm", "cpu", resets=True).why
@@ -151,8 +150,8 @@ def test_auto_on_the_cpu_goes_by_the_size_of_the_work(layer):
     assert chosen("lstm", 128, 128, 64, grad=False) == "aten" == chosen("lstm", 256, 63, 64)
     for B, backend in ((64, "aten"), (65, "loop")):
         assert chosen("lstm", 2, B, 64, resets=torch.zeros(2, B, dtype=torch.bool)) == backend
-        assert chosen("lstm", 2, B, 64, lengths=torch.full((B,), 2)) == backend
-    assert [chosen("lstm", 2, B, 64, False, lengths=torch.full((B,), 2)) for B in (128, 129)] == ["aten", "loop"]
+        assert chosen("lstm", 2, B, 16, lengths=torch.full((B,), 2)) == backend
+    assert [chosen("lstm", 2, B, 64, False, lengths=torch.full((B,), 2)) for B in (32, 33)] == ["aten", "loop"]
     assert seqcells.explain("gru", batch=16, hidden_size=20, device="cpu").backend == "loop"
     assert seqcells.explain("lstm", batch=16, hidden_size=20, device="cpu").backend == "aten"
     assert [seqcells.explain("lstm", batch=B, hidden_size=64, resets=True).backend for B in (64, 65)] == [

@@ -80,7 +80,12 @@ def forward(
     assert x is not None and u is not None
     T, B, H, K = *x.shape[:2], u.shape[-1], 1 if u.dim() == 2 else u.shape[0]
     part = CELLS[options.cell]
-    groups = [_Group(options, inputs, mask, k) for k in range(K)]
+    ways: dict[bool, Walk] = {}  # groups that go the same way share a walk
+    groups = []
+    for k in range(K):
+        back = is_reversed(k, options.reversed)
+        groups.append(_Group(options, inputs, mask, k, ways.get(back)))
+        ways.setdefault(back, groups[-1].w)
     rows, head = groups[0].w.rows, groups[0].w.head
     states = [x.new_empty(K, head + rows, H) for _ in range(part.states)]
     for buffer, start in zip(states, starts, strict=False):
@@ -156,22 +161,24 @@ def _group_back(group: _Group, need: tuple[bool, ...], of: Any, dys: Any) -> tup
     w, u, x, GH, H = group.w, group.u, group.x, group.u.shape[0], group.H
     y, c, gates, dhn, dcn = of
     dx = x.new_empty(w.head + w.rows, x.shape[1]) if need[0] else None
-    dw = torch.zeros_like(group.w_ih) if need[3] else None
-    du = u.new_zeros(u.shape) if need[4] else None
-    db = u.new_zeros(group.part.wide * H) if need[5] or need[6] else None
+    # Sums over pieces, of half precision in float32.
+    exact = torch.float32 if u.dtype.itemsize < 4 else u.dtype
+    dw = group.w_ih.new_zeros(group.w_ih.shape, dtype=exact) if need[3] else None
+    du = u.new_zeros(u.shape, dtype=exact) if need[4] else None
+    db = u.new_zeros(group.part.wide * H, dtype=exact) if need[5] or need[6] else None
 
     def emit(a: int, b: int, p: Tensor, others: Any, h: Tensor) -> None:
         gates = p[:, :GH]
         if dx is not None:
             torch.mm(gates, group.w_ih, out=dx[w.head + a : w.head + b])
         if dw is not None:
-            dw.addmm_(gates.t(), w.of(x, a, b))
+            _add_product(dw, gates.t(), w.of(x, a, b))
         if du is not None:
             pairs = group.part.products(p, others, h)
             for rows, (d, operand) in zip(du.split([d.shape[1] for d, _ in pairs]), pairs, strict=True):
-                rows.addmm_(d.t(), operand)
+                _add_product(rows, d.t(), operand)
         if db is not None:
-            db.add_(p.sum(0))
+            db.add_(p.sum(0, dtype=exact))
 
     fills = [None if d is None else w.copying(d) for d in dys]
     with torch.inference_mode():
@@ -181,8 +188,16 @@ def _group_back(group: _Group, need: tuple[bool, ...], of: Any, dys: Any) -> tup
     if dx is not None:
         dx[: w.head] = 0
         dx = dx[w.head :] if w.target is None else dx.index_select(0, w.target)
+    dw, du, db = (None if t is None else t.to(u.dtype) for t in (dw, du, db))
     db_ih = db_hh = None
     if db is not None:
         db_ih = group.in_order(db[:GH])
         db_hh = db[-GH:] if group.part.saved > group.part.gates else db_ih.clone()
     return dx, dh0, dc0, None if dw is None else group.in_order(dw), du, db_ih, db_hh
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    if total.dtype == a.dtype:
+        total.addmm_(a, b)
+    else:
+        total.add_(a @ b)

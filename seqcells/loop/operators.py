@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from ..kernels.buffers import Gradients, Scanned, is_reversed, outputs, previous_outputs, steps
-from . import steps as walking
 from .cells import CELLS
+from .steps import Fill, before_step, most_rows, scan, scan_back
 from .stretches import Walk, walk
 
 
@@ -25,7 +25,7 @@ def _allocate(gx: Tensor, u: Tensor, cell: str, save: str, reversed: int) -> Sca
     )
 
 
-def _product(part: Any, w: Walk, gx: Tensor, H: int) -> walking.Fill:
+def _product(part: Any, w: Walk, gx: Tensor, H: int) -> Fill:
     """Fills in gx [T*B, G*H], in the cell's order of gates."""
 
     def fill(into: Tensor, a: int, b: int) -> None:
@@ -56,7 +56,7 @@ def _forward(
     T, B, K, H = *gx.shape[:3], u.shape[2]
     for k in range(K):
         back = is_reversed(k, reversed)
-        w = walk(mask, back, T, B, gx.device, walking.most_rows(H, gx.device))
+        w = walk(mask, back, T, B, gx.device, most_rows(H, gx.device))
         states = []
         for start in (h0, c0)[: part.states]:
             states.append(gx.new_empty(w.head + w.rows, H))
@@ -67,7 +67,7 @@ def _forward(
         gates = gx.new_empty(w.rows, part.saved * H) if out.saved.numel() else None
         fill = _product(part, w, gx[:, :, k].flatten(0, 1), H)
         with torch.inference_mode():
-            walking.scan(part, w, u[k], fill, None if bias is None else bias[k], y, c, gates)
+            scan(part, w, u[k], fill, None if bias is None else bias[k], y, c, gates)
         for buffer, state in zip((out.y, out.c), states, strict=False):
             if buffer.numel():
                 buffer[T + 1 if back else 0, :, k] = state[:B]
@@ -123,7 +123,7 @@ def _backward(
         if mask is not None:
             buffer.zero_()
     for k in range(K):
-        w = walk(mask, is_reversed(k, reversed), T, B, y.device, walking.most_rows(H, y.device))
+        w = walk(mask, is_reversed(k, reversed), T, B, y.device, most_rows(H, y.device))
         each = [previous_outputs(y, mask, reversed, k), outputs(y, reversed)[:, :, k]]
         if part.states == 2:
             each += [previous_outputs(c, mask, reversed, k), outputs(c, reversed)[:, :, k]]
@@ -150,7 +150,7 @@ def _backward(
         fills = [None if d is None else w.copying(d[:, :, k].flatten(0, 1)) for d in (dy, dcs)]
         finals = [None if d is None else d[k] for d in (dhn, dcn)]
         with torch.inference_mode():
-            starts = walking.scan_back(part, w, u[k], states, fills, finals, emit)
+            starts = scan_back(part, w, u[k], states, fills, finals, emit)
         for buffer, rows in zip(out[:3], found, strict=True):
             if rows.shape[1]:
                 into = buffer[:, :, k].flatten(0, 1)  # a copy, of more groups than one
@@ -183,7 +183,7 @@ def _recompute(
         whole = walk(None, False, T, B, gx.device, B)
         kept = gx.new_empty(T * B, part.saved * H)
         fill = _product(part, whole, gx[:, :, k].flatten(0, 1), H)
-        walking.before_step(part, kept, fill, None if bias is None else bias[k], 0, T * B, part.gates * H)
+        before_step(part, kept, fill, None if bias is None else bias[k], 0, T * B, part.gates * H)
         part.activate(kept, previous_outputs(y, mask, reversed, k).flatten(0, 1), part.forth(u[k]))
         saved[:, :, k] = kept.view(T, B, -1)
     return saved

@@ -90,7 +90,7 @@ class Walk:
             return t
         found = torch.cat([t, t.new_zeros(1, t.shape[1])]).index_select(0, self.first)
         # Of a sequence of no steps the one is the other.
-        return found if final is None else found.addcmul_(final, (self.last < self.batch)[:, None].to(t.dtype))
+        return found if final is None else torch.where((self.last < self.batch)[:, None], final, found)
 
     def pieces(self, most: int) -> list[list[tuple[int, int, int, int]]]:
         """Of each batch: (first step, step after the last, first row, row after the last) of about `most` rows."""
