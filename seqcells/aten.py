@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+_STEPS: dict[str, Any] = {"gru": torch.gru_cell, "rnn_tanh": torch.rnn_tanh_cell, "rnn_relu": torch.rnn_relu_cell}
 LAYERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 _ONEDNN = torch.backends.mkldnn.is_available()  # asked here: torch.compile cannot trace the question
 Weights = Sequence["Tensor | None"]  # w_ih, w_hh, b_ih, b_hh and, of an LSTM with a projection, w_hr
@@ -53,8 +54,7 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], weights: Weights) -> 
     """torch's own fused cell, x [B, I]."""
     if cell == "lstm":
         return torch.lstm_cell(x, states, *weights)  # type: ignore[arg-type]
-    run = {"gru": torch.gru_cell, "rnn_tanh": torch.rnn_tanh_cell, "rnn_relu": torch.rnn_relu_cell}[cell]
-    return (run(x, states[0], *weights),)  # type: ignore[arg-type]
+    return (_STEPS[cell](x, states[0], *weights),)
 
 
 def onednn(cell: str, device: torch.device, dtype: torch.dtype) -> bool:

@@ -72,23 +72,25 @@ class _Cell(nn.Module):
         return text
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        kind = type(self).__name__
-        if input.dim() not in (1, 2):
-            raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        kind, rank = type(self).__name__, input.dim()
+        if rank not in (1, 2):
+            raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {rank}D instead")
         if states is not None and len(states) != len(names):
             raise TypeError(f"{kind}: expected hx to be {len(names)} tensors, got {len(states)}")
         for name, s in zip(names, states or (), strict=False):
             if s.dim() not in (1, 2):
                 raise ValueError(f"{kind}: Expected {name} to be 1D or 2D, got {s.dim()}D instead")
-        batched = input.dim() == 2
+        batched = rank == 2
         x = input if batched else input[None]
         if states is not None and not batched:
             states = tuple(s[None] for s in states)
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
+        weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
+        dtype = weights[0].dtype
         for t in (x, *(states or ())):
-            if t.dtype != self.weight_ih.dtype and not backends.autocasting(x.device):
-                got = f"{_NAMES.get(t.dtype, t.dtype)} and {_NAMES.get(self.weight_ih.dtype, self.weight_ih.dtype)}"
+            if t.dtype != dtype and not backends.autocasting(x.device):
+                got = f"{_NAMES.get(t.dtype, t.dtype)} and {_NAMES.get(dtype, dtype)}"
                 raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {got}")
         for i, s in enumerate(states or ()):
             if s.dim() != 2 or s.shape[0] != x.shape[0]:
@@ -97,7 +99,6 @@ class _Cell(nn.Module):
                 raise RuntimeError(
                     f"hidden{i} has inconsistent hidden_size: got {s.shape[1]}, expected {self.hidden_size}"
                 )
-        weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
         final = plain.step(self.cell, x, states, weights, self.backend)
         if final is None:
             how = functional.How(backend=self.backend, precision=self.precision, one_step=True)

@@ -10,22 +10,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import aten, backends, reference
+from . import aten, backends
 
 
 def step(
     cell: str, x: Tensor, states: tuple[Tensor, ...] | None, weights: aten.Weights, backend: str | None
 ) -> tuple[Tensor, ...] | None:
-    """A cell's states after one step by torch's own, where that is what it comes to and nothing looks on; else None.
-
-    What functional.run would do after more questions, which cost more than a step on the CPU. x [B, I], states [B, H].
-    """
-    asked = x.device.type == "cpu" and cell in aten.CELLS and backends.spelled(backend) in ("auto", "aten")
-    if not asked or backends.autocasting(x.device) or backends.transforming():
+    """A cell's states after one step, by torch's own; None where it is not so simple. x [B, I], states [B, H]."""
+    if not x.is_cpu or cell not in aten.CELLS or backends.spelled(backend) not in ("auto", "aten"):
+        return None
+    if torch.is_autocast_enabled("cpu") or backends.transforming():
         return None
     if states is None:
         zero = x.new_zeros(x.shape[0], weights[1].shape[1])  # type: ignore[union-attr]
-        states = (zero,) * reference.get(cell).states
+        states = (zero, zero) if cell == "lstm" else (zero,)
     return aten.step(cell, x, states, weights)
 
 

@@ -60,7 +60,7 @@ ARROWS = {  # room: the rooms of the project it may import
     },
     "packing": set(),
     "marked": {"aten", "packing", "kernels.buffers"},
-    "plain": {"aten", "backends", "reference"},
+    "plain": {"aten", "backends"},
     "cells": {"backends", "functional", "plain", "precisions", "reference"},
     "layers": {"functional", "packing", "plain", "precisions", "reference"},
     "convert": {"backends", "cells", "layers"},
