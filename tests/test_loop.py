@@ -6,6 +6,7 @@ from conftest import DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import CELLS, spread
+from torch.testing._internal.two_tensor import TwoTensor
 
 import seqcells
 from seqcells import functional, masks, reference
@@ -264,3 +265,14 @@ def test_an_undefined_gradient_of_a_final_state_stays_where_it_is():
     _, h = module(torch.randn(6, 2, 3), h0, resets=resets)
     (found,) = torch.autograd.grad(h, h0, torch.full_like(h, torch.nan))
     assert torch.equal(found, torch.zeros_like(found))
+
+
+def test_a_wrapper_of_tensors_as_a_state_or_weight_is_not_unwrapped():
+    module, x = seqcells.GRU(3, 4), torch.randn(30, 2, 3)
+    zero = torch.zeros(1, 2, 4)
+    y, _ = module(x, TwoTensor(zero, zero))
+    assert type(y) is TwoTensor
+    torch.testing.assert_close(y.a, module(x)[0])
+    for name, weight in list(module.named_parameters()):
+        setattr(module, name, torch.nn.Parameter(TwoTensor(weight.detach().clone(), weight.detach().clone())))
+    assert type(module(x)[0]) is TwoTensor
