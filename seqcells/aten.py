@@ -95,7 +95,7 @@ def _call(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, h_n and c_n, shaped as h0 and c0, and oneDNN's workspace."""
     # oneDNN keeps a workspace for backward only where gradients are enabled; nothing of this is recorded.
-    given = [t.detach() if t.is_contiguous() else t.detach().contiguous() for t in (x, w_ih, w_hh, b_ih, b_hh, h0, c0)]
+    given = [t.detach().contiguous() for t in (x, w_ih, w_hh, b_ih, b_hh, h0, c0)]
     with torch.set_grad_enabled(train):
         return _forward(*given, reverse, [], _MODE, w_hh.shape[1], 1, True, False, False, train)
 
@@ -104,7 +104,7 @@ def _call_backward(
     grads: Sequence[Tensor | None], inputs: Sequence[Tensor], out: Sequence[Tensor], reverse: bool, workspace: Tensor
 ) -> tuple[Tensor, ...]:
     """The gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh."""
-    x, h0, c0, *weights = (t if t.is_contiguous() else t.contiguous() for t in inputs)
+    x, h0, c0, *weights = (t.contiguous() for t in inputs)
     given = [torch.zeros_like(o) if g is None else g.contiguous() for o, g in zip(out, grads, strict=True)]
     dx, dw_ih, dw_hh, db_ih, db_hh, dh, dc = _backward(
         x, *weights, h0, c0, *out, *given, reverse, _MODE, h0.shape[-1], 1, True, True, False, [], False, workspace

@@ -132,15 +132,15 @@ def _cast(
 def choose(
     cell: str,
     x: Tensor,
-    weights: Iterable[Tensor | None],
+    tensors: Iterable[Tensor | None],
     how: How,
     hidden: int,
     packed: tuple[int, int] | None = None,
     projected: bool = False,
 ) -> backends.Choice:
-    """The backend for a scan of x, with H = hidden; weights: and states. packed: T and B of a PackedSequence with the
-    data x. Raises as backends.choose does."""
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *weights))
+    """The backend for a scan of x. tensors: states and weights; hidden: H; packed: T and B of a PackedSequence whose
+    data is x; projected: whether an LSTM has a projection. Raises as backends.choose does."""
+    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     onednn = x.numel() > 0 and aten.onednn(cell, x.device, x.dtype) and (x.dim() == 3 or packed is not None)
     T, B = packed or x.shape[:2]
     compiling, rows = torch.compiler.is_compiling(), x.shape[0]
@@ -242,10 +242,9 @@ def _run(
         x, mask = _masked(x, how, bits)
         return autograd.apply(options, x, given, w_ih, w_hh, b_ih, b_hh, mask)  # type: ignore[arg-type]
     if chosen.marked:
-        found = _marked(x, given, groups, how, bits)
-        return (
-            (*found, None) if found is not None else _run(cell, x, given, groups, replace(how, backend="loop"), stacked)
-        )
+        if (found := _marked(x, given, groups, how, bits)) is None:
+            return _run(cell, x, given, groups, replace(how, backend="loop"), stacked)
+        return *found, None
     full = _starts(x, given, groups, H)
     if chosen.backend == "aten" and how.one_step:
         final = aten.step(cell, x[0], tuple(s[0] for s in full), groups[0])
