@@ -220,9 +220,9 @@ def test_a_projection_with_masks_in_float32(kind, grad):
             module(x, **masks)
 
 
-@pytest.mark.parametrize("proj_size", [0, 2])
-def test_sequences_of_no_steps_at_all(proj_size):
-    module = seqcells.LSTM(4, 5, proj_size=proj_size)
+@pytest.mark.parametrize("proj_size, backend", [(0, None), (0, "aten"), (2, None)])
+def test_sequences_of_no_steps_at_all(proj_size, backend):
+    module = seqcells.LSTM(4, 5, proj_size=proj_size, backend=backend)
     hx = (torch.randn(1, 3, proj_size or 5), torch.randn(1, 3, 5))
     y, final = module(torch.randn(6, 3, 4), hx, lengths=[0, 0, 0])
     assert not y.any()
