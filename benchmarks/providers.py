@@ -77,7 +77,7 @@ class _Alone(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gx, u, engine, cell, save):
         keep = save if any(ctx.needs_input_grad) else "none"
-        precision = precisions.of_products(None, gx.dtype)
+        precision = precisions.of_products(None, gx.dtype, gx.device)
         gx = gx.unflatten(2, (u.shape[0], -1))
         y, c, saved, *_ = engine.forward(gx, u, None, None, None, None, cell, keep, 0, "", precision)
         ctx.save_for_backward(u, y, c, saved)

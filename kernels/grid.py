@@ -30,7 +30,7 @@ Shapes are those of `resident`; scratch is that of `stepwise`; counter [groups *
 import triton
 import triton.language as tl
 
-from .math import product
+from .math import operand, product
 from .tiles import (
     add_outer,
     after_step,
@@ -68,16 +68,20 @@ def wait(counter_ptr, target):
 
 
 @triton.jit
-def _load_u(u_ptr, at_m, valid_m, k_stride, k0, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr):
+def _load_u(
+    u_ptr, at_m, valid_m, k_stride, k0, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """U's elements at_m[m] + k * k_stride for k0 <= k < k0 + SIZE: [M, SIZE], or [PARTS, M, SIZE / PARTS]."""
     PART: tl.constexpr = SIZE // PARTS
     if PARTS == 1:
         ks = (k0 + tl.arange(0, PART))[None, :]
-        return tl.load(u_ptr + at_m[:, None] + ks * k_stride, mask=valid_m[:, None] & (ks < K), other=0.0)
+        U = tl.load(u_ptr + at_m[:, None] + ks * k_stride, mask=valid_m[:, None] & (ks < K), other=0.0)
     else:
         ks = k0 + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
         mask = valid_m[None, :, None] & (ks < K)
-        return tl.load(u_ptr + at_m[None, :, None] + ks * k_stride, mask=mask, other=0.0)
+        U = tl.load(u_ptr + at_m[None, :, None] + ks * k_stride, mask=mask, other=0.0)
+    return operand(U, U.dtype, PRECISION)
 
 
 @triton.jit
@@ -108,7 +112,9 @@ def _load_x(
 
 
 @triton.jit
-def _slice(u_ptr, at_m, valid_m, k_stride, M: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr):
+def _slice(
+    u_ptr, at_m, valid_m, k_stride, M: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr
+):
     """A program's rows of U, in chunks of CHUNK columns and a last one of what is left (sizes: `plan.chunks`).
 
     Rows below 64 would leave warps idle, or repeating each other's work: they share the inner sum instead.
@@ -118,10 +124,10 @@ def _slice(u_ptr, at_m, valid_m, k_stride, M: tl.constexpr, K: tl.constexpr, CHU
     REST: tl.constexpr = triton.next_power_of_2(K - WHOLE * CHUNK) if K > WHOLE * CHUNK else 0
     chunks = ()
     for n in tl.static_range(WHOLE):
-        chunks = chunks + (_load_u(u_ptr, at_m, valid_m, k_stride, n * CHUNK, K, PARTS, CHUNK),)
+        chunks = chunks + (_load_u(u_ptr, at_m, valid_m, k_stride, n * CHUNK, K, PARTS, CHUNK, PRECISION),)
     if REST > 0:
         LAST: tl.constexpr = 16 * PARTS if REST < 16 * PARTS else REST
-        chunks = chunks + (_load_u(u_ptr, at_m, valid_m, k_stride, WHOLE * CHUNK, K, PARTS, LAST),)
+        chunks = chunks + (_load_u(u_ptr, at_m, valid_m, k_stride, WHOLE * CHUNK, K, PARTS, LAST, PRECISION),)
     return chunks
 
 
@@ -154,11 +160,11 @@ def _product(
         acc = tl.zeros([PARTS, M, BLOCK_B], ACC)
     for n in tl.static_range(WHOLE):
         x = _load_x(x_ptr, at_row, keep, n * CHUNK, K, PARTS, CHUNK, True, MASKED)
-        acc = product(U[n], x.to(U[n].dtype), acc, PRECISION)
+        acc = product(U[n], operand(x, U[n].dtype, PRECISION), acc, PRECISION)
     if REST > 0:
         LAST: tl.constexpr = 16 * PARTS if REST < 16 * PARTS else REST
         x = _load_x(x_ptr, at_row, keep, WHOLE * CHUNK, K, PARTS, LAST, False, MASKED)
-        acc = product(U[WHOLE], x.to(U[WHOLE].dtype), acc, PRECISION)
+        acc = product(U[WHOLE], operand(x, U[WHOLE].dtype, PRECISION), acc, PRECISION)
     return acc if PARTS == 1 else _sum(acc, PARTS, M, BLOCK_B)
 
 
@@ -219,10 +225,10 @@ def forward_kernel(
         bias_ptr += group * (INNER * H)
 
     at_m, valid_m = gate_rows(unit0, 0, SPLIT, H, BLOCK_H, PADDED)
-    U = _slice(u_ptr, at_m, valid_m, 1, PADDED * BLOCK_H, H, CHUNK)
+    U = _slice(u_ptr, at_m, valid_m, 1, PADDED * BLOCK_H, H, CHUNK, PRECISION)
     if SPLIT < G:
         at_m, valid_m = gate_rows(unit0, SPLIT, G, H, BLOCK_H, PADDED_2)
-        U_2 = _slice(u_ptr, at_m, valid_m, 1, PADDED_2 * BLOCK_H, H, CHUNK_2)
+        U_2 = _slice(u_ptr, at_m, valid_m, 1, PADDED_2 * BLOCK_H, H, CHUNK_2, PRECISION)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
     states = load_tiles(sh_ptr, at_state, mask, 1, 0, ACC)
     if STATES == 2:
@@ -290,6 +296,7 @@ def forward_kernel(
                 wait(counter_ptr, target)
                 target += tl.num_programs(0)
 
+    tl.debug_barrier()  # sh and sc are in place (see `stepwise`), and a launch may be less than a step
     store_tiles(sh_ptr, at_state, mask, states, 0, 1, 0)
     if STATES == 2:
         store_tiles(sc_ptr, at_state, mask, states, 1, 2, 0)
@@ -378,11 +385,13 @@ def backward_kernel(
 
     there = units < H
     if PLAIN > 0:
-        UT = _slice(u_ptr, units, there, H, BLOCK_H, PLAIN * H, CHUNK)
+        UT = _slice(u_ptr, units, there, H, BLOCK_H, PLAIN * H, CHUNK, PRECISION)
     if INNER > 0:
-        UT_inner = _slice(u_ptr + PLAIN * H * H, units, there, H, BLOCK_H, INNER * H, CHUNK_2 if PLAIN > 0 else CHUNK)
+        UT_inner = _slice(
+            u_ptr + PLAIN * H * H, units, there, H, BLOCK_H, INNER * H, CHUNK_2 if PLAIN > 0 else CHUNK, PRECISION
+        )
     if SPLIT < G:
-        UT_2 = _slice(u_ptr + SPLIT * H * H, units, there, H, BLOCK_H, (G - SPLIT) * H, CHUNK_2)
+        UT_2 = _slice(u_ptr + SPLIT * H * H, units, there, H, BLOCK_H, (G - SPLIT) * H, CHUNK_2, PRECISION)
     dstates = load_tiles(dsh_ptr, at_state, mask, 1, 0, ACC)
     after = load_tiles(y_ptr - forth, at_h, mask, 1, 0, ACC)
     if STATES == 2:
@@ -463,6 +472,7 @@ def backward_kernel(
         if INNER > 0:
             dhu_ptr += forth * INNER
 
+    tl.debug_barrier()  # dsh and dsc are in place
     store_tiles(dsh_ptr, at_state, mask, dstates, 0, 1, 0)
     if STATES == 2:
         store_tiles(dsc_ptr, at_state, mask, dstates, 1, 2, 0)

@@ -245,6 +245,10 @@ HIDDEN = (1, 2, 16, 20, 32, 64, 100, 128, 150, 192, 256, 300, 512, 768, 1000, 10
 BATCHES = (1, 8, 16, 64, 256)
 
 
+# float64 with masks, at sizes where each schedule is chosen on some target.
+FP64_MASKED = (("lengths", 20, 8), ("resets", 64, 1024), ("lengths", 512, 64), ("resets", 1024, 16))
+
+
 def whole(targets: list[str], names: list[str]) -> Iterator[Case]:
     """Every shape of HIDDEN and BATCHES, those of `quick`, and all `precise` ones."""
     for target in targets:
@@ -292,6 +296,9 @@ def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
                     for dtype in ("bf16", "fp32"):
                         yield Case(name, "step train", dtype, batch, hidden, target)
                 yield Case(name, "step", "bf16", 1, 1024, target)
+            for mask, hidden, batch in FP64_MASKED:
+                for direction in ("train", "backward"):
+                    yield Case(name, direction, "fp64", batch, hidden, target, mask=mask, precision="ieee")
             if target == "sm_100":
                 yield from precise(target, name)
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .layout import load_weights, memory_rows, memory_units, read_tiles, unit_order, write_tiles
-from .math import product
+from .math import operand, product
 from .tiles import (
     add_outer,
     after_step,
@@ -31,6 +31,7 @@ from .tiles import (
     live,
     load_mask,
     load_tiles,
+    operands,
     pack_tiles,
     products,
     replace_first,
@@ -89,6 +90,7 @@ def forward_kernel(
     else:
         square = units[:, None] * H + units[None, :]
         U = load_tiles(u_ptr, square, (units[:, None] < H) & (units[None, :] < H), G, H * H, TYPE)
+    U = operands(U, G, TYPE, PRECISION)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
 
     states = read_tiles(y_ptr, from_h, readable, 1, 0)
@@ -228,6 +230,7 @@ def backward_kernel(
     else:
         transposed = units[None, :] * H + units[:, None]
         UT = load_tiles(u_ptr, transposed, (units[:, None] < H) & (units[None, :] < H), G, H * H, TYPE)
+    UT = operands(UT, G, TYPE, PRECISION)
     zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     dstates = (zero,)
     if dhn_ptr is not None:
@@ -280,7 +283,7 @@ def backward_kernel(
             m_ptr -= forth
             dm = zero
             for n in tl.static_range(SPLIT, G):
-                dm = product(UT[n], d_second[n - SPLIT].to(UT[n].dtype), dm, PRECISION)
+                dm = product(UT[n], operand(d_second[n - SPLIT], TYPE, PRECISION), dm, PRECISION)
         dgx, dhu, new = STEP(dstates, dm, saved, came, after, FAST)
         dgx, dhu, dstates = before_step(dgx, dhu, new, dstates, code, G, STATES, HOLDS)
         write_tiles(dgx_ptr, at_g, mask, dgx, 0, G, H)
@@ -290,7 +293,7 @@ def backward_kernel(
             dhu_ptr -= forth * INNER
         dh = dstates[0]
         for n in tl.static_range(SPLIT):
-            dh = product(UT[n], dhu[n].to(UT[n].dtype), dh, PRECISION)
+            dh = product(UT[n], operand(dhu[n], TYPE, PRECISION), dh, PRECISION)
         dstates = replace_first(dstates, dh, STATES)
         if mask_ptr is not None:
             dstates = keep_rows(dstates, kept(code, HOLDS), STATES)

@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .cells import Cell
-from .math import product
+from .math import operand, product
 from .plan import parts
 from .plan_single import Single
 from .scan import ACCUMULATE, Launch, Scanned, _aligned, allocate_saved, run
@@ -66,7 +66,7 @@ def _walk_columns(
         ks = k + (i - _of_both(0, TILES, there, BOTH)) * BLOCK_K
         width = _of_both(I, H, there, BOTH and I != H)
         weights = _of_both(w_ptr, u_ptr, there, BOTH)
-        operand = _of_both(x_ptr, h_ptr, there, BOTH)
+        vectors = _of_both(x_ptr, h_ptr, there, BOTH)
         rows = _of_both(w_rows, u_rows, there, BOTH)
         valid = _of_both(w_valid, u_valid, there, BOTH)
         if PARTS == 1:
@@ -74,15 +74,15 @@ def _walk_columns(
             w = tl.load(weights + rows[:, None] * width + ks, mask=mask, other=0.0)
             down = tl.trans(ks)
             mask = row_mask[None, :] if WHOLE else row_mask[None, :] & (down < width)
-            x = tl.load(operand + row[None, :] * width + down, mask=mask, other=0.0)
-            acc = product(w, x, acc, PRECISION)
+            x = tl.load(vectors + row[None, :] * width + down, mask=mask, other=0.0)
+            acc = product(operand(w, w.dtype, PRECISION), operand(x, w.dtype, PRECISION), acc, PRECISION)
         else:
             mask = valid[None, :, None] if WHOLE else valid[None, :, None] & (ks < width)
             w = tl.load(weights + rows[None, :, None] * width + ks, mask=mask, other=0.0)
             down = tl.permute(ks, (0, 2, 1))
             mask = row_mask[None, None, :] if WHOLE else row_mask[None, None, :] & (down < width)
-            x = tl.load(operand + row[None, None, :] * width + down, mask=mask, other=0.0)
-            acc = product(w, x, acc, PRECISION)
+            x = tl.load(vectors + row[None, None, :] * width + down, mask=mask, other=0.0)
+            acc = product(operand(w, w.dtype, PRECISION), operand(x, w.dtype, PRECISION), acc, PRECISION)
     return acc
 
 

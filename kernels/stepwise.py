@@ -2,7 +2,9 @@
 
 Each program owns BLOCK_H units of BLOCK_B rows. A launch orders the steps, so no program waits for another.
 Shapes as in `resident`, and per-launch scratch, all [K, B, H] unless said, in the accumulation type:
-    sh, sc    the states h and c in full precision, in place: a program reads and writes its own tile only
+    sh, sc    the states h and c in full precision, in place: a program reads and writes its own tile only, with a
+              barrier between (the compiler may load and store a tile in different register layouts, so that one warp
+              would overwrite what another has not read yet)
     hu_first  [K, B, SPLIT*H]  recurrent product of the first gates, from PHASE 0 to PHASE 1
     m         [B, K, H] the second product's operand, in the data's type
 t counts the steps as the group takes them: a reversed group's first is the last in memory.
@@ -12,7 +14,7 @@ t counts the steps as the group takes them: a reversed group's first is the last
 import triton
 import triton.language as tl
 
-from .math import product
+from .math import operand, product
 from .tiles import (
     add_outer,
     after_step,
@@ -38,7 +40,8 @@ def _product(
     BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U[n] @ x for the gates n in FROM..TO as a tuple, streaming U [G*H, H] and x in tiles of BLOCK_K.
+    """U[n] @ x for the gates n in FROM..TO as a tuple, streaming U [G*H, H] and x in tiles of BLOCK_K. If MASKED, zero
+    in the rows where keep is false.
 
     One product of all gates' rows, unit by unit: one operand of U for the compiler to pipeline, one accumulator.
     """
@@ -50,10 +53,12 @@ def _product(
     acc = tl.zeros([PADDED * BLOCK_H, BLOCK_B], ACC)
     for k0 in range(0, H, BLOCK_K):
         x = tl.load(x_ptr + at_x + k0, mask=row_mask[None, :] & (k0 + k[:, None] < H), other=0.0)
-        if MASKED:
-            x = tl.where(keep[None, :], x, 0.0).to(x.dtype)
         U = tl.load(u_ptr + at_u + k0, mask=valid_m[:, None] & (k0 + k[None, :] < H), other=0.0)
-        acc = product(U, x.to(U.dtype), acc, PRECISION)
+        acc = product(operand(U, U.dtype, PRECISION), operand(x, U.dtype, PRECISION), acc, PRECISION)
+    if MASKED:
+        # The product and not its operand: rows do not mix. Triton gives an operand the width of the narrowest load that
+        # it comes from; that of the mask's byte has no float64 product.
+        acc = tl.where(keep[None, :], acc, 0.0)
     return split_gates(acc, TO - FROM, PADDED, BLOCK_H, BLOCK_B)
 
 
@@ -121,6 +126,7 @@ def forward_kernel(
     else:
         new, saved = STEP(gx, hu, states, FAST)
         states, stored = after_step(new, states, code, group, STATES, REVERSED, HOLDS)
+        tl.debug_barrier()  # sh and sc are in place
         store_tiles(sh_ptr, at_state, mask, states, 0, 1, 0)
         store_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
         if STATES == 2:
@@ -151,7 +157,7 @@ def _accumulate_transposed(
         d = tl.load(d_ptr + at_d, mask=row_mask[None, :] & (ks[:, None] < H), other=0.0)
         at_u = ((FROM + n) * H + ks)[None, :] * H + units[:, None]
         U = tl.load(u_ptr + at_u, mask=(units[:, None] < H) & (ks[None, :] < H), other=0.0)
-        acc = product(U, d.to(U.dtype), acc, PRECISION)
+        acc = product(operand(U, U.dtype, PRECISION), operand(d, U.dtype, PRECISION), acc, PRECISION)
     return acc
 
 
@@ -200,6 +206,7 @@ def backward_kernel(
             dh = tl.where(kept(code_after, HOLDS)[None, :], dh, 0.0)
 
     if LAST:
+        tl.debug_barrier()  # dsh is in place
         tl.store(dsh_ptr + at_state, dh, mask=mask)
     else:
         dy = ()
@@ -235,6 +242,7 @@ def backward_kernel(
             if HOLDS:
                 d_second = keep_rows(d_second, live(code), G - SPLIT)
                 m = tl.where(live(code)[None, :], m, 0.0)
+            tl.debug_barrier()  # dsh is in place
             tl.store(m_ptr + step * per_step + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
             store_tiles(dgx_ptr + SPLIT * H, at_g, mask, d_second, 0, G - SPLIT, H)
             tl.store(dsh_ptr + at_state, dstates[0], mask=mask)
@@ -247,6 +255,7 @@ def backward_kernel(
                 )  # fmt: skip
             dgx, dhu, new = STEP(dstates, dm, saved, before, after, FAST)
             dgx, dhu, dstates = before_step(dgx, dhu, new, dstates, code, G, STATES, HOLDS)
+            tl.debug_barrier()  # dsh and dsc are in place
             # Other programs of this launch read the second gates' dgx, which PHASE 0 wrote: only the first are stored.
             store_tiles(dgx_ptr, at_g, mask, dgx, 0, SPLIT, H)
             if INNER > 0:

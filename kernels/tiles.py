@@ -17,7 +17,7 @@ A row of memory holds one batch row's groups side by side.
 import triton
 import triton.language as tl
 
-from .math import product
+from .math import operand, product
 
 
 @triton.jit
@@ -56,11 +56,21 @@ def store_tiles(ptr, offsets, mask, tiles, FROM: tl.constexpr, TO: tl.constexpr,
 
 
 @triton.jit
+def operands(tiles, N: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
+    """Each of the tiles as an operand of `product`."""
+    out = ()
+    for n in tl.static_range(N):
+        out = out + (operand(tiles[n], TYPE, PRECISION),)
+    return out
+
+
+@triton.jit
 def products(U, x, start, FROM: tl.constexpr, TO: tl.constexpr, PRECISION: tl.constexpr):
-    """start[n] + U[n] @ x for n in FROM..TO, as a tuple. x is rounded to U's type."""
+    """start[n] + U[n] @ x for n in FROM..TO, as a tuple. U: operands already; x becomes one."""
+    x = operand(x, U[FROM].dtype, PRECISION)
     out = ()
     for n in tl.static_range(FROM, TO):
-        out = out + (product(U[n], x.to(U[n].dtype), start[n], PRECISION),)
+        out = out + (product(U[n], x, start[n], PRECISION),)
     return out
 
 

@@ -65,7 +65,7 @@ def explain(
         raise ValueError(f"unknown device {device!r}: expected a torch device or one of {', '.join(KNOWN)}")
     facts = KNOWN[str(device)] if elsewhere else scan.device_facts(place)
     options: Any = {"B": batch, "H": hidden_size, "groups": groups, "itemsize": dtype.itemsize, "device": facts}
-    options |= {"schedule": chosen.schedule or None, "precision": precisions.of_products(precision, dtype)}
+    options |= {"schedule": chosen.schedule or None, "precision": precisions.of_products(precision, dtype, place)}
     there, back = (plan.plan(cells.get(cell), backward=b, **options) for b in (False, True))
     why = f"{chosen.why}; forward, {there.schedule} schedule: {there.why}; backward, {back.schedule}: {back.why}"
     return Explanation("triton", there, why, back)

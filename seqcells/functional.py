@@ -217,7 +217,7 @@ def _run(
         if stacked is None:
             stacked = groups[0] if K == 1 else [_stack(ts) for ts in zip(*groups, strict=True)]
         w_ih, w_hh, b_ih, b_hh = stacked
-        precision = precisions.of_products(how.precision, x.dtype)
+        precision = precisions.of_products(how.precision, x.dtype, x.device)
         # It may not fit: say so before anything runs. (A compiler cannot trace the plan; the operator says it then.)
         if chosen.schedule and not torch.compiler.is_compiling():
             assert w_hh is not None
@@ -236,7 +236,7 @@ def _run(
             autograd.unseen(chosen.backend, x, tensors),
         )
         if how.one_step and chosen.backend == "triton" and not chosen.schedule and not backends.traced():
-            inputs = precisions.of_inputs(x.dtype)
+            inputs = precisions.of_inputs(x.dtype, x.device)
             if ops.one_launch(cell, x[0], w_hh, precision, inputs):  # type: ignore[arg-type]
                 options = replace(options, save="gates", single=inputs)
         x, mask = _masked(x, how, bits)

@@ -25,12 +25,15 @@ def check(asked: str | None) -> None:
         raise ValueError(f"unknown precision {asked!r}: expected one of {', '.join(PRECISIONS)}")
 
 
-def of_products(asked: str | None, dtype: torch.dtype) -> str:
-    """What recurrent products of that dtype are done in. Only float32 has a choice: `asked`, or PyTorch's switches."""
-    return (asked or rnn_precision()) if dtype == torch.float32 else "ieee"
+def of_products(asked: str | None, dtype: torch.dtype, device: torch.device) -> str:
+    """The precision of recurrent products. Only float32 has a choice: `asked`, or on CUDA PyTorch's switches."""
+    if dtype != torch.float32:
+        return "ieee"
+    return asked or (rnn_precision() if device.type == "cuda" else "ieee")
 
 
-def of_inputs(dtype: torch.dtype) -> str:
-    """What the input's product of that dtype is done in: PyTorch's switch for matrix products decides of float32."""
-    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+def of_inputs(dtype: torch.dtype, device: torch.device) -> str:
+    """The precision of the input's product: for float32 on CUDA, PyTorch's switch for matrix products decides."""
+    switched = dtype == torch.float32 and device.type == "cuda"
+    tf32 = switched and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"

@@ -7,10 +7,10 @@ import triton.language as tl
 from conftest import DEVICE
 from shapes import CELLS, SCHEDULES, spread
 
-from seqcells import check, functional
+from seqcells import check, functional, reference
 from seqcells.check import Shape
 from seqcells.kernels import buffers, cells, scan
-from seqcells.kernels.math import sigmoid, tanh
+from seqcells.kernels.math import operand, sigmoid, tanh
 from seqcells.kernels.plan import plan
 
 GUARD = 4096  # bytes on either side of a buffer
@@ -245,3 +245,68 @@ def test_a_step_beyond_two_to_the_31_elements(direction):
     scan.run(launch._replace(arguments={**launch.arguments, **large, **scratch, "t": T - 1, "T": T}))
     written = "y_ptr" if direction == "forward" else "dgx_ptr"
     assert torch.equal(large[written][-1], launch.arguments[written][-1])
+
+
+def to_tf32(x):
+    """x rounded to TF32's 11 bits, to nearest."""
+    bits = x.detach().to(torch.float32).view(torch.int32)
+    return ((bits + 0x1000) & -0x2000).view(torch.float32).to(x.dtype)
+
+
+class RoundedProduct(torch.autograd.Function):
+    """h @ u^T with both operands rounded to TF32, and so the gradient of h; that of u is one GEMM elsewhere."""
+
+    @staticmethod
+    def forward(ctx, h, u):
+        ctx.save_for_backward(h, u)
+        return to_tf32(h) @ to_tf32(u).t()
+
+    @staticmethod
+    def backward(ctx, d):
+        h, u = ctx.saved_tensors
+        return to_tf32(d) @ to_tf32(u), d.t() @ h
+
+
+@pytest.mark.parametrize(("cell", "schedule", "H"), spread(CELLS, SCHEDULES, [1, 2, 20, 33], most=1))
+def test_tf32_operands_are_rounded_to_nearest(cell, schedule, H, monkeypatch):
+    """Not cut off, as the tensor cores do by themselves, nor left alone, as the interpreter would."""
+    shape = Shape(4, 3, 3 if H == 2 else 2, H)
+    tensors = check.inputs(cell, shape, torch.float32, DEVICE)
+    got = check.run(cell, tensors, None, backend=f"triton:{schedule}", precision="tf32")
+    tensors = [t.cpu().double() for t in tensors]
+    exact = check.run(cell, tensors, None, backend="reference")
+    plain = reference.linear
+
+    def linear(v, w, b=None):
+        if w.shape[1] != H:
+            return plain(v, w, b)
+        return RoundedProduct.apply(v, w) + (0 if b is None else b)
+
+    monkeypatch.setattr(reference, "linear", linear)
+    rounded = check.run(cell, tensors, None, backend="reference")
+    allowed = max(check.relative(rounded[n], exact[n]) for n in exact)
+    found = max(check.relative(got[n], exact[n]) for n in exact)
+    assert found <= 1.1 * allowed + check.TOLERANCE[torch.float32]
+    assert found <= check.tolerance(cell, "tf32", shape)
+    # A state a little off may be rounded the other way; not many are.
+    assert max(check.relative(got[n], rounded[n]) for n in exact) <= 0.3 * allowed + check.TOLERANCE[torch.float32]
+
+
+def test_rounding_to_tf32_is_ptxs():
+    @triton.jit
+    def rounding(x_ptr, y_ptr, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(y_ptr + i, operand(tl.load(x_ptr + i), tl.float32, "tf32"))
+
+    inf, ulp = torch.inf, 2.0**-10
+    values = [0.0, -0.0, 1 + ulp / 2, -1 - ulp / 2, 1 + 0.49 * ulp, 1.5 * ulp, 3.4028234e38, -3.4028234e38, inf, -inf]
+    expected = [0.0, -0.0, 1 + ulp, -1 - ulp, 1.0, 1.5 * ulp, inf, -inf, inf, -inf]
+    nans = torch.tensor([0x7FFFFFFF, -1, 0x7FC00000, -0x400000, 0, 0], dtype=torch.int32).view(torch.float32)
+    x = torch.cat([torch.tensor(values), nans]).to(DEVICE)
+    y = torch.empty_like(x)
+    rounding[(1,)](x, y, N=16)
+    assert torch.equal(y[:10].cpu().view(torch.int32), torch.tensor(expected).view(torch.int32))
+    assert y[10:14].isnan().all() and not y[14:].any()
+    z = torch.randn(16, device=DEVICE)
+    rounding[(1,)](z, y, N=16)
+    assert torch.equal(y, to_tf32(z))

@@ -184,7 +184,9 @@ def test_precision_reaches_the_kernels(name, schedule, precision, launched):
     module = getattr(seqcells, name)(3, 4, backend=f"triton:{schedule}", precision=precision)
     assert ("precision" in repr(module)) == (precision is not None)
     trained(module, torch.float32)
-    assert len(launched) >= 2 and set(launched) == {precision or precisions.rnn_precision()}
+    assert len(launched) >= 2 and set(launched) == {
+        precisions.of_products(precision, torch.float32, torch.device(DEVICE))
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
