@@ -438,11 +438,14 @@ def plan(
     schedule: str | None = None,
     precision: str = "tf32",
     backward: bool = False,
+    avoid: tuple[str, ...] = (),
 ) -> Plan:
     """The plan of a scan: batch B, hidden size H, bytes an element of the data's type, the device's facts.
 
-    precision: what float32 products are done in. schedule: None takes the one with the lowest floor; a name forces it.
-    ValueError for an unknown name, for a schedule that does not fit, and for a U of 2^31 elements or more.
+    precision: what float32 products are done in. schedule: None takes the one with the lowest floor, of those not in
+    avoid; a name forces it.
+    ValueError for an unknown name, for a schedule that does not fit, where none is left, and for a U of 2^31 elements
+    or more.
     """
     if schedule not in (None, *SCHEDULES):
         raise ValueError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
@@ -452,10 +455,12 @@ def plan(
     unfit = {"resident": problem.unfit_resident(), "grid": problem.unfit_grid(), "stepwise": None}
     if schedule is not None and unfit[schedule]:
         raise ValueError(f"the {schedule} schedule does not fit hidden size {H}, batch {B}: {unfit[schedule]}")
-    names = [schedule] if schedule else [name for name in SCHEDULES if not unfit[name]]
+    names = [schedule] if schedule else [name for name in SCHEDULES if not unfit[name] and name not in avoid]
+    if not names:
+        raise ValueError(f"no schedule is left for hidden size {H}, batch {B}")
     found = {name: getattr(problem, name)() for name in names}
     # Interpreted, a barrier is a launch: nothing is gained by it.
-    if schedule is None and device is INTERPRETER:
+    if schedule is None and device is INTERPRETER and len(found) > 1:
         found.pop("grid", None)
     # Programs that wait for each other have more to lose against their floor than one that runs alone.
     best = min(found.values(), key=lambda p: p.microseconds * (1.25 if p.schedule == "grid" else 1.0))

@@ -28,9 +28,9 @@ class Engine(NamedTuple):
     forward(gx [T, B, K, G*H], u [K, G*H, H], bias [K, inner*H], h0, c0 [K, B, H], mask, cell, save, reversed,
     schedule, precision) -> y, c, saved, hn, cn
     backward(dy, dhn, dcn, dcs, u, y, c, saved, mask, cell, reversed, schedule, precision) -> dgx, dhu, m, dh0, dc0
-    recompute(gx, u, bias, y, c, mask, cell, reversed) -> saved
-    single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, H], cell, save, precision, input_precision) -> as forward, but
-    hn, cn [B, H]: one step and its input's product together; None where there is none
+    recompute(gx, u, bias, y, c, mask, cell, reversed, schedule) -> saved
+    single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, H], cell, save, schedule, precision, input_precision) -> as
+    forward, but hn, cn [B, H]: one step and its input's product together; None where there is none
     whole(options, save, the 7 inputs, mask) -> what `_visible` gives, the three tensors `kept`, and `more`
     whole_backward(options, the 7 inputs, mask, kept, the outputs' gradients, need, more or None) -> the 7 gradients
     Both, or None: a layer from its input to all gradients, where nothing looks on
@@ -108,7 +108,8 @@ def _run(options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: T
     assert x is not None
     if options.single and engine.single is not None:
         h0, c0 = (None if s is None else s.reshape(s.shape[-2:]) for s in (h0, c0))
-        return engine.single(x[0], *weights, h0, c0, options.cell, save, options.precision, options.single)
+        given = (options.cell, save, options.schedule, options.precision, options.single)
+        return engine.single(x[0], *weights, h0, c0, *given)
     w_ih, w_hh, b_ih, b_hh = _grouped(*weights)
     assert w_ih is not None
     gx, bias = input_projection(cell, x, w_ih, b_ih, b_hh)
@@ -154,7 +155,7 @@ def _gradients(
     K, H = y.shape[2:]
     if saved is None:
         gx, bias = input_projection(cell, x, w_ih, b_ih, b_hh)
-        saved = walker.recompute(gx, w_hh, bias, y, c, mask, name, reversed)
+        saved = walker.recompute(gx, w_hh, bias, y, c, mask, name, reversed, options.schedule)
     dy, dhn, *others = grads
     dcn, dcs = (*others, None, None)[:2] if cell.states == 2 else (None, None)
     dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, H) for d in (dy, dcs))

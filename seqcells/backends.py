@@ -29,7 +29,7 @@ try:
     TRITON = True
     # Triton decides at import whether it interprets kernels, which then take CPU tensors.
     INTERPRETED = bool(knobs.runtime.interpret)
-except ModuleNotFoundError:
+except (ImportError, OSError):  # not installed, or a library that it needs is missing
     TRITON = INTERPRETED = False
 
 NAMES = ("auto", "triton", "aten", "loop", "reference")
@@ -75,7 +75,8 @@ def spelled(requested: str | None) -> str:
 
 @dataclass(frozen=True)
 class Choice:
-    """backend: triton, aten, loop or reference. schedule: "" unless it was asked for. marked: see `marked`, of aten."""
+    """backend: triton, aten, loop or reference. schedule: of triton, one that was asked for; "" if none was; "auto" if
+    triton was not asked for, and something else may run where it fails. marked: see `marked`, of aten."""
 
     backend: str
     schedule: str
@@ -111,6 +112,7 @@ class Request:
     marked: bool = False  # oneDNN's LSTM could, with masks as marked steps
     one_step: bool = False  # a cell's call
     looped: bool = False  # the loop is faster at it than torch's own
+    refused: bool = False  # the kernels were tried and failed (see `fallback`)
 
 
 # Measured by benchmarks/crossover.py: benchmarks/results/crossover-cpu.md. With more threads than one torch's own gain
@@ -147,6 +149,7 @@ def request(
     seen: bool = False,
     real: float = 1.0,
     lean: bool = False,
+    refused: bool = False,
 ) -> Request:
     """size: T, B, H; None: not to be asked. onednn: its LSTM would run the cell, were there no masks; seen: it could
     not with them. real: the share of rows that are no padding. lean: little is to be kept for backward."""
@@ -158,7 +161,7 @@ def request(
         looped = lean or real < _REAL or size[1] * size[2] > _MARKED[grad] // (4 if lengths else 1)
     elif size is not None:
         looped = loop_pays(cell, *size, grad, onednn and not masked, lengths)
-    return Request(resets, lengths, packed, cells, onednn and not masked, marked, one_step, looped)
+    return Request(resets, lengths, packed, cells, onednn and not masked, marked, one_step, looped, refused)
 
 
 def _no_aten(cell: str, request: Request) -> str:
@@ -185,6 +188,11 @@ def autocasting(device: torch.device) -> bool:
     # Of most devices it need not be asked, which torch.compile of torch 2.11 cannot trace.
     available = device.type in ("cpu", "cuda") or torch.amp.is_autocast_available(device.type)
     return available and torch.is_autocast_enabled(device.type)
+
+
+def prefers_kernels(device: torch.device) -> bool:
+    """Whether "auto" is the kernels on that device, where they run."""
+    return device.type == "cuda"
 
 
 def _without_kernels(cell: str, device: torch.device, request: Request, lacking: str) -> tuple[str, str]:
@@ -228,8 +236,10 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request
     if name != "auto":
         return Choice(name, "", "it was asked for", name == "aten" and request.marked)
     problem = _no_triton(device, dtype)
-    if device.type == "cuda" and problem is None:
-        return Choice("triton", "", "the tensors are on CUDA")
-    where = str(problem) if device.type == "cuda" else f"the tensors are on the {device.type.upper()}"
+    if prefers_kernels(device) and problem is None and not request.refused:
+        return Choice("triton", "auto", "the tensors are on CUDA")
+    where = f"the tensors are on the {device.type.upper()}"
+    if prefers_kernels(device):
+        where = "the kernels failed there (a RuntimeWarning said how)" if problem is None else str(problem)
     found, why = _without_kernels(cell, device, request, lacking)
     return Choice(found, "", f"{where}, and {why}", found == "aten" and request.marked)

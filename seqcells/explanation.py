@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import aten, backends, precisions, reference
+from . import aten, backends, fallback, precisions, reference
 from .kernels.plan import KNOWN
 
 
@@ -55,6 +55,7 @@ def explain(
     if place.type == "cuda" and place.index is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
     how: Any = {"resets": resets, "lengths": lengths, "onednn": aten.onednn(cell, place, dtype)}
+    how["refused"] = not elsewhere and fallback.refused(place, cell, dtype, hidden_size, grad)
     asks = backends.request(cell, (1 << 10 if steps is None else steps, batch, hidden_size), grad, **how)
     chosen = backends.choose(cell, place, dtype, asks, backend)
     if chosen.backend != "triton":
@@ -65,7 +66,10 @@ def explain(
         raise ValueError(f"unknown device {device!r}: expected a torch device or one of {', '.join(KNOWN)}")
     facts = KNOWN[str(device)] if elsewhere else scan.device_facts(place)
     options: Any = {"B": batch, "H": hidden_size, "groups": groups, "itemsize": dtype.itemsize, "device": facts}
-    options |= {"schedule": chosen.schedule or None, "precision": precisions.of_products(precision, dtype, place)}
+    options |= {
+        "schedule": chosen.schedule.removeprefix("auto") or None,
+        "precision": precisions.of_products(precision, dtype, place),
+    }
     there, back = (plan.plan(cells.get(cell), backward=b, **options) for b in (False, True))
     why = f"{chosen.why}; forward, {there.schedule} schedule: {there.why}; backward, {back.schedule}: {back.why}"
     return Explanation("triton", there, why, back)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import aten, autograd, backends, batching, loop, marked, masks, precisions, projection, reference  # noqa: F401  (loop: its engine)
+from . import aten, autograd, backends, batching, fallback, loop, marked, masks, precisions, projection, reference  # noqa: F401  (loop: its engine)
 
 try:
     from . import ops
@@ -151,6 +151,7 @@ def choose(
         cell,
         None if compiling else (T, B, hidden),
         grad,
+        refused=fallback.refused(x.device, cell, x.dtype, hidden, grad),
         resets=how.resets is not None,
         lengths=how.lengths is not None,
         packed=packed is not None and type(x) is Tensor,
@@ -219,7 +220,7 @@ def _run(
         w_ih, w_hh, b_ih, b_hh = stacked
         precision = precisions.of_products(how.precision, x.dtype, x.device)
         # It may not fit: say so before anything runs. (A compiler cannot trace the plan; the operator says it then.)
-        if chosen.schedule and not torch.compiler.is_compiling():
+        if chosen.schedule in backends.SCHEDULES and not torch.compiler.is_compiling():
             assert w_hh is not None
             for backward in (False, True):
                 u = w_hh if w_hh.dim() == 3 else w_hh[None]
@@ -235,7 +236,8 @@ def _run(
             "",
             autograd.unseen(chosen.backend, x, tensors),
         )
-        if how.one_step and chosen.backend == "triton" and not chosen.schedule and not backends.traced():
+        named = chosen.schedule in backends.SCHEDULES
+        if how.one_step and chosen.backend == "triton" and not named and not backends.traced():
             inputs = precisions.of_inputs(x.dtype, x.device)
             if ops.one_launch(cell, x[0], w_hh, precision, inputs):  # type: ignore[arg-type]
                 options = replace(options, save="gates", single=inputs)

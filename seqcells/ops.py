@@ -1,29 +1,77 @@
 """The Triton kernels as torch.library custom ops: an engine (see `autograd`). Importing this imports triton.
 
 The ops carry the fakes that torch.compile and torch.export trace, and the rules of vmap. One op a direction: a dispatch
-costs tens of microseconds.
+costs tens of microseconds. Their argument schedule: "" for the plan's choice, a schedule's name, or "auto": the plan's
+choice, and if it does not compile or launch another, and at last the same in torch operations (see `fallback`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import batching
-from .autograd import ENGINES, Engine
+from . import batching, fallback, reference
+from .autograd import ENGINES, Engine, input_projection
 from .kernels import cells, scan, single
+from .kernels.buffers import pack_saved, unpack_saved
 from .kernels.cells import Cell
 from .kernels.plan import Plan, plan
 from .kernels.plan_single import Single, plan_single, unfit
+from .loop import CELLS as LOOP_CELLS
+from .loop import operators as loop
 
 
-def plan_for(cell: Cell, batch: int, u: Tensor, schedule: str, precision: str, backward: bool) -> Plan:
+def plan_for(
+    cell: Cell, batch: int, u: Tensor, schedule: str, precision: str, backward: bool, avoid: tuple[str, ...] = ()
+) -> Plan:
     """The plan of a scan with these recurrent weights [K, G*H, H]. schedule: "" chooses. Raises as `plan` does."""
-    options: Any = {"B": batch, "H": u.shape[2], "groups": u.shape[0], "itemsize": u.element_size()}
+    options: Any = {"B": batch, "H": u.shape[2], "groups": u.shape[0], "itemsize": u.element_size(), "avoid": avoid}
     options |= {"device": scan.device_facts(u.device), "schedule": schedule or None, "precision": precision}
     return plan(cell, backward=backward, **options)
+
+
+def _launch(launch: scan.Launch) -> None:
+    """`scan.run`; raises fallback.Failed where the kernel does not compile or launch."""
+    fallback.guarded(partial(scan.run, launch))
+
+
+def _attempts(planned: Callable[..., Plan], call: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The schedules for `fallback.first_that_runs`, the best first. planned(avoid=...): the plan without those."""
+    avoid: tuple[str, ...] = ()
+    while True:
+        try:
+            chosen = planned(avoid=avoid)
+        except ValueError as error:
+            if not avoid:  # nothing ever fitted: `call` raises it again
+                yield "any", partial(_raise, error)
+            return
+        yield chosen.schedule, partial(call, plan=chosen, launch=_launch)
+        avoid += (chosen.schedule,)
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _kernel(cell: str, direction: str, like: Tensor, u: Tensor) -> fallback.Kernel:
+    return fallback.Kernel(cell, direction, like.dtype, u.shape[-1], like.device)
+
+
+def _tiles(cell: str, kept: Tensor) -> Tensor:
+    """The kernels' saved words of what the loop engine saves [T, B, K, S*H]."""
+    order = list(LOOP_CELLS[cell].order)
+    return pack_saved(kept.unflatten(3, (len(order), -1))[:, :, :, order])
+
+
+def _kept(cell: str, words: Tensor, dtype: torch.dtype) -> Tensor:
+    """The opposite of `_tiles`."""
+    order = LOOP_CELLS[cell].order
+    back = [order.index(n) for n in range(len(order))]
+    return unpack_saved(words, len(order), dtype)[:, :, :, back].flatten(3, 4)
 
 
 def _scan_forward(
@@ -41,10 +89,23 @@ def _scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See kernels.scan.forward."""
     declared = cells.get(cell)
-    options: Any = {"plan": plan_for(declared, gx.shape[1], u, schedule, precision, False)}
-    options |= {"reversed": reversed, "precision": precision}
     gx = gx.contiguous()  # vmap's rows and groups need not be
-    return tuple(scan.forward(declared, gx, u, bias, h0, c0, mask, save=save, **options))  # type: ignore[return-value]
+    how: Any = {"save": save, "reversed": reversed, "precision": precision}
+    call = partial(scan.forward, declared, gx, u, bias, h0, c0, mask, **how)
+    planned = partial(plan_for, declared, gx.shape[1], u, "", precision, False)
+    if schedule != "auto":
+        return tuple(call(plan=plan_for(declared, gx.shape[1], u, schedule, precision, False)))  # type: ignore[return-value]
+
+    def by_loop() -> Any:
+        out = loop.forward(gx, u, bias, h0, c0, mask, cell, save, reversed, "", precision)
+        y, c, kept, hn, cn = out
+        like = scan.allocate(declared, gx, save, reversed)
+        saved = _tiles(cell, kept) if like.saved.numel() else like.saved
+        return y, c if c.numel() else like.c, saved, hn, cn
+
+    otherwise = by_loop if cell in LOOP_CELLS else None
+    kernel = _kernel(cell, "forward", gx, u)
+    return tuple(fallback.first_that_runs(kernel, _attempts(planned, call), otherwise))
 
 
 def _scan_forward_fake(gx: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -69,11 +130,20 @@ def _scan_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See kernels.scan.backward."""
     declared = cells.get(cell)
-    options: Any = {"plan": plan_for(declared, y.shape[1], u, schedule, precision, True)}
-    options |= {"reversed": reversed, "precision": precision}
-    options |= {} if dcs is None else {"dcs": dcs}
     y, c, saved = y.contiguous(), c.contiguous(), saved.contiguous()
-    return tuple(scan.backward(declared, dy, dhn, dcn, u, y, c, saved, mask, **options))  # type: ignore[return-value]
+    how: Any = {"reversed": reversed, "precision": precision} | ({} if dcs is None else {"dcs": dcs})
+    call = partial(scan.backward, declared, dy, dhn, dcn, u, y, c, saved, mask, **how)
+    planned = partial(plan_for, declared, y.shape[1], u, "", precision, True)
+    if schedule != "auto":
+        return tuple(call(plan=plan_for(declared, y.shape[1], u, schedule, precision, True)))  # type: ignore[return-value]
+
+    def by_loop() -> Any:
+        kept = _kept(cell, saved, y.dtype) if declared.saved else saved
+        return loop.backward(dy, dhn, dcn, dcs, u, y, c, kept, mask, cell, reversed, "", precision)
+
+    otherwise = by_loop if cell in LOOP_CELLS else None
+    kernel = _kernel(cell, "backward", y, u)
+    return tuple(fallback.first_that_runs(kernel, _attempts(planned, call), otherwise))
 
 
 def _scan_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
@@ -82,19 +152,32 @@ def _scan_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _recompute(
-    gx: Tensor, u: Tensor, bias: Tensor | None, y: Tensor, c: Tensor, mask: Tensor | None, cell: str, reversed: int
+    gx: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    mask: Tensor | None,
+    cell: str,
+    reversed: int,
+    schedule: str,
 ) -> Tensor:
     """See kernels.scan.recompute."""
     declared = cells.get(cell)
-    chosen = plan_for(declared, y.shape[1], u, "", "ieee", False)
     gx, y, c = gx.contiguous(), y.contiguous(), c.contiguous()
-    return scan.recompute(declared, gx, u, bias, y, c, mask, plan=chosen, reversed=reversed)
+    chosen = plan_for(declared, y.shape[1], u, "", "ieee", False)
+    call = partial(scan.recompute, declared, gx, u, bias, y, c, mask, plan=chosen, reversed=reversed)
+    if schedule != "auto":
+        return call()
+    kernel = _kernel(cell, "recompute", y, u)
+    attempts = [("recompute", partial(call, launch=_launch))]
+    by_loop = partial(loop.recompute_saved, gx, u, bias, y, c, mask, cell, reversed)
+    otherwise = (lambda: _tiles(cell, by_loop())) if cell in LOOP_CELLS else None
+    return fallback.first_that_runs(kernel, attempts, otherwise)
 
 
-def _recompute_fake(
-    gx: Tensor, u: Tensor, bias: Tensor | None, y: Tensor, c: Tensor, mask: Tensor | None, cell: str, reversed: int
-) -> Tensor:
-    return scan.allocate_saved(cells.get(cell), gx)
+def _recompute_fake(gx: Tensor, *others: Any) -> Tensor:
+    return scan.allocate_saved(cells.get(others[5]), gx)
 
 
 def _single_forward(
@@ -107,14 +190,26 @@ def _single_forward(
     c0: Tensor | None,
     cell: str,
     save: str,
+    schedule: str,
     precision: str,
     input_precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See kernels.single.forward: one step, x [B, I]; what scan_forward gives of one step, but all states [B, H]."""
     declared = cells.get(cell)
     chosen = single_plan(cell, x, w_hh, precision, input_precision)
-    options: Any = {"plan": chosen, "precision": precision, "input_precision": input_precision}
-    return tuple(single.forward(declared, x, w_ih, w_hh, b_ih, b_hh, h0, c0, save=save, **options))  # type: ignore[return-value]
+    how: Any = {"save": save, "plan": chosen, "precision": precision, "input_precision": input_precision}
+    call = partial(single.forward, declared, x, w_ih, w_hh, b_ih, b_hh, h0, c0, **how)
+    if schedule != "auto":
+        return tuple(call())  # type: ignore[return-value]
+
+    def by_scan() -> Any:
+        bi, bh, h, c = (None if t is None else t[None] for t in (b_ih, b_hh, h0, c0))
+        gx, inner = input_projection(reference.get(cell), x[None], w_ih[None], bi, bh)
+        y, c, saved, hn, cn = _scan_forward(gx, w_hh[None], inner, h, c, None, cell, save, 0, schedule, precision)
+        return y, c, saved, hn[0], cn[0] if cn.numel() else cn
+
+    attempts = [("single", partial(call, launch=_launch))]
+    return tuple(fallback.first_that_runs(_kernel(cell, "step", x, w_hh), attempts, by_scan))
 
 
 def single_plan(cell: str, x: Tensor, w_hh: Tensor, precision: str, input_precision: str) -> Single:

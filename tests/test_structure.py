@@ -34,7 +34,11 @@ ARROWS = {  # room: the rooms of the project it may import
     "autograd": {"backends", "masks", "reference", "kernels.buffers"},
     "batching": set(),
     "loop": {"autograd", "batching", "reference", "kernels.buffers"},
-    "ops": {"autograd", "batching", *(f"kernels.{n}" for n in ("cells", "plan", "plan_single", "scan", "single"))},
+    "fallback": set(),
+    "ops": {
+        *("autograd", "batching", "fallback", "loop", "reference"),
+        *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "scan", "single")),
+    },
     "aten": set(),
     "projection": set(),
     "precisions": set(),
@@ -43,6 +47,7 @@ ARROWS = {  # room: the rooms of the project it may import
         "autograd",
         "backends",
         "batching",
+        "fallback",
         "loop",
         "marked",
         "masks",
@@ -54,6 +59,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "explanation": {
         "aten",
         "backends",
+        "fallback",
         "precisions",
         "reference",
         *(f"kernels.{n}" for n in ("cells", "plan", "scan")),

@@ -14,6 +14,8 @@ from __future__ import annotations
 from .. import batching
 from ..autograd import ENGINES, Engine
 from . import layer, operators
+from .cells import CELLS
 
+__all__ = ["CELLS"]
 ENGINES["loop"] = Engine(*operators.ALL, whole=layer.forward, whole_backward=layer.backward)
 batching.register(*operators.ALL)

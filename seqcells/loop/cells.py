@@ -11,6 +11,7 @@ Rows are those of a `stretches.Walk`: each step has sizes[k] of them, a leading 
     saved            columns of kept in units of H; 0: the gate is the output itself, and its product is formed there
     wide             columns of the gates' gradients in units of H, in kept's order
     turned           whether the input's product begins with the last gate
+    order            which gates of kept are the kernels' saved tiles, in their order
     forth(u), back_again(u)    the recurrent weights [G*H, H] as activate and walk want them, and as back wants them
     activate(kept, h, u)    the gates of any number of rows at once: kept has the input's product
     walk(sizes, kept, h, c, y, cs, u, spare)    steps, one after another: y and cs (all c) are filled. The last h and c
@@ -52,6 +53,7 @@ class LSTM:
     """kept: o i f g. The three sigmoids are neighbours, and so are the three gates that reach c."""
 
     gates, states, saved, wide, turned = 4, 2, 4, 4, True
+    order = (1, 2, 3, 0)
 
     @staticmethod
     def forth(u: Tensor) -> Operands:
@@ -124,6 +126,7 @@ class GRU:
     """kept: n r z q, q the inner product: the input's product goes to n r z, and the recurrent one to r z q."""
 
     gates, states, saved, wide, turned = 3, 1, 4, 4, True
+    order = (1, 2, 0, 3)
 
     @staticmethod
     def forth(u: Tensor) -> Operands:
@@ -183,6 +186,7 @@ class GRUBefore:
     """kept: r z n. The sigmoids are neighbours, and so are the gates that the gradient of h reaches first."""
 
     gates, states, saved, wide, turned = 3, 1, 3, 3, False
+    order = (0, 1, 2)
 
     @staticmethod
     def forth(u: Tensor) -> Operands:

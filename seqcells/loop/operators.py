@@ -38,7 +38,7 @@ def _product(part: Any, w: Walk, gx: Tensor, H: int) -> Fill:
     return fill
 
 
-def _forward(
+def forward(
     gx: Tensor,
     u: Tensor,
     bias: Tensor | None,
@@ -100,7 +100,7 @@ def _in_place(w: Walk, state: Tensor, back: bool) -> Tensor:
     return state.index_select(0, places)
 
 
-def _backward(
+def backward(
     dy: Tensor | None,
     dhn: Tensor | None,
     dcn: Tensor | None,
@@ -173,8 +173,16 @@ def _allocate_gradients(u: Tensor, y: Tensor, cell: str, reversed: int) -> Gradi
     )
 
 
-def _recompute(
-    gx: Tensor, u: Tensor, bias: Tensor | None, y: Tensor, c: Tensor, mask: Tensor | None, cell: str, reversed: int
+def recompute_saved(
+    gx: Tensor,
+    u: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    c: Tensor,
+    mask: Tensor | None,
+    cell: str,
+    reversed: int,
+    schedule: str = "",
 ) -> Tensor:
     """The saved gates of all steps, from the states."""
     part, (T, B, K), H = CELLS[cell], gx.shape[:3], u.shape[2]
@@ -189,9 +197,9 @@ def _recompute(
     return saved
 
 
-scan_forward = torch.library.custom_op("seqcells::loop_forward", _forward, mutates_args=())
-scan_backward = torch.library.custom_op("seqcells::loop_backward", _backward, mutates_args=())
-recompute = torch.library.custom_op("seqcells::loop_recompute", _recompute, mutates_args=())
+scan_forward = torch.library.custom_op("seqcells::loop_forward", forward, mutates_args=())
+scan_backward = torch.library.custom_op("seqcells::loop_backward", backward, mutates_args=())
+recompute = torch.library.custom_op("seqcells::loop_recompute", recompute_saved, mutates_args=())
 ALL = scan_forward, scan_backward, recompute
 
 

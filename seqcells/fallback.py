@@ -1,0 +1,113 @@
+"""What runs where a kernel does not compile or does not launch, and the user did not ask for the kernels by name.
+
+Under "auto" another schedule runs; if none is left, the same computation in torch operations (the loop engine). From
+the next call on, `backends` then chooses torch's own layer or the loop. A RuntimeWarning says what failed and what runs
+instead, once: what failed is not tried again in this process. backend="triton" raises the error instead. Not caught:
+lack of memory, and errors after which CUDA's context is lost.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Kernel(NamedTuple):
+    """What fails together, whatever the batch. direction: forward, backward, recompute or step (of a cell)."""
+
+    cell: str
+    direction: str
+    dtype: torch.dtype
+    hidden_size: int
+    device: torch.device
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"{self.cell} {self.direction} ({dtype}, hidden size {self.hidden_size}, on {self.device})"
+
+
+class Failed(Exception):
+    """A kernel did not compile or launch; __cause__ is the error."""
+
+
+# Parts of the messages of errors that are not the kernel's own: nothing else could run after them, or as they are
+# lack of memory, which the caller may want to handle.
+_NOT_CAUGHT = (
+    "out of memory",
+    "illegal memory access",
+    "illegal address",
+    "illegal instruction",
+    "misaligned address",
+    "device-side assert",
+    "unspecified launch failure",
+    "launch timed out",
+    "uncorrectable",
+)
+_failed: set[tuple[Kernel, str]] = set()  # and schedule
+_refused: set[Kernel] = set()  # all of whose schedules failed
+
+
+def guarded(call: Callable[[], None]) -> None:
+    """call(), which compiles and launches a kernel. Raises Failed if that goes wrong in a way that can be mended."""
+    try:
+        call()
+    except Exception as error:
+        message = str(error).lower()
+        if isinstance(error, torch.OutOfMemoryError) or any(part in message for part in _NOT_CAUGHT):
+            raise
+        raise Failed from error
+
+
+def first_that_runs(
+    kernel: Kernel, attempts: Iterable[tuple[str, Callable[[], T]]], otherwise: Callable[[], T] | None
+) -> T:
+    """The result of the first attempt that does not raise Failed, or ValueError where nothing fits; else otherwise().
+
+    attempts: schedules by name, the best first. Those that failed before are passed over. With otherwise None the
+    error of the last one is raised.
+    """
+    errors: list[tuple[str, BaseException]] = []
+    if otherwise is not None and kernel._replace(direction="forward") in _refused:
+        return otherwise()  # as forward did, and the warning said; the next call is another's
+    for schedule, attempt in attempts:
+        if (kernel, schedule) in _failed:
+            continue
+        try:
+            result = attempt()
+        except (Failed, ValueError) as error:
+            errors.append((schedule, error.__cause__ or error))
+            _failed.add((kernel, schedule))
+            continue
+        _warn(kernel, errors, f"the {schedule} kernel")
+        return result
+    if otherwise is None:
+        raise errors[-1][1] if errors else RuntimeError(f"the kernels for {kernel} failed before in this process")
+    _refused.add(kernel)
+    result = otherwise()
+    _warn(kernel, errors, "a loop of torch operations, and from the next call on torch's own layer where it has one,")
+    return result
+
+
+def _warn(kernel: Kernel, errors: list[tuple[str, BaseException]], instead: str) -> None:
+    if not errors:
+        return
+    said = "; ".join(f"{schedule}: {type(e).__name__}: {' '.join(str(e).split())[:300]}" for schedule, e in errors)
+    warnings.warn(
+        f"seqcells: no kernel for {kernel} by {said}. Instead {instead} runs, in this process from now on. "
+        "backend='triton' raises the error.",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
+def refused(device: torch.device, cell: str, dtype: torch.dtype, hidden_size: int, grad: bool) -> bool:
+    """Whether the kernels of a scan, and with grad those of its backward, were tried and failed."""
+    if not _refused:
+        return False
+    directions = ("forward", "backward", "recompute") if grad else ("forward",)
+    return any(Kernel(cell, d, dtype, hidden_size, device) in _refused for d in directions)
