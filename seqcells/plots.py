@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
+from typing import Any
 
+from . import files
 from .training import Row
 
 
+def check(path: Path) -> None:
+    """Raise ModuleNotFoundError without matplotlib, ValueError if it cannot draw in the format of path's suffix."""
+    figure = _pyplot().figure()
+    try:
+        _drawn(figure, path)
+    except Exception as error:
+        raise ValueError(f"cannot draw {path}: {' '.join(str(error).split())}") from error
+
+
 def learning_curves(title: str, histories: dict[str, list[Row]], path: Path) -> None:
-    """Test loss and accuracy against sequences seen, one line a run. Written at once or not at all."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    """Test loss and accuracy against sequences seen, one line a run."""
+    figure, (left, right) = _pyplot().subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for name, rows in histories.items():
         seen = [r.sequences for r in rows]
         left.plot(seen, [r.measured["loss"] for r in rows], marker="o", markersize=3, label=name)
@@ -24,8 +31,25 @@ def learning_curves(title: str, histories: dict[str, list[Row]], path: Path) -> 
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-    figure.savefig(temporary, dpi=130)
-    pyplot.close(figure)
-    temporary.replace(path)
+    files.write(path, _drawn(figure, path))
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("pictures need matplotlib: pip install matplotlib") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _drawn(figure: Any, path: Path) -> bytes:
+    """The figure in the format of path's suffix (PNG if it has none), and closed."""
+    content = io.BytesIO()
+    try:
+        figure.savefig(content, format=path.suffix[1:] or None, dpi=130)
+    finally:
+        _pyplot().close(figure)
+    return content.getvalue()

@@ -6,7 +6,9 @@ kill, and resumed ends with the same numbers, bit for bit, as one that was not.
 
 from __future__ import annotations
 
-import os
+import copy
+import hashlib
+import io
 import time
 import zlib
 from collections.abc import Callable
@@ -16,6 +18,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from . import files
+
+# A checkpoint is this line, the SHA-256 digest of the rest, and the rest: what torch.save makes of Run.state_dict().
+# The number changes with what is in there.
+HEADER = b"seqcells checkpoint 1\n"
 
 
 @dataclass(frozen=True)
@@ -111,11 +119,9 @@ class Run:
         self.optimizer.step()
         return loss.detach()
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint, at once or not at all."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        state = {
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides what comes next. Tensors are not copied."""
+        return {
             "identity": self.identity,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -129,17 +135,10 @@ class Run:
             "rows": [asdict(r) for r in self.rows],
             "extra": self.extra(),
         }
-        with open(temporary, "wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
 
-    def load(self, path: Path) -> None:
-        """Continue from a checkpoint. ValueError if it is of another run."""
-        state = torch.load(path, map_location="cpu", weights_only=True)
-        if state["identity"] != self.identity:
-            raise ValueError(f"{path} was written by another run: {state['identity']}, this one is {self.identity}")
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take back what `state_dict` gave. `load` is the one that leaves the run as it was if this fails."""
+        rows = [Row(**r) for r in state["rows"]]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self.schedule is not None:
@@ -148,9 +147,56 @@ class Run:
         torch.set_rng_state(state["rng"])
         if state["cuda"]:
             torch.cuda.set_rng_state_all(state["cuda"])
-        self.done, self.sequences, self.stopped = state["done"], state["sequences"], state["stopped"]
-        self.rows = [Row(**r) for r in state["rows"]]
         self.restore(state["extra"])
+        self.done, self.sequences, self.stopped = state["done"], state["sequences"], state["stopped"]
+        self.rows = rows
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, or raise OSError and leave the one that was there."""
+        buffer = io.BytesIO()
+        torch.save(self.state_dict(), buffer)
+        payload = buffer.getvalue()
+        files.write(path, HEADER + hashlib.sha256(payload).digest() + payload)
+
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint. The errors are `read_checkpoint`'s; after one the run is as it was before."""
+        state = read_checkpoint(path, self.identity)
+        before = copy.deepcopy(self.state_dict())
+        try:
+            self.load_state_dict(state)
+        except Exception as error:
+            self.load_state_dict(before)
+            raise ValueError(_refused(path, "does not fit this run", error)) from error
+
+
+def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+    """The state in a checkpoint of the run with that identity.
+
+    FileNotFoundError if there is no such file, OSError if it cannot be read, ValueError if it is not a whole checkpoint
+    of that run.
+    """
+    content = files.read(path)
+    if not content:
+        raise ValueError(_refused(path, "is empty"))
+    if content[: len(HEADER)] != HEADER[: len(content)]:
+        raise ValueError(_refused(path, "is not a checkpoint of this version of seqcells"))
+    at = len(HEADER) + hashlib.sha256().digest_size
+    if content[len(HEADER) : at] != hashlib.sha256(content[at:]).digest():
+        raise ValueError(_refused(path, "is damaged: it was cut short or changed, its checksum is wrong"))
+    try:
+        state = torch.load(io.BytesIO(content[at:]), map_location="cpu", weights_only=True)
+        found = state["identity"]
+    except Exception as error:
+        raise ValueError(_refused(path, "holds no state of a run", error)) from error
+    if found != identity:
+        raise ValueError(_refused(path, f"was written by another run: {found}, this one is {identity}"))
+    return state
+
+
+def _refused(path: Path, reason: str, error: Exception | None = None) -> str:
+    """One line: why a checkpoint is not taken, and what to do."""
+    detail = "" if error is None else f" ({type(error).__name__}: {' '.join(str(error).split())})"
+    return f"{path} {reason}{detail}; remove it, or choose another folder, to start anew"
 
 
 def train(

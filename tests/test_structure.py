@@ -74,11 +74,12 @@ ARROWS = {  # room: the rooms of the project it may import
     "init": {"weights"},
     "interop": {"weights"},
     "check": {"backends", "explanation", "functional", "reference"},
-    "training": set(),
-    "plots": {"training"},
+    "files": set(),
+    "training": {"files"},
+    "plots": {"files", "training"},
     "progress": set(),
     "tasks": {"init", "layers", "training"},
-    "suite": {"progress", "tasks", "training"},
+    "suite": {"files", "progress", "tasks", "training"},
 }
 TOP = {"__init__", "__main__"}  # these may import anything
 
