@@ -8,6 +8,7 @@ import platform
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,6 +17,9 @@ import seqcells
 from . import backends, explanation, precisions, reference
 from .tasks import TASKS
 from .tasks.base import CELLS
+
+if TYPE_CHECKING:
+    from .suite import Outcome
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -116,7 +120,7 @@ def tasks(_: argparse.Namespace) -> int:
 
 def run(options: argparse.Namespace) -> int:
     """Train and judge a task, or all of them."""
-    from . import plots, suite
+    from . import suite
 
     device = _device(options)
     if torch.device(device).type == "cpu":
@@ -129,6 +133,12 @@ def run(options: argparse.Namespace) -> int:
     wanted = list(
         suite.jobs(options.task, full=options.full, cases=options.case, cells=options.cell, seed=options.seed)
     )
+    dtype = DTYPES[options.dtype] if options.dtype else None
+    save = Path(options.save) if options.save else None
+    _check_results(options)
+    if save is not None:
+        suite.check(wanted, save, dtype=dtype, resume=options.resume)
+    again = f"--save {options.save} --resume goes on from the last checkpoint, if there is one"
     outcomes = []
     try:
         for job in wanted:
@@ -137,18 +147,36 @@ def run(options: argparse.Namespace) -> int:
                     job,
                     backend=options.backend,
                     device=device,
-                    dtype=DTYPES[options.dtype] if options.dtype else None,
-                    save=Path(options.save) if options.save else None,
+                    dtype=dtype,
+                    save=save,
                     resume=options.resume,
                     quiet=options.all,
                 )
             )
+        _write_results(options, outcomes, device)
     except KeyboardInterrupt:
-        how = (
-            f"--save {options.save} --resume goes on from the last checkpoint" if options.save else "nothing was saved"
-        )
-        print(f"interrupted; {how}", file=sys.stderr)
+        print(f"interrupted; {again if save else 'nothing was saved'}", file=sys.stderr)
         return 130
+    except OSError as error:
+        raise OSError(f"{error}; then {again}" if save else str(error)) from error
+    return 0 if all(o.solved for o in outcomes) else 1
+
+
+def _check_results(options: argparse.Namespace) -> None:
+    """Raise, before anything is trained, if a file that `run` is to write at its end could not be written."""
+    from . import files, plots
+
+    for name in (options.json, options.table, options.plot):
+        if name:
+            files.check(Path(name))
+    if options.plot:
+        plots.check(Path(options.plot))
+
+
+def _write_results(options: argparse.Namespace, outcomes: list[Outcome], device: str) -> None:
+    """The table on the terminal, and the files asked for."""
+    from . import plots, suite
+
     if options.all:
         print("\n" + suite.table(outcomes))
     if options.json:
@@ -160,7 +188,6 @@ def run(options: argparse.Namespace) -> int:
         histories = {f"{o.case}, {o.cell}, {o.seed}": o.rows for o in outcomes}
         plots.learning_curves(options.task or "all tasks", histories, Path(options.plot))
         print(f"plot: {options.plot}")
-    return 0 if all(o.solved for o in outcomes) else 1
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -206,15 +233,19 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--json", metavar="FILE", help="outcomes with every evaluation")
     p.add_argument("--table", metavar="FILE", help="outcomes as Markdown")
     p.add_argument("--plot", metavar="FILE", help="loss and accuracy against sequences seen")
-    p.add_argument("--save", metavar="DIR", help="write a checkpoint there at each evaluation")
-    p.add_argument("--resume", action="store_true", help="continue from the checkpoints in --save DIR")
+    p.add_argument(
+        "--save", metavar="DIR", help="write a checkpoint there at each evaluation; replaces none without --resume"
+    )
+    p.add_argument(
+        "--resume", action="store_true", help="continue from the checkpoints in --save DIR, where there are some"
+    )
     p.set_defaults(call=run)
 
     options = parser.parse_args(argv)
     options.command_line = sys.argv[1:] if argv is None else argv
     try:
         return options.call(options)
-    except (ValueError, RuntimeError, ModuleNotFoundError) as error:
+    except (ValueError, RuntimeError, ModuleNotFoundError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import platform
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,9 +16,11 @@ from typing import Any
 
 import torch
 
+from . import files
 from .progress import bar
 from .tasks import TASKS
-from .training import Row, Run, train
+from .tasks.base import identity
+from .training import Row, Run, read_checkpoint, train
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,16 @@ class Job:
     def label(self) -> str:
         return f"{self.task.NAME}, case {self.case}, {self.cell}, seed {self.seed}"
 
+    def identity(self, dtype: torch.dtype | None) -> dict[str, Any]:
+        """The identity of the run that the task starts. dtype None: the recipe's."""
+        return identity(self.task.NAME, self.case, self.cell, self.recipe, self.seed, dtype or self.recipe.dtype)
+
+    def checkpoint(self, folder: Path, dtype: torch.dtype | None) -> Path:
+        """Its checkpoint. The name ends in a digest of the identity, so quick and full recipes have a file each."""
+        digest = hashlib.sha256(json.dumps(self.identity(dtype)).encode()).hexdigest()[:8]
+        name = f"{self.task.NAME}-{self.case}-{self.cell}-{self.seed}-{digest}.pt"
+        return folder / name.replace(" ", "-")
+
 
 def jobs(
     task: str | None = None,
@@ -73,6 +88,23 @@ def jobs(
                     yield Job(module, name, cell, s, case.full if full else case.quick)
 
 
+def check(jobs: Iterable[Job], save: Path, *, dtype: torch.dtype | None, resume: bool) -> None:
+    """Find, before the first job is trained, what would go wrong with a checkpoint.
+
+    OSError if one cannot be written or read, or is there already and resume is not asked for; ValueError if one cannot
+    be resumed.
+    """
+    for job in jobs:
+        path = job.checkpoint(save, dtype)
+        if resume:
+            with suppress(FileNotFoundError):
+                read_checkpoint(path, job.identity(dtype))
+        elif os.path.lexists(path):
+            how = "--resume continues from it; to start anew, remove it or choose another folder"
+            raise FileExistsError(f"{path} is there already: {how}")
+        files.check(path)
+
+
 def perform(
     job: Job,
     *,
@@ -83,15 +115,21 @@ def perform(
     resume: bool = False,
     quiet: bool = False,
 ) -> Outcome:
-    """Train and judge. save: the folder of checkpoints; resume: from the one there, if there is one."""
+    """Train and judge. save: the folder of checkpoints; resume: from the one there, if there is one.
+
+    Without resume, a checkpoint that is there is replaced: `check` finds it before.
+    """
     run: Run = job.task.start(job.case, job.cell, job.recipe, job.seed, backend=backend, device=device, dtype=dtype)
-    name = f"{job.task.NAME}-{job.case}-{job.cell}-{job.seed}.pt".replace(" ", "-")
-    checkpoint = None if save is None else save / name
+    checkpoint = None if save is None else job.checkpoint(save, dtype)
     if not quiet:
         print(f"\n{job.label}, on {device}")
-    if resume and checkpoint is not None and checkpoint.exists():
-        run.load(checkpoint)
-        print(f"resumed after {run.unit} {run.done}")
+    if resume and checkpoint is not None:
+        try:
+            run.load(checkpoint)
+            print(f"resumed after {run.unit} {run.done}")
+        except FileNotFoundError:
+            if not quiet:
+                print(f"starts from the beginning: there is no {checkpoint}")
     with bar(total=run.steps, initial=run.done, leave=False, unit=run.unit, desc=job.label) as progress:
         shown: list[str] = []
 
@@ -155,11 +193,8 @@ def report(outcomes: list[Outcome], command: str, device: str) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """At once or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+    """At once or not at all: see files.write."""
+    files.write(path, text.encode())
 
 
 def as_json(outcomes: list[Outcome]) -> str:

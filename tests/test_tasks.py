@@ -19,7 +19,7 @@ from seqcells import suite
 from seqcells.__main__ import main
 from seqcells.tasks import TASKS, count_ones, temporal_order
 from seqcells.tasks.base import CELLS
-from seqcells.training import train
+from seqcells.training import read_checkpoint, train
 
 ROOT = Path(__file__).parents[1]
 # What makes a case small enough for the interpreter: the model's form and the recipe's other values stay.
@@ -179,8 +179,9 @@ def test_a_command_that_was_killed_resumes_to_the_same_bits(how, tmp_path, whole
         for row in outcome["rows"]:
             del row["seconds"]
     assert expected == got
-    name = "memorize-7-gru-0.pt"
-    expected, got = (torch.load(folder / name, weights_only=True)["model"] for folder in (whole, tmp_path))
+    (job,) = suite.jobs("memorize", cases=["7"], cells=["gru"])
+    paths = (job.checkpoint(folder, None) for folder in (whole, tmp_path))
+    expected, got = (read_checkpoint(path, job.identity(None))["model"] for path in paths)
     assert all(torch.equal(expected[k], got[k]) for k in expected)
 
 
