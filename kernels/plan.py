@@ -366,6 +366,9 @@ class _Problem:
 
     def _most_rows(self) -> int:
         """Rows of a `grid` program beyond which some target spills registers (found with the report)."""
+        if self.itemsize == 8:
+            second = self.cell.split < self.gates and not self.backward
+            return 16 if self.H <= 300 else 0 if second else 8
         if self.itemsize > 2:
             return 32 if self.H <= 512 else 16 if self.H <= 768 else 0
         if self.H <= 512:

@@ -30,7 +30,7 @@ def op_arguments(engine, cell, save, groups=1, lengths=False, leaf=False):
     dcn = cn if c0 is not None else None
     dy = torch.ones_like(buffers.outputs(y, reversed))
     backward = (dy, hn, dcn, None, w_hh, y, c, saved, mask, cell, reversed, "", "ieee")
-    recompute = (gx, w_hh, bias, y, c, mask, cell, reversed)
+    recompute = (gx, w_hh, bias, y, c, mask, cell, reversed, "")
     return tuple(
         tuple(t.requires_grad_() if leaf and isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in a)
         for a in (forward, backward, recompute)
