@@ -54,15 +54,16 @@ def sigmoid(x, FAST: tl.constexpr):
 
 @triton.jit
 def operand(x, TYPE: tl.constexpr, PRECISION: tl.constexpr):
-    """x as an operand of `product`: in TYPE, and for a TF32 product rounded to nearest (ties away from zero, as PTX's
-    cvt.rna.tf32.f32). The tensor cores would cut off the 13 bits they do not take, an error twice as large on average
-    and always towards zero."""
+    """x as an operand of `product`: in TYPE, and for a TF32 product such that cutting off its last 13 bits, which the
+    tensor cores do, rounds it to nearest (ties away from zero, as PTX's cvt.rna.tf32.f32)."""
     x = x.to(TYPE)
     if PRECISION == "tf32" and x.dtype == tl.float32:
         bits = x.to(tl.int32, bitcast=True)
         # Not of infinity and NaN: a NaN of all ones would become zero.
         bits = tl.where(tl.abs(x) < float("inf"), bits + 0x1000, bits)
-        return (bits & -0x2000).to(tl.float32, bitcast=True)
+        if INTERPRETED:
+            bits = bits & -0x2000
+        return bits.to(tl.float32, bitcast=True)
     else:
         return x
 

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from .layout import load_weights, memory_rows, memory_units, read_tiles, unit_order, write_tiles
-from .math import operand, product
+from .math import product
 from .tiles import (
     add_outer,
     after_step,
@@ -282,8 +282,9 @@ def backward_kernel(
             write_tiles(m_ptr, at_h, mask, (m,), 0, 1, 0)
             m_ptr -= forth
             dm = zero
+            d_second = operands(d_second, G - SPLIT, TYPE, PRECISION)
             for n in tl.static_range(SPLIT, G):
-                dm = product(UT[n], operand(d_second[n - SPLIT], TYPE, PRECISION), dm, PRECISION)
+                dm = product(UT[n], d_second[n - SPLIT], dm, PRECISION)
         dgx, dhu, new = STEP(dstates, dm, saved, came, after, FAST)
         dgx, dhu, dstates = before_step(dgx, dhu, new, dstates, code, G, STATES, HOLDS)
         write_tiles(dgx_ptr, at_g, mask, dgx, 0, G, H)
@@ -292,8 +293,9 @@ def backward_kernel(
             write_tiles(dhu_ptr, at_i, mask, dhu, G - INNER, G, H)
             dhu_ptr -= forth * INNER
         dh = dstates[0]
+        dhu = operands(dhu, SPLIT, TYPE, PRECISION)  # all before the first product: one barrier for them
         for n in tl.static_range(SPLIT):
-            dh = product(UT[n], operand(dhu[n], TYPE, PRECISION), dh, PRECISION)
+            dh = product(UT[n], dhu[n], dh, PRECISION)
         dstates = replace_first(dstates, dh, STATES)
         if mask_ptr is not None:
             dstates = keep_rows(dstates, kept(code, HOLDS), STATES)

@@ -82,6 +82,23 @@ def _aligned(x: Tensor | None) -> Tensor | None:
     return x.clone() if x.device.type == "cuda" and x.data_ptr() % 16 else x
 
 
+def _rounds_before(plan: Plan, precision: str, dtype: torch.dtype) -> bool:
+    """Whether operands of products are rounded to TF32 before they are loaded: where they stream (see `stepwise`)."""
+    return plan.schedule == "stepwise" and precision == "tf32" and dtype == torch.float32
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """x rounded to TF32, as `math.operand` does."""
+    bits = x.view(torch.int32)
+    return (torch.where(x.isfinite(), bits + 0x1000, bits) & -0x2000).view(torch.float32)
+
+
+def _weights(u: Tensor, plan: Plan, precision: str) -> Tensor:
+    """u for the kernels."""
+    u = _aligned(u)  # type: ignore[assignment]
+    return _rounded(u) if _rounds_before(plan, precision, u.dtype) else u
+
+
 def _bytes(mask: Tensor | None) -> Tensor | None:
     return None if mask is None else _aligned(mask).view(torch.uint8)  # type: ignore[union-attr]
 
@@ -213,7 +230,7 @@ def forward(
     constants |= {"SAVE": save != "none", "SAVED": cell.saved if save == "gates" else 0}
     constants |= {"STEP": cell.forward, "MIDDLE": cell.middle}
     arguments = {
-        "gx_ptr": gx, "u_ptr": _aligned(u), "bias_ptr": _aligned(bias), "y_ptr": out.y, "c_ptr": out.c,
+        "gx_ptr": gx, "u_ptr": _weights(u, plan, precision), "bias_ptr": _aligned(bias), "y_ptr": out.y, "c_ptr": out.c,
         "saved_ptr": out.saved, "mask_ptr": _bytes(mask), "T": T, "B": B, **constants,
     }  # fmt: skip
     programs = _grid(plan, B, K, H)
@@ -237,9 +254,13 @@ def forward(
         arguments |= _chunks(cell, H, plan, False)
         _walk(grid.forward_kernel, arguments, phases, programs, plan, T, launch)
     else:
+        h: list[Tensor | None] = [None, None]
+        if _rounds_before(plan, precision, u.dtype):
+            h = [_rounded(sh.transpose(0, 1).contiguous()), gx.new_empty(B, K, H)]
         for t in range(T):
             for phase in phases:
-                varying = {"t": t, "PHASE": phase, "BLOCK_K": plan.block_k}
+                varying: dict[str, Any] = {"t": t, "PHASE": phase, "BLOCK_K": plan.block_k}
+                varying |= {"h_ptr": h[t % 2], "h_after_ptr": h[1 - t % 2]}
                 launch(Launch(stepwise.forward_kernel, programs, {**arguments, **varying}, plan))
     out.hn.copy_(sh)
     out.cn.copy_(sc)
@@ -285,7 +306,7 @@ def backward(
     constants = _constants(cell, plan, u, mask, reversed, precision)
     constants |= {"STEP": cell.backward, "MIDDLE": cell.backward_middle}
     arguments = {
-        "dy_ptr": _aligned(dy), "dcs_ptr": _aligned(dcs), "u_ptr": _aligned(u), "y_ptr": y, "c_ptr": c,
+        "dy_ptr": _aligned(dy), "dcs_ptr": _aligned(dcs), "u_ptr": _weights(u, plan, precision), "y_ptr": y, "c_ptr": c,
         "saved_ptr": saved, "mask_ptr": _bytes(mask), "dgx_ptr": out.dgx, "dhu_ptr": out.dhu, "m_ptr": out.m,
         "T": T, "B": B, **constants,
     }  # fmt: skip

@@ -9,6 +9,8 @@ Shapes as in `resident`, and per-launch scratch, all [K, B, H] unless said, in t
     m         [B, K, H] the second product's operand, in the data's type
 t counts the steps as the group takes them: a reversed group's first is the last in memory.
     dsh, dsc  gradients of the states (dsh without what still has to pass through U); in place likewise
+For TF32 products U is rounded before, and forward the step before leaves h rounded in a buffer of its own, h [B, K, H];
+otherwise h is None, and y is read. (Rounded where they stream, U and h would double what a launch issues.)
 """
 
 import triton
@@ -54,7 +56,7 @@ def _product(
     for k0 in range(0, H, BLOCK_K):
         x = tl.load(x_ptr + at_x + k0, mask=row_mask[None, :] & (k0 + k[:, None] < H), other=0.0)
         U = tl.load(u_ptr + at_u + k0, mask=valid_m[:, None] & (k0 + k[None, :] < H), other=0.0)
-        acc = product(operand(U, U.dtype, PRECISION), operand(x, U.dtype, PRECISION), acc, PRECISION)
+        acc = product(U, x.to(U.dtype), acc, PRECISION)
     if MASKED:
         # The product and not its operand: rows do not mix. Triton gives an operand the width of the narrowest load that
         # it comes from; that of the mask's byte has no float64 product.
@@ -64,7 +66,8 @@ def _product(
 
 @triton.jit(do_not_specialize=["t", "T", "B"])
 def forward_kernel(
-    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, t, T, B,
+    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr,
+    h_ptr, h_after_ptr, t, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
@@ -104,8 +107,10 @@ def forward_kernel(
     at_first = (in_group * (SPLIT * H))[None, :] + units[:, None]
     hu = ()
     if PHASE == 0:
+        if h_ptr is None:
+            h_ptr = y_ptr - sign * per_step
         sums = _product(
-            u_ptr, unit0, y_ptr - sign * per_step, line, row_mask, kept(code, HOLDS), H, 0, SPLIT,
+            u_ptr, unit0, h_ptr, line, row_mask, kept(code, HOLDS), H, 0, SPLIT,
             BLOCK_H, BLOCK_B, BLOCK_K, ACC, mask_ptr is not None, PRECISION,
         )  # fmt: skip
         for n in tl.static_range(SPLIT):
@@ -122,13 +127,15 @@ def forward_kernel(
     if PHASE == 0 and SPLIT < G:
         store_tiles(hu_first_ptr, at_first, mask, hu, 0, SPLIT, H)
         m = MIDDLE(gx, hu, states, FAST)
-        tl.store(m_ptr + at_h, m.to(m_ptr.dtype.element_ty), mask=mask)
+        tl.store(m_ptr + at_h, operand(m, m_ptr.dtype.element_ty, PRECISION), mask=mask)
     else:
         new, saved = STEP(gx, hu, states, FAST)
         states, stored = after_step(new, states, code, group, STATES, REVERSED, HOLDS)
         tl.debug_barrier()  # sh and sc are in place
         store_tiles(sh_ptr, at_state, mask, states, 0, 1, 0)
         store_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
+        if h_after_ptr is not None:
+            tl.store(h_after_ptr + at_h, operand(states[0], h_after_ptr.dtype.element_ty, PRECISION), mask=mask)
         if STATES == 2:
             store_tiles(sc_ptr, at_state, mask, states, 1, 2, 0)
         if SAVE and STATES == 2:
@@ -157,7 +164,7 @@ def _accumulate_transposed(
         d = tl.load(d_ptr + at_d, mask=row_mask[None, :] & (ks[:, None] < H), other=0.0)
         at_u = ((FROM + n) * H + ks)[None, :] * H + units[:, None]
         U = tl.load(u_ptr + at_u, mask=(units[:, None] < H) & (ks[None, :] < H), other=0.0)
-        acc = product(operand(U, U.dtype, PRECISION), operand(d, U.dtype, PRECISION), acc, PRECISION)
+        acc = product(U, operand(d, U.dtype, PRECISION), acc, PRECISION)
     return acc
 
 
