@@ -5,10 +5,10 @@
     loop       a loop over time in torch operations with a backward of its own: any device
     reference  the pure-PyTorch loop that autograd differentiates: everything, slowly
 
-"auto" is triton on CUDA; on the CPU it is aten or loop, whichever was measured to be faster at such sizes. aten has
-resets for one cell alone: the LSTM in float32 on the CPU, without a projection (see `marked`; if something in it is not
-finite, loop does it). What torch.jit.trace makes of triton and loop runs and can be saved, but has no gradients; of
-aten, it has.
+"auto" is triton on CUDA (where a kernel fails: see `fallback`); on the CPU it is aten or loop, whichever was measured
+to be faster at such sizes. aten has resets for one cell alone: the LSTM in float32 on the CPU, without a projection
+(see `marked`; if something in it is not finite, loop does it). What torch.jit.trace makes of triton and loop runs and
+can be saved, but has no gradients; of aten, it has.
 "triton:resident", "triton:grid" and "triton:stepwise" name a schedule as well.
 """
 

@@ -385,9 +385,9 @@ def scan(
     save: what the triton backend keeps for backward: "gates", or "states" (about a third of the memory, one more GEMM).
     backend: see seqcells.backends; None is the context's, else "auto".
     precision: of float32 recurrent products on the triton backend: "ieee" (float32 itself), "tf32" (operands rounded to
-    11 bits), or "tf32x3" (three TF32 products for one of nearly float32's precision; NVIDIA only); None is what
-    PyTorch's switches for RNNs say, "tf32" or "ieee". Other dtypes and backends ignore it, as do the large products
-    outside the recurrence, which follow PyTorch's switches for matrix products.
+    nearest, to 11 bits), or "tf32x3" (three TF32 products for one of nearly float32's precision; NVIDIA only); None is
+    what PyTorch's switches for RNNs say on CUDA, "tf32" or "ieee". Other dtypes and backends ignore it, as do the large
+    products outside the recurrence, which follow PyTorch's switches for matrix products.
 
     Under autocast all tensors are cast to its dtype, as torch does for its own RNNs. y must not be changed in place
     while backward still needs it; that raises.
