@@ -23,6 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch.autograd import forward_ad
 
+from . import chosen
+
 try:
     from triton import knobs
 
@@ -41,9 +43,6 @@ TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # Of the checks of shapes, under torch.jit.trace. torch does the same for its own.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="seqcells")
 
-# A plain list, not a ContextVar: torch.compile guards on its contents and so recompiles when they change.
-_chosen: list[str] = []
-
 
 def parse(backend: str) -> tuple[str, str]:
     """(name, schedule or "") of a backend's spelling. ValueError if there is no such backend."""
@@ -58,19 +57,30 @@ def parse(backend: str) -> tuple[str, str]:
 def backend(name: str) -> Iterator[None]:
     """Within it, layers, cells and functions that name no backend themselves use this one.
 
-    The choice belongs to the process, not to the thread. ValueError for an unknown name.
+    The choice belongs to the thread that made it, as with torch.no_grad and torch.autocast, and to the asyncio task.
+    Others do not see it. A new thread starts with "auto". A new task and asyncio.to_thread start with the choice of
+    their creator, and so does a forked process, such as a DataLoader's worker; a spawned one starts with "auto". A
+    generator that yields within it shows its choice to its caller, as torch.no_grad does. Each exit restores what its
+    entry found, in whatever order they come.
+
+    Backward does what its forward chose. What torch.utils.checkpoint recomputes follows the choice where backward is
+    called: call it within the same one, or give the layers backend=. A compiled function follows the choice where it is
+    called, and is compiled once for each.
+
+    ValueError for an unknown name.
     """
     parse(name)
-    _chosen.append(name)
+    found = chosen.backend
+    chosen.backend = name
     try:
         yield
     finally:
-        _chosen.pop()
+        chosen.backend = found
 
 
 def spelled(requested: str | None) -> str:
     """A layer's own backend, else the context's, else "auto"."""
-    return requested or (_chosen[-1] if _chosen else "auto")
+    return requested or chosen.backend
 
 
 @dataclass(frozen=True)

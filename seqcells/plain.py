@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import aten, backends
+from . import aten, backends, chosen
 
 
 def step(
     cell: str, x: Tensor, states: tuple[Tensor, ...] | None, weights: aten.Weights, backend: str | None
 ) -> tuple[Tensor, ...] | None:
     """A cell's states after one step, by torch's own; None where it is not so simple. x [B, I], states [B, H]."""
-    if not x.is_cpu or cell not in aten.CELLS or backends.spelled(backend) not in ("auto", "aten"):
+    if not x.is_cpu or cell not in aten.CELLS or (backend or chosen.backend) not in ("auto", "aten"):
         return None
     if torch.is_autocast_enabled("cpu") or backends.transforming():
         return None
@@ -32,7 +32,7 @@ def layers(module: Any, x: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | 
 
     What is wrong with the arguments is left for others to say: then, too, it is None.
     """
-    cell, name = module.cell, backends.spelled(module.backend)
+    cell, name = module.cell, module.backend or chosen.backend
     if cell not in aten.CELLS or name not in ("auto", "aten") or type(x) is not Tensor or x.dim() != 3:
         return None
     T, B, size = x.shape
