@@ -31,7 +31,8 @@ def forward_relu(gx, hu, states, FAST: tl.constexpr):
 
 @triton.jit
 def backward_relu(dstates, dm, saved, states_prev, states, FAST: tl.constexpr):
-    d = (tl.where(states[0] > 0.0, dstates[0], 0.0),)
+    # Not h > 0: where h is NaN, torch's relu lets the gradient through.
+    d = (tl.where(states[0] <= 0.0, 0.0, dstates[0]),)
     return d, d, (tl.zeros_like(states[0]),)
 
 

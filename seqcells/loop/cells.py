@@ -37,6 +37,7 @@ Operands = Sequence[Tensor]
 Sizes = Sequence[int]
 _sigmoid_backward: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_backward: Callable[..., Tensor] = torch.ops.aten.tanh_backward.grad_input
+_relu_backward: Callable[..., Tensor] = torch.ops.aten.threshold_backward.grad_input
 
 
 def last_first(t: Tensor, H: int) -> Tensor:
@@ -289,12 +290,24 @@ class Tanh:
 
 
 class Relu(Tanh):
+    """Its derivative is no factor: torch's backward of relu gives 0 where y is, even for a gradient of inf or NaN, and
+    the gradient itself where y is NaN."""
+
     bend = torch.relu_
 
     @staticmethod
     def factors(p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any) -> Operands:
-        torch.gt(y, 0, out=p)
-        return ()
+        return (y,)
+
+    @staticmethod
+    def back(
+        sizes: Sizes, p: Tensor, kept: Any, others: Operands, dh: Operands, dc: Any, dcs: Any, below: Operands,
+        u: Operands, spare: Tensor,
+    ) -> None:  # fmt: skip
+        (operand,) = u
+        steps = list(zip(by_step(p, sizes), by_step(others[0], sizes), dh, below, strict=True))
+        for gate, y, d, under in reversed(steps):
+            under.addmm_(_relu_backward(d, y, 0, grad_input=gate), operand)
 
 
 CELLS: dict[str, Any] = {"lstm": LSTM, "gru": GRU, "gru_before": GRUBefore, "rnn_tanh": Tanh, "rnn_relu": Relu}
