@@ -34,6 +34,7 @@ class Engine(NamedTuple):
     whole(options, save, the 7 inputs, mask) -> what `_visible` gives, the three tensors `kept`, and `more`
     whole_backward(options, the 7 inputs, mask, kept, the outputs' gradients, need, more or None) -> the 7 gradients
     Both, or None: a layer from its input to all gradients, where nothing looks on
+    exact: whether it takes gx and bias in float32 where the rest is of half precision
     """
 
     forward: Callable[..., Any]
@@ -42,6 +43,7 @@ class Engine(NamedTuple):
     single: Callable[..., Any] | None = None
     whole: Callable[..., Any] | None = None
     whole_backward: Callable[..., Any] | None = None
+    exact: bool = False
 
 
 ENGINES: dict[str, Engine] = {}
@@ -94,6 +96,13 @@ def input_projection(
     return (gx if bias is None else gx + bias).contiguous(), inner
 
 
+def _projection(engine: Engine, cell: Cell, x: Tensor, *weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """`input_projection` of w_ih, b_ih, b_hh, as the engine wants it."""
+    if engine.exact and x.dtype.itemsize < 4:
+        x, weights = x.float(), tuple(None if t is None else t.float() for t in weights)
+    return input_projection(cell, x, *weights)  # type: ignore[arg-type]
+
+
 def _grouped(*tensors: Tensor | None) -> list[Tensor | None]:
     """Weights [G*H, .] with a leading axis of one group; those [K, G*H, .] as they are. w_ih, w_hh, b_ih, b_hh."""
     w_hh = tensors[1]
@@ -112,7 +121,7 @@ def _run(options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: T
         return engine.single(x[0], *weights, h0, c0, *given)
     w_ih, w_hh, b_ih, b_hh = _grouped(*weights)
     assert w_ih is not None
-    gx, bias = input_projection(cell, x, w_ih, b_ih, b_hh)
+    gx, bias = _projection(engine, cell, x, w_ih, b_ih, b_hh)
     K, B = gx.shape[2], gx.shape[1]
     h0, c0 = (None if s is None else s.reshape(K, B, s.shape[-1]) for s in (h0, c0))
     how = (options.cell, save, options.reversed, options.schedule, options.precision)
@@ -154,7 +163,7 @@ def _gradients(
     cell, walker = reference.get(name), ENGINES[options.engine]
     K, H = y.shape[2:]
     if saved is None:
-        gx, bias = input_projection(cell, x, w_ih, b_ih, b_hh)
+        gx, bias = _projection(walker, cell, x, w_ih, b_ih, b_hh)
         saved = walker.recompute(gx, w_hh, bias, y, c, mask, name, reversed, options.schedule)
     dy, dhn, *others = grads
     dcn, dcs = (*others, None, None)[:2] if cell.states == 2 else (None, None)

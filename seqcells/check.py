@@ -32,7 +32,7 @@ OUTPUTS = ("y", "h_n", "c_n")
 
 
 def tolerance(cell: str, dtype: torch.dtype | str, shape: Shape) -> float:
-    """The table's; for relu in low precision, if more, twice the reference's own error at that precision.
+    """The table's; for relu in low precision, if more, twice that of the reference's steps rounded to that precision.
 
     Where rounding moves a pre-activation across zero, relu's derivative jumps, and that element's gradient is lost
     whole, in any implementation, the more the longer the sequence.
@@ -42,7 +42,7 @@ def tolerance(cell: str, dtype: torch.dtype | str, shape: Shape) -> float:
     # float16 rounds as TF32 does.
     low = torch.float16 if dtype == "tf32" else dtype
     assert isinstance(low, torch.dtype)
-    return max(TOLERANCE[dtype], 2 * max(errors(cell, shape, low, "cpu", backend="reference").values()))
+    return max(TOLERANCE[dtype], 2 * max(errors(cell, shape, low, "cpu", backend=None).values()))
 
 
 @dataclass(frozen=True)
@@ -85,16 +85,23 @@ def run(
     tensors: list[Tensor],
     resets: Tensor | None,
     *,
-    backend: str,
+    backend: str | None,
     save: str = "gates",
     precision: str | None = None,
     seed: int = 1,
 ) -> dict[str, Tensor]:
-    """Every output and every gradient of a weighted sum of the outputs, by name (gradients with a leading d)."""
+    """Every output and every gradient of a weighted sum of the outputs, by name (gradients with a leading d).
+
+    backend: None is the reference with every operation rounded to the tensors' dtype.
+    """
     leaves = [t.detach().requires_grad_() for t in tensors]
     x, w_ih, w_hh, b_ih, b_hh, *states = leaves
-    how: dict[str, Any] = {"resets": resets, "save": save, "backend": backend, "precision": precision}
-    y, final = functional.scan(cell, x, tuple(states), w_ih, w_hh, b_ih, b_hh, **how)
+    if backend is None:
+        step = reference.get(cell).step
+        y, final = reference.scan(step, x, tuple(states), w_ih, w_hh, b_ih, b_hh, resets=resets)
+    else:
+        how: dict[str, Any] = {"resets": resets, "save": save, "backend": backend, "precision": precision}
+        y, final = functional.scan(cell, x, tuple(states), w_ih, w_hh, b_ih, b_hh, **how)
     outputs = (y, *final)
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
@@ -109,7 +116,7 @@ def errors(
     dtype: torch.dtype,
     device: str,
     *,
-    backend: str,
+    backend: str | None,
     save: str = "gates",
     precision: str | None = None,
     resets: bool = False,

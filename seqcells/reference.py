@@ -173,12 +173,17 @@ def scan_groups(
 
     w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H], states [K, B, H] (of one group also without K); x [T, B, I]
     for all groups or [T, B, K, I] for each. Group k walks from the last step to the first if bit k of reversed is set.
+    Half precision is computed in float32, and rounded in the end.
     """
+    dtype = x.dtype
+    exact = torch.float32 if dtype.itemsize < 4 else dtype
+    x, w_ih, w_hh = (t.to(exact) for t in (x, w_ih, w_hh))
+    b_ih, b_hh = (None if b is None else b.to(exact) for b in (b_ih, b_hh))
     if w_hh.dim() == 2:
         w_ih, w_hh = w_ih[None], w_hh[None]
         b_ih, b_hh = (None if b is None else b[None] for b in (b_ih, b_hh))
     K, H = w_hh.shape[0], w_hh.shape[2]
-    states = tuple(s.reshape(K, -1, H) for s in states)
+    states = tuple(s.to(exact).reshape(K, -1, H) for s in states)
     outputs, finals = [], []
     for k in range(K):
         weights = (None if w is None else w[k] for w in (w_ih, w_hh, b_ih, b_hh))
@@ -194,8 +199,8 @@ def scan_groups(
         outputs.append(every)
         finals.append(final)
     return (
-        tuple(torch.cat(s, 2) for s in zip(*outputs, strict=True)),
-        tuple(torch.stack(s) for s in zip(*finals, strict=True)),
+        tuple(torch.cat(s, 2).to(dtype) for s in zip(*outputs, strict=True)),
+        tuple(torch.stack(s).to(dtype) for s in zip(*finals, strict=True)),
     )
 
 

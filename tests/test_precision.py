@@ -34,8 +34,9 @@ if __name__ == "__main__":  # before triton is imported, as conftest.py does
 from conftest import DEVICE
 
 import seqcells
-from seqcells import backends, check, functional, precisions
+from seqcells import backends, check, functional, precisions, reference
 from seqcells.check import Shape
+from seqcells.loop import steps
 
 if functional.ops is not None:
     from seqcells.kernels import scan
@@ -141,6 +142,86 @@ def test_errors_of_a_thousand_steps_forward(cell, dtype, rounds_as_devices_do):
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_errors_of_a_thousand_steps(cell, dtype, rounds_as_devices_do):
     assert_small(cell, dtype, 1000, measured(cell, dtype, 1000))
+
+
+# --- half precision on the CPU, without kernels -----------------------------------------------------------------------
+
+CPU_BACKENDS = ("auto", "loop", "reference", "aten")
+BESIDE_TORCH = 1.1
+
+
+def rounded_everywhere(cell, x, states, weights):
+    """The reference with every operation rounded: what is written by hand where torch.nn has no such cell."""
+    return reference.scan(reference.get(cell).step, x, states, *weights)
+
+
+def torch_nn(cell, x, states, weights):
+    """torch.nn's layer."""
+    name, options = ("RNN", {"nonlinearity": cell[4:]}) if cell.startswith("rnn") else (cell.upper(), {})
+    layer = getattr(torch.nn, name)(x.shape[2], states[0].shape[1], **options)
+    hx = tuple(s[None] for s in states)
+    parameters = dict(zip(layer.state_dict(), weights, strict=True))
+    y, final = torch.func.functional_call(layer, parameters, (x, hx if cell == "lstm" else hx[0]))
+    return y, tuple(s[0] for s in (final if cell == "lstm" else (final,)))
+
+
+def outputs_and_gradients(run, cell, tensors, dtype):
+    """What run gives, and the gradients of all tensors, by name."""
+    leaves = [t.to(dtype, copy=True).requires_grad_() for t in tensors]
+    x, *weights = leaves[:5]
+    y, final = run(cell, x, tuple(leaves[5:]), weights)
+    generator = torch.Generator().manual_seed(7)
+    signs = [torch.randn(o.shape, generator=generator).sign().to(o.dtype) for o in (y, *final)]
+    gradients = torch.autograd.grad((y, *final), leaves, signs)
+    named = dict(zip(check.OUTPUTS, (o.detach() for o in (y, *final)), strict=False))
+    return named | {f"d{n}": g for n, g in zip(check.INPUTS, gradients, strict=False)}
+
+
+@pytest.mark.parametrize("T", [100, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu"])
+def test_no_larger_errors_than_torchs(cell, dtype, T):
+    """Outputs and gradients of every backend, of weights as torch.nn draws them and of larger ones."""
+    backends = [b for b in CPU_BACKENDS if (cell, b) != ("gru_before", "aten")]
+    runs = {"theirs": rounded_everywhere if cell == "gru_before" else torch_nn}
+    for backend in backends:
+        runs[backend] = lambda cell, x, states, weights, b=backend: functional.scan(
+            cell, x, states, *weights, backend=b
+        )
+    for scale in (1.0, 0.5):
+        sums = {}
+        for seed in range(2):
+            tensors = check.inputs(cell, Shape(T, 8, 4, 20), dtype, "cpu", scale=scale, seed=seed)
+            exact = outputs_and_gradients(runs["reference"], cell, tensors, torch.float64)
+            for name, run in runs.items():
+                for what, got in outputs_and_gradients(run, cell, tensors, dtype).items():
+                    sums[name, what] = sums.get((name, what), 0) + check.relative(got, exact[what])
+        for backend in backends:
+            ratios = {what: sums[backend, what] / sums["theirs", what] for what in exact}
+            assert max(ratios.values()) <= BESIDE_TORCH, f"{backend}, scale {scale}: {ratios}"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_before", "rnn_tanh"])
+def test_the_loop_rounds_only_what_it_keeps(cell, masked, dtype, monkeypatch):
+    """In pieces of two steps, with masks, saving either: y is float32's, rounded once."""
+    monkeypatch.setattr(steps, "CHUNK", 2 * 3 * 20)
+    resets = torch.rand(30, 3, generator=torch.Generator().manual_seed(0)) < 0.1
+    masks = {"resets": resets, "lengths": torch.tensor([30, 17, 4])} if masked else {}
+    x, *weights, h0, c0 = [*check.inputs(cell, Shape(30, 3, 4, 20), dtype, "cpu"), None][:7]
+    states, found = (h0, c0) if cell == "lstm" else (h0,), []
+    for kind, save in ((torch.float32, "gates"), (dtype, "gates"), (dtype, "states")):
+        leaves = [t.to(kind, copy=True).requires_grad_() for t in (x, *weights, *states)]
+        y, final = functional.scan(cell, leaves[0], tuple(leaves[5:]), *leaves[1:5], **masks, backend="loop", save=save)
+        gradients = torch.autograd.grad((y, *final), leaves, [torch.ones_like(o) for o in (y, *final)])
+        assert {t.dtype for t in (y, *final, *gradients)} == {kind}
+        found.append([y, *final, *gradients])
+    exact, *others = found
+    for got in others:
+        for i, (a, b) in enumerate(zip(got, exact, strict=True)):
+            # Rounded once, an output is off by less than half of eps; a gradient, from what is kept, by a few of them.
+            assert check.relative(a.detach(), b.detach()) < torch.finfo(dtype).eps * (0.5 if i <= len(states) else 3)
 
 
 @pytest.fixture

@@ -17,5 +17,5 @@ from . import layer, operators
 from .cells import CELLS
 
 __all__ = ["CELLS"]
-ENGINES["loop"] = Engine(*operators.ALL, whole=layer.forward, whole_backward=layer.backward)
+ENGINES["loop"] = Engine(*operators.ALL, whole=layer.forward, whole_backward=layer.backward, exact=True)
 batching.register(*operators.ALL)

@@ -28,7 +28,9 @@ class _Group:
         x, _, _, *weights = inputs
         u = weights[1]
         assert x is not None and u is not None
-        w_ih, u, b_ih, b_hh = weights if u.dim() == 2 else (None if t is None else t[k] for t in weights)
+        exact = steps.computed_in(u.dtype)
+        mine = weights if u.dim() == 2 else [None if t is None else t[k] for t in weights]
+        w_ih, u, b_ih, b_hh = (None if t is None else t.to(exact) for t in mine)
         assert w_ih is not None and u is not None
         self.part: Any = CELLS[options.cell]
         self.H = H = u.shape[1]
@@ -42,12 +44,16 @@ class _Group:
             w_ih, bias = last_first(w_ih, H), None if bias is None else last_first(bias, H)
         self.u, self.w_ih, self.bias = u, w_ih, bias
 
+    def rows(self, a: int, b: int) -> Tensor:
+        """The input of rows a to b."""
+        return self.w.of(self.x, a, b).to(self.u.dtype)
+
     def fill(self, into: Tensor, a: int, b: int) -> None:
         """The input's product of rows a to b."""
         if self.bias is None:
-            torch.mm(self.w.of(self.x, a, b), self.w_ih.t(), out=into)
+            torch.mm(self.rows(a, b), self.w_ih.t(), out=into)
         else:
-            torch.addmm(self.bias, self.w.of(self.x, a, b), self.w_ih.t(), out=into)
+            torch.addmm(self.bias, self.rows(a, b), self.w_ih.t(), out=into)
 
     def states(self, y: Tensor, c: Tensor | None, gates: Tensor | None) -> Any:
         """What steps.scan_back asks of rows; gates None: they are recomputed."""
@@ -59,9 +65,9 @@ class _Group:
             if part.saved and gates is not None:
                 kept = gates[a:b]
             elif part.saved:
-                kept = y.new_empty(b - a, part.saved * self.H)
+                kept = self.u.new_empty(b - a, part.saved * self.H)
                 steps.before_step(part, kept, self.fill, self.inner, a, b, self.u.shape[0])
-                part.activate(kept, h, operands)
+                part.activate(kept, h.to(kept.dtype), operands)
             cs = (None, None) if c is None else (w.before(c, a, b), c[head + a : head + b])
             return h, cs[0], y[head + a : head + b], cs[1], kept
 
@@ -161,43 +167,36 @@ def _group_back(group: _Group, need: tuple[bool, ...], of: Any, dys: Any) -> tup
     w, u, x, GH, H = group.w, group.u, group.x, group.u.shape[0], group.H
     y, c, gates, dhn, dcn = of
     dx = x.new_empty(w.head + w.rows, x.shape[1]) if need[0] else None
-    # Sums over pieces, of half precision in float32.
-    exact = torch.float32 if u.dtype.itemsize < 4 else u.dtype
-    dw = group.w_ih.new_zeros(group.w_ih.shape, dtype=exact) if need[3] else None
-    du = u.new_zeros(u.shape, dtype=exact) if need[4] else None
-    db = u.new_zeros(group.part.wide * H, dtype=exact) if need[5] or need[6] else None
+    dw = torch.zeros_like(group.w_ih) if need[3] else None
+    du = torch.zeros_like(u) if need[4] else None
+    db = u.new_zeros(group.part.wide * H) if need[5] or need[6] else None
 
     def emit(a: int, b: int, p: Tensor, others: Any, h: Tensor) -> None:
         gates = p[:, :GH]
-        if dx is not None:
+        if dx is not None and dx.dtype == u.dtype:
             torch.mm(gates, group.w_ih, out=dx[w.head + a : w.head + b])
+        elif dx is not None:
+            dx[w.head + a : w.head + b] = gates @ group.w_ih
         if dw is not None:
-            _add_product(dw, gates.t(), w.of(x, a, b))
+            dw.addmm_(gates.t(), group.rows(a, b))
         if du is not None:
             pairs = group.part.products(p, others, h)
             for rows, (d, operand) in zip(du.split([d.shape[1] for d, _ in pairs]), pairs, strict=True):
-                _add_product(rows, d.t(), operand)
+                rows.addmm_(d.t(), operand)
         if db is not None:
-            db.add_(p.sum(0, dtype=exact))
+            db.add_(p.sum(0))
 
     fills = [None if d is None else w.copying(d) for d in dys]
     with torch.inference_mode():
         starts = steps.scan_back(group.part, w, u, group.states(y, c, gates), fills, (dhn, dcn), emit)
     # Copies, for what is made in inference mode stays of it.
-    dh0, dc0 = (s.clone() if n else None for s, n in zip(starts, need[1:3], strict=True))
+    dh0, dc0 = (s.to(x.dtype, copy=True) if n else None for s, n in zip(starts, need[1:3], strict=True))
     if dx is not None:
         dx[: w.head] = 0
         dx = dx[w.head :] if w.target is None else dx.index_select(0, w.target)
-    dw, du, db = (None if t is None else t.to(u.dtype) for t in (dw, du, db))
+    dw, du, db = (None if t is None else t.to(x.dtype) for t in (dw, du, db))
     db_ih = db_hh = None
     if db is not None:
         db_ih = group.in_order(db[:GH])
         db_hh = db[-GH:] if group.part.saved > group.part.gates else db_ih.clone()
     return dx, dh0, dc0, None if dw is None else group.in_order(dw), du, db_ih, db_hh
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    if total.dtype == a.dtype:
-        total.addmm_(a, b)
-    else:
-        total.add_(a @ b)

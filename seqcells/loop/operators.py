@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..kernels.buffers import Gradients, Scanned, is_reversed, outputs, previous_outputs, steps
 from .cells import CELLS
-from .steps import Fill, before_step, most_rows, scan, scan_back
+from .steps import Fill, before_step, computed_in, most_rows, scan, scan_back
 from .stretches import Walk, walk
 
 
@@ -17,11 +17,11 @@ def _allocate(gx: Tensor, u: Tensor, cell: str, save: str, reversed: int) -> Sca
     T, B, K, H, part = *gx.shape[:3], u.shape[2], CELLS[cell]
     rows = T + (2 if reversed else 1)
     return Scanned(
-        gx.new_empty(rows, B, K, H),
-        gx.new_empty(rows, B, K, H) if part.states == 2 and save != "none" else gx.new_empty(0),
-        gx.new_empty(T, B, K, part.saved * H) if part.saved and save == "gates" else gx.new_empty(0),
-        gx.new_empty(K, B, H),
-        gx.new_empty(K, B, H) if part.states == 2 else gx.new_empty(0),
+        u.new_empty(rows, B, K, H),
+        u.new_empty(rows, B, K, H) if part.states == 2 and save != "none" else u.new_empty(0),
+        u.new_empty(T, B, K, part.saved * H) if part.saved and save == "gates" else u.new_empty(0),
+        u.new_empty(K, B, H),
+        u.new_empty(K, B, H) if part.states == 2 else u.new_empty(0),
     )
 
 
@@ -53,18 +53,18 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See autograd.Engine. schedule and precision are the kernels'."""
     part, out = CELLS[cell], _allocate(gx, u, cell, save, reversed)
-    T, B, K, H = *gx.shape[:3], u.shape[2]
+    (T, B, K), H, u = gx.shape[:3], u.shape[2], u.to(computed_in(u.dtype))
     for k in range(K):
         back = is_reversed(k, reversed)
         w = walk(mask, back, T, B, gx.device, most_rows(H, gx.device))
         states = []
         for start in (h0, c0)[: part.states]:
-            states.append(gx.new_empty(w.head + w.rows, H))
+            states.append(out.y.new_empty(w.head + w.rows, H))
             states[-1][: w.head] = 0
             if start is not None:
                 states[-1][:B] = start[k]
         y, c = states[0], states[1] if part.states == 2 else None
-        gates = gx.new_empty(w.rows, part.saved * H) if out.saved.numel() else None
+        gates = out.saved.new_empty(w.rows, part.saved * H) if out.saved.numel() else None
         fill = _product(part, w, gx[:, :, k].flatten(0, 1), H)
         with torch.inference_mode():
             scan(part, w, u[k], fill, None if bias is None else bias[k], y, c, gates)
@@ -118,7 +118,7 @@ def backward(
     """See autograd.Engine."""
     part, out = CELLS[cell], _allocate_gradients(u, y, cell, reversed)
     T, B, K, H = steps(y, reversed), *y.shape[1:]
-    GH = part.gates * H
+    GH, u = part.gates * H, u.to(computed_in(u.dtype))
     for buffer in out[:3]:
         if mask is not None:
             buffer.zero_()
@@ -185,14 +185,15 @@ def recompute_saved(
     schedule: str = "",
 ) -> Tensor:
     """The saved gates of all steps, from the states."""
-    part, (T, B, K), H = CELLS[cell], gx.shape[:3], u.shape[2]
-    saved = gx.new_empty(T, B, K, part.saved * H) if part.saved else gx.new_empty(0)
+    part, (T, B, K), H, u = CELLS[cell], gx.shape[:3], u.shape[2], u.to(computed_in(u.dtype))
+    saved = y.new_empty(T, B, K, part.saved * H) if part.saved else y.new_empty(0)
     for k in range(K if part.saved else 0):
         whole = walk(None, False, T, B, gx.device, B)
-        kept = gx.new_empty(T * B, part.saved * H)
+        kept = u.new_empty(T * B, part.saved * H)
         fill = _product(part, whole, gx[:, :, k].flatten(0, 1), H)
         before_step(part, kept, fill, None if bias is None else bias[k], 0, T * B, part.gates * H)
-        part.activate(kept, previous_outputs(y, mask, reversed, k).flatten(0, 1), part.forth(u[k]))
+        h = previous_outputs(y, mask, reversed, k).flatten(0, 1).to(u.dtype)
+        part.activate(kept, h, part.forth(u[k]))
         saved[:, :, k] = kept.view(T, B, -1)
     return saved
 
@@ -217,4 +218,4 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 @recompute.register_fake
 def _(gx: Tensor, u: Tensor, *others: Any) -> Tensor:
     part = CELLS[others[4]]
-    return gx.new_empty(*gx.shape[:3], part.saved * u.shape[2]) if part.saved else gx.new_empty(0)
+    return u.new_empty(*gx.shape[:3], part.saved * u.shape[2]) if part.saved else u.new_empty(0)

@@ -81,7 +81,7 @@ class Walk:
         """Gradients of final states [B, H] (None: zero) with the stretches that end in them [S, H]. A copy."""
         found = like.new_zeros(self.stretches + 1, like.shape[1])
         if t is not None:
-            found[slice(0, self.stretches) if self.end is None else self.end] = t
+            found[slice(0, self.stretches) if self.end is None else self.end] = t.to(found.dtype)
         return found[: self.stretches]
 
     def by_sequence(self, t: Tensor, final: Tensor | None) -> Tensor:
