@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import backends, functional, plain, precisions, reference
+from . import arguments, backends, checks, functional, plain, reference
 
 # As torch's matrix product names dtypes in its errors.
 _NAMES = {
@@ -16,9 +16,18 @@ _NAMES = {
     torch.float32: "Float",
     torch.float16: "Half",
     torch.bfloat16: "BFloat16",
+    torch.complex64: "ComplexFloat",
+    torch.complex128: "ComplexDouble",
     torch.int64: "Long",
     torch.int32: "Int",
+    torch.int16: "Short",
+    torch.int8: "Char",
+    torch.uint8: "Byte",
+    torch.bool: "Bool",
 }
+
+# What a wrong argument may run into: whether one is to blame is asked then, not at each step, where it would cost.
+_FAILED = (AttributeError, TypeError, RuntimeError)
 
 
 class _Cell(nn.Module):
@@ -39,7 +48,15 @@ class _Cell(nn.Module):
         precision: str | None = None,
     ) -> None:
         super().__init__()
-        precisions.check(precision)
+        for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+            checks.integer(name, size, bools=True)
+            if size < 0:
+                raise RuntimeError(f"{name} must not be negative, got {size}")  # as torch.empty does, for torch.nn
+        if not isinstance(bias, int):  # 0 and 1 are fine, as in torch.nn's cells
+            checks.boolean("bias", bias)
+        checks.device(device, optional=True)
+        checks.dtype(dtype, optional=True)
+        arguments.options(backend, precision)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
@@ -70,6 +87,13 @@ class _Cell(nn.Module):
             if getattr(self, name) is not None:
                 text += f", {name}={getattr(self, name)!r}"
         return text
+
+    def _check(self, input: Any, states: Any) -> None:
+        """Raise what is wrong with a call beside what `_step` sees itself."""
+        rows = reference.get(self.cell).gates * self.hidden_size
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, self.input_size)}
+        shapes |= {"weight_hh": (rows, self.hidden_size)}
+        arguments.step(self, shapes | ({"bias_ih": (rows,), "bias_hh": (rows,)} if self.bias else {}), input, states)
 
     def _step(self, input: Tensor, states: tuple[Tensor, ...] | None, names: tuple[str, ...]) -> tuple[Tensor, ...]:
         kind, rank = type(self).__name__, input.dim()
@@ -105,6 +129,8 @@ class _Cell(nn.Module):
             _, final, _ = functional.run(self.cell, x[None], states, [weights], how)
             # [1, B, H] from those without an operator for one step; copied, since no view can be detached in place.
             final = tuple(s[0].clone() if s.dim() == 3 else s for s in final)
+        elif not final[0].is_cpu:  # x is: torch's own step takes weights on the meta device, too
+            self._check(x, states)
         return final if batched else tuple(s[0] for s in final)
 
 
@@ -130,13 +156,27 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, backend, precision)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        if isinstance(hx, Tensor):
-            raise TypeError("LSTMCell: expected hx to be a tuple of two tensors (h, c), got a tensor")
-        h, c = self._step(input, hx, ("hx[0]", "hx[1]"))
+        if hx is not None and not isinstance(hx, (tuple, list)):
+            raise TypeError(f"LSTMCell: expected hx to be a tuple of two tensors (h, c), got {checks.kind(hx)}")
+        try:
+            h, c = self._step(input, hx, ("hx[0]", "hx[1]"))
+        except _FAILED as error:
+            raise checks.clearer(error, self._check, input, hx) from None
         return h, c
 
 
-class GRUCell(_Cell):
+class _OneState(_Cell):
+    """A cell whose only state is its output."""
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        states = None if hx is None else (hx,)
+        try:
+            return self._step(input, states, ("hidden",))[0]
+        except _FAILED as error:
+            raise checks.clearer(error, self._check, input, states) from None
+
+
+class GRUCell(_OneState):
     """torch.nn.GRUCell, with backend= and precision= (see LSTMCell), and reset_after= (False: Cho et al. 2014 v3).
 
     Input [B, I] or [I]; hx [B, H] or [H].
@@ -154,15 +194,13 @@ class GRUCell(_Cell):
         backend: str | None = None,
         precision: str | None = None,
     ) -> None:
+        checks.boolean("reset_after", reset_after)
         self.cell = "gru" if reset_after else "gru_before"
         super().__init__(input_size, hidden_size, bias, device, dtype, backend, precision)
         self.reset_after = reset_after
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return self._step(input, None if hx is None else (hx,), ("hidden",))[0]
 
-
-class RNNCell(_Cell):
+class RNNCell(_OneState):
     """torch.nn.RNNCell, with backend= and precision= (see LSTMCell).
 
     nonlinearity: "tanh" or "relu". Input [B, I] or [I]; hx [B, H] or [H].
@@ -183,6 +221,3 @@ class RNNCell(_Cell):
         self.cell = functional.rnn_cell_name(nonlinearity)
         super().__init__(input_size, hidden_size, bias, device, dtype, backend, precision)
         self.nonlinearity = nonlinearity
-
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
-        return self._step(input, None if hx is None else (hx,), ("hidden",))[0]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, explanation, functional, reference
+from . import backends, checks, explanation, functional, reference
 
 # Largest relative error ||a - b|| / ||b|| against float64 on the same (rounded) inputs. Half precision: a few roundings
 # of 2^-8 (bfloat16) or 2^-11 (float16) a value, gathered over the steps. "tf32": products rounded to 2^-11. "tf32x3":
@@ -37,6 +37,9 @@ def tolerance(cell: str, dtype: torch.dtype | str, shape: Shape) -> float:
     Where rounding moves a pre-activation across zero, relu's derivative jumps, and that element's gradient is lost
     whole, in any implementation, the more the longer the sequence.
     """
+    _check_shape(cell, shape)
+    if not isinstance(dtype, (str, torch.dtype)) or dtype not in TOLERANCE:
+        raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(map(str, TOLERANCE))}")
     if cell != "rnn_relu" or dtype in (torch.float64, torch.float32, "tf32x3"):
         return TOLERANCE[dtype]
     # float16 rounds as TF32 does.
@@ -65,10 +68,21 @@ LARGE = (
 )
 
 
+def _check_shape(cell: str, shape: Shape) -> None:
+    reference.get(cell)
+    if not isinstance(shape, Shape):
+        raise checks.wrong("shape", "a Shape", shape)
+
+
 def inputs(
     cell: str, shape: Shape, dtype: torch.dtype, device: str | torch.device, scale: float = 1.0, seed: int = 0
 ) -> list[Tensor]:
     """x, w_ih, w_hh, b_ih, b_hh, h0[, c0] of a cell, random; at scale 1 the gates work from one end to the other."""
+    _check_shape(cell, shape)
+    checks.dtype(dtype)
+    checks.device(device)
+    checks.number("scale", scale)
+    checks.integer("seed", seed)
     spec, generator = reference.get(cell), torch.Generator().manual_seed(seed)
     T, B, I, H, G = shape.T, shape.B, shape.I, shape.H, spec.gates  # noqa: E741
     sizes = [(T, B, I), (G * H, I), (G * H, H), (G * H,), (G * H,), *[(B, H)] * spec.states]
@@ -124,6 +138,7 @@ def errors(
 ) -> dict[str, float]:
     """The relative error of each output and gradient of a backend against the reference in float64."""
     tensors = inputs(cell, shape, dtype, device, scale)
+    checks.boolean("resets", resets)
     mask = None
     if resets:
         mask = (torch.rand(shape.T, shape.B, generator=torch.Generator().manual_seed(2)) < 0.3).to(device)
@@ -135,6 +150,12 @@ def errors(
 
 def relative(got: Tensor, exact: Tensor) -> float:
     """||got - exact|| / ||exact||; infinite if anything is not finite."""
+    for name, t in (("got", got), ("exact", exact)):
+        checks.tensor(name, t)
+        if t.is_meta:
+            raise RuntimeError(f"{name} is on the meta device: it has no values")
+    if got.shape != exact.shape:
+        raise RuntimeError(f"got must have the shape of exact, {tuple(exact.shape)}, not {tuple(got.shape)}")
     difference = (got.cpu().double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)
     return float(difference.nan_to_num(nan=torch.inf))
 
@@ -152,16 +173,19 @@ class Result:
         return max(self.errors.values()) <= self.tolerance
 
 
-def kinds(device: str, names: list[str] | None = None) -> list[torch.dtype | str]:
+def kinds(device: str, dtypes: list[str] | None = None) -> list[torch.dtype | str]:
     """What `sweep` runs a cell and schedule in, of those named, None: of all. Keys of TOLERANCE.
 
     ValueError if none is left: tf32 and tf32x3 are a CUDA device's.
     """
+    checks.device(device)
+    if dtypes is not None and (not isinstance(dtypes, (tuple, list)) or not all(isinstance(n, str) for n in dtypes)):
+        raise checks.wrong("dtypes", "a list of names or None", dtypes)
     products = ["tf32", "tf32x3"] if torch.device(device).type == "cuda" else []
     every: list[torch.dtype | str] = [torch.float64, torch.float32, *products, torch.float16, torch.bfloat16]
-    chosen = [kind for kind in every if names is None or str(kind).removeprefix("torch.") in names]
+    chosen = [kind for kind in every if dtypes is None or str(kind).removeprefix("torch.") in dtypes]
     if not chosen:
-        raise ValueError(f"dtype must be one that {device} has, got {', '.join(names or ())}")
+        raise ValueError(f"dtypes must be some that {device} has, got {', '.join(dtypes or ())}")
     return chosen
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import aten, backends, fallback, precisions, reference
+from . import arguments, aten, backends, checks, fallback, precisions, reference
 from .kernels.plan import KNOWN
 
 
@@ -46,10 +46,17 @@ def explain(
     as in `scan`. Raises as `scan` does.
     """
     reference.get(cell)
-    precisions.check(precision)
-    for name, size in (("batch", batch), ("hidden_size", hidden_size), ("groups", groups)):
-        if size < 1:
-            raise ValueError(f"{name} must be greater than zero, got {size}")
+    arguments.options(backend, precision)
+    for name, size in (("batch", batch), ("hidden_size", hidden_size), ("groups", groups), ("steps", steps)):
+        if size is not None or name != "steps":
+            checks.integer(name, size, least=1)
+    for name, flag in (("resets", resets), ("lengths", lengths), ("grad", grad)):
+        checks.boolean(name, flag)
+    checks.dtype(dtype)
+    if not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
+    if not isinstance(device, (str, torch.device)):
+        raise checks.wrong("device", "a torch.device or its name", device)
     elsewhere = isinstance(device, str) and (device in KNOWN or device.startswith("sm_"))
     place = torch.device("cuda" if elsewhere else device)
     if place.type == "cuda" and place.index is None and torch.cuda.is_available():

@@ -15,7 +15,21 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import aten, autograd, backends, batching, fallback, loop, marked, masks, precisions, projection, reference  # noqa: F401  (loop: its engine)
+from . import (
+    arguments,
+    aten,
+    autograd,
+    backends,
+    batching,
+    checks,
+    fallback,
+    marked,
+    masks,
+    precisions,
+    projection,
+    reference,
+)
+from . import loop as loop  # its engine
 
 try:
     from . import ops
@@ -23,8 +37,6 @@ except ModuleNotFoundError as missing:  # without triton all but the triton back
     if (missing.name or "").partition(".")[0] != "triton":
         raise
     ops = None  # type: ignore[assignment]
-
-SAVES = ("gates", "states")
 
 
 @dataclass(frozen=True)
@@ -46,75 +58,6 @@ class How:
     cells: bool = False
     padded: bool = False
     one_step: bool = False
-
-
-def _check(x: Tensor, states: tuple[Tensor | None, ...], weights: aten.Weights, how: How, gates: int) -> None:
-    """Raise what torch.nn raises, in its words where it has some, before anything runs."""
-    w_ih, w_hh, b_ih, b_hh, *projection = weights
-    assert w_ih is not None and w_hh is not None
-    if x.dim() != 3:
-        raise RuntimeError(f"input must have 3 dimensions, got {x.dim()}")
-    P = H = w_hh.shape[-1]
-    if projection and projection[0] is not None:
-        P, H = projection[0].shape
-    if w_hh.dim() != 2 or w_hh.shape != (gates * H, P) or H == 0:
-        raise RuntimeError(f"w_hh must have shape ({gates}*H, {'P' if projection else 'H'}), got {tuple(w_hh.shape)}")
-    if w_ih.dim() != 2 or w_ih.shape[0] != gates * H:
-        raise RuntimeError(f"w_ih must have shape ({gates * H}, input_size), got {tuple(w_ih.shape)}")
-    for name, b in (("b_ih", b_ih), ("b_hh", b_hh)):
-        if b is not None and b.shape != (gates * H,):
-            raise RuntimeError(f"{name} must have shape ({gates * H},), got {tuple(b.shape)}")
-    if x.dtype != w_ih.dtype:
-        raise ValueError(
-            f"RNN input dtype ({x.dtype}) does not match weight dtype ({w_ih.dtype}). "
-            f"Convert input: input.to({w_ih.dtype}), or convert model: model.to({x.dtype})"
-        )
-    if not x.is_floating_point():
-        raise TypeError(f"input must be of a floating point dtype, got {x.dtype}")
-    if x.shape[2] != w_ih.shape[1]:
-        raise RuntimeError(f"input.size(-1) must be equal to input_size. Expected {w_ih.shape[1]}, got {x.shape[2]}")
-    if x.shape[0] == 0:
-        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    for kind, tensors in (("hidden", states), ("parameter", weights)):
-        for t in tensors:
-            if t is not None and t.device != x.device:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not at the same device, found input tensor at {x.device} "
-                    f"and {kind} tensor at {t.device}"
-                )
-            if t is not None and t.dtype != x.dtype:
-                raise RuntimeError(
-                    f"Input and {kind} tensors are not the same dtype, found input tensor with {x.dtype} "
-                    f"and {kind} tensor with {t.dtype}"
-                )
-    for i, s in enumerate(states):
-        expected = (x.shape[1], H if i else P)
-        if s is not None and s.shape != expected:
-            raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(s.shape)}")
-    resets, lengths = how.resets, how.lengths
-    if resets is not None:
-        if resets.dtype != torch.bool:
-            raise TypeError(f"resets must be a bool tensor, got {resets.dtype}")
-        if resets.shape != x.shape[:2]:
-            raise RuntimeError(f"Expected resets size {tuple(x.shape[:2])}, got {list(resets.shape)}")
-        if resets.device != x.device:
-            raise RuntimeError(f"resets must be on the input's device {x.device}, got {resets.device}")
-    if lengths is not None:
-        if lengths.is_floating_point() or lengths.dtype == torch.bool:
-            raise TypeError(f"lengths must be an integer tensor, got {lengths.dtype}")
-        if lengths.shape != x.shape[1:2]:
-            raise RuntimeError(f"Expected lengths size {tuple(x.shape[1:2])}, got {list(lengths.shape)}")
-        if lengths.device != x.device:
-            raise RuntimeError(f"lengths must be on the input's device {x.device}, got {lengths.device}")
-        check_lengths(lengths, x.shape[0])
-
-
-def check_lengths(lengths: Tensor, steps: int) -> None:
-    """ValueError for lengths beyond 0..steps, if the host has them: to look at a device's would be to wait for it."""
-    if lengths.device.type == "cpu" and type(lengths) is Tensor and not backends.traced():
-        low, high = (int(v) for v in lengths.aminmax()) if lengths.numel() else (0, 0)
-        if low < 0 or high > steps:
-            raise ValueError(f"lengths must be between 0 and {steps}, got {low} to {high}")
 
 
 def _cast(
@@ -180,12 +123,10 @@ def run(
     x [T, B, I] or [T, B, K, I]; states [K, B, H] (of one group also [B, H]).
     """
     spec = reference.get(cell)
-    if how.save not in SAVES:
-        raise ValueError(f"unknown save {how.save!r}: expected one of {', '.join(SAVES)}")
-    precisions.check(how.precision)
+    arguments.options(how.backend, how.precision, how.save)
     given = (None,) * spec.states if states is None else tuple(states)
     if len(given) != spec.states:
-        raise RuntimeError(f"{cell} has {spec.states} state{'s' * (spec.states > 1)}, got {len(given)}")
+        raise RuntimeError(f"states: {cell} has {spec.states} state{'s' * (spec.states > 1)}, got {len(given)}")
     if how.cells and spec.states == 1:
         raise ValueError(f"{cell} has no cell state: all cell states were asked for")
     if backends.autocasting(x.device):
@@ -207,7 +148,8 @@ def _run(
     spec, K = reference.get(cell), len(groups)
     for k, weights in enumerate(groups):
         mine = x if x.dim() == 3 else x[:, :, k]
-        _check(mine, tuple(s[k] if s is not None and s.dim() == 3 else s for s in given), weights, how, spec.gates)
+        states = tuple(s[k] if s is not None and s.dim() == 3 else s for s in given)
+        arguments.fit(mine, states, weights, spec.gates, (how.resets, how.lengths))
     B, H = x.shape[1], groups[0][1].shape[0] // spec.gates  # type: ignore[union-attr]
     tensors = (*given, *(t for weights in groups for t in weights))
     chosen = choose(cell, x, tensors, how, H, projected=len(groups[0]) == 5)
@@ -371,7 +313,7 @@ def scan(
     b_hh: Tensor | None = None,
     *,
     resets: Tensor | None = None,
-    lengths: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
     save: str = "gates",
     backend: str | None = None,
     precision: str | None = None,
@@ -380,7 +322,7 @@ def scan(
 
     states: (h0,) or (h0, c0); None, whole or in part, is zero. Options:
     resets: where set, an episode begins at that step: no state crosses from the step before it.
-    lengths: int [B]: the steps of each row. Outputs beyond are zero, the final states those after its last step, and
+    lengths: int [B], or a list: the steps of each row. Outputs beyond are zero, the final states those after its last step, and
     padding may hold anything.
     save: what the triton backend keeps for backward: "gates", or "states" (about a third of the memory, one more GEMM).
     backend: see seqcells.backends; None is the context's, else "auto".
@@ -394,6 +336,8 @@ def scan(
 
     Raises RuntimeError, ValueError or TypeError as torch.nn does for shapes, dtypes and devices that do not fit.
     """
+    arguments.types(x, states, {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh})
+    lengths = arguments.lengths(lengths, x.shape[:2], x.device)
     how = How(resets, lengths, save=save, backend=backend, precision=precision)
     y, final, _ = run(cell, x, states, [(w_ih, w_hh, b_ih, b_hh)], how)
     return y, tuple(s[0] for s in final)
@@ -410,7 +354,7 @@ def scan_groups(
     *,
     reverse: Sequence[bool] = (),
     resets: Tensor | None = None,
-    lengths: Tensor | None = None,
+    lengths: Tensor | Sequence[int] | None = None,
     save: str = "gates",
     backend: str | None = None,
     precision: str | None = None,
@@ -422,15 +366,23 @@ def scan_groups(
     states [K, B, H]. reverse: for each group, whether it walks from the last step to the first; () is none.
     Other options, and what is raised: as in `scan`.
     """
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    arguments.types(x, states, dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights, strict=True)), rank=None)
     if w_hh.dim() != 3 or w_ih.dim() != 3:
         raise RuntimeError(f"w_ih and w_hh must have 3 dimensions, got {w_ih.dim()} and {w_hh.dim()}")
     K = w_hh.shape[0]
-    flags = tuple(map(bool, reverse)) or (False,) * K
+    if not isinstance(reverse, (tuple, list)):
+        raise checks.wrong("reverse", "a tuple of bools", reverse)
+    for k, flag in enumerate(reverse):
+        checks.boolean(f"reverse[{k}]", flag)
+    flags = tuple(reverse) or (False,) * K
     if len(flags) != K:
         raise ValueError(f"reverse must have one value for each of {K} groups, got {len(flags)}")
-    weights = (w_ih, w_hh, b_ih, b_hh)
     given = () if states is None else tuple(states)
     for name, t in zip(("w_ih", "w_hh", "b_ih", "b_hh", *("states",) * len(given)), (*weights, *given), strict=True):
+        rank = 2 if name.startswith("b_") else 3
+        if t is not None and t.dim() != rank:
+            raise RuntimeError(f"{name} must have {rank} dimensions, got {t.dim()}")
         if t is not None and t.shape[0] != K:
             raise RuntimeError(f"{name} must have {K} groups, got {t.shape[0]}")
     if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[2] != K):
@@ -438,7 +390,7 @@ def scan_groups(
     groups = [tuple(None if t is None else t[k] for t in weights) for k in range(K)]
     if any(flags) and K > batching.MOST:
         raise ValueError(f"at most {batching.MOST} groups where some are reversed, got {K}")
-    how = How(resets, lengths, flags, save, backend, precision)
+    how = How(resets, arguments.lengths(lengths, x.shape[:2], x.device), flags, save, backend, precision)
     y, final, _ = run(cell, x, states, groups, how, stacked=weights)
     return y, final
 
@@ -453,6 +405,8 @@ def lstm(
     **options: Any,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
     """LSTM: y and (h_n, c_n). hx: (h0, c0) or None. options: those of `scan`."""
+    if hx is not None:
+        checks.tensors("hx", hx, "a tuple of two tensors (h0, c0) or None", 2, optional=True)
     y, final = scan("lstm", x, hx, w_ih, w_hh, b_ih, b_hh, **options)
     return y, (final[0], final[1])
 
@@ -469,6 +423,8 @@ def gru(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """GRU: y and h_n. reset_after: torch's and cuDNN's form; False: Cho et al. 2014 v3. options: those of `scan`."""
+    checks.boolean("reset_after", reset_after)
+    checks.tensor("hx", hx, optional=True)
     cell = "gru" if reset_after else "gru_before"
     y, final = scan(cell, x, (hx,), w_ih, w_hh, b_ih, b_hh, **options)
     return y, final[0]
@@ -486,12 +442,13 @@ def rnn(
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """Elman RNN: y and h_n. nonlinearity: "tanh" or "relu". options: those of `scan`."""
+    checks.tensor("hx", hx, optional=True)
     y, final = scan(rnn_cell_name(nonlinearity), x, (hx,), w_ih, w_hh, b_ih, b_hh, **options)
     return y, final[0]
 
 
 def rnn_cell_name(nonlinearity: str) -> str:
     """The kernels' name of the cell. ValueError in torch's words for anything but tanh and relu."""
-    if nonlinearity not in ("tanh", "relu"):
+    if not isinstance(nonlinearity, str) or nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     return f"rnn_{nonlinearity}"

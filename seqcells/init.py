@@ -11,13 +11,14 @@ TypeError for a module of another kind and ValueError for one without bias. For 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from . import weights
+from . import checks, weights
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -29,6 +30,7 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
     exploration of recurrent network architectures", who find 1 to be what a plain LSTM lacks.
     """
     weights.kind(module, ("lstm",), "forget_bias_")
+    checks.number("value", value)
     return _set(module, "lstm", {"f": _filled(value)})
 
 
@@ -42,8 +44,11 @@ def chrono_(module: M, max_length: float, *, generator: torch.Generator | None =
     Tallec and Ollivier 2018, "Can recurrent neural networks warp time?", arXiv:1804.11188.
     """
     cell = weights.kind(module, ("lstm", "gru"), "chrono_")
-    if not max_length > 2:
-        raise ValueError(f"max_length must be more than 2, for log(U(1, max_length - 1)), got {max_length}")
+    checks.number("max_length", max_length)
+    if generator is not None and not isinstance(generator, torch.Generator):
+        raise checks.wrong("generator", "a torch.Generator or None", generator)
+    if not 2 < max_length < math.inf:
+        raise ValueError(f"max_length must be more than 2 and finite, for log(U(1, max_length - 1)), got {max_length}")
     drawn: list[Tensor] = []
 
     def draw(like: Tensor) -> Tensor:
@@ -71,6 +76,8 @@ def accumulator_(module: M, keep: float | None = None, add: float | None = None)
     count_ones_regression.py and temporal_order.py; what comes of it is in benchmarks/results/tasks-cpu.md.
     """
     cell = weights.kind(module, ("lstm", "gru"), "accumulator_")
+    checks.number("keep", keep, optional=True)
+    checks.number("add", add, optional=True)
     if cell == "gru":
         if add is not None:
             raise ValueError("add is for an LSTM's input gate; a GRU adds by 1 - z, which keep sets")
@@ -90,7 +97,8 @@ def _set(module: M, cell: str, gates: dict[str, Callable[[Tensor], Tensor]]) -> 
     order = weights.GATES[cell]
     values: dict[str, Tensor] = {}
     for suffix in weights.suffixes(module):
-        b_ih, b_hh = (getattr(module, f"bias_{part}{suffix}").detach().clone() for part in ("ih", "hh"))
+        shape = weights.shape(module, "bias")
+        b_ih, b_hh = (checks.parameter(module, f"bias_{part}{suffix}", shape).detach().clone() for part in ("ih", "hh"))
         for gate, make in gates.items():
             row = order.index(gate)
             kept = b_ih.chunk(len(order))[row]

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import weights
+from . import checks, weights
 
 Array = Any  # anything numpy.asarray takes, or a tensor
 KERAS = {"lstm": "ifgo", "gru": "zrn", "rnn": "n"}
@@ -38,6 +38,7 @@ def from_keras(
     Raises ValueError for an unknown cell and for shapes that do not fit.
     """
     order = _order(KERAS, cell)
+    checks.boolean("reset_after", reset_after)
     state = _from_kernels(kernel, recurrent_kernel, order, cell)
     if bias is None:
         return state
@@ -62,7 +63,10 @@ def to_keras(module: nn.Module, layer: int = 0, reverse: bool = False) -> list[n
     order, ours = KERAS[cell], weights.GATES[cell]
 
     def read(part: str) -> Tensor:
-        return _reordered(getattr(module, part + suffix).detach(), ours, order)
+        held = checks.parameter(module, part + suffix, weights.shape(module, part, layer))
+        if held.is_meta:
+            raise RuntimeError(f"{part + suffix} is on the meta device: it has no values to give")
+        return _reordered(held.detach(), ours, order)
 
     found = [read("weight_ih").T, read("weight_hh").T]
     if module.bias:
@@ -79,8 +83,11 @@ def load_keras_(module: nn.Module, arrays: Sequence[Array], layer: int = 0, reve
     arrays: [kernel, recurrent_kernel, bias], see from_keras. Raises as from_keras and load_ do.
     """
     cell = weights.kind(module, ("lstm", "gru", "rnn"), "load_keras_")
+    if not isinstance(arrays, (tuple, list)):
+        raise checks.wrong("arrays", "a list of two or three arrays", arrays)
     if len(arrays) not in (2, 3):
-        raise ValueError(f"expected [kernel, recurrent_kernel] or [kernel, recurrent_kernel, bias], got {len(arrays)}")
+        expected = "[kernel, recurrent_kernel] or [kernel, recurrent_kernel, bias]"
+        raise ValueError(f"arrays must be {expected}, got {len(arrays)}")
     reset_after = bool(getattr(module, "reset_after", True))
     return load_(module, from_keras(*arrays, cell=cell, reset_after=reset_after), layer, reverse)
 
@@ -123,8 +130,8 @@ def from_handwritten_lstm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """
     _names(state, [f"{x}_fc.{kind}" for x in "xh" for kind in ("weight", "bias")])
     found = {"weight_ih": "x_fc.weight", "weight_hh": "h_fc.weight", "bias_ih": "x_fc.bias", "bias_hh": "h_fc.bias"}
-    H = state["h_fc.weight"].shape[-1]
-    I = state["x_fc.weight"].shape[-1]  # noqa: E741
+    H = _checked("h_fc.weight", state["h_fc.weight"], ("4*H", "H")).shape[1]
+    I = _checked("x_fc.weight", state["x_fc.weight"], ("4*H", "I")).shape[1]  # noqa: E741
     shapes = ((4 * H, I), (4 * H, H), (4 * H,), (4 * H,))
     return {part: _checked(name, state[name], s) for (part, name), s in zip(found.items(), shapes, strict=True)}
 
@@ -136,12 +143,14 @@ def from_handwritten_gru(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     x_fc_.weight [H, I], each h_fc_.weight [H, H]. Raises ValueError for names and shapes that do not fit.
     """
     _names(state, [f"{x}_fc_{gate}.{kind}" for x in "xh" for gate in "rzn" for kind in ("weight", "bias")])
-    H = state["h_fc_r.weight"].shape[-1]
-    I = state["x_fc_r.weight"].shape[-1]  # noqa: E741
+    H = _checked("h_fc_r.weight", state["h_fc_r.weight"], ("H", "H")).shape[1]
+    I = _checked("x_fc_r.weight", state["x_fc_r.weight"], ("H", "I")).shape[1]  # noqa: E741
     found = {}
     for x, part, columns in (("x", "ih", I), ("h", "hh", H)):
         for kind, shape in (("weight", (H, columns)), ("bias", (H,))):
             names = [f"{x}_fc_{gate}.{kind}" for gate in "rzn"]
+            if len(places := {(state[n].dtype, state[n].device) for n in names if isinstance(state[n], Tensor)}) > 1:
+                raise RuntimeError(f"{', '.join(names)} must be of one dtype and on one device, got {places}")
             found[f"{kind}_{part}"] = torch.cat([_checked(name, state[name], shape) for name in names])
     return found
 
@@ -156,28 +165,36 @@ def load_(module: nn.Module, state: Mapping[str, Tensor], layer: int = 0, revers
     weights.kind(module, ("lstm", "gru", "rnn"), "load_")
     _no_projection(module, "a cell")
     suffix = weights.suffix(module, layer, reverse)
+    _mapping(state)
     _names(state, weights.PARTS if "bias_ih" in state or "bias_hh" in state else weights.PARTS[:2])
     if "bias_ih" in state and not module.bias:
         raise ValueError(f"this {type(module).__name__} has no bias to load into (bias=False)")
     values = {}
     for part in weights.PARTS if module.bias else weights.PARTS[:2]:
-        held = getattr(module, part + suffix)
+        held = checks.parameter(module, part + suffix, weights.shape(module, part, layer))
         values[part] = _checked(part, state[part], tuple(held.shape)) if part in state else torch.zeros_like(held)
+        if values[part].is_meta and not held.is_meta:
+            raise RuntimeError(f"{part} is on the meta device: it has no values to copy")
         values[part] = values[part].to(held.device, held.dtype)
     weights.assign(module, {part + suffix: value for part, value in values.items()})
     return module
 
 
 def _order(orders: dict[str, str], cell: str) -> str:
-    if cell not in orders:
-        raise ValueError(f"unknown cell {cell!r}: expected one of {', '.join(orders)}")
+    checks.one_of("cell", cell, orders)
     return orders[cell]
 
 
+def _mapping(state: Mapping[str, Tensor]) -> None:
+    if not isinstance(state, Mapping):
+        raise checks.wrong("state", "a state_dict", state)
+
+
 def _names(state: Mapping[str, Tensor], expected: Sequence[str]) -> None:
+    _mapping(state)
     if set(state) != set(expected):
-        missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected))
-        raise ValueError(f"expected the names {', '.join(expected)}; missing {missing}, unknown {extra}")
+        missing, extra = sorted(set(expected) - set(state)), sorted(set(state) - set(expected), key=str)
+        raise ValueError(f"state must have the names {', '.join(expected)}; missing {missing}, unknown {extra}")
 
 
 def _no_projection(module: nn.Module, what: str) -> None:
@@ -186,8 +203,21 @@ def _no_projection(module: nn.Module, what: str) -> None:
 
 
 def _checked(name: str, array: Array, expected: tuple[int | str, ...]) -> Tensor:
-    """A copy of array as a tensor. ValueError unless it has that shape; a str stands for any size."""
-    found = array.detach().clone() if isinstance(array, Tensor) else torch.tensor(np.asarray(array))
+    """A copy of array as a tensor. TypeError unless it holds real numbers, ValueError unless it has that shape; a str
+    stands for any size."""
+    if isinstance(array, Tensor):
+        checks.tensor(name, array)
+        if array.is_complex() or array.dtype == torch.bool:
+            raise TypeError(f"{name} must hold real numbers, got a tensor of {array.dtype}")
+        found = array.detach().clone()
+    else:
+        try:
+            plain = np.asarray(array)
+        except (TypeError, ValueError) as error:  # as of a ragged list
+            raise ValueError(f"{name} must be an array or a tensor, got {checks.kind(array)}: {error}") from None
+        if plain.dtype.kind not in "fiu":
+            raise TypeError(f"{name} must be an array of real numbers, got {checks.kind(array)} of {plain.dtype}")
+        found = torch.tensor(plain)
     fits = len(found.shape) == len(expected)
     fits = fits and all(isinstance(e, str) or s == e for s, e in zip(found.shape, expected, strict=True))
     if not fits:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, packing, plain, precisions, reference
+from . import arguments, checks, functional, packing, plain, reference
 from .functional import How
 
 
@@ -48,13 +48,13 @@ class _Layer(nn.Module):
         precision: str | None = None,
     ) -> None:
         super().__init__()
-        rate = float(dropout)  # first, as torch.nn does, for its error
+        rate = _rate(dropout)  # first, as in torch.nn
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         # Warnings name the caller's line: GRU and RNN have a constructor of their own between.
         _check_options(*sizes, stacklevel=3 if type(self).__init__ is _Layer.__init__ else 4)
-        if save not in functional.SAVES:
-            raise ValueError(f"unknown save {save!r}: expected one of {', '.join(functional.SAVES)}")
-        precisions.check(precision)
+        checks.device(device, optional=True)
+        checks.dtype(dtype, optional=True)
+        arguments.options(backend, precision, save)
         self.mode = {"gru_before": "GRU"}.get(self.cell, self.cell.upper())
         self.input_size = input_size
         self.hidden_size = hidden_size
@@ -67,19 +67,22 @@ class _Layer(nn.Module):
         self.backend = backend
         self.save = save
         self.precision = precision
-        rows = reference.get(self.cell).gates * hidden_size
-        out = proj_size or hidden_size
         self._all_weights: list[list[str]] = []
         for layer in range(num_layers):
+            shapes = self._shapes(layer)
             for suffix in ("", "_reverse")[: 2 if bidirectional else 1]:
-                width = out * (2 if bidirectional else 1) if layer else input_size
-                shapes: list[tuple[str, tuple[int, ...]]] = [("weight_ih", (rows, width)), ("weight_hh", (rows, out))]
-                shapes += [("bias_ih", (rows,)), ("bias_hh", (rows,))] if bias else []
-                shapes += [("weight_hr", (proj_size, hidden_size))] if proj_size else []
-                self._all_weights.append([f"{name}_l{layer}{suffix}" for name, _ in shapes])
-                for name, shape in zip(self._all_weights[-1], shapes, strict=True):
-                    self.register_parameter(name, nn.Parameter(torch.empty(shape[1], device=device, dtype=dtype)))
+                self._all_weights.append([f"{name}_l{layer}{suffix}" for name in shapes])
+                for name, shape in zip(self._all_weights[-1], shapes.values(), strict=True):
+                    self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         self.reset_parameters()
+
+    def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
+        """Of each parameter of that layer's directions."""
+        rows, out = reference.get(self.cell).gates * self.hidden_size, self.proj_size or self.hidden_size
+        width = out * (2 if self.bidirectional else 1) if layer else self.input_size
+        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, width), "weight_hh": (rows, out)}
+        shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)} if self.bias else {}
+        return shapes | ({"weight_hr": (self.proj_size, self.hidden_size)} if self.proj_size else {})
 
     def reset_parameters(self) -> None:
         """All from U(-1/sqrt(H), 1/sqrt(H)), in torch.nn's order: the same seed gives the same weights."""
@@ -124,15 +127,27 @@ class _Layer(nn.Module):
                 text += f", {name}={value!r}"
         return text
 
-    def _directions(self, layer: int) -> list[tuple[Tensor | None, ...]]:
-        """The parameters w_ih, w_hh, b_ih, b_hh (and w_hr) of a layer's one or two directions."""
+    def _directions(self) -> list[list[tuple[Tensor | None, ...]]]:
+        """Of each layer its one or two directions' parameters w_ih, w_hh, b_ih, b_hh (and w_hr)."""
         count = 2 if self.bidirectional else 1
-        found: list[tuple[Tensor | None, ...]] = []
-        for names in self._all_weights[layer * count : (layer + 1) * count]:
-            w_ih, w_hh, *rest = (getattr(self, name) for name in names)
-            b_ih, b_hh = rest[:2] if self.bias else (None, None)
-            found.append((w_ih, w_hh, b_ih, b_hh, *(rest[-1:] if self.proj_size else ())))
+        found: list[list[tuple[Tensor | None, ...]]] = []
+        for layer in range(self.num_layers):
+            shapes = self._shapes(layer).values()
+            found.append([])
+            for names in self._all_weights[layer * count : (layer + 1) * count]:
+                held = [checks.parameter(self, name, shape) for name, shape in zip(names, shapes, strict=True)]
+                w_ih, w_hh, *rest = held
+                b_ih, b_hh = rest[:2] if self.bias else (None, None)
+                found[-1].append((w_ih, w_hh, b_ih, b_hh, *(rest[-1:] if self.proj_size else ())))
         return found
+
+    def _check(
+        self, input: Any, hx: Any, resets: Any = None, lengths: Any = None, cells: Any = False
+    ) -> list[list[tuple[Tensor | None, ...]]]:
+        """Raise what is wrong with a call; else give `_directions`."""
+        layers = self._directions()
+        arguments.layer(self, layers, input, hx, resets, lengths, cells)
+        return layers
 
     def _run(
         self,
@@ -143,39 +158,27 @@ class _Layer(nn.Module):
         cells: bool = False,
     ) -> tuple[Any, tuple[Tensor, ...], Any]:
         """Output, final states, and all cell states of the last layer or None, in the input's own layout."""
-        if resets is None and lengths is None and not cells and (found := plain.layers(self, input, hx)) is not None:
-            return *found, None
+        if resets is None and lengths is None and cells is False:
+            try:
+                found = plain.layers(self, input, hx)
+            except (AttributeError, TypeError, RuntimeError) as error:
+                raise checks.clearer(error, self._check, input, hx) from None
+            if found is not None:
+                return *found, None
+        layers = self._check(input, hx, resets, lengths, cells)
         if isinstance(input, PackedSequence):
-            if lengths is not None:
-                raise ValueError("lengths cannot be given with a PackedSequence, which has its own")
-            return self._run_packed(input, hx, resets, cells)
-        kind = type(self).__name__
-        if input.dim() not in (2, 3):
-            tensor = " tensor" if kind == "RNN" else ""
-            raise ValueError(f"{kind}: Expected input to be 2D or 3D, got {input.dim()}D{tensor} instead")
-        batched = input.dim() == 3
-        states = self._states(hx, batched)
-        if isinstance(resets, PackedSequence):
-            raise TypeError("resets must be a tensor where the input is one, got a PackedSequence")
-        if resets is not None and resets.shape != input.shape[:-1]:
-            raise RuntimeError(f"Expected resets size {tuple(input.shape[:-1])}, got {list(resets.shape)}")
-        x = input
+            return self._run_packed(layers, input, hx, resets, cells)
+        states = None if hx is None else (hx[0], hx[1]) if self.cell == "lstm" else (hx,)
+        x, batched = input, input.dim() == 3
         if not batched:
-            if lengths is not None:
-                raise ValueError("lengths cannot be given for unbatched 2-D input")
             x = input[:, None]
-            resets = None if resets is None else resets[:, None]
+            resets = None if resets is None else resets[:, None]  # type: ignore[call-overload]
             states = None if states is None else tuple(s[:, None] for s in states)
         elif self.batch_first:
             x = input.transpose(0, 1)
-            resets = None if resets is None else resets.t()
-        if lengths is not None:
-            lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.int64)
-            functional.check_lengths(lengths, x.shape[0])
-            lengths = lengths.to(x.device, non_blocking=True)
-        self._check(x, states, x.shape[1])
-        self._check_count(hx)
-        y, final, every = self._layers(x, states, How(resets=resets, lengths=lengths), cells)
+            resets = None if resets is None else resets.t()  # type: ignore[union-attr]
+        lengths = arguments.lengths(lengths, x.shape[:2], x.device, anywhere=True)
+        y, final, every = self._layers(layers, x, states, How(resets=resets, lengths=lengths), cells)  # type: ignore[arg-type]
         if not batched:
             return y[:, 0], tuple(s[:, 0] for s in final), None if every is None else every[:, 0]
         if self.batch_first:
@@ -184,6 +187,7 @@ class _Layer(nn.Module):
 
     def _run_packed(
         self,
+        layers: list[list[tuple[Tensor | None, ...]]],
         input: PackedSequence,
         hx: Any,
         resets: Tensor | PackedSequence | None,
@@ -194,26 +198,19 @@ class _Layer(nn.Module):
         if hx is not None:
             given = (hx[i] for i in (0, 1)) if self.cell == "lstm" else (hx,)
             states = tuple(given if order is None else (s.index_select(1, order) for s in given))
-        if order is not None:
-            batch = order.shape[0]
-        elif torch.compiler.is_compiling() and states is not None and states[0].dim() == 3:
-            batch = states[0].shape[1]  # without a value that a compiler could not know
-        else:
-            batch = int(batch_sizes[0])
-        self._check(data[:, None], states, batch)
-        self._check_count(hx)
+        batch = arguments.packed_batch(input, states or ())
         # resets and lengths as stand-ins: their values do not matter.
         asked = How(resets, batch_sizes, save=self.save, backend=self.backend, cells=cells)  # type: ignore[arg-type]
-        tensors, size = (*self._flat_weights, *(states or ())), (batch_sizes.shape[0], batch)
-        more: Any = {"packed": size, "projected": self.proj_size > 0}
+        tensors = (*(t for directions in layers for weights in directions for t in weights), *(states or ()))
+        more: Any = {"packed": (batch_sizes.shape[0], batch), "projected": self.proj_size > 0}
         chosen = functional.choose(self.cell, data, tensors, asked, self.hidden_size, **more)
         if chosen.backend == "aten" and not chosen.marked:
-            y, final = self._layers_packed(data, batch_sizes, batch, states)
+            y, final = self._layers_packed(layers, data, batch_sizes, batch, states)
             every = None
         else:
             where = packing.layout(batch_sizes, batch, data.shape[0], data.device)
             how = How(resets=self._packed_resets(resets, input, where), lengths=where.lengths, padded=True)
-            y, final, every = self._layers(packing.pad(data, where), states, how, cells)
+            y, final, every = self._layers(layers, packing.pad(data, where), states, how, cells)
             y, every = packing.pack(y, where), None if every is None else packing.pack(every, where)
         if back is not None:
             final = tuple(s.index_select(1, back) for s in final)
@@ -227,79 +224,44 @@ class _Layer(nn.Module):
         if resets is None:
             return None
         if isinstance(resets, PackedSequence):
-            if not torch.equal(resets.batch_sizes, input.batch_sizes):
-                raise RuntimeError("resets must have the input's batch_sizes")
             return packing.pad(resets.data, where)
-        steps, batch = where.padding.shape
-        expected = (batch, steps) if self.batch_first else (steps, batch)
-        if resets.shape != expected:
-            raise RuntimeError(f"Expected resets size {expected}, got {list(resets.shape)}")
         resets = resets.t() if self.batch_first else resets
         return resets if input.sorted_indices is None else resets.index_select(1, input.sorted_indices)
 
-    def _states(self, hx: Any, batched: bool) -> tuple[Tensor, ...] | None:
-        """hx as a tuple of tensors of the right rank."""
-        if hx is None:
-            return None
-        rank, shape = (3, "batched 3-D") if batched else (2, "unbatched 2-D")
-        if self.cell != "lstm":
-            if hx.dim() != rank:
-                raise RuntimeError(f"For {shape} input, hx should also be {rank}-D but got {hx.dim()}-D tensor")
-            return (hx,)
-        if hx[0].dim() != rank or hx[1].dim() != rank:
-            got = f"({hx[0].dim()}-D, {hx[1].dim()}-D) tensors"
-            raise RuntimeError(f"For {shape} input, hx and cx should also be {rank}-D but got {got}")
-        return hx[0], hx[1]
-
-    def _check_count(self, hx: Any) -> None:
-        if self.cell == "lstm" and hx is not None and len(hx) > 2:
-            raise RuntimeError("lstm expects two hidden states")
-
-    def _check(self, x: Tensor, states: tuple[Tensor, ...] | None, batch: int) -> None:
-        """What torch.nn checks before it runs, in its words. x [., ., I], of packed input [., 1, I]."""
-        weight = getattr(self, self._all_weights[0][0])
-        if x.dtype != weight.dtype and not torch._C._is_any_autocast_enabled():
-            raise ValueError(
-                f"RNN input dtype ({x.dtype}) does not match weight dtype ({weight.dtype}). "
-                f"Convert input: input.to({weight.dtype}), or convert model: model.to({x.dtype})"
-            )
-        if x.dim() != 3:  # only of packed input, which has one dimension less
-            raise RuntimeError(f"input must have 2 dimensions, got {x.dim() - 1}")
-        if x.shape[-1] != self.input_size:
-            raise RuntimeError(
-                f"input.size(-1) must be equal to input_size. Expected {self.input_size}, got {x.shape[-1]}"
-            )
-        rows = self.num_layers * (2 if self.bidirectional else 1)
-        for i, s in enumerate(states or ()):
-            expected = (rows, batch, self.hidden_size if i else self.proj_size or self.hidden_size)
-            if s.shape != expected:
-                name = f"hidden[{i}]" if self.cell == "lstm" else "hidden"
-                raise RuntimeError(f"Expected {name} size {expected}, got {list(s.shape)}")
-
     def _layers(
-        self, x: Tensor, states: tuple[Tensor, ...] | None, how: How, cells: bool
+        self,
+        layers: list[list[tuple[Tensor | None, ...]]],
+        x: Tensor,
+        states: tuple[Tensor, ...] | None,
+        how: How,
+        cells: bool,
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
         """All layers over x [T, B, I]; states [layers * directions, B, .]."""
         count, finals, every = 2 if self.bidirectional else 1, [], None
         own = ((False, True)[:count], self.save, self.backend, self.precision)
-        for layer in range(self.num_layers):
+        for layer, directions in enumerate(layers):
             last = layer == self.num_layers - 1
             mine = None if states is None else tuple(s[layer * count : (layer + 1) * count] for s in states)
             options = How(how.resets, how.lengths, *own, cells and last, how.padded or layer > 0)
-            x, final, every = functional.run(self.cell, x, mine, self._directions(layer), options)
+            x, final, every = functional.run(self.cell, x, mine, directions, options)
             finals.append(final)
             if self.dropout and self.training and not last:
                 x = dropout(x, self.dropout)
         return x, _joined(finals), every
 
     def _layers_packed(
-        self, x: Tensor, batch_sizes: Tensor, batch: int, states: tuple[Tensor, ...] | None
+        self,
+        layers: list[list[tuple[Tensor | None, ...]]],
+        x: Tensor,
+        batch_sizes: Tensor,
+        batch: int,
+        states: tuple[Tensor, ...] | None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """All layers by torch's own, over a PackedSequence's data."""
         count, finals = 2 if self.bidirectional else 1, []
-        for layer in range(self.num_layers):
+        for layer, directions in enumerate(layers):
             mine = None if states is None else tuple(s[layer * count : (layer + 1) * count] for s in states)
-            x, final = functional.aten_packed(self.cell, x, batch_sizes, batch, mine, self._directions(layer))
+            x, final = functional.aten_packed(self.cell, x, batch_sizes, batch, mine, directions)
             finals.append(final)
             if self.dropout and self.training and layer < self.num_layers - 1:
                 x = dropout(x, self.dropout)
@@ -309,6 +271,18 @@ class _Layer(nn.Module):
 def _joined(finals: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
     """Each layer's final states [directions, B, .], one below the other."""
     return finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True))
+
+
+def _rate(dropout: Any) -> float:
+    """dropout as a float; what float raises, in words that name it."""
+    try:
+        return float(dropout)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        kind = ValueError if isinstance(error, OverflowError) else type(error)
+        raise kind(f"{_DROPOUT}, got {checks.kind(dropout)}") from None
+
+
+_DROPOUT = "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
 
 
 def _check_options(
@@ -324,10 +298,8 @@ def _check_options(
 ) -> None:
     """torch.nn's checks, in its words and order; and of bidirectional, at whose type it stumbles when called."""
     if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
-        raise ValueError(
-            "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
-        )
-    if dropout > 0 and num_layers == 1:
+        raise ValueError(_DROPOUT)
+    if dropout > 0 and isinstance(num_layers, int) and num_layers == 1:
         warnings.warn(
             "dropout option adds dropout after all but last "
             "recurrent layer, so non-zero dropout expects "
@@ -335,22 +307,21 @@ def _check_options(
             f"num_layers={num_layers}",
             stacklevel=stacklevel,
         )
-    for name, flag in (("bias", bias), ("batch_first", batch_first)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name} should be of type bool, got: {type(flag).__name__}")
+    checks.boolean("bias", bias)
+    checks.boolean("batch_first", batch_first)
     for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-        if not isinstance(size, int):
-            raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
+        checks.integer(name, size, bools=True)
         if size <= 0:
             raise ValueError(f"{name} must be greater than zero")
+    checks.integer("num_layers", num_layers)
     if num_layers <= 0:
         raise ValueError("num_layers must be greater than zero")
+    checks.integer("proj_size", proj_size)
     if proj_size < 0:
         raise ValueError("proj_size should be a positive integer or zero to disable projections")
     if proj_size >= hidden_size:
         raise ValueError("proj_size has to be smaller than hidden_size")
-    if not isinstance(bidirectional, bool):
-        raise TypeError(f"bidirectional should be of type bool, got: {type(bidirectional).__name__}")
+    checks.boolean("bidirectional", bidirectional)
 
 
 class LSTM(_Layer):
@@ -410,6 +381,7 @@ class GRU(_OneState):
     def __init__(self, *args: Any, reset_after: bool = True, **options: Any) -> None:
         if "proj_size" in options or (len(args) > 7 and args[7]):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        checks.boolean("reset_after", reset_after)
         self.cell = "gru" if reset_after else "gru_before"
         super().__init__(*args, **options)
         self.reset_after = reset_after

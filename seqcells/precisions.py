@@ -19,12 +19,6 @@ def rnn_precision() -> str:
     return "ieee"
 
 
-def check(asked: str | None) -> None:
-    """ValueError for anything but None and the names of PRECISIONS."""
-    if asked not in (None, *PRECISIONS):
-        raise ValueError(f"unknown precision {asked!r}: expected one of {', '.join(PRECISIONS)}")
-
-
 def of_products(asked: str | None, dtype: torch.dtype, device: torch.device) -> str:
     """The precision of recurrent products. Only float32 has a choice: `asked`, or on CUDA PyTorch's switches."""
     if dtype != torch.float32:

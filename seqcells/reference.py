@@ -18,10 +18,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from . import checks, reference_arguments
+
 States = tuple[Tensor, ...]
 Step = Callable[[Tensor, States, Tensor, Tensor, "Tensor | None", "Tensor | None"], States]
 
 
+@reference_arguments.explained(gates=4, count=2)
 def lstm_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
@@ -32,6 +35,7 @@ def lstm_cell(
     return o.sigmoid() * c.tanh(), c
 
 
+@reference_arguments.explained(gates=3, count=1)
 def gru_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
@@ -44,6 +48,7 @@ def gru_cell(
     return ((1 - z) * n + z * h,)
 
 
+@reference_arguments.explained(gates=3, count=1)
 def gru_before_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
@@ -57,6 +62,7 @@ def gru_before_cell(
     return ((1 - z) * n + z * h,)
 
 
+@reference_arguments.explained(gates=1, count=1)
 def rnn_tanh_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
@@ -64,6 +70,7 @@ def rnn_tanh_cell(
     return ((linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh)).tanh(),)
 
 
+@reference_arguments.explained(gates=1, count=1)
 def rnn_relu_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
@@ -105,8 +112,7 @@ CELLS: dict[str, Cell] = {
 
 def get(name: str) -> Cell:
     """The specification of the cell of that name. ValueError if there is none."""
-    if name not in CELLS:
-        raise ValueError(f"unknown cell {name!r}: expected one of {', '.join(CELLS)}")
+    checks.one_of("cell", name, CELLS)
     return CELLS[name]
 
 
@@ -129,6 +135,7 @@ def scan_states(
     lengths: from step lengths[b] on, row b keeps its states and outputs zero. reverse: walk from the last step to the
     first.
     """
+    lengths = reference_arguments.scan(step, x, states, (w_ih, w_hh, b_ih, b_hh), resets, lengths, reverse)
     T = x.shape[0]
     outputs: list[States] = []
     for t in range(T - 1, -1, -1) if reverse else range(T):
@@ -175,6 +182,7 @@ def scan_groups(
     for all groups or [T, B, K, I] for each. Group k walks from the last step to the first if bit k of reversed is set.
     Half precision is computed in float32, and rounded in the end.
     """
+    reference_arguments.groups(step, x, states, (w_ih, w_hh, b_ih, b_hh), reversed)
     dtype = x.dtype
     exact = torch.float32 if dtype.itemsize < 4 else dtype
     x, w_ih, w_hh = (t.to(exact) for t in (x, w_ih, w_hh))
@@ -212,12 +220,14 @@ class HandwrittenLSTMCell(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
+        reference_arguments.sizes(input_size, hidden_size)
         self.x_fc = nn.Linear(input_size, 4 * hidden_size)
         self.h_fc = nn.Linear(hidden_size, 4 * hidden_size)
         for weight in self.parameters():
             nn.init.uniform_(weight, -math.sqrt(3 / hidden_size), math.sqrt(3 / hidden_size))
 
     def forward(self, x: Tensor, states: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        reference_arguments.handwritten(x, states, "states", self.x_fc, self.h_fc)
         h, c = states
         i, f, g, o = (self.x_fc(x) + self.h_fc(h)).chunk(4, dim=1)
         c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
@@ -229,7 +239,8 @@ class HandwrittenLSTMCell(nn.Module):
         return _detached({"weight_ih": x.weight, "weight_hh": h.weight, "bias_ih": x.bias, "bias_hh": h.bias})
 
     def load_cell_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the weights of an LSTMCell. KeyError or RuntimeError where they do not fit."""
+        """Take the weights of an LSTMCell. TypeError or RuntimeError where they do not fit."""
+        reference_arguments.state(state, self.cell_state_dict())
         self.x_fc.load_state_dict({"weight": state["weight_ih"], "bias": state["bias_ih"]})
         self.h_fc.load_state_dict({"weight": state["weight_hh"], "bias": state["bias_hh"]})
 
@@ -242,6 +253,7 @@ class HandwrittenGRUCell(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
+        reference_arguments.sizes(input_size, hidden_size)
         self.x_fc_r = nn.Linear(input_size, hidden_size)
         self.x_fc_z = nn.Linear(input_size, hidden_size)
         self.x_fc_n = nn.Linear(input_size, hidden_size)
@@ -250,6 +262,7 @@ class HandwrittenGRUCell(nn.Module):
         self.h_fc_n = nn.Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor, h: Tensor) -> Tensor:
+        reference_arguments.handwritten(x, (h,), "h", self.x_fc_r, self.h_fc_r)
         r = torch.sigmoid(self.x_fc_r(x) + self.h_fc_r(h))
         z = torch.sigmoid(self.x_fc_z(x) + self.h_fc_z(h))
         n = torch.tanh(self.x_fc_n(x) + self.h_fc_n(r * h))
@@ -267,7 +280,8 @@ class HandwrittenGRUCell(nn.Module):
         return _detached(state)
 
     def load_cell_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take the weights of a reset-before GRUCell. KeyError or RuntimeError where they do not fit."""
+        """Take the weights of a reset-before GRUCell. TypeError or RuntimeError where they do not fit."""
+        reference_arguments.state(state, self.cell_state_dict())
         for kind, name in (("x", "ih"), ("h", "hh")):
             weights, biases = state[f"weight_{name}"].chunk(3), state[f"bias_{name}"].chunk(3)
             for part, weight, bias in zip(self._parts(kind), weights, biases, strict=True):

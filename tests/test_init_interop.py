@@ -107,10 +107,16 @@ def test_an_accumulator_adds(name):
 
 def test_initialisers_refuse():
     for call, words in (
-        (lambda: init.forget_bias_(nn.Linear(1, 1)), "forget_bias_ takes an LSTM or LSTMCell of .* got Linear"),
-        (lambda: init.forget_bias_(seqcells.GRU(1, 1)), "got GRU"),
-        (lambda: init.chrono_(nn.RNN(1, 1), 10), "chrono_ takes an LSTM or LSTMCell or GRU or GRUCell .* got RNN"),
-        (lambda: init.accumulator_(nn.RNNCell(1, 1)), "got RNNCell"),
+        (
+            lambda: init.forget_bias_(nn.Linear(1, 1)),
+            "forget_bias_: module must be an LSTM or LSTMCell of .* got a Linear",
+        ),
+        (lambda: init.forget_bias_(seqcells.GRU(1, 1)), "got a GRU"),
+        (
+            lambda: init.chrono_(nn.RNN(1, 1), 10),
+            "chrono_: module must be an LSTM or LSTMCell or GRU or GRUCell .* got an RNN",
+        ),
+        (lambda: init.accumulator_(nn.RNNCell(1, 1)), "got an RNNCell"),
     ):
         with pytest.raises(TypeError, match=words):
             call()
@@ -336,7 +342,11 @@ def refused():
         "haste biases": (lambda: interop.from_haste(*gru[:2], gru[2][0], cell="gru"), ValueError, "has two biases"),
         "haste lstm": (lambda: interop.from_haste(kernel, recurrent, bias, bias), ValueError, "has one bias"),
         "count": (lambda: interop.load_keras_(lstm, [kernel]), ValueError, "got 1"),
-        "module": (lambda: interop.load_(nn.Linear(1, 1), state), TypeError, "load_ takes an LSTM .*got Linear"),
+        "module": (
+            lambda: interop.load_(nn.Linear(1, 1), state),
+            TypeError,
+            "load_: module must be an LSTM .*got a Linear",
+        ),
         "size": (
             lambda: interop.load_(seqcells.LSTM(I + 1, H), state),
             ValueError,

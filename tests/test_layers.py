@@ -157,7 +157,6 @@ def layer_calls(m):
         "size type": lambda: m.RNN(3.0, 4),
         "layers": lambda: m.LSTM(3, 4, 0),
         "dropout": lambda: m.LSTM(3, 4, dropout=2),
-        "no dropout": lambda: m.LSTM(3, 4, dropout=None),
         "nonlinearity": lambda: m.RNN(3, 4, nonlinearity="gelu"),
         "proj": lambda: m.GRU(3, 4, proj_size=2),
         "cell rank": lambda: m.LSTMCell(3, 4)(x),
@@ -194,7 +193,8 @@ def ours_alone():
         "context": (lambda: seqcells.backend("fast").__enter__(), ValueError, "unknown backend 'fast'"),
         "save": (lambda: seqcells.LSTM(3, 4, save="all"), ValueError, "unknown save 'all'"),
         "hx dtype": (lambda: layer(x, (h.double(), h)), RuntimeError, "hidden tensors are not the same dtype"),
-        "one hx": (lambda: layer(x, (h,)), IndexError, "tuple index out of range"),
+        "one hx": (lambda: layer(x, (h,)), TypeError, "hx must be a tuple of two tensors .* got a tuple of 1"),
+        "no dropout": (lambda: seqcells.LSTM(3, 4, dropout=None), TypeError, "dropout should be a number .* got None"),
         # torch.nn.LSTM does not look at these, and may crash.
         "packed hx": (
             lambda: layer(torch.nn.utils.rnn.pack_sequence([x[:, 0], x[:3, 1]]), (h, h[:, :1])),

@@ -28,9 +28,18 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.single": {f"kernels.{n}" for n in ("cells", "math", "plan", "plan_single", "scan", "tiles")},
     "kernels.report": {f"kernels.{n}" for n in ("cells", "plan", "plan_single", "scan", "single")},
     "kernels": set(),
+<<<<<<< HEAD
     "reference": set(),
     "chosen": set(),
     "backends": {"chosen"},
+=======
+    "backends": set(),
+    "checks": set(),
+    "precisions": set(),
+    "arguments": {"backends", "checks", "precisions"},
+    "reference_arguments": {"arguments", "checks"},
+    "reference": {"checks", "reference_arguments"},
+>>>>>>> 7bf5afc (Wrong calls: one place for the checks, which name the argument, what came and what was expected)
     "masks": {"kernels.buffers"},
     "autograd": {"backends", "masks", "reference", "kernels.buffers"},
     "batching": set(),
@@ -42,13 +51,17 @@ ARROWS = {  # room: the rooms of the project it may import
     },
     "aten": set(),
     "projection": set(),
-    "precisions": set(),
     "functional": {
+        "arguments",
         "aten",
         "autograd",
         "backends",
         "batching",
+<<<<<<< HEAD
         "fallback",
+=======
+        "checks",
+>>>>>>> 7bf5afc (Wrong calls: one place for the checks, which name the argument, what came and what was expected)
         "loop",
         "marked",
         "masks",
@@ -58,15 +71,21 @@ ARROWS = {  # room: the rooms of the project it may import
         "reference",
     },
     "explanation": {
+        "arguments",
         "aten",
         "backends",
+<<<<<<< HEAD
         "fallback",
+=======
+        "checks",
+>>>>>>> 7bf5afc (Wrong calls: one place for the checks, which name the argument, what came and what was expected)
         "precisions",
         "reference",
         *(f"kernels.{n}" for n in ("cells", "plan", "scan")),
     },
     "packing": set(),
     "marked": {"aten", "packing", "kernels.buffers"},
+<<<<<<< HEAD
     "plain": {"aten", "backends", "chosen"},
     "cells": {"backends", "functional", "plain", "precisions", "reference"},
     "layers": {"functional", "packing", "plain", "precisions", "reference"},
@@ -78,6 +97,18 @@ ARROWS = {  # room: the rooms of the project it may import
     "files": set(),
     "training": {"files"},
     "plots": {"files", "training"},
+=======
+    "plain": {"aten", "backends"},
+    "cells": {"arguments", "backends", "checks", "functional", "plain", "reference"},
+    "layers": {"arguments", "checks", "functional", "packing", "plain", "reference"},
+    "convert": {"arguments", "cells", "checks", "layers"},
+    "weights": {"cells", "checks", "layers"},
+    "init": {"checks", "weights"},
+    "interop": {"checks", "weights"},
+    "check": {"backends", "checks", "explanation", "functional", "reference"},
+    "training": set(),
+    "plots": {"training"},
+>>>>>>> 7bf5afc (Wrong calls: one place for the checks, which name the argument, what came and what was expected)
     "progress": set(),
     "tasks": {"init", "layers", "training"},
     "suite": {"files", "progress", "tasks", "training"},

@@ -1,0 +1,127 @@
+"""What the functions and modules of `reference` must be given. Apart from them, for they are to be read."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import arguments, checks
+
+NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
+States = tuple[Tensor, ...]
+Step = Callable[..., States]
+
+
+def explained(gates: int, count: int) -> Callable[[Step], Step]:
+    """For a step that failed: say which argument is wrong. To ask before each would take as long as a small step."""
+
+    def wrap(step: Step) -> Step:
+        @functools.wraps(step)
+        def call(
+            x: Tensor,
+            states: States,
+            w_ih: Tensor,
+            w_hh: Tensor,
+            b_ih: Tensor | None = None,
+            b_hh: Tensor | None = None,
+        ) -> States:
+            try:
+                return step(x, states, w_ih, w_hh, b_ih, b_hh)
+            except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+                given = (x, states, w_ih, w_hh, b_ih, b_hh)
+                raise checks.clearer(error, _step, gates, count, *given) from None
+
+        return call
+
+    return wrap
+
+
+def _step(gates: int, count: int, x: Any, states: Any, *weights: Any) -> None:
+    checks.tensors("states", states, f"a tuple of {count} tensor{'s' * (count > 1)}", count)
+    arguments.types(x, None, dict(zip(NAMES, weights, strict=True)), rank=None)
+    if x.dim() not in (1, 2):
+        raise RuntimeError(f"x must have 1 or 2 dimensions, got {x.dim()}")
+    if x.dim() == 1:
+        x, states = x[None], [s[None] for s in states]
+    arguments.fit(x[None], states, weights, gates)
+
+
+def _types(step: Any, x: Any, states: Any, weights: Sequence[Any], rank: int | None) -> None:
+    if not callable(step) or isinstance(step, (type, types.BuiltinFunctionType)):
+        raise checks.wrong("step", "a function", step)
+    arguments.types(x, None, dict(zip(NAMES, weights, strict=True)), rank)
+    checks.tensors("states", states, "a tuple of tensors")
+
+
+def scan(
+    step: Any, x: Any, states: Any, weights: Sequence[Any], resets: Any, lengths: Any, reverse: Any
+) -> Tensor | None:
+    """Of reference.scan_states. lengths as a tensor."""
+    _types(step, x, states, weights, rank=3)
+    checks.boolean("reverse", reverse)
+    w_hh = weights[1]
+    H = w_hh.shape[-1] if w_hh.dim() else 0
+    found = arguments.lengths(lengths, x.shape[:2], x.device)
+    arguments.fit(x, states, weights, w_hh.shape[0] // H if H else 0, (resets, found))
+    return found
+
+
+def groups(step: Any, x: Any, states: Any, weights: Sequence[Any], reversed: Any) -> None:
+    """Of reference.scan_groups, what each group's scan does not see."""
+    _types(step, x, states, weights, rank=None)
+    checks.integer("reversed", reversed, least=0)
+    w_hh = weights[1]
+    if w_hh.dim() not in (2, 3):
+        raise RuntimeError(f"w_hh must have 2 or 3 dimensions, got {w_hh.dim()}")
+    K, H = w_hh.shape[0] if w_hh.dim() == 3 else 1, w_hh.shape[-1]
+    for name, t in zip(NAMES, weights, strict=True):
+        rank = w_hh.dim() - name.startswith("b_")
+        if t is not None and (t.dim() != rank or (w_hh.dim() == 3 and t.shape[0] != K)):
+            raise RuntimeError(f"{name} must have {rank} dimensions, as w_hh has {w_hh.dim()}, got {list(t.shape)}")
+    if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[2] != K):
+        raise RuntimeError(f"x must have shape (T, B, I) or (T, B, {K}, I), got {tuple(x.shape)}")
+    expected = (K, x.shape[1], H)
+    for i, s in enumerate(states):
+        if s.shape != expected and (K > 1 or s.shape != expected[1:]):
+            raise RuntimeError(f"states[{i}] must have shape {expected}, got {tuple(s.shape)}")
+
+
+def sizes(input_size: Any, hidden_size: Any) -> None:
+    checks.integer("input_size", input_size, least=1)
+    checks.integer("hidden_size", hidden_size, least=1)
+
+
+def handwritten(x: Any, states: Sequence[Any], name: str, x_fc: nn.Linear, h_fc: nn.Linear) -> None:
+    """x [B, I] and states [B, H] of a handwritten cell."""
+    checks.tensor("x", x)
+    if name == "states":
+        checks.tensors(name, states, "a tuple of two tensors (h, c)", 2)
+    weights = [checks.parameter(x_fc, "weight"), checks.parameter(h_fc, "weight")]
+    if x.dim() != 2 or x.shape[1] != x_fc.in_features:
+        raise RuntimeError(f"x must have shape (B, {x_fc.in_features}), got {tuple(x.shape)}")
+    expected = (x.shape[0], h_fc.in_features)
+    for s in states:
+        checks.tensor(name, s)
+        if s.shape != expected:
+            raise RuntimeError(f"{name} must have shape {expected}, got {tuple(s.shape)}")
+    if not torch._C._is_any_autocast_enabled():
+        arguments.together(x, states, weights)
+
+
+def state(given: Any, own: dict[str, Tensor]) -> None:
+    """A state_dict that is to be loaded, by one's own."""
+    if not isinstance(given, Mapping):
+        raise checks.wrong("state", "a state_dict", given)
+    for name, held in own.items():
+        if name not in given:
+            raise RuntimeError(f"state has no {name}")
+        checks.tensor(name, given[name])
+        if given[name].is_meta and not held.is_meta:
+            raise RuntimeError(f"{name} is on the meta device: it has no values to copy")
+        if given[name].shape != held.shape:
+            raise RuntimeError(f"{name} must have shape {tuple(held.shape)}, got {tuple(given[name].shape)}")
