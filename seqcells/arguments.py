@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -135,8 +136,10 @@ def fit(
         expected = (x.shape[1], inner if i else outer)
         if s is not None and s.shape != expected:
             raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(s.shape)}")
-    resets(masks[0], tuple(x.shape[:2]), x.device)
-    lengths(masks[1], x.shape[:2], x.device)
+    if masks[0] is not None:
+        resets(masks[0], tuple(x.shape[:2]), x.device)
+    if masks[1] is not None:
+        lengths(masks[1], x.shape[:2], x.device)
 
 
 def _fit_weights(weights: Sequence[Tensor | None], gates: int) -> tuple[int, int]:
@@ -196,6 +199,8 @@ def layer(
         raise checks.wrong("hx", _PAIR, hx)
     if module.cell == "lstm" and hx is not None and len(hx) > 2:
         raise RuntimeError("lstm expects two hidden states")
+    if not input.is_floating_point():
+        raise TypeError(f"input must be of a floating point dtype, got {input.dtype}")
     if not torch._C._is_any_autocast_enabled():
         together(input, states, [t for directions in layers for weights in directions for t in weights])
 
@@ -257,8 +262,10 @@ def _fit_module(
     rank: int | None = None,
     more: bool = False,
 ) -> None:
-    """What torch.nn checks before it runs. x [..., I], of that rank if one is given; states [layers * directions, B, .],
-    or of more sequences, if `more`."""
+    """What torch.nn checks before it runs. x [..., I], of that rank if one is given.
+
+    states [layers * directions, B, .], or of more sequences, if `more`.
+    """
     dtype = weights[0].dtype
     if x.dtype != dtype and not torch._C._is_any_autocast_enabled():
         raise ValueError(_dtypes(x.dtype, dtype))
@@ -298,8 +305,8 @@ def _packed(
     if isinstance(resets_, PackedSequence):
         packed("resets", resets_)
         _rows("resets", resets_)
-        resets(resets_.data, tuple(data.shape[:1]), data.device)
         _same_order(input, resets_)
+        resets(resets_.data, tuple(data.shape[:1]), data.device)
     else:
         steps = batch_sizes.shape[0]
         resets(resets_, (batch, steps) if module.batch_first else (steps, batch), data.device)
@@ -326,7 +333,7 @@ def packed(name: str, given: PackedSequence) -> None:
     if sizes.shape[0] == 0:
         raise RuntimeError(f"Expected sequence length to be larger than 0 in RNN, got {name}.batch_sizes without any")
     values = sizes.tolist() if readable(sizes) else None
-    if values is not None and (values[-1] < 1 or any(a < b for a, b in zip(values, values[1:], strict=False))):
+    if values is not None and (values[-1] < 1 or any(a < b for a, b in pairwise(values))):
         raise RuntimeError(f"{name}.batch_sizes must be greater than zero and never grow, got {_few(values)}")
     _packed_indices(name, order, back, None if values is None else values[0], data.device)
 

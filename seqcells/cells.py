@@ -26,9 +26,6 @@ _NAMES = {
     torch.bool: "Bool",
 }
 
-# What a wrong argument may run into: whether one is to blame is asked then, not at each step, where it would cost.
-_FAILED = (AttributeError, TypeError, RuntimeError)
-
 
 class _Cell(nn.Module):
     """One step. weight_ih [G*H, I], weight_hh [G*H, H], bias_ih and bias_hh [G*H], all U(-1/sqrt(H), 1/sqrt(H))."""
@@ -158,9 +155,10 @@ class LSTMCell(_Cell):
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         if hx is not None and not isinstance(hx, (tuple, list)):
             raise TypeError(f"LSTMCell: expected hx to be a tuple of two tensors (h, c), got {checks.kind(hx)}")
+        # Whether an argument is to blame is asked after a failure: before each step it would cost.
         try:
             h, c = self._step(input, hx, ("hx[0]", "hx[1]"))
-        except _FAILED as error:
+        except checks.FAILURES as error:
             raise checks.clearer(error, self._check, input, hx) from None
         return h, c
 
@@ -172,7 +170,7 @@ class _OneState(_Cell):
         states = None if hx is None else (hx,)
         try:
             return self._step(input, states, ("hidden",))[0]
-        except _FAILED as error:
+        except checks.FAILURES as error:
             raise checks.clearer(error, self._check, input, states) from None
 
 

@@ -50,6 +50,10 @@ def tensors(name: str, value: Any, expected: str, count: int | None = None, opti
         tensor(f"{name}[{i}]", t, optional)
 
 
+# What somebody runs into who is given a wrong argument.
+FAILURES = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
+
+
 def clearer(error: Exception, check: Callable[..., Any], *arguments: Any) -> Exception:
     """What the check raises of these arguments; error itself, where they are not what is wrong."""
     try:
@@ -102,10 +106,12 @@ def device(value: Any, optional: bool = False) -> None:
 
 def parameter(module: nn.Module, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
     """The module's parameter of that name, which somebody may have deleted or replaced."""
-    there = name in module._parameters or name in module.__dict__ or hasattr(type(module), name)
-    if not there and name not in module._buffers:
-        raise RuntimeError(f"this {type(module).__name__} has no {name}: was the parameter deleted?")
-    found = getattr(module, name)
+    try:
+        found = getattr(module, name)
+    except AttributeError:
+        if hasattr(type(module), name):  # a parametrization, which ran into something itself
+            raise
+        raise RuntimeError(f"this {type(module).__name__} has no {name}: was the parameter deleted?") from None
     tensor(name, found)
     if shape is not None and found.shape != shape:
         raise RuntimeError(f"{name} must have shape {shape}, got {tuple(found.shape)}")

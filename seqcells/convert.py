@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import backends, cells, layers
+from . import arguments, cells, checks, layers
 
 LOGGER = logging.getLogger("seqcells")
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: layers.LSTM, nn.GRU: layers.GRU, nn.RNN: layers.RNN}
@@ -98,12 +98,10 @@ def convert(
     on the instance. Modules in torch.jit's or torch.export's programs are not seen at all. A model that torch.compile
     compiled is compiled again at its next call.
     Raises ValueError, before anything is changed, for an unknown backend, save or precision, and for a pattern that
-    matches no recurrent module.
+    matches no recurrent module. If anything else raises on the way, all is put back.
     """
-    if backend is not None:
-        backends.parse(backend)
+    arguments.options(backend, precision, save)
     how = {"backend": backend, "precision": precision}
-    layers.LSTM(1, 1, device="meta", save=save, precision=precision)  # refuses even where there is nothing to convert
 
     def target(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
         return _blank(module, OURS[cls], how | ({"save": save} if cls in LAYERS else {}))
@@ -143,6 +141,10 @@ def _swap_all(
     exclude: str | Iterable[str] | None,
     report: list[Change] | None,
 ) -> M:
+    if not isinstance(model, nn.Module):
+        raise checks.wrong("model", "a torch.nn.Module", model)
+    if report is not None and (isinstance(report, type) or not callable(getattr(report, "append", None))):
+        raise checks.wrong("report", "a list or None", report)
     names: dict[nn.Module, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, sources + others):
@@ -171,15 +173,42 @@ def _swap_all(
         changes.append(Change(tuple(known_as), before, after, skipped))
     if refused:
         raise ValueError("\n".join(refused))
-    for swap in swaps:
-        swap.do()
-        if isinstance(swap.module, nn.RNNBase) and not parametrize.is_parametrized(swap.module):
-            swap.module.flatten_parameters()  # for cuDNN, as torch does at the end of a constructor
-    for change in changes:
-        LOGGER.log(logging.WARNING if change.skipped else logging.INFO, "%s", change)
-    if report is not None:
-        report.extend(changes)
+    _do(swaps, changes, report)
     return model
+
+
+def _do(swaps: list[_Swap], changes: list[Change], report: list[Change] | None) -> None:
+    """All swaps, and the report of them; none where something raises, whatever it is."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for swap in swaps:
+            undo.append(_restorer(swap.module))
+            swap.do()
+            if isinstance(swap.module, nn.RNNBase) and not parametrize.is_parametrized(swap.module):
+                swap.module.flatten_parameters()  # for cuDNN, as torch does at the end of a constructor
+        for change in changes if report is not None else ():
+            report.append(change)  # type: ignore[union-attr]
+            undo.append(getattr(report, "pop", lambda: None))
+        for change in changes:
+            LOGGER.log(logging.WARNING if change.skipped else logging.INFO, "%s", change)
+    except BaseException:
+        for restore in reversed(undo):
+            restore()
+        raise
+
+
+def _restorer(module: nn.Module) -> Callable[[], None]:
+    """What puts the module's class, attributes and parameters back as they are now."""
+    cls, attributes, parameters = module.__class__, dict(module.__dict__), dict(module._parameters)
+
+    def restore() -> None:
+        module.__class__ = cls
+        module.__dict__.clear()
+        module.__dict__.update(attributes)
+        module._parameters.clear()
+        module._parameters.update(parameters)
+
+    return restore
 
 
 def _joined(names: Iterable[str]) -> str:
@@ -192,8 +221,14 @@ def _matching(
     """The modules one of whose names one of the patterns matches; all or none where no pattern was given."""
     if patterns is None:
         return set(names) if default else set()
+    try:
+        given = [patterns] if isinstance(patterns, str) else list(patterns)
+    except TypeError:
+        raise checks.wrong(argument, "a name or names", patterns) from None
     found = set()
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+    for pattern in given:
+        if not isinstance(pattern, str):
+            raise checks.wrong(argument, "a name or names", pattern)
         hits = {m for m, known_as in names.items() if any(fnmatchcase(n, pattern) for n in known_as)}
         if not hits:
             there = ", ".join(repr(n) for known_as in names.values() for n in known_as) or "none"
@@ -253,4 +288,5 @@ def _flat_weights(module: nn.Module, names: list[str]) -> dict[str, Any]:
             held: Any = module.parametrizations[name]  # type: ignore[index]
             weight = next(chain(held.parameters(recurse=False), held.buffers(recurse=False)), None)
         found.append(module.__dict__.get(name) if weight is None else weight)
+        checks.tensor(name, found[-1], optional=True)
     return {"_flat_weights": found, "_flat_weight_refs": [None if w is None else weakref.ref(w) for w in found]}

@@ -47,6 +47,7 @@ class How:
     padded: beyond lengths x is zero already, as packing and a layer below leave it.
     one_step: a cell's call, x [1, B, I], for which aten and triton have kernels of their own; from them the final
     states are [B, H].
+    fits: whether it is known that shapes, dtypes and devices do.
     """
 
     resets: Tensor | None = None
@@ -58,6 +59,7 @@ class How:
     cells: bool = False
     padded: bool = False
     one_step: bool = False
+    fits: bool = False
 
 
 def _cast(
@@ -146,7 +148,7 @@ def _run(
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """`run`, autocast done with. Five weights a group: an LSTM with a projection."""
     spec, K = reference.get(cell), len(groups)
-    for k, weights in enumerate(groups):
+    for k, weights in enumerate(() if how.fits else groups):
         mine = x if x.dim() == 3 else x[:, :, k]
         states = tuple(s[k] if s is not None and s.dim() == 3 else s for s in given)
         arguments.fit(mine, states, weights, spec.gates, (how.resets, how.lengths))
@@ -322,8 +324,8 @@ def scan(
 
     states: (h0,) or (h0, c0); None, whole or in part, is zero. Options:
     resets: where set, an episode begins at that step: no state crosses from the step before it.
-    lengths: int [B], or a list: the steps of each row. Outputs beyond are zero, the final states those after its last step, and
-    padding may hold anything.
+    lengths: int [B], or a list: the steps of each row. Outputs beyond are zero, the final states those after its last
+    step, and padding may hold anything.
     save: what the triton backend keeps for backward: "gates", or "states" (about a third of the memory, one more GEMM).
     backend: see seqcells.backends; None is the context's, else "auto".
     precision: of float32 recurrent products on the triton backend: "ieee" (float32 itself), "tf32" (operands rounded to

@@ -135,7 +135,7 @@ class _Layer(nn.Module):
             shapes = self._shapes(layer).values()
             found.append([])
             for names in self._all_weights[layer * count : (layer + 1) * count]:
-                held = [checks.parameter(self, name, shape) for name, shape in zip(names, shapes, strict=True)]
+                held = (checks.parameter(self, name, shape) for name, shape in zip(names, shapes, strict=True))
                 w_ih, w_hh, *rest = held
                 b_ih, b_hh = rest[:2] if self.bias else (None, None)
                 found[-1].append((w_ih, w_hh, b_ih, b_hh, *(rest[-1:] if self.proj_size else ())))
@@ -161,7 +161,7 @@ class _Layer(nn.Module):
         if resets is None and lengths is None and cells is False:
             try:
                 found = plain.layers(self, input, hx)
-            except (AttributeError, TypeError, RuntimeError) as error:
+            except checks.FAILURES as error:
                 raise checks.clearer(error, self._check, input, hx) from None
             if found is not None:
                 return *found, None
@@ -239,10 +239,11 @@ class _Layer(nn.Module):
         """All layers over x [T, B, I]; states [layers * directions, B, .]."""
         count, finals, every = 2 if self.bidirectional else 1, [], None
         own = ((False, True)[:count], self.save, self.backend, self.precision)
+        fits = not torch._C._is_any_autocast_enabled()  # under autocast it shows when all is cast
         for layer, directions in enumerate(layers):
             last = layer == self.num_layers - 1
             mine = None if states is None else tuple(s[layer * count : (layer + 1) * count] for s in states)
-            options = How(how.resets, how.lengths, *own, cells and last, how.padded or layer > 0)
+            options = How(how.resets, how.lengths, *own, cells and last, how.padded or layer > 0, fits=fits)
             x, final, every = functional.run(self.cell, x, mine, directions, options)
             finals.append(final)
             if self.dropout and self.training and not last:

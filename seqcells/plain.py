@@ -17,7 +17,10 @@ def step(
     cell: str, x: Tensor, states: tuple[Tensor, ...] | None, weights: aten.Weights, backend: str | None
 ) -> tuple[Tensor, ...] | None:
     """A cell's states after one step, by torch's own; None where it is not so simple. x [B, I], states [B, H]."""
-    if not x.is_cpu or cell not in aten.CELLS or (backend or chosen.backend) not in ("auto", "aten"):
+    # Of weights on the meta device torch's own step makes something up.
+    if not (x.is_cpu and weights[0].is_cpu and weights[1].is_cpu):  # type: ignore[union-attr]
+        return None
+    if cell not in aten.CELLS or (backend or chosen.backend) not in ("auto", "aten"):
         return None
     if torch.is_autocast_enabled("cpu") or backends.transforming():
         return None
@@ -45,6 +48,12 @@ def layers(module: Any, x: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | 
     if weights[0].dtype != dtype:
         return None
     outer = module.proj_size or H
+    if cell == "lstm":  # oneDNN's does not ask, and reads on past the end of a weight that is too small
+        count, rows_of = len(module._all_weights[0]), 4 * H
+        if weights[0].shape != (rows_of, size) or weights[1].shape != (rows_of, outer):
+            return None
+        if rows > 1 and not _fit(module, weights, count, rows_of, outer):
+            return None
     if hx is None:
         zero = x.new_zeros(rows, B, outer)
         states = zero if cell != "lstm" else (zero, zero if outer == H else x.new_zeros(rows, B, H))
@@ -63,3 +72,13 @@ def layers(module: Any, x: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | 
     how = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional, False)
     y, *final = aten.LAYERS[cell](x, states, weights, *how)  # type: ignore[operator]
     return y.transpose(0, 1) if module.batch_first else y, tuple(final)
+
+
+def _fit(module: Any, weights: list[Tensor], count: int, rows: int, outer: int) -> bool:
+    """Whether w_ih and w_hh of all further directions and layers, of `count` weights each, have their shapes."""
+    directions = 2 if module.bidirectional else 1
+    for k in range(1, len(weights) // count):
+        width = module.input_size if k < directions else outer * directions
+        if weights[k * count].shape != (rows, width) or weights[k * count + 1].shape != (rows, outer):
+            return False
+    return True

@@ -32,7 +32,7 @@ def explained(gates: int, count: int) -> Callable[[Step], Step]:
         ) -> States:
             try:
                 return step(x, states, w_ih, w_hh, b_ih, b_hh)
-            except (AttributeError, TypeError, ValueError, RuntimeError, IndexError) as error:
+            except checks.FAILURES as error:
                 given = (x, states, w_ih, w_hh, b_ih, b_hh)
                 raise checks.clearer(error, _step, gates, count, *given) from None
 

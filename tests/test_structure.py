@@ -28,18 +28,13 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.single": {f"kernels.{n}" for n in ("cells", "math", "plan", "plan_single", "scan", "tiles")},
     "kernels.report": {f"kernels.{n}" for n in ("cells", "plan", "plan_single", "scan", "single")},
     "kernels": set(),
-<<<<<<< HEAD
-    "reference": set(),
     "chosen": set(),
     "backends": {"chosen"},
-=======
-    "backends": set(),
     "checks": set(),
     "precisions": set(),
     "arguments": {"backends", "checks", "precisions"},
     "reference_arguments": {"arguments", "checks"},
     "reference": {"checks", "reference_arguments"},
->>>>>>> 7bf5afc (Wrong calls: one place for the checks, which name the argument, what came and what was expected)
     "masks": {"kernels.buffers"},
     "autograd": {"backends", "masks", "reference", "kernels.buffers"},
     "batching": set(),
@@ -57,11 +52,8 @@ ARROWS = {  # room: the rooms of the project it may import
         "autograd",
         "backends",
         "batching",
-<<<<<<< HEAD
-        "fallback",
-=======
         "checks",
->>>>>>> 7bf5afc (Wrong calls: one place for the checks, which name the argument, what came and what was expected)
+        "fallback",
         "loop",
         "marked",
         "masks",
@@ -74,31 +66,15 @@ ARROWS = {  # room: the rooms of the project it may import
         "arguments",
         "aten",
         "backends",
-<<<<<<< HEAD
-        "fallback",
-=======
         "checks",
->>>>>>> 7bf5afc (Wrong calls: one place for the checks, which name the argument, what came and what was expected)
+        "fallback",
         "precisions",
         "reference",
         *(f"kernels.{n}" for n in ("cells", "plan", "scan")),
     },
     "packing": set(),
     "marked": {"aten", "packing", "kernels.buffers"},
-<<<<<<< HEAD
     "plain": {"aten", "backends", "chosen"},
-    "cells": {"backends", "functional", "plain", "precisions", "reference"},
-    "layers": {"functional", "packing", "plain", "precisions", "reference"},
-    "convert": {"backends", "cells", "layers"},
-    "weights": {"cells", "layers"},
-    "init": {"weights"},
-    "interop": {"weights"},
-    "check": {"backends", "explanation", "functional", "reference"},
-    "files": set(),
-    "training": {"files"},
-    "plots": {"files", "training"},
-=======
-    "plain": {"aten", "backends"},
     "cells": {"arguments", "backends", "checks", "functional", "plain", "reference"},
     "layers": {"arguments", "checks", "functional", "packing", "plain", "reference"},
     "convert": {"arguments", "cells", "checks", "layers"},
@@ -106,9 +82,9 @@ ARROWS = {  # room: the rooms of the project it may import
     "init": {"checks", "weights"},
     "interop": {"checks", "weights"},
     "check": {"backends", "checks", "explanation", "functional", "reference"},
-    "training": set(),
-    "plots": {"training"},
->>>>>>> 7bf5afc (Wrong calls: one place for the checks, which name the argument, what came and what was expected)
+    "files": set(),
+    "training": {"files"},
+    "plots": {"files", "training"},
     "progress": set(),
     "tasks": {"init", "layers", "training"},
     "suite": {"files", "progress", "tasks", "training"},
