@@ -145,7 +145,8 @@ def fit(
 def _fit_weights(weights: Sequence[Tensor | None], gates: int) -> tuple[int, int]:
     """H and the size of h, by the weights; RuntimeError where those do not fit one another."""
     w_ih, w_hh, b_ih, b_hh, *projection = weights
-    assert w_ih is not None and w_hh is not None
+    if w_ih is None or w_hh is None:
+        raise checks.wrong("w_ih and w_hh", "tensors", None)
     outer = inner = w_hh.shape[-1] if w_hh.dim() else 0
     if projection and projection[0] is not None:
         outer, inner = projection[0].shape
@@ -187,14 +188,15 @@ def _dtypes(x: torch.dtype, weight: torch.dtype) -> str:
 
 def layer(
     module: Any, layers: Sequence[Sequence[Any]], input: Any, hx: Any, resets_: Any, lengths_: Any, cells: Any
-) -> None:
-    """A layers._Layer's call. layers: the weights of each of its layers' directions."""
+) -> Tensor | None:
+    """A layers._Layer's call. layers: the weights of each of its layers' directions. Its lengths as a tensor."""
     checks.boolean("return_cell_states", cells)
+    found = None
     if isinstance(input, PackedSequence):
         states = _packed(module, layers, input, hx, resets_, lengths_)
         input = input.data
     else:
-        states = _padded(module, layers, input, hx, resets_, lengths_)
+        states, found = _padded(module, layers, input, hx, resets_, lengths_)
     if isinstance(hx, Tensor) and module.cell == "lstm":
         raise checks.wrong("hx", _PAIR, hx)
     if module.cell == "lstm" and hx is not None and len(hx) > 2:
@@ -203,13 +205,16 @@ def layer(
         raise TypeError(f"input must be of a floating point dtype, got {input.dtype}")
     if not torch._C._is_any_autocast_enabled():
         together(input, states, [t for directions in layers for weights in directions for t in weights])
+    return found
 
 
 _PAIR = "a tuple of two tensors (h_0, c_0) or None"
 
 
-def _padded(module: Any, layers: Sequence[Any], input: Any, hx: Any, resets_: Any, lengths_: Any) -> Sequence[Tensor]:
-    """Of an input that is not packed. The states in hx."""
+def _padded(
+    module: Any, layers: Sequence[Any], input: Any, hx: Any, resets_: Any, lengths_: Any
+) -> tuple[Sequence[Tensor], Tensor | None]:
+    """Of an input that is not packed. The states in hx, and lengths."""
     checks.tensor("input", input, expected="a tensor or a PackedSequence")
     kind, rank = type(module).__name__, input.dim()
     if rank not in (2, 3):
@@ -224,11 +229,11 @@ def _padded(module: Any, layers: Sequence[Any], input: Any, hx: Any, resets_: An
             raise ValueError("lengths cannot be given for unbatched 2-D input")
     else:
         steps, batch = input.shape[1::-1] if module.batch_first else input.shape[:2]
-    lengths(lengths_, (steps, batch), input.device, anywhere=True)
+    found = lengths(lengths_, (steps, batch), input.device, anywhere=True)
     _fit_module(module, layers[0][0], input, states, batch)
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    return states
+    return states, found
 
 
 def _hidden(two: bool, hx: Any, rank: int | None) -> Sequence[Tensor]:

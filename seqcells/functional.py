@@ -148,10 +148,8 @@ def _run(
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """`run`, autocast done with. Five weights a group: an LSTM with a projection."""
     spec, K = reference.get(cell), len(groups)
-    for k, weights in enumerate(() if how.fits else groups):
-        mine = x if x.dim() == 3 else x[:, :, k]
-        states = tuple(s[k] if s is not None and s.dim() == 3 else s for s in given)
-        arguments.fit(mine, states, weights, spec.gates, (how.resets, how.lengths))
+    if not how.fits:
+        _fit(x, given, groups, how, spec.gates)
     B, H = x.shape[1], groups[0][1].shape[0] // spec.gates  # type: ignore[union-attr]
     tensors = (*given, *(t for weights in groups for t in weights))
     chosen = choose(cell, x, tensors, how, H, projected=len(groups[0]) == 5)
@@ -201,6 +199,13 @@ def _run(
     masked: Any = {"resets": how.resets, "lengths": how.lengths, "reversed": bits}
     states, final = reference.scan_groups(spec.step, x, full, *stacked, **masked)  # type: ignore[arg-type]
     return states[0], final, states[1] if how.cells else None
+
+
+def _fit(x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], how: How, gates: int) -> None:
+    """Raise where a group's arguments do not fit."""
+    for k, weights in enumerate(groups):
+        states = tuple(s[k] if s is not None and s.dim() == 3 else s for s in given)
+        arguments.fit(x if x.dim() == 3 else x[:, :, k], states, weights, gates, (how.resets, how.lengths))
 
 
 def _masked(x: Tensor, how: How, bits: int) -> tuple[Tensor, Tensor | None]:

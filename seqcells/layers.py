@@ -143,11 +143,10 @@ class _Layer(nn.Module):
 
     def _check(
         self, input: Any, hx: Any, resets: Any = None, lengths: Any = None, cells: Any = False
-    ) -> list[list[tuple[Tensor | None, ...]]]:
-        """Raise what is wrong with a call; else give `_directions`."""
+    ) -> tuple[list[list[tuple[Tensor | None, ...]]], Tensor | None]:
+        """Raise what is wrong with a call; else give `_directions`, and lengths as a tensor."""
         layers = self._directions()
-        arguments.layer(self, layers, input, hx, resets, lengths, cells)
-        return layers
+        return layers, arguments.layer(self, layers, input, hx, resets, lengths, cells)
 
     def _run(
         self,
@@ -165,7 +164,7 @@ class _Layer(nn.Module):
                 raise checks.clearer(error, self._check, input, hx) from None
             if found is not None:
                 return *found, None
-        layers = self._check(input, hx, resets, lengths, cells)
+        layers, lengths = self._check(input, hx, resets, lengths, cells)
         if isinstance(input, PackedSequence):
             return self._run_packed(layers, input, hx, resets, cells)
         states = None if hx is None else (hx[0], hx[1]) if self.cell == "lstm" else (hx,)
@@ -177,7 +176,6 @@ class _Layer(nn.Module):
         elif self.batch_first:
             x = input.transpose(0, 1)
             resets = None if resets is None else resets.t()  # type: ignore[union-attr]
-        lengths = arguments.lengths(lengths, x.shape[:2], x.device, anywhere=True)
         y, final, every = self._layers(layers, x, states, How(resets=resets, lengths=lengths), cells)  # type: ignore[arg-type]
         if not batched:
             return y[:, 0], tuple(s[:, 0] for s in final), None if every is None else every[:, 0]

@@ -185,7 +185,8 @@ def test_lengths(given, error, words):
 
 @pytest.mark.parametrize("part", ["weight_ih", "weight_hh", "bias_hh"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
-def test_parameters(kind, part):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parameters(backend, kind, part):
     """Without gradients, too: oneDNN's LSTM reads past the end of a small weight, torch's cells make up one on meta."""
     name = part if kind.endswith("Cell") else f"{part}_l0"
     for how, words in (
@@ -195,7 +196,7 @@ def test_parameters(kind, part):
         (lambda m: setattr(m, name, nn.Parameter(getattr(m, name)[1:])), f"{name} must have shape"),
         (lambda m: setattr(m, name, nn.Parameter(getattr(m, name).to("meta"))), "parameter tensor at meta"),
     ):
-        module = getattr(seqcells, kind)(I, H)
+        module = getattr(seqcells, kind)(I, H, backend=backend)
         how(module)
         if getattr(module, name, 0) is None and (kind, part) in (("LSTMCell", "bias_hh"), ("GRUCell", "bias_hh")):
             continue  # which a cell does without, as torch.nn's
