@@ -4,6 +4,7 @@ import linecache
 import math
 import warnings
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -209,12 +210,12 @@ def compare(construction, call):
     return ""
 
 
-@settings(max_examples=2000, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
-@given(constructions(), calls())
-def check(construction, call):
-    problem = compare(construction, call)
-    assert not problem, problem
+@pytest.mark.parametrize("examples", [600, pytest.param(4000, marks=pytest.mark.slow)])
+def test_any_arguments(examples):
+    @settings(max_examples=examples, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(constructions(), calls())
+    def check(construction, call):
+        problem = compare(construction, call)
+        assert not problem, problem
 
-
-def test_any_arguments():
     check()
