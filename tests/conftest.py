@@ -10,6 +10,7 @@ if DEVICE == "cpu":
 
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
+import triton.language as tl  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 torch.set_num_threads(1)
@@ -21,26 +22,27 @@ hypothesis.settings.load_profile("seqcells")
 def make_the_interpreter_quicker():
     """Without what takes much of its time here and finds nothing.
 
-    It patches triton.language at every launch, and again at every call of a device function, where the launch's patches
-    stand. And it looks whether integers overflow, at every sum, difference and product; at these sizes none can.
+    It patches triton.language at every launch and every call of a device function, and takes the patches back: here
+    they stand from a file's first on. It makes a table of NumPy's types at every load, store and sum. And it looks
+    whether integers overflow, at every sum, difference and product; at these sizes none can.
     """
-    patch, run = interpreter._patch_lang, interpreter.GridExecutor.__call__
-    standing: set[int] = set()
+    patch, np_dtype = interpreter._patch_lang, interpreter._get_np_dtype
+    standing, known = set(), {}
 
-    def patch_if_new(fn):
-        if id(fn.__globals__) in standing:
-            return interpreter._LangPatchScope()
-        standing.add(id(fn.__globals__))
-        return patch(fn)
+    def patch_once(fn):
+        if id(fn.__globals__) not in standing:
+            standing.add(id(fn.__globals__))
+            patch(fn)
+        return interpreter._LangPatchScope()  # which takes nothing back
 
-    def launch(self, *args, **kwargs):
-        standing.clear()
-        try:
-            return run(self, *args, **kwargs)
-        finally:
-            standing.clear()
+    def np_dtype_of(kind):
+        scalar = kind.element_ty if isinstance(kind, tl.block_type) else kind
+        name = "pointer" if isinstance(scalar, tl.pointer_type) else scalar.name
+        if name not in known:
+            known[name] = np_dtype(kind)
+        return known[name]
 
-    interpreter._patch_lang, interpreter.GridExecutor.__call__ = patch_if_new, launch
+    interpreter._patch_lang, interpreter._get_np_dtype = patch_once, np_dtype_of
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 

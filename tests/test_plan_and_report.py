@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -147,22 +148,54 @@ def test_batches_share_a_few_tile_sizes_and_lengths_share_all():
 
 
 def compiled(*arguments):
-    """The report in a process of its own: this one interprets."""
+    return in_a_process_that_compiles("-m", "seqcells.kernels.report", *arguments)
+
+
+def in_a_process_that_compiles(*arguments):
+    """Python in a process of its own: this one interprets."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "seqcells.kernels.report", *arguments]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=600)
 
 
-@pytest.mark.parametrize(
-    "target", [pytest.param(t, marks=() if t == "sm_90" else pytest.mark.slow) for t in report.TARGETS]
-)
+def few():
+    """Cases of the LSTM with every schedule among them, and what the README shows."""
+    case = report.Case("lstm", "train", "bf16", 8, 64, "sm_90")
+    shown = [replace(case, hidden=h, direction=d) for h in (32, 64, 128) for d in ("infer", "train", "backward")]
+    sizes = [("bf16", 512, 16), ("fp32", 512, 16), ("bf16", 1024, 1024)]
+    large = [replace(case, dtype=t, hidden=h, batch=b, direction=d) for t, h, b in sizes for d in ("train", "backward")]
+    masked = replace(case, dtype="fp64", hidden=64, batch=1024, mask="resets", precision="ieee")
+    return [
+        *shown,
+        *large,
+        masked,
+        replace(case, direction="recompute"),
+        replace(case, direction="step train", batch=1),
+    ]
+
+
+MEASURE = """
+import json, sys
+from pathlib import Path
+from seqcells.kernels import report
+cases = [report.Case(**case) for case in json.loads(sys.argv[1])]
+report.write_json(Path(sys.argv[2]), [row for case in cases for row in report.measure(case)])
+"""
+
+
+@pytest.mark.parametrize("target", ["few", *(pytest.param(t, marks=pytest.mark.slow) for t in report.TARGETS)])
 def test_everything_compiles_without_spills_and_fits(target, tmp_path):
-    """LSTM; the other cells are `make report-quick`'s, which CI runs too, and every shape `make report`'s."""
-    result = compiled("--quick", "--target", target, "--cell", "lstm", "--json", str(tmp_path / "r.json"))
+    """LSTM, a few shapes. All cells are in `make report-quick`, which CI runs, and all shapes in `make report`."""
+    file = tmp_path / "r.json"
+    if target == "few":
+        target = "sm_90"
+        given = json.dumps([asdict(case) for case in few()])
+        result = in_a_process_that_compiles("-c", MEASURE, given, str(file))
+    else:
+        result = compiled("--quick", "--target", target, "--cell", "lstm", "--json", str(file))
+        assert len(json.loads(file.read_text())["rows"]) > 60
     assert result.returncode == 0, result.stdout + result.stderr
-    content = json.loads((tmp_path / "r.json").read_text())
+    content = json.loads(file.read_text())
     rows = content["rows"]
-    assert len(rows) > 60
     assert {r["schedule"] for r in rows} == {"resident", "grid", "stepwise", "recompute", "single"}
     for r in rows:
         case = report.Case(**r["case"])
