@@ -35,8 +35,7 @@ class Failed(Exception):
     """A kernel did not compile or launch; __cause__ is the error."""
 
 
-# Parts of the messages of errors that are not the kernel's own: nothing else could run after them, or as they are
-# lack of memory, which the caller may want to handle.
+# Parts of messages. Lack of memory is for the caller to handle; after the others nothing runs on the device any more.
 _NOT_CAUGHT = (
     "out of memory",
     "illegal memory access",
