@@ -80,19 +80,54 @@ def _whole_numbers(given: Any) -> list[int]:
     return found
 
 
-def resets(given: Any, shape: tuple[int, ...], device: torch.device | None = None) -> None:
-    """resets: a bool tensor of that shape; on that device if one is given. None is fine."""
+def resets(given: Any, shape: Sequence[int], device: torch.device) -> Tensor | None:
+    """resets as a bool tensor of that shape on that device. None is fine.
+
+    Taken are bool tensors, those of another real dtype that hold 0 and 1, and nested lists or arrays of such numbers,
+    which are brought to the device. ValueError for other values, if the host has them.
+    """
     if given is None:
-        return
+        return None
     if isinstance(given, PackedSequence):
         raise TypeError("resets must be a tensor where the input is one, got a PackedSequence")
-    checks.tensor("resets", given, expected="a bool tensor [T, B]")
-    if given.dtype != torch.bool:
-        raise TypeError(f"resets must be a bool tensor, got {given.dtype}")
-    if given.shape != shape:
-        raise RuntimeError(f"Expected resets size {shape}, got {list(given.shape)}")
-    if device is not None and given.device != device:
-        raise RuntimeError(f"resets must be on the input's device {device}, got {given.device}")
+    found = given if isinstance(given, Tensor) else _listed(given)
+    checks.tensor("resets", found)
+    if found.is_complex():
+        raise TypeError(f"resets must be {_FLAGS}, got a tensor of {found.dtype}")
+    if list(found.shape) != list(shape):
+        raise RuntimeError(f"Expected resets size {tuple(shape)}, got {list(found.shape)}")
+    if isinstance(given, Tensor) and found.device != device:
+        raise RuntimeError(f"resets must be on the input's device {device}, got {found.device}")
+    if found.dtype != torch.bool:
+        flags = found.bool()
+        if readable(found) and (other := _other(found, flags)):
+            raise ValueError(f"resets must be {_FLAGS}, got a value of {other[0]}")
+        found = flags
+    return found if isinstance(given, Tensor) else found.to(device, non_blocking=True)
+
+
+_FLAGS = "a tensor or nested list of bools, or of the numbers 0 and 1"
+
+
+def _other(found: Tensor, flags: Tensor) -> list[float]:
+    """Values that are neither 0 nor 1. flags: where they are not 0."""
+    if found.numel() > 128 or found.dim() != 2:
+        return found[flags != found].tolist()
+    # Of a step's few, faster than tensor operations.
+    return [value for row in found.tolist() for value in row if value not in (0, 1)]
+
+
+def _listed(given: Any) -> Tensor:
+    """resets that are no tensor."""
+    if not isinstance(given, (list, tuple, np.ndarray)):
+        raise checks.wrong("resets", _FLAGS, given)
+    try:
+        array = np.asarray(given)
+    except ValueError:  # rows of several lengths
+        raise ValueError(f"resets must be {_FLAGS}, with rows of one length") from None
+    if array.dtype.kind not in "biuf":
+        raise TypeError(f"resets must be {_FLAGS}, got {checks.kind(given)} that makes an array of {array.dtype}")
+    return torch.from_numpy(array.astype(np.float64) if array.dtype.kind != "b" else array.copy())
 
 
 # Functions
@@ -114,11 +149,10 @@ def fit(
     states: Sequence[Tensor | None],
     weights: Sequence[Tensor | None],
     gates: int,
-    masks: tuple[Tensor | None, Any] = (None, None),
 ) -> None:
     """Raise what torch.nn raises, in its words where it has some, where shapes, dtypes and devices do not fit.
 
-    x [T, B, I]; states [B, .]; weights: w_ih, w_hh, b_ih, b_hh (and w_hr). masks: resets [T, B], lengths [B].
+    x [T, B, I]; states [B, .]; weights: w_ih, w_hh, b_ih, b_hh (and w_hr).
     """
     inner, outer = _fit_weights(weights, gates)
     w_ih = weights[0]
@@ -136,10 +170,6 @@ def fit(
         expected = (x.shape[1], inner if i else outer)
         if s is not None and s.shape != expected:
             raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(s.shape)}")
-    if masks[0] is not None:
-        resets(masks[0], tuple(x.shape[:2]), x.device)
-    if masks[1] is not None:
-        lengths(masks[1], x.shape[:2], x.device)
 
 
 def _fit_weights(weights: Sequence[Tensor | None], gates: int) -> tuple[int, int]:
@@ -188,15 +218,16 @@ def _dtypes(x: torch.dtype, weight: torch.dtype) -> str:
 
 def layer(
     module: Any, layers: Sequence[Sequence[Any]], input: Any, hx: Any, resets_: Any, lengths_: Any, cells: Any
-) -> Tensor | None:
-    """A layers._Layer's call. layers: the weights of each of its layers' directions. Its lengths as a tensor."""
+) -> tuple[Tensor | PackedSequence | None, Tensor | None]:
+    """A layers._Layer's call. layers: the weights of each of its layers' directions. Its resets and lengths as tensors,
+    resets packed if they came packed."""
     checks.boolean("return_cell_states", cells)
-    found = None
+    found: Any = None
     if isinstance(input, PackedSequence):
-        states = _packed(module, layers, input, hx, resets_, lengths_)
+        states, masked = _packed(module, layers, input, hx, resets_, lengths_)
         input = input.data
     else:
-        states, found = _padded(module, layers, input, hx, resets_, lengths_)
+        states, masked, found = _padded(module, layers, input, hx, resets_, lengths_)
     if isinstance(hx, Tensor) and module.cell == "lstm":
         raise checks.wrong("hx", _PAIR, hx)
     if module.cell == "lstm" and hx is not None and len(hx) > 2:
@@ -205,7 +236,7 @@ def layer(
         raise TypeError(f"input must be of a floating point dtype, got {input.dtype}")
     if not torch._C._is_any_autocast_enabled():
         together(input, states, [t for directions in layers for weights in directions for t in weights])
-    return found
+    return masked, found
 
 
 _PAIR = "a tuple of two tensors (h_0, c_0) or None"
@@ -213,15 +244,15 @@ _PAIR = "a tuple of two tensors (h_0, c_0) or None"
 
 def _padded(
     module: Any, layers: Sequence[Any], input: Any, hx: Any, resets_: Any, lengths_: Any
-) -> tuple[Sequence[Tensor], Tensor | None]:
-    """Of an input that is not packed. The states in hx, and lengths."""
+) -> tuple[Sequence[Tensor], Tensor | None, Tensor | None]:
+    """Of an input that is not packed. The states in hx, resets and lengths."""
     checks.tensor("input", input, expected="a tensor or a PackedSequence")
     kind, rank = type(module).__name__, input.dim()
     if rank not in (2, 3):
         tensor = " tensor" if kind == "RNN" else ""
         raise ValueError(f"{kind}: Expected input to be 2D or 3D, got {rank}D{tensor} instead")
     states = _hidden(module.cell == "lstm", hx, rank)
-    resets(resets_, tuple(input.shape[:-1]), input.device)
+    masked = resets(resets_, input.shape[:-1], input.device)
     if rank == 2:
         steps, batch = input.shape[0], 1
         states = [s[:, None] for s in states]
@@ -233,7 +264,7 @@ def _padded(
     _fit_module(module, layers[0][0], input, states, batch)
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-    return states, found
+    return states, masked, found
 
 
 def _hidden(two: bool, hx: Any, rank: int | None) -> Sequence[Tensor]:
@@ -296,8 +327,8 @@ def _fit_module(
 
 def _packed(
     module: Any, layers: Sequence[Any], input: PackedSequence, hx: Any, resets_: Any, lengths_: Any
-) -> Sequence[Tensor]:
-    """Of a packed input. The states in hx."""
+) -> tuple[Sequence[Tensor], Tensor | PackedSequence | None]:
+    """Of a packed input. The states in hx, and resets."""
     if lengths_ is not None:
         raise ValueError("lengths cannot be given with a PackedSequence, which has its own")
     packed("input", input)
@@ -311,11 +342,9 @@ def _packed(
         packed("resets", resets_)
         _rows("resets", resets_)
         _same_order(input, resets_)
-        resets(resets_.data, tuple(data.shape[:1]), data.device)
-    else:
-        steps = batch_sizes.shape[0]
-        resets(resets_, (batch, steps) if module.batch_first else (steps, batch), data.device)
-    return states
+        return states, resets_._replace(data=resets(resets_.data, data.shape[:1], data.device))
+    steps = batch_sizes.shape[0]
+    return states, resets(resets_, (batch, steps) if module.batch_first else (steps, batch), data.device)
 
 
 def packed_batch(input: PackedSequence, states: Sequence[Tensor]) -> int:

@@ -28,25 +28,49 @@ def _flat(weights: Weights) -> list[Tensor]:
     return [t for t in (w_ih, w_hh, b_ih, b_hh, *projection) if t is not None]
 
 
+def packed(
+    cell: str,
+    data: Tensor,
+    batch_sizes: Tensor,
+    states: Sequence[Tensor],
+    groups: Sequence[Weights],
+    how: tuple[int, float, bool, bool],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """y and the final states of all layers over a PackedSequence's data. groups: of each layer its directions.
+
+    how: num_layers, dropout, training, bidirectional. states [layers * directions, B, .].
+    """
+    flat, biases = [t for weights in groups for t in _flat(weights)], groups[0][2] is not None
+    layers, dropout, training, both = how
+    rate = dropout if training else 0.0
+    train = rate > 0 or _trains(data, *states, *flat)
+    hx: Any = list(states) if cell == "lstm" else states[0]
+    y, *final = LAYERS[cell](data, batch_sizes, hx, flat, biases, layers, rate, train, both)  # type: ignore[operator]
+    return y, tuple(final)
+
+
+def _trains(*tensors: Tensor) -> bool:
+    """Whether torch's own are to run in training mode, without which cuDNN does not keep what its backward needs."""
+    if torch.jit.is_tracing():  # a trace may be trained
+        return True
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
 def layer(
-    cell: str, x: Tensor, states: Sequence[Tensor], groups: Sequence[Weights], batch_sizes: Tensor | None = None
+    cell: str, x: Tensor, states: Sequence[Tensor], groups: Sequence[Weights]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """y and the final states [D, B, H] of one layer with D = len(groups) directions: forward, or forward and backward.
 
-    x [T, B, I], or a PackedSequence's data with its batch_sizes; states [D, B, H].
+    x [T, B, I]; states [D, B, H].
     """
     flat = [t for weights in groups for t in _flat(weights)]
     biases = groups[0][2] is not None or groups[0][3] is not None
-    # cuDNN keeps what its backward needs only in training mode.
-    train = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *flat))
-    tracing = torch.jit.is_tracing()  # a trace may be trained
-    own = torch.compiler.is_compiling() and batch_sizes is None and x.numel() > 0 and len(groups[0]) == 4
+    own = torch.compiler.is_compiling() and x.numel() > 0 and len(groups[0]) == 4
     if own and onednn(cell, x.device, x.dtype):
         return _directions(x, states, groups)
     hx: Any = list(states) if cell == "lstm" else states[0]
-    sizes = () if batch_sizes is None else (batch_sizes,)
-    rest = (len(groups) == 2,) if batch_sizes is not None else (len(groups) == 2, False)
-    y, *final = LAYERS[cell](x, *sizes, hx, flat, biases, 1, 0.0, train or tracing, *rest)  # type: ignore[operator]
+    how = (1, 0.0, _trains(x, *states, *flat), len(groups) == 2, False)
+    y, *final = LAYERS[cell](x, hx, flat, biases, *how)  # type: ignore[operator]
     return y, tuple(final)
 
 

@@ -149,7 +149,7 @@ def _run(
     """`run`, autocast done with. Five weights a group: an LSTM with a projection."""
     spec, K = reference.get(cell), len(groups)
     if not how.fits:
-        _fit(x, given, groups, how, spec.gates)
+        _fit(x, given, groups, spec.gates)
     B, H = x.shape[1], groups[0][1].shape[0] // spec.gates  # type: ignore[union-attr]
     tensors = (*given, *(t for weights in groups for t in weights))
     chosen = choose(cell, x, tensors, how, H, projected=len(groups[0]) == 5)
@@ -201,11 +201,11 @@ def _run(
     return states[0], final, states[1] if how.cells else None
 
 
-def _fit(x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], how: How, gates: int) -> None:
+def _fit(x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], gates: int) -> None:
     """Raise where a group's arguments do not fit."""
     for k, weights in enumerate(groups):
         states = tuple(s[k] if s is not None and s.dim() == 3 else s for s in given)
-        arguments.fit(x if x.dim() == 3 else x[:, :, k], states, weights, gates, (how.resets, how.lengths))
+        arguments.fit(x if x.dim() == 3 else x[:, :, k], states, weights, gates)
 
 
 def _masked(x: Tensor, how: How, bits: int) -> tuple[Tensor, Tensor | None]:
@@ -264,15 +264,18 @@ def aten_packed(
     batch: int,
     states: tuple[Tensor, ...] | None,
     groups: Sequence[aten.Weights],
+    how: tuple[int, float, bool, bool],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One layer by torch's own over a PackedSequence's data; states [K, B, .] in its order. Shapes are not checked."""
+    """All layers by torch's own over a PackedSequence's data; states [layers * directions, B, .] in its order. Shapes
+    are not checked. groups: the weights of each layer's directions; how: num_layers, dropout, training, bidirectional.
+    """
     spec = reference.get(cell)
     given: tuple[Tensor | None, ...] = (None,) * spec.states if states is None else states
     if backends.autocasting(data.device):
         data, given, groups = _cast(data, given, groups)
     H = groups[0][1].shape[0] // spec.gates  # type: ignore[union-attr]
     with torch.autocast(data.device.type, enabled=False):
-        return aten.layer(cell, data, _starts(data, given, groups, H, batch), groups, batch_sizes)
+        return aten.packed(cell, data, batch_sizes, _starts(data, given, groups, H, batch), groups, how)
 
 
 def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
@@ -291,7 +294,8 @@ def _aten(
         packed = pack_padded_sequence(x, how.lengths.cpu(), enforce_sorted=False)
         order, back = packed.sorted_indices, packed.unsorted_indices
         assert order is not None and back is not None
-        y, final = aten.layer(cell, packed.data, [s[:, order] for s in states], groups, packed.batch_sizes)
+        starts, how_many = [s[:, order] for s in states], (1, 0.0, False, K == 2)
+        y, final = aten.packed(cell, packed.data, packed.batch_sizes, starts, groups, how_many)
         padded, _ = pad_packed_sequence(PackedSequence(y, packed.batch_sizes, order, back), total_length=x.shape[0])
         return padded, tuple(s[:, back] for s in final)
     outputs, finals = [], []
@@ -319,7 +323,7 @@ def scan(
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
-    resets: Tensor | None = None,
+    resets: Tensor | Sequence[Any] | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     save: str = "gates",
     backend: str | None = None,
@@ -328,7 +332,8 @@ def scan(
     """A registered cell over all steps of x: (y, final states [B, H]). Shapes: see the module.
 
     states: (h0,) or (h0, c0); None, whole or in part, is zero. Options:
-    resets: where set, an episode begins at that step: no state crosses from the step before it.
+    resets: [T, B], bool or the numbers 0 and 1, or nested lists of them. Where set, an episode begins at that step: no
+    state crosses from the step before it. (On a device other numbers than 0 count as 1; on the CPU they raise.)
     lengths: int [B], or a list: the steps of each row. Outputs beyond are zero, the final states those after its last
     step, and padding may hold anything.
     save: what the triton backend keeps for backward: "gates", or "states" (about a third of the memory, one more GEMM).
@@ -344,8 +349,8 @@ def scan(
     Raises RuntimeError, ValueError or TypeError as torch.nn does for shapes, dtypes and devices that do not fit.
     """
     arguments.types(x, states, {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh})
-    lengths = arguments.lengths(lengths, x.shape[:2], x.device)
-    how = How(resets, lengths, save=save, backend=backend, precision=precision)
+    masked = arguments.resets(resets, x.shape[:2], x.device), arguments.lengths(lengths, x.shape[:2], x.device)
+    how = How(*masked, save=save, backend=backend, precision=precision)
     y, final, _ = run(cell, x, states, [(w_ih, w_hh, b_ih, b_hh)], how)
     return y, tuple(s[0] for s in final)
 
@@ -360,7 +365,7 @@ def scan_groups(
     b_hh: Tensor | None = None,
     *,
     reverse: Sequence[bool] = (),
-    resets: Tensor | None = None,
+    resets: Tensor | Sequence[Any] | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     save: str = "gates",
     backend: str | None = None,
@@ -397,7 +402,8 @@ def scan_groups(
     groups = [tuple(None if t is None else t[k] for t in weights) for k in range(K)]
     if any(flags) and K > batching.MOST:
         raise ValueError(f"at most {batching.MOST} groups where some are reversed, got {K}")
-    how = How(resets, arguments.lengths(lengths, x.shape[:2], x.device), flags, save, backend, precision)
+    masked = arguments.resets(resets, x.shape[:2], x.device), arguments.lengths(lengths, x.shape[:2], x.device)
+    how = How(*masked, flags, save, backend, precision)
     y, final, _ = run(cell, x, states, groups, how, stacked=weights)
     return y, final
 

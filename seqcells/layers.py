@@ -143,40 +143,40 @@ class _Layer(nn.Module):
 
     def _check(
         self, input: Any, hx: Any, resets: Any = None, lengths: Any = None, cells: Any = False
-    ) -> tuple[list[list[tuple[Tensor | None, ...]]], Tensor | None]:
-        """Raise what is wrong with a call; else give `_directions`, and lengths as a tensor."""
+    ) -> tuple[list[list[tuple[Tensor | None, ...]]], Any, Tensor | None]:
+        """Raise what is wrong with a call; else give `_directions`, and resets and lengths as tensors."""
         layers = self._directions()
-        return layers, arguments.layer(self, layers, input, hx, resets, lengths, cells)
+        return layers, *arguments.layer(self, layers, input, hx, resets, lengths, cells)
 
     def _run(
         self,
         input: Tensor | PackedSequence,
         hx: Any,
-        resets: Tensor | PackedSequence | None,
+        resets: Tensor | PackedSequence | Sequence[Any] | None,
         lengths: Tensor | Sequence[int] | None,
         cells: bool = False,
     ) -> tuple[Any, tuple[Tensor, ...], Any]:
         """Output, final states, and all cell states of the last layer or None, in the input's own layout."""
-        if resets is None and lengths is None and cells is False:
+        if lengths is None and cells is False:
             try:
-                found = plain.layers(self, input, hx)
+                found = plain.layers(self, input, hx, resets)
             except checks.FAILURES as error:
-                raise checks.clearer(error, self._check, input, hx) from None
+                raise checks.clearer(error, self._check, input, hx, resets) from None
             if found is not None:
                 return *found, None
-        layers, lengths = self._check(input, hx, resets, lengths, cells)
+        layers, resets, lengths = self._check(input, hx, resets, lengths, cells)
         if isinstance(input, PackedSequence):
             return self._run_packed(layers, input, hx, resets, cells)
         states = None if hx is None else (hx[0], hx[1]) if self.cell == "lstm" else (hx,)
         x, batched = input, input.dim() == 3
         if not batched:
             x = input[:, None]
-            resets = None if resets is None else resets[:, None]  # type: ignore[call-overload]
+            resets = None if resets is None else resets[:, None]
             states = None if states is None else tuple(s[:, None] for s in states)
         elif self.batch_first:
             x = input.transpose(0, 1)
-            resets = None if resets is None else resets.t()  # type: ignore[union-attr]
-        y, final, every = self._layers(layers, x, states, How(resets=resets, lengths=lengths), cells)  # type: ignore[arg-type]
+            resets = None if resets is None else resets.t()
+        y, final, every = self._layers(layers, x, states, How(resets=resets, lengths=lengths), cells)
         if not batched:
             return y[:, 0], tuple(s[:, 0] for s in final), None if every is None else every[:, 0]
         if self.batch_first:
@@ -203,12 +203,14 @@ class _Layer(nn.Module):
         more: Any = {"packed": (batch_sizes.shape[0], batch), "projected": self.proj_size > 0}
         chosen = functional.choose(self.cell, data, tensors, asked, self.hidden_size, **more)
         if chosen.backend == "aten" and not chosen.marked:
-            y, final = self._layers_packed(layers, data, batch_sizes, batch, states)
+            groups = [weights for directions in layers for weights in directions]
+            how = (self.num_layers, self.dropout, self.training, self.bidirectional)
+            y, final = functional.aten_packed(self.cell, data, batch_sizes, batch, states, groups, how)
             every = None
         else:
             where = packing.layout(batch_sizes, batch, data.shape[0], data.device)
             how = How(resets=self._packed_resets(resets, input, where), lengths=where.lengths, padded=True)
-            y, final, every = self._layers(layers, packing.pad(data, where), states, how, cells)
+            y, final, every = self._layers(layers, packing.pad(data, where), states, how, cells, where)
             y, every = packing.pack(y, where), None if every is None else packing.pack(every, where)
         if back is not None:
             final = tuple(s.index_select(1, back) for s in final)
@@ -233,8 +235,9 @@ class _Layer(nn.Module):
         states: tuple[Tensor, ...] | None,
         how: How,
         cells: bool,
+        where: packing.Layout | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-        """All layers over x [T, B, I]; states [layers * directions, B, .]."""
+        """All layers over x [T, B, I]; states [layers * directions, B, .]. where: the rows of a packed input."""
         count, finals, every = 2 if self.bidirectional else 1, [], None
         own = ((False, True)[:count], self.save, self.backend, self.precision)
         fits = not torch._C._is_any_autocast_enabled()  # under autocast it shows when all is cast
@@ -245,31 +248,12 @@ class _Layer(nn.Module):
             x, final, every = functional.run(self.cell, x, mine, directions, options)
             finals.append(final)
             if self.dropout and self.training and not last:
-                x = dropout(x, self.dropout)
-        return x, _joined(finals), every
-
-    def _layers_packed(
-        self,
-        layers: list[list[tuple[Tensor | None, ...]]],
-        x: Tensor,
-        batch_sizes: Tensor,
-        batch: int,
-        states: tuple[Tensor, ...] | None,
-    ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """All layers by torch's own, over a PackedSequence's data."""
-        count, finals = 2 if self.bidirectional else 1, []
-        for layer, directions in enumerate(layers):
-            mine = None if states is None else tuple(s[layer * count : (layer + 1) * count] for s in states)
-            x, final = functional.aten_packed(self.cell, x, batch_sizes, batch, mine, directions)
-            finals.append(final)
-            if self.dropout and self.training and layer < self.num_layers - 1:
-                x = dropout(x, self.dropout)
-        return x, _joined(finals)
-
-
-def _joined(finals: list[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """Each layer's final states [directions, B, .], one below the other."""
-    return finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True))
+                # Of a packed input only its rows: torch.nn draws as many random numbers.
+                rows = x if where is None else packing.pack(x, where)
+                rows = dropout(rows, self.dropout)
+                x = rows if where is None else packing.pad(rows, where)
+        finals = [torch.cat(s) for s in zip(*finals, strict=True)] if len(finals) > 1 else finals[0]
+        return x, tuple(finals), every
 
 
 def _rate(dropout: Any) -> float:

@@ -5,12 +5,13 @@ What functional.run would find out with more questions, which on the CPU cost as
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import aten, backends, chosen
+from . import arguments, aten, backends, chosen
 
 
 def step(
@@ -30,15 +31,18 @@ def step(
     return aten.step(cell, x, states, weights)
 
 
-def layers(module: Any, x: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """Of a layers._Layer's call without masks: y and the final states, by torch's own; None where it is not so simple.
+def layers(module: Any, x: Any, hx: Any, resets: Any = None) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """Of a layers._Layer's call: y and the final states, by torch's own; None where it is not so simple.
 
-    What is wrong with the arguments is left for others to say: then, too, it is None.
+    What is wrong with the arguments is left for others to say: then, too, it is None. resets are simple where there is
+    one step: the states are zeroed before it.
     """
     cell, name = module.cell, module.backend or chosen.backend
     if cell not in aten.CELLS or name not in ("auto", "aten") or type(x) is not Tensor or x.dim() != 3:
         return None
     T, B, size = x.shape
+    if resets is not None and x.shape[module.batch_first] != 1:
+        return None
     if not x.is_cpu or size != module.input_size or T * B == 0 or torch.is_autocast_enabled("cpu") or backends.traced():
         return None
     if module.batch_first:
@@ -66,12 +70,25 @@ def layers(module: Any, x: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | 
             if not isinstance(s, Tensor) or s.shape != (rows, B, n) or s.dtype != dtype or not s.is_cpu:
                 return None
         states, grad = hx, any(s.requires_grad for s in given)
+    if resets is not None:
+        flags = arguments.resets(resets, (B, T) if module.batch_first else (T, B), x.device)
+        if hx is not None:
+            states = _cleared(given, flags.reshape(1, B, 1), module.bidirectional)
+            states = states if cell == "lstm" else states[0]
     grad = torch.is_grad_enabled() and (grad or x.requires_grad or any(w.requires_grad for w in weights))
     if name == "auto" and outer == H and backends.loop_pays(cell, T, B, H, grad, aten.onednn(cell, x.device, dtype)):
         return None
     how = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional, False)
     y, *final = aten.LAYERS[cell](x, states, weights, *how)  # type: ignore[operator]
     return y.transpose(0, 1) if module.batch_first else y, tuple(final)
+
+
+def _cleared(states: Sequence[Tensor], begins: Tensor, bidirectional: bool) -> tuple[Tensor, ...]:
+    """The states that enter one step, zero where an episode begins [1, B, 1]: of the forward direction, into which they
+    come from the step before. Into the other they come from the step after."""
+    if bidirectional:
+        begins = torch.cat([begins, torch.zeros_like(begins)]).repeat(states[0].shape[0] // 2, 1, 1)
+    return tuple(s.masked_fill(begins, 0) for s in states)
 
 
 def _fit(module: Any, weights: list[Tensor], count: int, rows: int, outer: int) -> bool:

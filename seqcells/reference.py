@@ -135,7 +135,7 @@ def scan_states(
     lengths: from step lengths[b] on, row b keeps its states and outputs zero. reverse: walk from the last step to the
     first.
     """
-    lengths = reference_arguments.scan(step, x, states, (w_ih, w_hh, b_ih, b_hh), resets, lengths, reverse)
+    resets, lengths = reference_arguments.scan(step, x, states, (w_ih, w_hh, b_ih, b_hh), resets, lengths, reverse)
     T = x.shape[0]
     outputs: list[States] = []
     for t in range(T - 1, -1, -1) if reverse else range(T):

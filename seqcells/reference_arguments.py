@@ -60,15 +60,15 @@ def _types(step: Any, x: Any, states: Any, weights: Sequence[Any], rank: int | N
 
 def scan(
     step: Any, x: Any, states: Any, weights: Sequence[Any], resets: Any, lengths: Any, reverse: Any
-) -> Tensor | None:
-    """Of reference.scan_states. lengths as a tensor."""
+) -> tuple[Tensor | None, Tensor | None]:
+    """Of reference.scan_states. resets and lengths as tensors."""
     _types(step, x, states, weights, rank=3)
     checks.boolean("reverse", reverse)
     w_hh = weights[1]
     H = w_hh.shape[-1] if w_hh.dim() else 0
-    found = arguments.lengths(lengths, x.shape[:2], x.device)
-    arguments.fit(x, states, weights, w_hh.shape[0] // H if H else 0, (resets, found))
-    return found
+    arguments.fit(x, states, weights, w_hh.shape[0] // H if H else 0)
+    shape = x.shape[:2]
+    return arguments.resets(resets, shape, x.device), arguments.lengths(lengths, shape, x.device)
 
 
 def groups(step: Any, x: Any, states: Any, weights: Sequence[Any], reversed: Any) -> None:

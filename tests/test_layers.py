@@ -206,7 +206,11 @@ def ours_alone():
             TypeError,
             "bidirectional should be of type bool",
         ),
-        "resets dtype": (lambda: layer(x, resets=torch.zeros(5, 2)), TypeError, "must be a bool tensor"),
+        "resets dtype": (
+            lambda: layer(x, resets=torch.zeros(5, 2, dtype=torch.complex64)),
+            TypeError,
+            "must be a tensor or nested list",
+        ),
         "resets shape": (
             lambda: layer(x, resets=torch.zeros(2, 5, dtype=torch.bool)),
             RuntimeError,
