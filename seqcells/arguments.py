@@ -342,7 +342,8 @@ def _packed(
         packed("resets", resets_)
         _rows("resets", resets_)
         _same_order(input, resets_)
-        return states, resets_._replace(data=resets(resets_.data, data.shape[:1], data.device))
+        flags: Any = resets(resets_.data, data.shape[:1], data.device)
+        return states, resets_._replace(data=flags)
     steps = batch_sizes.shape[0]
     return states, resets(resets_, (batch, steps) if module.batch_first else (steps, batch), data.device)
 

@@ -152,7 +152,7 @@ class _Layer(nn.Module):
         self,
         input: Tensor | PackedSequence,
         hx: Any,
-        resets: Tensor | PackedSequence | Sequence[Any] | None,
+        resets: Any,
         lengths: Tensor | Sequence[int] | None,
         cells: bool = False,
     ) -> tuple[Any, tuple[Tensor, ...], Any]:
@@ -204,8 +204,8 @@ class _Layer(nn.Module):
         chosen = functional.choose(self.cell, data, tensors, asked, self.hidden_size, **more)
         if chosen.backend == "aten" and not chosen.marked:
             groups = [weights for directions in layers for weights in directions]
-            how = (self.num_layers, self.dropout, self.training, self.bidirectional)
-            y, final = functional.aten_packed(self.cell, data, batch_sizes, batch, states, groups, how)
+            own = (self.num_layers, self.dropout, self.training, self.bidirectional)
+            y, final = functional.aten_packed(self.cell, data, batch_sizes, batch, states, groups, own)
             every = None
         else:
             where = packing.layout(batch_sizes, batch, data.shape[0], data.device)
@@ -252,8 +252,8 @@ class _Layer(nn.Module):
                 rows = x if where is None else packing.pack(x, where)
                 rows = dropout(rows, self.dropout)
                 x = rows if where is None else packing.pad(rows, where)
-        finals = [torch.cat(s) for s in zip(*finals, strict=True)] if len(finals) > 1 else finals[0]
-        return x, tuple(finals), every
+        joined = finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True))
+        return x, joined, every
 
 
 def _rate(dropout: Any) -> float:
@@ -314,9 +314,9 @@ class LSTM(_Layer):
     D directions, L layers, P the output's size (proj_size, or H).
     input [T, B, I] ([B, T, I] with batch_first, [T, I] unbatched), or a PackedSequence; hx (h_0 [L*D, B, P],
     c_0 [L*D, B, H]) ([L*D, .] unbatched).
-    resets: bool [T, B] ([B, T] with batch_first, [T] unbatched): where set, an episode begins at that step: no state
-    crosses from the step before it, in any layer or direction, hx included. Of a packed input: padded, in the order of
-    the sequences, or packed like it.
+    resets: [T, B] ([B, T] with batch_first, [T] unbatched), bool or the numbers 0 and 1, or nested lists of them: where
+    set, an episode begins at that step: no state crosses from the step before it, in any layer or direction, hx
+    included. Of a packed input: padded, in the order of the sequences, or packed like it.
     lengths: int [B] on any device, or a list: the steps of each sequence of a padded batch. As if it were packed:
     outputs beyond are zero, h_n is that of the last step, padding may hold anything. (A CUDA graph wants them on the
     device before.)
@@ -331,7 +331,7 @@ class LSTM(_Layer):
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
         *,
-        resets: Tensor | PackedSequence | None = None,
+        resets: Tensor | PackedSequence | Sequence[Any] | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         return_cell_states: bool = False,
     ) -> Any:
@@ -347,7 +347,7 @@ class _OneState(_Layer):
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
         *,
-        resets: Tensor | PackedSequence | None = None,
+        resets: Tensor | PackedSequence | Sequence[Any] | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> Any:
         y, (h,), _ = self._run(input, hx, resets, lengths)

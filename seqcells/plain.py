@@ -71,7 +71,7 @@ def layers(module: Any, x: Any, hx: Any, resets: Any = None) -> tuple[Tensor, tu
                 return None
         states, grad = hx, any(s.requires_grad for s in given)
     if resets is not None:
-        flags = arguments.resets(resets, (B, T) if module.batch_first else (T, B), x.device)
+        flags: Any = arguments.resets(resets, (B, T) if module.batch_first else (T, B), x.device)
         if hx is not None:
             states = _cleared(given, flags.reshape(1, B, 1), module.bidirectional)
             states = states if cell == "lstm" else states[0]
