@@ -63,10 +63,13 @@ class How:
 
 
 def _cast(
-    x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights]
+    cell: str, x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], one_step: bool = False
 ) -> tuple[Tensor, tuple[Tensor | None, ...], Sequence[aten.Weights]]:
-    """x, states and weights in autocast's dtype, as torch casts the arguments of its own RNNs."""
+    """x, states and weights in the dtype that torch's own cell answers in under autocast."""
     dtype, low = torch.get_autocast_dtype(x.device.type), (torch.float16, torch.bfloat16, torch.float32)
+    if x.device.type == "cpu" and (cell in ("gru", "gru_before") or (cell == "lstm" and one_step)):
+        # There torch has no fused kernel to cast for. It rounds the products' operands, and the state keeps its dtype.
+        dtype = torch.promote_types(dtype, next((s.dtype for s in given if s is not None), x.dtype))
 
     def cast(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
         return tuple(t.to(dtype) if t is not None and t.dtype in low else t for t in tensors)
@@ -132,7 +135,7 @@ def run(
     if how.cells and spec.states == 1:
         raise ValueError(f"{cell} has no cell state: all cell states were asked for")
     if backends.autocasting(x.device):
-        x, given, groups = _cast(x, given, groups)
+        x, given, groups = _cast(cell, x, given, groups, how.one_step)
         with torch.autocast(x.device.type, enabled=False):
             return _run(cell, x, given, groups, how, None)
     return _run(cell, x, given, groups, how, stacked)
@@ -272,7 +275,7 @@ def aten_packed(
     spec = reference.get(cell)
     given: tuple[Tensor | None, ...] = (None,) * spec.states if states is None else states
     if backends.autocasting(data.device):
-        data, given, groups = _cast(data, given, groups)
+        data, given, groups = _cast(cell, data, given, groups)
     H = groups[0][1].shape[0] // spec.gates  # type: ignore[union-attr]
     with torch.autocast(data.device.type, enabled=False):
         return aten.packed(cell, data, batch_sizes, _starts(data, given, groups, H, batch), groups, how)
@@ -343,8 +346,8 @@ def scan(
     what PyTorch's switches for RNNs say on CUDA, "tf32" or "ieee". Other dtypes and backends ignore it, as do the large
     products outside the recurrence, which follow PyTorch's switches for matrix products.
 
-    Under autocast all tensors are cast to its dtype, as torch does for its own RNNs. y must not be changed in place
-    while backward still needs it; that raises.
+    Under autocast tensors are cast to the dtype in which torch.nn answers: that of autocast; on the CPU, of a GRU and of
+    one step of an LSTM, that of the state. y must not be changed in place while backward still needs it; that raises.
 
     Raises RuntimeError, ValueError or TypeError as torch.nn does for shapes, dtypes and devices that do not fit.
     """

@@ -139,3 +139,28 @@ def test_other_resets_raise(name):
         layer(torch.randn(1, batch, 3), torch.zeros(1, batch, 4), resets=resets)
     with pytest.raises(error, match=words):
         seqcells.gru(torch.randn(1, batch, 3), None, *layer.parameters(), resets=resets)
+
+
+# Autocast on the CPU
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_autocast_answers_in_torchs_dtypes(name, given, dtype):
+    theirs, ours = pair(name, 3, 8)
+    for steps in (2, 30):
+        x = torch.randn(4, 3) if name.endswith("Cell") else torch.randn(steps, 4, 3)
+        with torch.autocast("cpu", dtype=dtype):
+            expected, found = theirs(x.to(given)), ours(x.to(given))
+        torch.testing.assert_close(found, expected, rtol=2e-2, atol=2e-2)  # dtypes, too
+
+
+@pytest.mark.parametrize("options", [{"resets": torch.ones(30, 4)}, {"lengths": [30, 1, 3, 3]}])
+def test_autocast_with_masks_answers_as_without(options):
+    x = torch.randn(30, 4, 3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert seqcells.GRU(3, 8)(x, **options)[0].dtype == torch.float32
+        assert seqcells.GRU(3, 8, reset_after=False)(x, **options)[0].dtype == torch.float32
+        assert seqcells.RNN(3, 8)(x, **options)[0].dtype == torch.bfloat16
+        assert seqcells.LSTM(3, 8)(x, **options)[0].dtype == torch.bfloat16

@@ -305,13 +305,15 @@ def test_saved_tensor_hooks_see_everything(backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_autocast(kind, backend, dtype):
-    """Output and states in autocast's dtype, gradients in the parameters', as torch on CUDA and its LSTM on the CPU."""
+    """Output and states in autocast's dtype, but of a GRU on the CPU in its state's, as torch's; gradients in the
+    parameters'."""
     torch.manual_seed(0)
     ours = getattr(seqcells, kind)(3, 4, bidirectional=True, backend=backend, device=DEVICE)
     x, _ = batch(torch.float32)
     with torch.autocast(DEVICE, dtype=dtype):
         y, final = ours(x)
-    assert {t.dtype for t in (y, *(final if kind == "LSTM" else (final,)))} == {dtype}
+    expected = torch.float32 if kind == "GRU" and DEVICE == "cpu" else dtype
+    assert {t.dtype for t in (y, *(final if kind == "LSTM" else (final,)))} == {expected}
     loss(y.float()).backward()
     assert {p.grad.dtype for p in ours.parameters()} == {torch.float32}
     torch.testing.assert_close(y.float(), ours(x)[0], atol=3e-2, rtol=3e-2)
