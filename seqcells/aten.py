@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import backends
+
 CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _STEPS: dict[str, Any] = {"gru": torch.gru_cell, "rnn_tanh": torch.rnn_tanh_cell, "rnn_relu": torch.rnn_relu_cell}
 LAYERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
@@ -65,7 +67,7 @@ def layer(
     """
     flat = [t for weights in groups for t in _flat(weights)]
     biases = groups[0][2] is not None or groups[0][3] is not None
-    own = torch.compiler.is_compiling() and x.numel() > 0 and len(groups[0]) == 4
+    own = torch.compiler.is_compiling() and not backends.exporting(x.shape[0]) and len(groups[0]) == 4 and x.numel() > 0
     if own and onednn(cell, x.device, x.dtype):
         return _directions(x, states, groups)
     hx: Any = list(states) if cell == "lstm" else states[0]

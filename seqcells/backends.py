@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -123,6 +124,8 @@ class Request:
     one_step: bool = False  # a cell's call
     looped: bool = False  # the loop is faster at it than torch's own
     refused: bool = False  # the kernels were tried and failed (see `fallback`)
+    projected: bool = False  # an LSTM with a projection
+    exported: bool = False  # see `exporting`
 
 
 # Measured by benchmarks/crossover.py: benchmarks/results/crossover-cpu.md. With more threads than one torch's own gain
@@ -160,6 +163,8 @@ def request(
     real: float = 1.0,
     lean: bool = False,
     refused: bool = False,
+    projected: bool = False,
+    exported: bool = False,
 ) -> Request:
     """size: T, B, H; None: not to be asked. onednn: its LSTM would run the cell, were there no masks; seen: it could
     not with them. real: the share of rows that are no padding. lean: little is to be kept for backward."""
@@ -171,7 +176,8 @@ def request(
         looped = lean or real < _REAL or size[1] * size[2] > _MARKED[grad] // (4 if lengths else 1)
     elif size is not None:
         looped = loop_pays(cell, *size, grad, onednn and not masked, lengths)
-    return Request(resets, lengths, packed, cells, onednn and not masked, marked, one_step, looped, refused)
+    onednn = onednn and not masked
+    return Request(resets, lengths, packed, cells, onednn, marked, one_step, looped, refused, projected, exported)
 
 
 def _no_aten(cell: str, request: Request) -> str:
@@ -180,6 +186,8 @@ def _no_aten(cell: str, request: Request) -> str:
         return f"torch has no fused {cell}"
     if request.cells:
         return "torch's fused RNNs do not give all cell states"
+    if request.projected and torch.onnx.is_in_onnx_export():
+        return "ONNX's LSTM has no projection"
     return "torch's fused RNNs have no resets" if request.resets and not request.marked else ""
 
 
@@ -191,6 +199,15 @@ def transforming() -> bool:
 def traced() -> bool:
     """Whether what runs is looked at by a compiler, a tracer or a transform, to which values mean nothing."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or transforming()
+
+
+def exporting(steps: Any) -> bool:
+    """Whether torch.export or torch.onnx.export makes a program of what runs, and torch's own layers can be in it.
+
+    Of them torch.export needs to know the number of steps, as it does for torch.nn's.
+    """
+    known = isinstance(steps, int) and not torch.compiler.is_dynamo_compiling()
+    return torch.onnx.is_in_onnx_export() or (known and torch.compiler.is_exporting())
 
 
 def autocasting(device: torch.device) -> bool:
@@ -208,8 +225,14 @@ def prefers_kernels(device: torch.device) -> bool:
 def _without_kernels(cell: str, device: torch.device, request: Request, lacking: str) -> tuple[str, str]:
     """What "auto" is where the kernels do not run, and why."""
     loop = "loop" if cell in LOOP_CELLS else "reference"
+    if torch.onnx.is_in_onnx_export():
+        loop = "reference"  # ONNX has no operators of our own
     if lacking:
         return loop, lacking
+    if request.exported:
+        if request.lengths and not request.packed:
+            return loop, "torch's own fused RNNs take lengths only packed"
+        return "aten", "an exported program then needs no operator of our own"
     if loop == "reference" or (request.one_step and not transforming()) or torch.jit.is_tracing():
         return "aten", f"torch's own fused {cell} runs there"
     if transforming():
@@ -246,10 +269,12 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request
     if name != "auto":
         return Choice(name, "", "it was asked for", name == "aten" and request.marked)
     problem = _no_triton(device, dtype)
-    if prefers_kernels(device) and problem is None and not request.refused:
+    onnx = torch.onnx.is_in_onnx_export()
+    if prefers_kernels(device) and problem is None and not request.refused and not onnx:
         return Choice("triton", "auto", "the tensors are on CUDA")
     where = f"the tensors are on the {device.type.upper()}"
     if prefers_kernels(device):
         where = "the kernels failed there (a RuntimeWarning said how)" if problem is None else str(problem)
+        where = "ONNX has no operators for the kernels" if onnx else where
     found, why = _without_kernels(cell, device, request, lacking)
     return Choice(found, "", f"{where}, and {why}", found == "aten" and request.marked)

@@ -109,6 +109,8 @@ def choose(
         seen=seen,
         real=1.0 if how.lengths is None or compiling else rows / max(T * B, 1),
         lean=how.save == "states",
+        projected=projected,
+        exported=backends.exporting(T),
     )
     return backends.choose(cell, x.device, x.dtype, request, how.backend)
 
@@ -346,8 +348,8 @@ def scan(
     what PyTorch's switches for RNNs say on CUDA, "tf32" or "ieee". Other dtypes and backends ignore it, as do the large
     products outside the recurrence, which follow PyTorch's switches for matrix products.
 
-    Under autocast tensors are cast to the dtype in which torch.nn answers: that of autocast; on the CPU, of a GRU and of
-    one step of an LSTM, that of the state. y must not be changed in place while backward still needs it; that raises.
+    Under autocast tensors are cast to the dtype in which torch.nn answers: autocast's, or, of a GRU and of one step of
+    an LSTM on the CPU, that of the state. y must not be changed in place while backward still needs it; that raises.
 
     Raises RuntimeError, ValueError or TypeError as torch.nn does for shapes, dtypes and devices that do not fit.
     """

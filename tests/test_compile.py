@@ -1,6 +1,8 @@
 """torch.compile, torch.export and torch.jit.trace of whole models. The operators by themselves: test_ops.py."""
 
 import io
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -157,3 +159,42 @@ def test_modules_are_compiled_in_place():
     expected = module(x)
     module[1].compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell"])
+def test_an_exported_program_needs_no_operator_of_our_own(name, tmp_path):
+    """What is saved of plain layers is loaded and run where seqcells is not installed."""
+    options = {} if name.endswith("Cell") else {"num_layers": 2, "bidirectional": True}
+    module = getattr(seqcells, name)(3, 4, **options).eval()
+    x = torch.randn(5, 3) if name.endswith("Cell") else torch.randn(6, 5, 3)
+    torch.export.save(torch.export.export(module, (x,)), tmp_path / "program.pt2")
+    torch.save((x, module(x)), tmp_path / "expected.pt")
+    program = f"""
+import sys, torch
+program = torch.export.load({str(tmp_path / "program.pt2")!r}).module()
+x, expected = torch.load({str(tmp_path / "expected.pt")!r})
+torch.testing.assert_close(program(x), expected)
+assert "seqcells" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=tmp_path)
+
+
+def test_what_an_onnx_export_takes(monkeypatch):
+    """ONNX knows torch's fused layers and plain operations; the exporters themselves: tests/integrations."""
+    monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
+    chosen = []
+    choose = seqcells.backends.choose
+    monkeypatch.setattr(seqcells.backends, "choose", lambda *a: chosen.append(choose(*a)) or chosen[-1])
+    x = torch.randn(40, 2, 3)
+    resets = torch.zeros(40, 2, dtype=torch.bool)
+
+    def taken(module, **options):
+        chosen.clear()
+        torch.export.export(module, (x,), options)
+        return {c.backend for c in chosen}
+
+    for module in (seqcells.LSTM(3, 4), seqcells.GRU(3, 4, 2, bidirectional=True), seqcells.RNN(3, 4)):
+        assert taken(module) == {"aten"}
+        assert taken(module, resets=resets) == {"reference"}
+        assert taken(module, lengths=torch.tensor([40, 3])) == {"reference"}
+    assert taken(seqcells.GRU(3, 4, reset_after=False)) == {"reference"}

@@ -44,7 +44,7 @@ ARROWS = {  # room: the rooms of the project it may import
         *("autograd", "batching", "fallback", "loop", "reference"),
         *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "scan", "single")),
     },
-    "aten": set(),
+    "aten": {"backends"},
     "projection": set(),
     "functional": {
         "arguments",
