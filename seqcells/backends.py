@@ -183,6 +183,15 @@ def _no_aten(cell: str, request: Request) -> str:
     return "torch's fused RNNs have no resets" if request.resets and not request.marked else ""
 
 
+def refuse(name: str, cell: str, request: Request | None = None) -> None:
+    """Raise RuntimeError if the backend of that name cannot run the cell, wherever it is. request None: a plain scan."""
+    lacking = _no_aten(cell, request or Request())
+    if name == "aten" and lacking:
+        raise RuntimeError(f"the aten backend cannot run this: {lacking}; use backend='triton', 'loop' or 'reference'")
+    if name == "loop" and cell not in LOOP_CELLS:
+        raise RuntimeError(f"the loop backend has no {cell}: use backend='triton' or 'reference'")
+
+
 def transforming() -> bool:
     """Whether torch.func's transforms or forward-mode AD are at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -238,11 +247,7 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request
         if problem := _no_triton(device, dtype):
             raise problem
         return Choice("triton", schedule, "it was asked for")
-    lacking = _no_aten(cell, request)
-    if name == "aten" and lacking:
-        raise RuntimeError(f"the aten backend cannot run this: {lacking}; use backend='triton', 'loop' or 'reference'")
-    if name == "loop" and cell not in LOOP_CELLS:
-        raise RuntimeError(f"the loop backend has no {cell}: use backend='triton' or 'reference'")
+    refuse(name, cell, request)
     if name != "auto":
         return Choice(name, "", "it was asked for", name == "aten" and request.marked)
     problem = _no_triton(device, dtype)
@@ -251,5 +256,5 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request
     where = f"the tensors are on the {device.type.upper()}"
     if prefers_kernels(device):
         where = "the kernels failed there (a RuntimeWarning said how)" if problem is None else str(problem)
-    found, why = _without_kernels(cell, device, request, lacking)
+    found, why = _without_kernels(cell, device, request, _no_aten(cell, request))
     return Choice(found, "", f"{where}, and {why}", found == "aten" and request.marked)

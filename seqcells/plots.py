@@ -37,10 +37,11 @@ def learning_curves(title: str, histories: dict[str, list[Row]], path: Path) -> 
 def _pyplot() -> Any:
     try:
         import matplotlib
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError("pictures need matplotlib: pip install matplotlib") from error
+        from matplotlib import pyplot
+    except ImportError as error:  # also of one that is there, and broken
+        why = "" if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib" else f" ({error})"
+        raise ModuleNotFoundError(f"pictures need matplotlib: pip install matplotlib{why}") from error
     matplotlib.use("Agg")
-    from matplotlib import pyplot
 
     return pyplot
 

@@ -9,7 +9,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import DEVICE
 
 ROOT = Path(__file__).parents[1]
 ARROWS = {  # room: the rooms of the project it may import
@@ -200,8 +199,8 @@ def test_a_wheel_works_in_a_fresh_environment_elsewhere(wheel, tmp_path):
 
 
 def test_the_readmes_examples_run():
-    """Its Python blocks as they stand, on whatever device there is."""
+    """Its Python blocks as they stand, whether there is a CUDA device or not."""
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
     assert blocks
     for block in blocks:
-        exec(compile(block.replace('"cuda"', f'"{DEVICE}"'), "README.md", "exec"), {})
+        exec(compile(block, "README.md", "exec"), {})
