@@ -41,7 +41,7 @@ def _dtype(*allowed: str) -> Callable[[str], str]:
         found = next((name for name, others in DTYPES.items() if given in (name, *others)), given)
         if found not in allowed:
             shown = (f"{name} ({', '.join(DTYPES[name])})" if DTYPES[name] else name for name in allowed)
-            raise argparse.ArgumentTypeError(f"unknown dtype {text!r}: expected {', '.join(shown)}")
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(shown)}, got {text!r}")
         return found
 
     return named
@@ -252,7 +252,9 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--batch", type=int, required=True)
     p.add_argument("--hidden", type=int, required=True)
     floats = ("float64", "float32", "float16", "bfloat16")
-    p.add_argument("--dtype", type=_dtype(*floats), default="float32", help="float32 if not given; fp16, bf16 and so on")
+    p.add_argument(
+        "--dtype", type=_dtype(*floats), default="float32", help="default: float32; short names too, as bf16"
+    )
     p.add_argument("--device", help=f"cpu, cuda, or one that need not be present: {', '.join(KNOWN)}")
     p.add_argument("--steps", type=int, help="of how many steps; default: many")
     p.add_argument("--resets", action="store_true", help="with a reset mask")

@@ -184,7 +184,7 @@ def _no_aten(cell: str, request: Request) -> str:
 
 
 def refuse(name: str, cell: str, request: Request | None = None) -> None:
-    """Raise RuntimeError if the backend of that name cannot run the cell, wherever it is. request None: a plain scan."""
+    """Raise RuntimeError if that backend can run the cell nowhere. request: None, a plain scan."""
     lacking = _no_aten(cell, request or Request())
     if name == "aten" and lacking:
         raise RuntimeError(f"the aten backend cannot run this: {lacking}; use backend='triton', 'loop' or 'reference'")

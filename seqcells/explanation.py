@@ -30,7 +30,11 @@ class Explanation:
         lines = textwrap.wrap(f"{self.backend}: {self.why}", WIDTH)
         for direction, plan in (("forward", self.plan), ("backward", self.backward)):
             if plan is not None:
-                lines += ["", f"{direction}: the {plan.schedule} schedule", *_described(plan)]
+                lines += [
+                    "",
+                    f"{direction}: the {plan.schedule} schedule, {plan.microseconds:.2f} us a step",
+                    *_described(plan),
+                ]
         if self.plan is not None:
             lines += ["", "U: the recurrent weights. us: microseconds, by the plan's model; not measured."]
         return "\n".join(lines)
@@ -42,13 +46,12 @@ def _described(plan: Plan) -> list[str]:
     for reason in plan.why.split("; "):
         lines += textwrap.wrap(reason, WIDTH, initial_indent="  - ", subsequent_indent="    ")
     figures = {
-        "floor": f"{plan.microseconds:.2f} us a step",
         "programs": f"{plan.programs}, of {plan.num_warps} warps each",
         "tile": f"{plan.block_h} hidden units x {plan.block_b} rows, {plan.block_k} terms of a product at a time",
         "stages": f"{plan.num_stages}, loading ahead",
         "registers": f"at most {plan.registers} a thread{', U in them' * plan.u_in_registers}",
     }
-    return lines + [f"    {name:<11}  {value}" for name, value in figures.items()]
+    return lines + [f"    {name:<9}  {value}" for name, value in figures.items()]
 
 
 def explain(

@@ -25,7 +25,8 @@ from .training import Row, Run, read_checkpoint, train
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. rows: its evaluations. seconds: of training and evaluation, over all sittings."""
+    """What a run came to. rows: its evaluations. seconds: of training and evaluation, over all sittings. needs: the
+    verdict's."""
 
     task: str
     case: str
@@ -37,6 +38,7 @@ class Outcome:
     sequences: int
     seconds: float
     rows: list[Row]
+    needs: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -169,7 +171,7 @@ def perform(
         print("\n".join(run.lines()))
     print(f"{'solved' if verdict.solved else 'NOT solved'}{f' ({job.label})' if quiet else ''}: {verdict.text}")
     seconds = sum(row.seconds for row in run.rows)
-    counts = run.done, run.sequences, seconds, run.rows
+    counts = run.done, run.sequences, seconds, run.rows, verdict.needs
     return Outcome(job.task.NAME, job.case, job.cell, job.seed, verdict.solved, verdict.text, *counts)
 
 

@@ -83,7 +83,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "check": {"backends", "checks", "explanation", "functional", "reference"},
     "files": set(),
     "training": {"files"},
-    "plots": {"files", "training"},
+    "plots": {"files", "suite", "tasks"},
     "progress": set(),
     "tasks": {"init", "layers", "training"},
     "suite": {"files", "progress", "tasks", "training"},
