@@ -30,11 +30,8 @@ class Explanation:
         lines = textwrap.wrap(f"{self.backend}: {self.why}", WIDTH)
         for direction, plan in (("forward", self.plan), ("backward", self.backward)):
             if plan is not None:
-                lines += [
-                    "",
-                    f"{direction}: the {plan.schedule} schedule, {plan.microseconds:.2f} us a step",
-                    *_described(plan),
-                ]
+                headline = f"{direction}: the {plan.schedule} schedule, {plan.microseconds:.2f} us a step"
+                lines += ["", headline, *_described(plan)]
         if self.plan is not None:
             lines += ["", "U: the recurrent weights. us: microseconds, by the plan's model; not measured."]
         return "\n".join(lines)

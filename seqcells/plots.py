@@ -99,13 +99,14 @@ def _curves(axes: Any, outcomes: list[Outcome], measured: str) -> None:
         place = {"xy": (1, needed), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         axes.annotate(f"{needed:.4g}", xytext=(3, 0), va="center", fontsize=7, **place)
     axes.grid(alpha=0.3)
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=5)
+    axes.set_xlim(left=0)
+    axes.xaxis.get_major_locator().set_params(integer=True, nbins=4)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}")
     if measured == "accuracy":
         axes.set_ylim(-0.05, 1.05)
         if needed == 0:
-            axes.text(
-                0.5, 0.5, "flat at 0 is the point:\nso it counts as solved", ha="center", transform=axes.transAxes
-            )
+            point = "flat at 0 is the point:\nso it counts as solved"
+            axes.text(0.5, 0.5, point, ha="center", transform=axes.transAxes)
     else:
         plain_ticks(axes, "y")
 
