@@ -42,7 +42,7 @@ class Verdict:
     """Whether a run solved its task, and the criterion with what was reached.
 
     needs: of the measurements that decide it, by name, the value to come to, where a picture has a line: an accuracy of
-    at least that (0: of no more), a loss below it or near it.
+    at least that (0: of no more), a loss below it.
     """
 
     solved: bool

@@ -1,6 +1,7 @@
 """The house: which rooms may know which, what is in a wheel, and how long a file may be."""
 
 import ast
+import email
 import re
 import subprocess
 import sys
@@ -177,6 +178,24 @@ def test_a_wheel_holds_each_file_once(wheel):
         if "kernels" not in f.relative_to(ROOT).parts
     }
     assert set(names) == expected, "no top-level package kernels, and nothing twice"
+
+
+def test_a_wheels_metadata(wheel):
+    """What a package index shows: no picture or link into files that it has not got."""
+    with zipfile.ZipFile(wheel) as content:
+        (name,) = (n for n in content.namelist() if n.endswith("dist-info/METADATA"))
+        found = email.message_from_bytes(content.read(name))
+    assert found["Author"] and found["Keywords"] and found["License-Expression"] == "Apache-2.0"
+    classifiers = found.get_all("Classifier")
+    assert {"Programming Language :: Python :: 3", "Operating System :: OS Independent"} <= set(classifiers)
+    assert any(c.startswith("Development Status :: ") for c in classifiers)
+    assert found["Description-Content-Type"] == "text/markdown"
+    description, readme = found.get_payload(decode=True).decode(), (ROOT / "README.md").read_text()
+    pictures = re.findall(r"!\[.*\]\((?!https?:).*\)\n*", readme)
+    assert pictures and not re.search(r"!?(?<![\w\])])\[[^\]]*\]\((?!https?:|#)", description)
+    for picture in pictures:
+        readme = readme.replace(picture, "")
+    assert "![" not in description and len(description.strip()) > 0.95 * len(readme.strip()), "the rest is README's"
 
 
 def test_a_wheel_works_in_a_fresh_environment_elsewhere(wheel, tmp_path):

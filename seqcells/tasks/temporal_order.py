@@ -239,7 +239,7 @@ class Ordering(Run):
         if recipe.model == "notebook":
             loss = last.measured["loss"]
             text = f"test loss {loss:.4f} (the plateau is {PLATEAU:.4f} +- .002)"
-            return Verdict(abs(loss - PLATEAU) <= 0.002, text, {"loss": PLATEAU})
+            return Verdict(abs(loss - PLATEAU) <= 0.002, text, {"loss": PLATEAU + 0.002})
         how = f"stopped after {self.sequences}" if self.stopped else f"not stopped within {self.sequences}"
         accuracy = last.measured["accuracy"]
         text = f"{how} sequences (needs <= {recipe.limit}), {accuracy:.4f} of {recipe.test} fresh ones right "
