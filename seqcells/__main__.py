@@ -199,9 +199,9 @@ def _check_backend(wanted: list[Job], device: str, backend: str | None, dtype: t
     """Raise, before anything is trained, if the backend cannot run one of the jobs' cells there."""
     for job in wanted:
         cell = {"rnn": "rnn_tanh"}.get(job.cell, job.cell.replace("-", "_"))
-        place = {"device": torch.device(device), "dtype": dtype or job.recipe.dtype, "backend": backend}
+        how: dict[str, Any] = {"device": device, "dtype": dtype or job.recipe.dtype, "backend": backend}
         try:
-            explanation.explain(cell, batch=1, hidden_size=1, **place)
+            explanation.explain(cell, batch=1, hidden_size=1, **how)
         except RuntimeError as error:
             raise RuntimeError(f"{job.label}: {error}") from None
 
@@ -261,8 +261,8 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--lengths", action="store_true", help="rows of different lengths")
     p.add_argument("--inference", action="store_true", help="without gradients")
     p.add_argument("--backend", type=str.lower)
-    products = {"type": str.lower, "choices": precisions.PRECISIONS}
-    p.add_argument("--precision", **products, help="of float32 products; default: PyTorch's switches")
+    more = "of float32 products; default: PyTorch's switches"
+    p.add_argument("--precision", type=str.lower, choices=precisions.PRECISIONS, help=more)
     p.set_defaults(call=explain)
 
     p = commands.add_parser("run", help=run.__doc__)

@@ -42,7 +42,7 @@ def learning_curves(outcomes: list[Outcome], how: str, path: Path) -> None:
     for outcome in outcomes:
         cases.setdefault((outcome.task, outcome.case), []).append(outcome)
     with _pyplot().rc_context({"font.size": 8, "axes.titlesize": 8}):
-        figure = _one(*cases.values(), how) if len(cases) == 1 else _several(cases, how)
+        figure = _one(outcomes, how) if len(cases) == 1 else _several(cases, how)
         files.write(path, _drawn(figure, path))
 
 
