@@ -227,8 +227,9 @@ def _of_family(name: str, axis: str, members: list[dict[str, Any]], where: str) 
     """The title: what is varied, what is not, and where."""
     fixed = [f"{key}={members[0][key]}" for key in ("T", "B", "H") if len({m[key] for m in members}) == 1]
     inputs = {m["I"] for m in members}
-    fixed += ["I=H"] if all(m["I"] == m["H"] for m in members) else [f"I={inputs.pop()}"] * (len(inputs) == 1)
-    what = f"{CELLS[name]}, {members[0]['mode']}, by {({'H': 'hidden size', 'B': 'batch'})[axis]}"
+    fixed += [f"I={inputs.pop()}"] if len(inputs) == 1 else ["I=H"] * all(m["I"] == m["H"] for m in members)
+    varied = {"H": "hidden size", "B": "batch"}[axis]
+    what = f"{CELLS[name]}, {members[0]['mode']}, by {varied}"
     return f"{what}\n{' '.join(fixed)}, {members[0]['dtype']}, {where}"
 
 

@@ -78,7 +78,7 @@ def _several(cases: dict[tuple[str, str], list[Outcome]], how: str) -> Any:
         axes.set(title=f"case {case}" if named == task else f"{task}, {case}", ylabel=f"test {measured}")
     for axes in grid.flat[len(cases) :]:
         axes.remove()
-    for axes in grid[-1]:
+    for axes in grid.flat[max(0, len(cases) - columns) : len(cases)]:  # those with none below
         axes.set_xlabel("sequences trained on")
     handles: dict[str, Any] = {}
     for axes in figure.axes:
@@ -93,6 +93,7 @@ def _curves(axes: Any, outcomes: list[Outcome], measured: str) -> None:
         points = [(r.sequences, r.measured[measured]) for r in o.rows]
         first = o is next(other for other in outcomes if other.cell == o.cell)
         style = dict(zip(("color", "marker", "linewidth"), CELLS[o.cell], strict=True)) | {"markersize": 3}
+        style["zorder"] = 2 + list(CELLS).index(o.cell)
         axes.plot(*zip(*points, strict=True), **style, label=o.cell if first else None)
     if (needed := outcomes[0].needs.get(measured)) is not None:
         axes.axhline(needed, color="black", linestyle="--", linewidth=1, label=SOLVED, zorder=1)
