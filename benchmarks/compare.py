@@ -43,10 +43,11 @@ def planned(problem: Problem) -> tuple[str, float | None]:
         found = explanation.explain(NAMES[case.cell], device=problem.device, **size, **masks)
     except (ValueError, RuntimeError) as error:
         return str(error), None
+    said = " ".join(str(found).split())  # one line, for a table
     if found.plan is None:
-        return str(found), None
+        return said, None
     floor = found.plan.microseconds + (found.backward.microseconds if case.mode == cases.TRAINING else 0)
-    return str(found), floor
+    return said, floor
 
 
 def compared(case: Case, device: str, seconds: float, names: Iterable[str] | None = None) -> list[dict[str, Any]]:

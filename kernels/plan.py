@@ -65,11 +65,22 @@ KNOWN = {
     "H100": Device("H100", 90, 132, 227 * KB, 1.83, 4096, 39, 3350, 50 << 20),
     "H200": Device("H200", 90, 132, 227 * KB, 1.83, 4096, 39, 4800, 50 << 20),
     "B200": Device("B200", 100, 148, 227 * KB, 1.85, 8192, 39, 8000, 126 << 20),
+    "GH200": Device("GH200", 90, 132, 227 * KB, 1.83, 4096, 39, 4900, 50 << 20),
+    "GB200": Device("GB200", 100, 148, 227 * KB, 1.85, 8192, 39, 8000, 126 << 20),
     "L4": Device("L4", 89, 58, 99 * KB, 2.04, 1024, 32, 300, 48 << 20),
     "RTX4090": Device("RTX 4090", 89, 128, 99 * KB, 2.52, 512, 20, 1008, 72 << 20),
     "MI300X": Device("MI300X", 0, 304, 64 * KB, 2.1, 2048, 27, 5300, 4 << 20),
 }
 INTERPRETER = Device("interpreter", 0, 132, 227 * KB)
+
+
+def known(name: str) -> Device | None:
+    """The KNOWN device of that name, in any case, with or without "_", "-" and spaces; None if there is none."""
+
+    def plain(text: str) -> str:
+        return "".join(c for c in text.lower() if c not in "_- ")
+
+    return next((device for key, device in KNOWN.items() if plain(key) == plain(name)), None)
 
 
 def present(name: str, capability: int, processors: int, shared: int) -> Device:

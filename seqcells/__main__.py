@@ -6,22 +6,50 @@ import argparse
 import os
 import platform
 import sys
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 import seqcells
 
 from . import backends, explanation, precisions, reference
+from .kernels.plan import KNOWN
 from .tasks import TASKS
 from .tasks.base import CELLS
 
 if TYPE_CHECKING:
-    from .suite import Outcome
+    from .suite import Job, Outcome
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+# Names of dtypes, as torch has them, and what else each is called.
+DTYPES = {
+    "float64": ("double", "fp64"),
+    "float32": ("float", "fp32"),
+    "float16": ("half", "fp16"),
+    "bfloat16": ("bf16",),
+    "tf32": (),
+    "tf32x3": (),
+}
+
+
+def _dtype(*allowed: str) -> Callable[[str], str]:
+    """An option's type: one of some names of DTYPES, given by any of its names, in any case."""
+
+    def named(text: str) -> str:
+        given = text.lower().removeprefix("torch.")
+        found = next((name for name, others in DTYPES.items() if given in (name, *others)), given)
+        if found not in allowed:
+            shown = (f"{name} ({', '.join(DTYPES[name])})" if DTYPES[name] else name for name in allowed)
+            raise argparse.ArgumentTypeError(f"expected one of {', '.join(shown)}, got {text!r}")
+        return found
+
+    return named
+
+
+def _cell(text: str) -> str:
+    """An option's type: a cell's name, in any case and with either dash."""
+    return text.lower().replace("_", "-")
 
 
 def _default_device() -> str:
@@ -29,11 +57,20 @@ def _default_device() -> str:
 
 
 def _device(options: argparse.Namespace) -> str:
-    """The device asked for, or the default. RuntimeError if it is not there."""
-    device = options.device or _default_device()
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError(f"--device {device}: no CUDA device is available")
-    return device
+    """The device asked for, or the default. ValueError if it is none, RuntimeError if it is not there."""
+    given = options.device or _default_device()
+    try:
+        device = torch.device(given.lower())
+    except RuntimeError:
+        expected = "expected cpu, cuda, cuda:1 or another of torch's devices that is there"
+        raise ValueError(f"unknown device {given!r}: {expected}") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"--device {given}: no CUDA device is available")
+    try:
+        torch.empty(1, device=device)
+    except Exception as error:
+        raise RuntimeError(f"--device {given}: {str(error).splitlines()[0]}") from error
+    return str(device)
 
 
 def info(_: argparse.Namespace) -> int:
@@ -70,12 +107,12 @@ def check(options: argparse.Namespace) -> int:
     from .progress import bar
 
     where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "Triton's interpreter, CPU"
+    kinds = checking.kinds(device, options.dtype)
     print(f"largest relative errors against the float64 reference ({where}):\n")
     results = []
-    kinds = checking.kinds(device, options.dtype)
-    count = len(options.cell or reference.CELLS) * len(backends.SCHEDULES) * len(kinds)
-    with bar(total=count, desc="check") as progress:
-        for result in checking.sweep(device, options.cell, options.dtype):
+    cells = [cell.replace("-", "_") for cell in options.cell or reference.CELLS]
+    with bar(total=len(cells) * len(backends.SCHEDULES) * len(kinds), desc="check") as progress:
+        for result in checking.sweep(device, cells, options.dtype):
             results.append(result)
             progress.update()
     print(checking.table(results))
@@ -90,7 +127,7 @@ def explain(options: argparse.Namespace) -> int:
         options.cell.replace("-", "_"),
         batch=options.batch,
         hidden_size=options.hidden,
-        dtype=DTYPES[options.dtype],
+        dtype=getattr(torch, options.dtype),
         device=options.device or _default_device(),
         steps=options.steps,
         resets=options.resets,
@@ -100,12 +137,6 @@ def explain(options: argparse.Namespace) -> int:
         precision=options.precision,
     )
     print(found)
-    for direction, plan in (("forward", found.plan), ("backward", found.backward)):
-        if plan is not None:
-            shown = {name: value for name, value in asdict(plan).items() if name != "why"}
-            print(f"\n{direction}")
-            for name, value in shown.items():
-                print(f"  {name:<14} {value}")
     return 0
 
 
@@ -130,14 +161,16 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError("expected a task or --all, one of them")
     if options.resume and not options.save:
         raise ValueError("--resume needs --save DIR, where the checkpoints are")
-    wanted = list(
-        suite.jobs(options.task, full=options.full, cases=options.case, cells=options.cell, seed=options.seed)
-    )
-    dtype = DTYPES[options.dtype] if options.dtype else None
+    asked: dict[str, Any] = {"cases": options.case, "cells": options.cell}
+    wanted = list(suite.jobs(options.task, full=options.full, seed=options.seed, **asked))
+    dtype = getattr(torch, options.dtype) if options.dtype else None
     save = Path(options.save) if options.save else None
     _check_results(options)
+    _check_backend(wanted, device, options.backend, dtype)
     if save is not None:
         suite.check(wanted, save, dtype=dtype, resume=options.resume)
+    for line in suite.left_out(options.task, **asked):
+        print(f"left out: {line}")
     again = f"--save {options.save} --resume goes on from the last checkpoint, if there is one"
     outcomes = []
     try:
@@ -160,6 +193,17 @@ def run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise OSError(f"{error}; then {again}" if save else str(error)) from error
     return 0 if all(o.solved for o in outcomes) else 1
+
+
+def _check_backend(wanted: list[Job], device: str, backend: str | None, dtype: torch.dtype | None) -> None:
+    """Raise, before anything is trained, if the backend cannot run one of the jobs' cells there."""
+    for job in wanted:
+        cell = {"rnn": "rnn_tanh"}.get(job.cell, job.cell.replace("-", "_"))
+        how: dict[str, Any] = {"device": device, "dtype": dtype or job.recipe.dtype, "backend": backend}
+        try:
+            explanation.explain(cell, batch=1, hidden_size=1, **how)
+        except RuntimeError as error:
+            raise RuntimeError(f"{job.label}: {error}") from None
 
 
 def _check_results(options: argparse.Namespace) -> None:
@@ -185,8 +229,8 @@ def _write_results(options: argparse.Namespace, outcomes: list[Outcome], device:
         command = " ".join(["python -m seqcells", *options.command_line])
         suite.write(Path(options.table), suite.report(outcomes, command, device))
     if options.plot:
-        histories = {f"{o.case}, {o.cell}, {o.seed}": o.rows for o in outcomes}
-        plots.learning_curves(options.task or "all tasks", histories, Path(options.plot))
+        recipe = f"{'full' if options.full else 'quick'} recipe, {device}"
+        plots.learning_curves(outcomes, recipe, Path(options.plot))
         print(f"plot: {options.plot}")
 
 
@@ -198,36 +242,37 @@ def main(argv: list[str] | None = None) -> int:
 
     p = commands.add_parser("check", help=check.__doc__)
     p.add_argument("--device", help="cpu (Triton's interpreter) or cuda; default: cuda if there is one")
-    p.add_argument("--cell", action="append", choices=list(reference.CELLS), help="only this cell (may be repeated)")
-    p.add_argument(
-        "--dtype", action="append", choices=[*DTYPES, "tf32", "tf32x3"], help="only this one (may be repeated)"
-    )
+    named = [n.replace("_", "-") for n in reference.CELLS]
+    p.add_argument("--cell", action="append", type=_cell, choices=named, help="only this cell (may be repeated)")
+    p.add_argument("--dtype", action="append", type=_dtype(*DTYPES), help="only this one (may be repeated)")
     p.set_defaults(call=check)
 
     p = commands.add_parser("explain", help=explain.__doc__)
-    p.add_argument("cell", choices=[n.replace("_", "-") for n in reference.CELLS])
+    p.add_argument("cell", type=_cell, choices=named)
     p.add_argument("--batch", type=int, required=True)
     p.add_argument("--hidden", type=int, required=True)
-    p.add_argument("--dtype", choices=DTYPES, default="float32")
-    p.add_argument("--device", help="cpu, cuda, or one that need not be present, as sm_90, H200 or L4")
+    floats = ("float64", "float32", "float16", "bfloat16")
+    p.add_argument(
+        "--dtype", type=_dtype(*floats), default="float32", help="default: float32; short names too, as bf16"
+    )
+    p.add_argument("--device", help=f"cpu, cuda, or one that need not be present: {', '.join(KNOWN)}")
     p.add_argument("--steps", type=int, help="of how many steps; default: many")
     p.add_argument("--resets", action="store_true", help="with a reset mask")
     p.add_argument("--lengths", action="store_true", help="rows of different lengths")
     p.add_argument("--inference", action="store_true", help="without gradients")
-    p.add_argument("--backend")
-    p.add_argument(
-        "--precision", choices=precisions.PRECISIONS, help="of float32 products; default: PyTorch's switches"
-    )
+    p.add_argument("--backend", type=str.lower)
+    more = "of float32 products; default: PyTorch's switches"
+    p.add_argument("--precision", type=str.lower, choices=precisions.PRECISIONS, help=more)
     p.set_defaults(call=explain)
 
     p = commands.add_parser("run", help=run.__doc__)
-    p.add_argument("task", nargs="?", choices=TASKS)
+    p.add_argument("task", nargs="?", type=str.lower, choices=TASKS)
     p.add_argument("--all", action="store_true", help="every task, case and cell, and with --full every seed")
     p.add_argument("--case", action="append", metavar="K", help="only this case (may be repeated); see tasks")
-    p.add_argument("--cell", nargs="+", choices=CELLS, help="default: those the case is judged with")
-    p.add_argument("--backend", help="auto, triton, aten, loop or reference")
+    p.add_argument("--cell", nargs="+", type=_cell, choices=CELLS, help="only cases that are for it; default: all")
+    p.add_argument("--backend", type=str.lower, help="auto, triton, aten, loop or reference")
     p.add_argument("--device", help="default: cuda if there is one")
-    p.add_argument("--dtype", choices=["float32", "float64"], help="default: the recipe's")
+    p.add_argument("--dtype", type=_dtype("float32", "float64"), help="default: the recipe's")
     p.add_argument("--seed", type=int, help="default: 0; with --all --full every seed of the case")
     p.add_argument("--full", action="store_true", help="the full recipe and criterion")
     p.add_argument("--json", metavar="FILE", help="outcomes with every evaluation")
@@ -245,8 +290,8 @@ def main(argv: list[str] | None = None) -> int:
     options.command_line = sys.argv[1:] if argv is None else argv
     try:
         return options.call(options)
-    except (ValueError, RuntimeError, ModuleNotFoundError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, RuntimeError, ImportError, OSError) as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
 
 

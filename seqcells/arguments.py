@@ -22,11 +22,16 @@ SAVES = ("gates", "states")
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def options(backend: Any, precision: Any, save: Any = "gates") -> None:
-    """The options that scans and modules have."""
+def options(backend: Any, precision: Any, save: Any = "gates", cell: str | None = None) -> None:
+    """The options that scans and modules have. cell: a module's, which its backend must have.
+
+    Whether the backend runs on this machine is asked at the call: a module may be made where it is not to run.
+    """
     checks.one_of("save", save, SAVES)
     if backend is not None:
-        backends.parse(backend)
+        name, _ = backends.parse(backend)
+        if cell is not None:
+            backends.refuse(name, cell)
     checks.one_of("precision", precision, precisions.PRECISIONS, optional=True)
 
 

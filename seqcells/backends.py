@@ -191,6 +191,15 @@ def _no_aten(cell: str, request: Request) -> str:
     return "torch's fused RNNs have no resets" if request.resets and not request.marked else ""
 
 
+def refuse(name: str, cell: str, request: Request | None = None) -> None:
+    """Raise RuntimeError if that backend can run the cell nowhere. request: None, a plain scan."""
+    lacking = _no_aten(cell, request or Request())
+    if name == "aten" and lacking:
+        raise RuntimeError(f"the aten backend cannot run this: {lacking}; use backend='triton', 'loop' or 'reference'")
+    if name == "loop" and cell not in LOOP_CELLS:
+        raise RuntimeError(f"the loop backend has no {cell}: use backend='triton' or 'reference'")
+
+
 def transforming() -> bool:
     """Whether torch.func's transforms or forward-mode AD are at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -261,11 +270,7 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request
         if problem := _no_triton(device, dtype):
             raise problem
         return Choice("triton", schedule, "it was asked for")
-    lacking = _no_aten(cell, request)
-    if name == "aten" and lacking:
-        raise RuntimeError(f"the aten backend cannot run this: {lacking}; use backend='triton', 'loop' or 'reference'")
-    if name == "loop" and cell not in LOOP_CELLS:
-        raise RuntimeError(f"the loop backend has no {cell}: use backend='triton' or 'reference'")
+    refuse(name, cell, request)
     if name != "auto":
         return Choice(name, "", "it was asked for", name == "aten" and request.marked)
     problem = _no_triton(device, dtype)
@@ -276,5 +281,5 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request
     if prefers_kernels(device):
         where = "the kernels failed there (a RuntimeWarning said how)" if problem is None else str(problem)
         where = "ONNX has no operators for the kernels" if onnx else where
-    found, why = _without_kernels(cell, device, request, lacking)
+    found, why = _without_kernels(cell, device, request, _no_aten(cell, request))
     return Choice(found, "", f"{where}, and {why}", found == "aten" and request.marked)

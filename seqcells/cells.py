@@ -53,7 +53,7 @@ class _Cell(nn.Module):
             checks.boolean("bias", bias)
         checks.device(device, optional=True)
         checks.dtype(dtype, optional=True)
-        arguments.options(backend, precision)
+        arguments.options(backend, precision, cell=self.cell)
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from . import arguments, aten, backends, checks, fallback, precisions, reference
-from .kernels.plan import KNOWN
+from .kernels.plan import KNOWN, Plan, known
+
+WIDTH = 80  # of a printed line
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend a scan would use and, for triton, the Plan forward and the one backward; why, in words."""
+    """Which backend a scan would use, and why; for triton, the Plan forward and the one backward, with its own why.
+
+    str() gives all of it in words, in lines of at most 80 characters.
+    """
 
     backend: str
     plan: Any
@@ -21,7 +27,28 @@ class Explanation:
     backward: Any = None
 
     def __str__(self) -> str:
-        return f"{self.backend}: {self.why}"
+        lines = textwrap.wrap(f"{self.backend}: {self.why}", WIDTH)
+        for direction, plan in (("forward", self.plan), ("backward", self.backward)):
+            if plan is not None:
+                headline = f"{direction}: the {plan.schedule} schedule, {plan.microseconds:.2f} us a step"
+                lines += ["", headline, *_described(plan)]
+        if self.plan is not None:
+            lines += ["", "U: the recurrent weights. us: microseconds, by the plan's model; not measured."]
+        return "\n".join(lines)
+
+
+def _described(plan: Plan) -> list[str]:
+    """A plan's reasons, a paragraph each, and its figures."""
+    lines = []
+    for reason in plan.why.split("; "):
+        lines += textwrap.wrap(reason, WIDTH, initial_indent="  - ", subsequent_indent="    ")
+    figures = {
+        "programs": f"{plan.programs}, of {plan.num_warps} warps each",
+        "tile": f"{plan.block_h} hidden units x {plan.block_b} rows, {plan.block_k} terms of a product at a time",
+        "stages": f"{plan.num_stages}, loading ahead",
+        "registers": f"at most {plan.registers} a thread{', U in them' * plan.u_in_registers}",
+    }
+    return lines + [f"    {name:<9}  {value}" for name, value in figures.items()]
 
 
 def explain(
@@ -41,9 +68,13 @@ def explain(
 ) -> Explanation:
     """What a scan of this shape would run on, without running it.
 
-    device: a torch device, or one that need not be present: a name of kernels.plan.KNOWN, as "sm_90" or "L4".
+    device: a torch device, or a GPU that need not be present by its name or architecture, in any case: "H100", "sm_90",
+    "RTX 4090" (kernels.plan.KNOWN has all).
     groups: of `scan_groups`. steps: None, many. lengths: of a batch with little padding. grad: in training. precision:
-    as in `scan`. Raises as `scan` does.
+    as in `scan`. Raises as `scan` does, and ValueError for an unknown device.
+
+        >>> print(seqcells.explain("gru", batch=16, hidden_size=64))
+        loop: the tensors are on the CPU, and it is faster than torch's own fused gru
     """
     reference.get(cell)
     arguments.options(backend, precision)
@@ -57,8 +88,8 @@ def explain(
         raise TypeError(f"dtype must be a floating point dtype, got {dtype}")
     if not isinstance(device, (str, torch.device)):
         raise checks.wrong("device", "a torch.device or its name", device)
-    elsewhere = isinstance(device, str) and (device in KNOWN or device.startswith("sm_"))
-    place = torch.device("cuda" if elsewhere else device)
+    elsewhere = known(device) if isinstance(device, str) else None
+    place = torch.device("cuda") if elsewhere else _place(device)
     if place.type == "cuda" and place.index is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
     how: Any = {"resets": resets, "lengths": lengths, "onednn": aten.onednn(cell, place, dtype)}
@@ -69,14 +100,19 @@ def explain(
         return Explanation(chosen.backend, None, chosen.why)
     from .kernels import cells, plan, scan
 
-    if elsewhere and device not in KNOWN:
-        raise ValueError(f"unknown device {device!r}: expected a torch device or one of {', '.join(KNOWN)}")
-    facts = KNOWN[str(device)] if elsewhere else scan.device_facts(place)
+    facts = elsewhere or scan.device_facts(place)
     options: Any = {"B": batch, "H": hidden_size, "groups": groups, "itemsize": dtype.itemsize, "device": facts}
     options |= {
         "schedule": chosen.schedule.removeprefix("auto") or None,
         "precision": precisions.of_products(precision, dtype, place),
     }
     there, back = (plan.plan(cells.get(cell), backward=b, **options) for b in (False, True))
-    why = f"{chosen.why}; forward, {there.schedule} schedule: {there.why}; backward, {back.schedule}: {back.why}"
-    return Explanation("triton", there, why, back)
+    return Explanation("triton", there, chosen.why, back)
+
+
+def _place(device: str | torch.device) -> torch.device:
+    try:
+        return torch.device(device.lower() if isinstance(device, str) else device)
+    except RuntimeError:
+        expected = f"a torch device, as cpu or cuda, or one of {', '.join(KNOWN)}"
+        raise ValueError(f"unknown device {device!r}: expected {expected}") from None

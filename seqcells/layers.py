@@ -54,7 +54,7 @@ class _Layer(nn.Module):
         _check_options(*sizes, stacklevel=3 if type(self).__init__ is _Layer.__init__ else 4)
         checks.device(device, optional=True)
         checks.dtype(dtype, optional=True)
-        arguments.options(backend, precision, save)
+        arguments.options(backend, precision, save, self.cell)
         self.mode = {"gru_before": "GRU"}.get(self.cell, self.cell.upper())
         self.input_size = input_size
         self.hidden_size = hidden_size

@@ -19,13 +19,14 @@ import torch
 from . import files
 from .progress import bar
 from .tasks import TASKS
-from .tasks.base import identity
+from .tasks.base import Case, identity
 from .training import Row, Run, read_checkpoint, train
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. rows: its evaluations. seconds: of training and evaluation, over all sittings."""
+    """What a run came to. rows: its evaluations. seconds: of training and evaluation, over all sittings. needs: the
+    verdict's."""
 
     task: str
     case: str
@@ -37,6 +38,7 @@ class Outcome:
     sequences: int
     seconds: float
     rows: list[Row]
+    needs: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -72,20 +74,38 @@ def jobs(
     cells: Iterable[str] | None = None,
     seed: int | None = None,
 ) -> Iterator[Job]:
-    """The runs of a task, or of all. cells None: those the case is judged with. seed None: 0, or in full all of them.
+    """The runs of a task, or of all. cells: of each case those among them that it is for; None: all of those.
 
-    ValueError for a case the task does not have.
+    seed None: 0, or in full all of them. ValueError for a case the task does not have, and if no case is for the cells.
     """
+    wanted, cases, found = tuple(cells or ()), None if cases is None else tuple(cases), False
+    for module, name, case in _cases(task, cases):
+        seeds = (seed,) if seed is not None else case.seeds if full and task is None else (0,)
+        for cell in [c for c in wanted or case.cells if c in case.cells]:
+            found = True
+            for s in seeds:
+                yield Job(module, name, cell, s, case.full if full else case.quick)
+    if not found:
+        raise ValueError(f"nothing to run: {'; '.join(left_out(task, cases=cases, cells=wanted))}")
+
+
+def left_out(
+    task: str | None = None, *, cases: Iterable[str] | None = None, cells: Iterable[str] | None = None
+) -> list[str]:
+    """What `jobs` leaves out of what was asked for, and why, a line a case."""
+    wanted, lines = tuple(cells or ()), []
+    for module, name, case in _cases(task, cases):
+        if without := [cell for cell in wanted if cell not in case.cells]:
+            lines.append(f"{module.NAME}, case {name}, is for {', '.join(case.cells)}, not for {', '.join(without)}")
+    return lines
+
+
+def _cases(task: str | None, cases: Iterable[str] | None) -> Iterator[tuple[ModuleType, str, Case]]:
     for module in TASKS.values() if task is None else (TASKS[task],):
-        wanted = list(module.CASES if cases is None else cases)
-        for name in wanted:
+        for name in module.CASES if cases is None else cases:
             if name not in module.CASES:
                 raise ValueError(f"{module.NAME} has no case {name!r}: expected one of {', '.join(module.CASES)}")
-            case = module.CASES[name]
-            seeds = (seed,) if seed is not None else case.seeds if full and task is None else (0,)
-            for cell in cells or case.cells:
-                for s in seeds:
-                    yield Job(module, name, cell, s, case.full if full else case.quick)
+            yield module, name, module.CASES[name]
 
 
 def check(jobs: Iterable[Job], save: Path, *, dtype: torch.dtype | None, resume: bool) -> None:
@@ -151,7 +171,7 @@ def perform(
         print("\n".join(run.lines()))
     print(f"{'solved' if verdict.solved else 'NOT solved'}{f' ({job.label})' if quiet else ''}: {verdict.text}")
     seconds = sum(row.seconds for row in run.rows)
-    counts = run.done, run.sequences, seconds, run.rows
+    counts = run.done, run.sequences, seconds, run.rows, verdict.needs
     return Outcome(job.task.NAME, job.case, job.cell, job.seed, verdict.solved, verdict.text, *counts)
 
 

@@ -39,10 +39,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a run solved its task, and the criterion with what was reached."""
+    """Whether a run solved its task, and the criterion with what was reached.
+
+    needs: of the measurements that decide it, by name, the value to come to, where a picture has a line: an accuracy of
+    at least that (0: of no more), a loss below it.
+    """
 
     solved: bool
     text: str
+    needs: dict[str, float]
 
 
 def stream(task: str, purpose: str, seed: int) -> torch.Generator:

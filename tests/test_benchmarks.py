@@ -1,6 +1,7 @@
 """The benchmarks' own parts: what is refused, what is counted, and what a failing provider leaves behind."""
 
 import json
+import struct
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -117,3 +118,68 @@ def test_pictures_come_of_a_run(tmp_path):
     table = Path(plot.__file__).parent / "results" / "static-sm_90.md"
     assert plot.main([str(file), str(tmp_path), "--static", str(table)]) == 0
     assert {p.name for p in tmp_path.glob("*.png")} >= {"run-scaling-gru-H.png", "static-sm_90.png"}
+
+
+def drawn(monkeypatch, folder, rows, **facts):
+    """Figures by the names of their files, and what main said of it; none higher than a screen."""
+    import plot
+
+    figures, save = {}, plot.save
+
+    def kept(figure, path):
+        figures[path.name] = figure
+        save(figure, path)
+
+    monkeypatch.setattr(plot, "save", kept)
+    (folder / "run.json").write_text(json.dumps({"machine": {"cpu": "A CPU", "threads": "1"} | facts, "rows": rows}))
+    assert plot.main([str(folder / "run.json"), str(folder)]) == 0
+    for name in figures:
+        assert struct.unpack(">II", (folder / name).read_bytes()[16:24])[1] <= 1000, name
+    return figures
+
+
+def timed(case, provider, seconds):
+    found = {"case": asdict(case), "name": case.name, "device": "cpu", "provider": provider, "seconds": seconds}
+    return found | {"us_a_step": seconds * 1e6 / case.T, "floor_us_a_step": 1.0, "saved_bytes": 4096}
+
+
+def test_a_ratios_bar_starts_from_one(tmp_path, monkeypatch):
+    import plot
+
+    assert plot.LOOKS.keys() == providers.PROVIDERS.keys()
+    chosen = [cases.Case("gru", 10 + n, 2, 3, 4, why="a layer") for n in range(90)]
+    rows = [timed(c, "torch.nn", 1.0) for c in chosen]
+    rows += [timed(c, "auto", 2.0 if n == 0 else 0.1) for n, c in enumerate(chosen)]
+    figures = drawn(monkeypatch, tmp_path, rows)
+    pages = [f for name, f in figures.items() if name.startswith("run-torch.nn")]
+    assert len(pages) > 1, "a second picture rather than one that is too high"
+    (axes,) = pages[0].axes
+    assert "as fast seqcells is as torch.nn" in pages[0].get_suptitle()
+    assert "training, float32, A CPU, 1 thread" in pages[0].get_suptitle()
+    ends = [sorted((bar.get_x(), bar.get_x() + bar.get_width())) for bar in axes.patches]
+    assert ends[0] == pytest.approx([0.5, 1]) and ends[1] == pytest.approx([1, 10])
+    assert [t.get_text() for t in axes.get_xticklabels()] == ["0.5", "0.7", "1", "1.5", "2", "3", "4", "5", "7", "10"]
+    assert [t.get_text() for t in axes.get_yticklabels()][:2] == ["GRU T=10 B=2 I=3 H=4", "GRU T=11 B=2 I=3 H=4"]
+    assert sum(len(f.axes[0].patches) for f in pages) == 90
+
+
+def test_a_picture_of_scaling_says_what_is_fixed(tmp_path, monkeypatch):
+    import plot
+
+    chosen = [cases.Case("lstm", 64, 16, H, H, why="by H") for H in (16, 64, 256)]
+    rows = [timed(c, p, s * c.H) for c in chosen for p, s in (("torch.nn", 1e-4), ("auto", 5e-5), ("reference", 3e-3))]
+    figure = drawn(monkeypatch, tmp_path, rows, threads="2")["run-scaling-lstm-H.png"]
+    title = figure.get_suptitle()
+    assert title == "LSTM, training, by hidden size\nT=64 B=16 I=H, float32, A CPU, 2 threads"
+    times = figure.axes[0]
+    widths = {line.get_label(): line.get_linewidth() for line in times.get_lines()}
+    assert max(widths, key=widths.get) == plot.LOOKS["auto"][1]
+    ticks = [t.get_text() for axes in figure.axes for t in axes.get_yticklabels()]
+    assert "1" in ticks and "50" in ticks and not any("$" in t for t in ticks)
+
+
+def test_no_committed_picture_is_higher_than_a_screen():
+    pictures = list((Path(cases.__file__).parent / "results").glob("*.png"))
+    assert pictures
+    for picture in pictures:
+        assert struct.unpack(">II", picture.read_bytes()[16:24])[1] <= 1000, picture.name

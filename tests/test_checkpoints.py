@@ -9,6 +9,7 @@ import random
 import resource
 import subprocess
 import sys
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -388,7 +389,33 @@ def test_a_picture_that_cannot_be_drawn_is_found_before_training(tmp_path, capsy
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "matplotlib", None)  # as if it were not installed
     fails(capsys, command("--plot", tmp_path / "a.png"), "pip install matplotlib")
+    broken = types.ModuleType("matplotlib")  # there, but without what it needs
+
+    def missing(name):
+        raise ImportError(f"cannot import name {name!r}:\nbuilt for another NumPy")
+
+    broken.__getattr__ = missing
+    monkeypatch.setitem(sys.modules, "matplotlib", broken)
+    fails(capsys, command("--plot", tmp_path / "a.png"), "pip install matplotlib", "built for another NumPy")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (("--backend", "trition"), "unknown backend 'trition': expected one of auto, triton"),
+        (("--backend", "aten", "--cell", "lstm", "gru-before"), "torch has no fused gru_before"),
+        (("--device", "h100"), "unknown device 'h100': expected cpu, cuda"),
+        (("--device", "cuda:77"), "--device cuda:77: "),
+        (("--device", "hpu"), "--device hpu: "),
+        (
+            ("--cell", "rnn"),
+            "nothing to run: count-ones, case strings of 20, is for lstm, gru, gru-before, not",
+        ),
+    ],
+)
+def test_what_cannot_run_is_found_before_training(more, words, capsys, untrained):
+    fails(capsys, ["run", "count-ones", "--device", "cpu", *more], words)
 
 
 def test_results_replace_the_ones_before_and_leave_nothing_else(tmp_path, capsys, counting, monkeypatch):

@@ -254,6 +254,30 @@ def test_bad_input_of_our_own(name):
         call()
 
 
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_a_backend_that_can_run_nowhere_is_refused_at_construction(kind):
+    """What only cannot run here is refused at the call: the module may be moved."""
+    make = getattr(seqcells, kind)
+    for unknown in ("trition", "AUTO", "triton:warp", "", 5):
+        with pytest.raises(ValueError, match=f"unknown backend {unknown!r}: expected one of auto, triton, aten"):
+            make(3, 4, backend=unknown)
+        with pytest.raises(ValueError, match=f"unknown backend {unknown!r}"):
+            seqcells.convert(getattr(torch.nn, kind)(3, 4), backend=unknown)
+    with pytest.raises(ValueError, match="unknown backend 'trition'"):
+        seqcells.rnn(torch.zeros(2, 1, 3), None, torch.zeros(4, 3), torch.zeros(4, 4), backend="trition")
+    module = make(3, 4, backend="triton", device="meta")
+    with pytest.raises(RuntimeError, match="the triton backend needs CUDA tensors, got tensors on meta"):
+        module(torch.zeros(2, 3, device="meta"))
+    converted = seqcells.convert(getattr(torch.nn, kind)(3, 4, device="meta"), backend="triton")
+    with pytest.raises(RuntimeError, match="the triton backend needs CUDA tensors"):
+        converted(torch.zeros(2, 3, device="meta"))
+    if kind.startswith("GRU"):
+        with pytest.raises(RuntimeError, match="torch has no fused gru_before; use backend='triton', 'loop'"):
+            make(3, 4, reset_after=False, backend="aten")
+        make(3, 4, reset_after=False, backend="loop")
+        make(3, 4, backend="aten")
+
+
 @pytest.mark.parametrize("name", LAYERS)
 def test_an_empty_batch(name):
     theirs, ours = pair(name, 3, 4)

@@ -1,5 +1,6 @@
 """The custom ops as torch.library and torch.compile see them, and the choice of backend."""
 
+import re
 import subprocess
 import sys
 import threading
@@ -162,15 +163,42 @@ def test_auto_on_the_cpu_goes_by_the_size_of_the_work(layer):
 
 def test_explain_says_why():
     small = seqcells.explain("lstm", batch=8, hidden_size=64, dtype=torch.bfloat16, device="sm_90")
-    assert small.backend == "triton" and small.plan.schedule == "resident" and "keeps it" in str(small)
+    assert small.backend == "triton" and small.plan.schedule == "resident" and "keeps it" in small.plan.why
     large = seqcells.explain("lstm", batch=8, hidden_size=1024, dtype=torch.bfloat16, device="sm_90")
     assert large.plan.schedule == "grid" == large.backward.schedule
-    assert "128 programs" not in str(small) and "64 programs of 16 units" in str(large) and "us a step" in str(large)
+    said = " ".join(str(large).split())
+    assert "128 programs" not in str(small) and "64 programs of 16 units" in said and "us a step" in said
+    for found in (small, large, seqcells.explain("gru_before", batch=1, hidden_size=4096, device="sm_80")):
+        lines = str(found).splitlines()
+        assert max(map(len, lines)) <= 80 and str(found).startswith("triton: ")
+        assert "forward: the " in str(found) and "backward: the " in str(found) and "at most 255 a thread" in str(found)
+        assert not re.search(r"\d\.\d{3}", str(found)), "figures are rounded"
     assert seqcells.explain("gru", batch=8, hidden_size=64).plan is None
-    with pytest.raises(ValueError, match="unknown device 'sm_1'"):
-        seqcells.explain("gru", batch=8, hidden_size=64, device="sm_1")
+    for unknown in ("sm_1", "H1000", "cuda:x", ""):
+        with pytest.raises(ValueError, match=f"unknown device '{unknown}': expected a torch device.*, GB200, L4"):
+            seqcells.explain("gru", batch=8, hidden_size=64, device=unknown)
     with pytest.raises(ValueError, match="batch must be greater than zero, got 0"):
         seqcells.explain("gru", batch=0, hidden_size=64)
+
+
+@pytest.mark.parametrize(
+    ("name", "names"),
+    [
+        ("sm_80", ["SM_80", "sm80"]),
+        ("A100", ["a100"]),
+        ("H100", ["h100"]),
+        ("H200", ["h200"]),
+        ("GH200", ["gh200"]),
+        ("B200", ["b200"]),
+        ("GB200", ["gb200", "Gb-200"]),
+        ("RTX4090", ["rtx 4090", "RTX-4090"]),
+    ],
+)
+def test_explain_takes_a_gpus_name_in_any_case(name, names):
+    size = {"batch": 256, "hidden_size": 1024, "dtype": torch.bfloat16}
+    expected = seqcells.explain("lstm", **size, device=name)
+    assert expected.plan.nvidia and all(seqcells.explain("lstm", **size, device=n) == expected for n in names)
+    assert seqcells.explain("gru", batch=8, hidden_size=64, device="CPU").backend == "loop"
 
 
 def test_precision_follows_torchs_switches():

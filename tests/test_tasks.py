@@ -4,6 +4,7 @@ import json
 import math
 import os
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -15,11 +16,11 @@ import torch
 from conftest import DEVICE
 
 import seqcells
-from seqcells import suite
-from seqcells.__main__ import main
+from seqcells import plots, suite
+from seqcells.__main__ import _dtype, main
 from seqcells.tasks import TASKS, count_ones, temporal_order
 from seqcells.tasks.base import CELLS
-from seqcells.training import read_checkpoint, train
+from seqcells.training import Row, read_checkpoint, train
 
 ROOT = Path(__file__).parents[1]
 # What makes a case small enough for the interpreter: the model's form and the recipe's other values stay.
@@ -201,7 +202,7 @@ def test_command_line(tmp_path, capsys, only_small):
     assert main([*command, "--plot", str(plot), "--json", str(out)]) == 1  # four epochs of 24 strings solve nothing
     printed = capsys.readouterr().out
     assert "NOT solved: test accuracy" in printed and "sequences" in printed and "count " in printed
-    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert size(plot)[1] <= 1000
     outcomes = json.loads(out.read_text())
     assert [o["cell"] for o in outcomes] == ["lstm", "gru"] and len(outcomes[0]["rows"]) == 4
     assert len(list(saved.iterdir())) == 2
@@ -222,8 +223,11 @@ def test_command_line(tmp_path, capsys, only_small):
     printed = capsys.readouterr().out
     assert all(name in printed for name in TASKS) and "strings of 20" in printed
     assert main(["info"]) == 0 and "lstm" in capsys.readouterr().out
-    assert main(["explain", "lstm", "--batch", "8", "--hidden", "64", "--device", "sm_90"]) == 0
-    assert "resident" in capsys.readouterr().out
+    shown = []
+    for device, dtype, cell in (("sm_90", "bfloat16", "gru-before"), ("H100", "BF16", "GRU_BEFORE")):
+        assert main(["explain", cell, "--batch", "8", "--hidden", "64", "--device", device, "--dtype", dtype]) == 0
+        shown.append(capsys.readouterr().out.replace("sm_90", "H100"))
+    assert shown[0] == shown[1] and "resident" in shown[0] and max(map(len, shown[0].splitlines())) <= 80
     assert main(["explain", "lstm", "--batch", "0", "--hidden", "64"]) == 2
     assert "batch must be greater than zero" in capsys.readouterr().err
 
@@ -231,7 +235,114 @@ def test_command_line(tmp_path, capsys, only_small):
 def test_a_solved_run_exits_with_zero(monkeypatch, only_small):
     ((name, case),) = count_ones.CASES.items()
     monkeypatch.setitem(count_ones.CASES, name, replace(case, quick=replace(case.quick, accuracy=0.0)))
-    assert main(["run", "count-ones", "--cell", "gru-before", "--device", "cpu"]) == 0
+    assert main(["run", "COUNT-ONES", "--cell", "GRU", "--device", "CPU", "--dtype", "FP64"]) == 0
+
+
+def size(png):
+    """Width and height of a picture."""
+    content = png.read_bytes()
+    assert content.startswith(b"\x89PNG")
+    return struct.unpack(">II", content[16:24])
+
+
+def test_a_dtypes_short_names(capsys):
+    names = {"float64": "fp64 double FP64", "float32": "fp32 float torch.float32", "float16": "half fp16 Half"}
+    for name, others in (names | {"bfloat16": "bf16 BF16 BFloat16"}).items():
+        assert {_dtype(*names, "bfloat16")(other) for other in (name, *others.split())} == {name}
+    for command, words in (
+        (
+            ["run", "echo", "--dtype", "bf16"],
+            "one of float32 (float, fp32), float64 (double, fp64), got 'bf16'",
+        ),
+        (["explain", "lstm", "--batch", "1", "--hidden", "1", "--dtype", "int8"], "bfloat16 (bf16), got 'int8'"),
+        (["check", "--dtype", "fp8"], "tf32, tf32x3, got 'fp8'"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_a_cell_runs_the_cases_that_are_for_it(capsys, only_small, monkeypatch):
+    (case,) = count_ones.CASES.values()
+    solved = replace(case, quick=replace(case.quick, accuracy=0.0))
+    monkeypatch.setattr(count_ones, "CASES", {"one": solved, "other": replace(solved, cells=("lstm",))})
+    assert [(j.case, j.cell) for j in suite.jobs("count-ones")] == [("one", "lstm"), ("one", "gru"), ("other", "lstm")]
+    assert main(["run", "count-ones", "--cell", "gru", "--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: count-ones, case other, is for lstm, not for gru\n" in printed
+    assert printed.count("\nsolved: ") == 1
+    assert main(["run", "count-ones", "--cell", "gru", "--case", "other", "--device", "cpu"]) == 2
+    assert "nothing to run: count-ones, case other, is for lstm, not for gru" in capsys.readouterr().err
+    assert main(["run", "--all", "--cell", "rnn", "--device", "cpu"]) == 2
+
+
+@pytest.mark.parametrize(("task", "case"), EACH)
+def test_what_a_run_needs_is_what_solves_it(task, case):
+    """The lines of pictures, and the verdict, agree: on either side of a line it is solved, and it is not."""
+    made = TASKS[task].CASES[case]
+    run = TASKS[task].start(case, made.cells[0], small(task, case), 0, device=DEVICE)
+    run.stopped = True
+    with torch.no_grad():
+        measured = run.measure()
+
+    def verdict(**values):
+        run.rows = [Row(1, 1, 0.0, measured | {"worst": 0.0} | values, 0.0)]
+        return run.verdict()
+
+    for recipe in (made.quick, made.full):
+        judged = {n: getattr(recipe, n) for n in ("accuracy", "loss", "exact") if hasattr(recipe, n)}
+        run.recipe = replace(run.recipe, **judged)
+        needs = verdict().needs
+        reached = {n: v - 1e-6 if n == "loss" else v for n, v in needs.items()}
+        assert needs and needs.keys() <= {"accuracy", "loss"} and verdict(**reached).solved
+        for name, value in needs.items():
+            missed = value + 1e-4 if name == "loss" else 1.0 if value == 0 else value - 1e-4
+            assert not verdict(**reached | {name: missed}).solved, name
+
+
+def outcome(task, case, cell, needs, solved=True, seed=0):
+    rows = [Row(n, 8 * n, 1.0, {"loss": 2.0**-n, "accuracy": n / 20}, 0.1) for n in range(1, 9)]
+    return suite.Outcome(task, case, cell, seed, solved, "what came of it", 8, 64, 1.0, rows, needs)
+
+
+def drawn(monkeypatch, outcomes, path):
+    """The picture's figure, before it is closed."""
+    figures, own = [], plots._drawn
+    with monkeypatch.context() as patched:
+        patched.setattr(plots, "_drawn", lambda figure, path: figures.append(figure) or own(figure, path))
+        plots.learning_curves(outcomes, "quick recipe, cpu", path)
+    assert max(size(path)) <= 1920 and size(path)[1] <= 1000
+    return figures[0]
+
+
+def test_a_cases_picture_says_what_counts_as_solved(tmp_path, monkeypatch):
+    cells = [outcome("count-ones", "strings of 20", c, {"accuracy": 0.995, "loss": 0.05}) for c in ("lstm", "gru")]
+    figure = drawn(monkeypatch, cells, tmp_path / "p.png")
+    assert "count-ones, case strings of 20" in figure.get_suptitle() and "quick recipe, cpu" in figure.get_suptitle()
+    loss, accuracy = figure.axes
+    for axes, value in ((loss, 0.05), (accuracy, 0.995)):
+        lines = {line.get_label(): line for line in axes.get_lines()}
+        assert lines.keys() == {"lstm", "gru", plots.SOLVED} and not axes.get_title()
+        assert list(lines[plots.SOLVED].get_ydata()) == [value] * 2
+    assert "$" not in "".join(t.get_text() for t in loss.get_yticklabels()), "no powers of ten"
+    assert "gru, seed 0: solved: what came of it" in figure.get_supxlabel()
+    flat = drawn(monkeypatch, [outcome("memorize", "3", "lstm", {"accuracy": 0.0})], tmp_path / "f.png")
+    assert "impossible" in flat.get_suptitle() and "flat at 0 is the point" in flat.axes[1].texts[-1].get_text()
+
+
+def test_a_picture_of_many_cases_has_a_panel_for_each(tmp_path, monkeypatch):
+    every = [
+        outcome(task, case, cell, {"loss": 0.1} if case == "notebook" else {"accuracy": 0.9}, seed == 0, seed)
+        for task, case in EACH
+        for cell in TASKS[task].CASES[case].cells
+        for seed in (0, 1)
+    ]
+    figure = drawn(monkeypatch, every, tmp_path / "p.png")
+    assert f"the task suite: {len(every) // 2} of {len(every)} runs solved" in figure.get_suptitle()
+    assert len(figure.axes) == len(EACH) and {a.get_ylabel() for a in figure.axes} == {"test loss", "test accuracy"}
+    assert all(any(line.get_label() == plots.SOLVED for line in a.get_lines()) for a in figure.axes)
+    shown = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert shown == ["lstm", "gru", "gru-before", "rnn", plots.SOLVED]
 
 
 def test_an_unknown_cell_is_named():

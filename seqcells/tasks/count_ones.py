@@ -111,7 +111,8 @@ class Counting(Run):
         text = f"test accuracy {last['accuracy']:.4f} (needs >= {recipe.accuracy}) at epoch {len(self.rows)}"
         if recipe.loss < math.inf:
             text += f", test loss {last['loss']:.4f} (needs < {recipe.loss})"
-        return Verdict(last["accuracy"] >= recipe.accuracy and last["loss"] < recipe.loss, text)
+        needs = {"accuracy": recipe.accuracy} | ({"loss": recipe.loss} if recipe.loss < math.inf else {})
+        return Verdict(last["accuracy"] >= recipe.accuracy and last["loss"] < recipe.loss, text, needs)
 
     def lines(self) -> list[str]:
         """A few test strings with their count and the model's answer."""

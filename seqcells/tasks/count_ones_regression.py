@@ -149,7 +149,8 @@ class Literal(Run):
         text = f"test loss {last['loss']:.4f} (needs < {recipe.loss}), accuracy {last['accuracy']:.4f}"
         if recipe.accuracy:
             text += f" (needs >= {recipe.accuracy})"
-        return Verdict(last["loss"] < recipe.loss and last["accuracy"] >= recipe.accuracy, text)
+        needs = {"loss": recipe.loss} | ({"accuracy": recipe.accuracy} if recipe.accuracy else {})
+        return Verdict(last["loss"] < recipe.loss and last["accuracy"] >= recipe.accuracy, text, needs)
 
     def lines(self) -> list[str]:
         return _lines(self.model, self.test[0][:5])
@@ -190,7 +191,8 @@ class Goal(Run):
             first = recipe.long[0] - 1
             far = _measured(self.model(self.long)[:, first:], self.long[..., 0].cumsum(1)[:, first:])
         text += f"; on {recipe.long[0]}..{recipe.long[1]}: {far['accuracy']:.4f} right, worst error {far['worst']:.2f}"
-        return Verdict(last["accuracy"] >= recipe.accuracy and last["worst"] < recipe.worst, text)
+        solved = last["accuracy"] >= recipe.accuracy and last["worst"] < recipe.worst
+        return Verdict(solved, text, {"accuracy": recipe.accuracy})
 
     def lines(self) -> list[str]:
         return _lines(self.model, self.test[0][:5])

@@ -245,7 +245,7 @@ class Echoing(Run):
         """accuracy: the share of sequences right in every symbol."""
         last, need = self.rows[-1].measured, self.recipe.exact
         text = f"{last['accuracy']:.4f} of {self.recipe.test} fresh sequences exact (needs >= {need})"
-        return Verdict(last["accuracy"] >= need, f"{text}, {last['symbols']:.5f} of their symbols")
+        return Verdict(last["accuracy"] >= need, f"{text}, {last['symbols']:.5f} of their symbols", {"accuracy": need})
 
     def lines(self) -> list[str]:
         """Expected and predicted rows."""

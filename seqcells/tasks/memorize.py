@@ -190,10 +190,10 @@ class Memorizing(Run):
         exact = [row.step for row in self.rows if row.measured["accuracy"] == 1]
         first = f"first exact at epoch {exact[0]}" if exact else "exact at no evaluation"
         if not self.recipe.exact:
-            return Verdict(not exact, f"{first} of {self.done} (must be at none)")
+            return Verdict(not exact, f"{first} of {self.done} (must be at none)", {"accuracy": 0.0})
         last = self.rows[-1].measured
         text = f"{last['characters']:.3f} of the characters at epoch {self.done} (needs the whole string), {first}"
-        return Verdict(last["accuracy"] == 1, text)
+        return Verdict(last["accuracy"] == 1, text, {"accuracy": 1.0})
 
     def lines(self) -> list[str]:
         return [f"target   {self.recipe.string}", f"produced {decoded(self.recall())}"]

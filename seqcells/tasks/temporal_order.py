@@ -238,11 +238,13 @@ class Ordering(Run):
         last, recipe = self.rows[-1], self.recipe
         if recipe.model == "notebook":
             loss = last.measured["loss"]
-            return Verdict(abs(loss - PLATEAU) <= 0.002, f"test loss {loss:.4f} (the plateau is {PLATEAU:.4f} +- .002)")
+            text = f"test loss {loss:.4f} (the plateau is {PLATEAU:.4f} +- .002)"
+            return Verdict(abs(loss - PLATEAU) <= 0.002, text, {"loss": PLATEAU + 0.002})
         how = f"stopped after {self.sequences}" if self.stopped else f"not stopped within {self.sequences}"
         accuracy = last.measured["accuracy"]
         text = f"{how} sequences (needs <= {recipe.limit}), {accuracy:.4f} of {recipe.test} fresh ones right "
-        return Verdict(self.stopped and accuracy >= recipe.accuracy, f"{text}(needs >= {recipe.accuracy})")
+        text += f"(needs >= {recipe.accuracy})"
+        return Verdict(self.stopped and accuracy >= recipe.accuracy, text, {"accuracy": recipe.accuracy})
 
     def lines(self) -> list[str]:
         """Strings with the symbols that count, the class and the answer."""
