@@ -25,18 +25,12 @@ from . import (
     fallback,
     marked,
     masks,
+    ops,
     precisions,
     projection,
     reference,
 )
 from . import loop as loop  # its engine
-
-try:
-    from . import ops
-except ModuleNotFoundError as missing:  # without triton all but the triton backend works, and backends.py says so
-    if (missing.name or "").partition(".")[0] != "triton":
-        raise
-    ops = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -166,7 +160,7 @@ def _run(
             assert w_hh is not None
             for backward in (False, True):
                 u = w_hh if w_hh.dim() == 3 else w_hh[None]
-                ops.plan_for(ops.cells.get(cell), B, u, chosen.schedule, precision, backward)
+                ops.plan_for(cell, B, u, chosen.schedule, precision, backward)
         options = autograd.Options(
             chosen.backend,
             cell,

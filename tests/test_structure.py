@@ -27,7 +27,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.plan_single": {"kernels.plan"},
     "kernels.single": {f"kernels.{n}" for n in ("cells", "math", "plan", "plan_single", "scan", "tiles")},
     "kernels.report": {f"kernels.{n}" for n in ("cells", "plan", "plan_single", "scan", "single")},
-    "kernels": set(),
+    "kernels": {"kernels.cells", "kernels.scan", "kernels.single"},
     "chosen": set(),
     "backends": {"chosen"},
     "checks": set(),
@@ -41,7 +41,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "loop": {"autograd", "batching", "reference", "kernels.buffers"},
     "fallback": set(),
     "ops": {
-        *("autograd", "batching", "fallback", "loop", "reference"),
+        *("autograd", "batching", "fallback", "kernels", "loop", "reference"),
         *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "scan", "single")),
     },
     "aten": set(),
@@ -123,6 +123,8 @@ def imports(file, parts, is_package):
             else:
                 continue
             names = [[*base, a.name] for a in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "kernels":
+            names = [["kernels", node.attr]]  # which the package imports when it is named
         yield from names
 
 
@@ -178,6 +180,15 @@ def test_a_wheel_holds_each_file_once(wheel):
         if "kernels" not in f.relative_to(ROOT).parts
     }
     assert set(names) == expected, "no top-level package kernels, and nothing twice"
+
+
+def test_a_wheel_requires_no_triton(wheel):
+    """Which takes 290 MB; torch for CUDA brings it."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (n for n in archive.namelist() if n.endswith("/METADATA"))
+    required = re.findall(r"^Requires-Dist: (.*)$", archive.read(name).decode(), re.M)
+    assert sorted(r for r in required if "extra" not in r) == ["numpy", "torch>=2.11"]
+    assert any(r.startswith("triton") and "Linux" in r and "extra == " in r for r in required)
 
 
 def test_a_wheel_works_in_a_fresh_environment_elsewhere(wheel, tmp_path):
