@@ -8,5 +8,6 @@ from setuptools import setup
 
 setup(
     packages=["seqcells", "seqcells.tasks", "seqcells.loop", "seqcells.kernels", "seqcells.kernels.cells"],
+    package_data={"seqcells": ["py.typed"]},
     package_dir={"seqcells": "seqcells", "seqcells.kernels": "kernels"},
 )

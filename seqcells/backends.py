@@ -50,6 +50,12 @@ def parse(backend: str) -> tuple[str, str]:
 def backend(name: str) -> Iterator[None]:
     """Within it, layers, cells and functions that name no backend themselves use this one.
 
+    name: "auto", "triton", "aten", "loop" or "reference"; or "triton:resident", "triton:grid" or "triton:stepwise".
+
+        >>> layer = seqcells.GRU(10, 20)
+        >>> with seqcells.backend("reference"):
+        ...     y, h_n = layer(torch.randn(5, 3, 10))
+
     The choice belongs to the thread that made it, as with torch.no_grad and torch.autocast, and to the asyncio task.
     Others do not see it. A new thread starts with "auto". A new task and asyncio.to_thread start with the choice of
     their creator, and so does a forked process, such as a DataLoader's worker; a spawned one starts with "auto". A

@@ -321,7 +321,8 @@ def scan(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A registered cell over all steps of x: (y, final states [B, H]). Shapes: see the module.
 
-    states: (h0,) or (h0, c0); None, whole or in part, is zero. Options:
+    cell: "lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu", or one that was registered. w_ih, w_hh, b_ih, b_hh: its
+    weights and biases. states: (h0,) or (h0, c0); None, whole or in part, is zero. Options:
     resets: where set, an episode begins at that step: no state crosses from the step before it.
     lengths: int [B], or a list: the steps of each row. Outputs beyond are zero, the final states those after its last
     step, and padding may hold anything.
@@ -362,10 +363,11 @@ def scan_groups(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """K independent scans of one cell, on the triton backend in one launch: y [T, B, K*H], final states [K, B, H].
 
+    cell, resets, lengths, save, backend, precision, and what is raised: as in `scan`.
+
     The two directions of a layer: x [T, B, I], reverse (False, True); y is then torch.nn's, forward beside backward.
     Heads (a block-diagonal recurrence): x [T, B, K, I]. w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H],
     states [K, B, H]. reverse: for each group, whether it walks from the last step to the first; () is none.
-    Other options, and what is raised: as in `scan`.
     """
     weights = (w_ih, w_hh, b_ih, b_hh)
     arguments.types(x, states, dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights, strict=True)), rank=None)

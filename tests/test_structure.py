@@ -182,6 +182,13 @@ def test_a_wheel_holds_each_file_once(wheel):
     assert set(names) == expected, "no top-level package kernels, and nothing twice"
 
 
+def test_a_wheel_says_that_it_is_typed(wheel):
+    archive = zipfile.ZipFile(wheel)
+    assert "seqcells/py.typed" in archive.namelist()
+    (name,) = (n for n in archive.namelist() if n.endswith("/METADATA"))
+    assert "Classifier: Typing :: Typed" in archive.read(name).decode()
+
+
 def test_a_wheel_requires_no_triton(wheel):
     """Which takes 290 MB; torch for CUDA brings it."""
     archive = zipfile.ZipFile(wheel)
