@@ -81,8 +81,8 @@ def to_keras(module: nn.Module, layer: int = 0, reverse: bool = False) -> list[n
 def load_keras_(module: nn.Module, arrays: Sequence[Array], layer: int = 0, reverse: bool = False) -> nn.Module:
     """Copy what get_weights() of a Keras layer gave into a cell, or into one layer and direction; returns module.
 
-    module, layer, reverse: as in to_keras. arrays: [kernel, recurrent_kernel, bias], see from_keras. Raises as from_keras and
-    load_ do.
+    module, layer, reverse: as in to_keras. arrays: [kernel, recurrent_kernel, bias], see from_keras. Raises as
+    from_keras and load_ do.
     """
     cell = weights.kind(module, ("lstm", "gru", "rnn"), "load_keras_")
     if not isinstance(arrays, (tuple, list)):
@@ -141,7 +141,7 @@ def from_handwritten_lstm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_handwritten_gru(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of a GRU cell of six Linears, x_fc_r, x_fc_z, x_fc_n and h_fc_r, h_fc_z, h_fc_n, all with bias.
 
-    state: as reference.HandwrittenGRUCell's, whose reset gate comes before the product: for GRU(..., reset_after=False).
+    state: as reference.HandwrittenGRUCell's, whose reset gate comes before the product: for GRU with reset_after=False.
     Each x_fc_.weight [H, I], each h_fc_.weight [H, H]. Raises ValueError for names and shapes that do not fit.
     """
     _names(state, [f"{x}_fc_{gate}.{kind}" for x in "xh" for gate in "rzn" for kind in ("weight", "bias")])
