@@ -25,6 +25,8 @@ lint: .venv/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent tests/typed_program.py
+	$(BIN)/pyright --pythonpath $(BIN)/python tests/typed_program.py
 
 report: .venv/ready
 	@mkdir -p out

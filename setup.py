@@ -21,5 +21,6 @@ setup(
     long_description=readme,
     long_description_content_type="text/markdown",
     packages=["seqcells", "seqcells.tasks", "seqcells.loop", "seqcells.kernels", "seqcells.kernels.cells"],
+    package_data={"seqcells": ["py.typed"]},
     package_dir={"seqcells": "seqcells", "seqcells.kernels": "kernels"},
 )

@@ -34,7 +34,7 @@ def ours(
 
     def provide(problem: Problem) -> Work:
         case, where = problem.case, device or problem.device
-        if backend.startswith("triton") and where.type == "cpu" and not backends.INTERPRETED:
+        if backend.startswith("triton") and where.type == "cpu" and not backends.interpreted():
             raise Unavailable("the kernels need CUDA, or TRITON_INTERPRET=1")
         x, weights = problem.fresh(dtype, device)
         resets, lengths = (None if m is None else m.to(where) for m in (problem.resets, problem.lengths))

@@ -12,6 +12,8 @@ from triton import knobs
 
 # Triton decides at import whether kernels are compiled or interpreted; so does this.
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+if INTERPRETED.value == isinstance(tl.zeros, triton.JITFunction):
+    raise RuntimeError("TRITON_INTERPRET changed after triton was imported: set it before Python starts")
 
 
 @triton.jit

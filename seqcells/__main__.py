@@ -76,10 +76,10 @@ def _device(options: argparse.Namespace) -> str:
 def info(_: argparse.Namespace) -> int:
     """What is installed and which backends there are."""
     print(f"seqcells {seqcells.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    if backends.TRITON:
+    if backends.installed():
         import triton
 
-        print(f"triton {triton.__version__}{', interpreting' if backends.INTERPRETED else ''}")
+        print(f"triton {triton.__version__}{', interpreting' if backends.interpreted() else ''}")
     else:
         print("triton not installed: pip install triton (Linux)")
     print(f"device {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}")
@@ -93,10 +93,10 @@ def info(_: argparse.Namespace) -> int:
 def check(options: argparse.Namespace) -> int:
     """Parity of the kernels with the reference."""
     device = _device(options)
-    if not backends.TRITON:
+    if not backends.installed():
         print("the kernels need triton: pip install triton (Linux)", file=sys.stderr)
         return 1
-    if torch.device(device).type == "cpu" and not backends.INTERPRETED:
+    if torch.device(device).type == "cpu" and not backends.interpreted():
         # Triton reads this when it is imported, which has happened: start again.
         command = [sys.executable, "-m", "seqcells", "check", "--device", device]
         command += [a for cell in options.cell or [] for a in ("--cell", cell)]

@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -26,20 +27,12 @@ from torch.autograd import forward_ad
 
 from . import chosen
 
-try:
-    from triton import knobs
-
-    TRITON = True
-    # Triton decides at import whether it interprets kernels, which then take CPU tensors.
-    INTERPRETED = bool(knobs.runtime.interpret)
-except (ImportError, OSError):  # not installed, or a library that it needs is missing
-    TRITON = INTERPRETED = False
-
 NAMES = ("auto", "triton", "aten", "loop", "reference")
 SCHEDULES = ("resident", "grid", "stepwise")
 ATEN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 LOOP_CELLS = (*ATEN_CELLS, "gru_before")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NO_TRITON = "the triton backend needs triton: pip install triton (Linux)"
 
 # Of the checks of shapes, under torch.jit.trace. torch does the same for its own.
 warnings.filterwarnings("ignore", category=torch.jit.TracerWarning, module="seqcells")
@@ -57,6 +50,12 @@ def parse(backend: str) -> tuple[str, str]:
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Within it, layers, cells and functions that name no backend themselves use this one.
+
+    name: "auto", "triton", "aten", "loop" or "reference"; or "triton:resident", "triton:grid" or "triton:stepwise".
+
+        >>> layer = seqcells.GRU(10, 20)
+        >>> with seqcells.backend("reference"):
+        ...     y, h_n = layer(torch.randn(5, 3, 10))
 
     The choice belongs to the thread that made it, as with torch.no_grad and torch.autocast, and to the asyncio task.
     Others do not see it. A new thread starts with "auto". A new task and asyncio.to_thread start with the choice of
@@ -95,20 +94,43 @@ class Choice:
     marked: bool = False
 
 
-def _no_triton(device: torch.device, dtype: torch.dtype) -> Exception | None:
-    """Why the triton backend cannot run there, as the exception to raise; None if it can."""
-    if not TRITON:
-        return ModuleNotFoundError("the triton backend needs triton: pip install triton (Linux)", name="triton")
+@cache
+def installed() -> bool:
+    """Whether there is triton. It is imported here, and so only where a kernel is wanted."""
+    try:
+        import triton  # noqa: F401
+    except (ImportError, OSError):  # not installed, or a library that it needs is missing
+        return False
+    return True
+
+
+@cache
+def interpreted() -> bool:
+    """Whether kernels are interpreted, and so take CPU tensors. Triton decides that when it is imported."""
+    if not installed():
+        return False
+    from triton import JITFunction, language
+
+    return not isinstance(language.zeros, JITFunction)
+
+
+def _no_triton(device: torch.device, dtype: torch.dtype) -> str:
+    """Why the triton backend cannot run there; "" if it can."""
+    if not installed():
+        return NO_TRITON
     if dtype not in TRITON_DTYPES:
-        return TypeError(f"the triton backend has no kernels for {dtype}: expected one of {TRITON_DTYPES}")
-    if device.type == "cuda":
-        return None
-    if device.type == "cpu" and INTERPRETED:
-        return None
+        return f"the triton backend has no kernels for {dtype}: expected one of {TRITON_DTYPES}"
+    if device.type == "cuda" or (device.type == "cpu" and interpreted()):
+        return ""
     advice = "set TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU (slow, for testing)"
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         advice = "TRITON_INTERPRET=1 was set after triton was imported: set it before Python starts"
-    return RuntimeError(f"the triton backend needs CUDA tensors, got tensors on {device}; {advice}")
+    return f"the triton backend needs CUDA tensors, got tensors on {device}; {advice}"
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler: torch.compile asks it while it traces, and
+# does not trace the import.
+_no_triton._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)
@@ -268,18 +290,20 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request
         return Choice("reference", "", "within torch.compile, torch.func has no vmap of a Function")
     if name == "triton":
         if problem := _no_triton(device, dtype):
-            raise problem
+            if problem == NO_TRITON:
+                raise ModuleNotFoundError(problem, name="triton")
+            raise (TypeError if dtype not in TRITON_DTYPES else RuntimeError)(problem)
         return Choice("triton", schedule, "it was asked for")
     refuse(name, cell, request)
     if name != "auto":
         return Choice(name, "", "it was asked for", name == "aten" and request.marked)
-    problem = _no_triton(device, dtype)
-    onnx = torch.onnx.is_in_onnx_export()
-    if prefers_kernels(device) and problem is None and not request.refused and not onnx:
-        return Choice("triton", "auto", "the tensors are on CUDA")
     where = f"the tensors are on the {device.type.upper()}"
     if prefers_kernels(device):
-        where = "the kernels failed there (a RuntimeWarning said how)" if problem is None else str(problem)
-        where = "ONNX has no operators for the kernels" if onnx else where
+        problem = _no_triton(device, dtype)
+        if torch.onnx.is_in_onnx_export():
+            problem = "ONNX has no operators for the kernels"
+        if not problem and not request.refused:
+            return Choice("triton", "auto", "the tensors are on CUDA")
+        where = problem or "the kernels failed there (a RuntimeWarning said how)"
     found, why = _without_kernels(cell, device, request, _no_aten(cell, request))
     return Choice(found, "", f"{where}, and {why}", found == "aten" and request.marked)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from . import arguments, backends, checks, functional, plain, reference
 
@@ -39,7 +40,7 @@ class _Cell(nn.Module):
         input_size: int,
         hidden_size: int,
         bias: bool,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         backend: str | None = None,
         precision: str | None = None,
@@ -132,9 +133,43 @@ class _Cell(nn.Module):
 
 
 class LSTMCell(_Cell):
-    """torch.nn.LSTMCell, with backend= (see seqcells.backends) and precision= (see functional.scan).
+    """Apply one step of a long short-term memory (LSTM) cell.
 
-    Input [B, I] or [I]; hx (h, c), each [B, H] or [H].
+    It is :class:`torch.nn.LSTMCell` with the same arguments, parameters and results, and with ``backend`` and
+    ``precision``.
+
+    Args:
+        input_size: I, the number of features in the input.
+        hidden_size: H, the number of features in the state.
+        bias: If ``False``, there are no ``bias_ih`` and ``bias_hh``. Default: ``True``
+        device: The device of the parameters. Default: ``None``, torch's
+        dtype: The dtype of the parameters. Default: ``None``, torch's
+        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, what
+            :func:`seqcells.backend` says, else "auto"
+        precision: How the kernels multiply in float32: "ieee", "tf32" or "tf32x3", see
+            :func:`seqcells.functional.scan`. Default: ``None``, by PyTorch's switches for its own RNNs
+
+    Inputs and outputs are described at :meth:`forward`.
+
+    Attributes:
+        weight_ih: The input weights, [4*H, I].
+        weight_hh: The recurrent weights, [4*H, H].
+        bias_ih, bias_hh: The biases, [4*H].
+
+    Gates are in the order i, f, g, o. All are drawn from U(-1/sqrt(H), 1/sqrt(H)), and the same seed gives torch.nn's
+    values.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell does, for arguments of a wrong type or value.
+
+    Example::
+
+        >>> cell = seqcells.LSTMCell(10, 20)
+        >>> x, h, c = torch.randn(5, 3, 10), torch.zeros(3, 20), torch.zeros(3, 20)
+        >>> for step in x:
+        ...     h, c = cell(step, (h, c))
+        >>> h.shape
+        torch.Size([3, 20])
     """
 
     cell = "lstm"
@@ -144,7 +179,7 @@ class LSTMCell(_Cell):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         backend: str | None = None,
@@ -153,6 +188,19 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, backend, precision)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Run one step.
+
+        Args:
+            input: [B, I], or [I] without a batch.
+            hx: The states before the step (h, c), each [B, H], or [H] without a batch. Default: ``None``, zeros
+
+        Returns:
+            The states after the step, h and c, in the shape of ``hx``.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell does, for types, shapes, dtypes and devices that
+                do not fit.
+        """
         if hx is not None and not isinstance(hx, (tuple, list)):
             raise TypeError(f"LSTMCell: expected hx to be a tuple of two tensors (h, c), got {checks.kind(hx)}")
         # Whether an argument is to blame is asked after a failure: before each step it would cost.
@@ -162,22 +210,80 @@ class LSTMCell(_Cell):
             raise checks.clearer(error, self._check, input, hx) from None
         return h, c
 
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]: ...
+
 
 class _OneState(_Cell):
     """A cell whose only state is its output."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Run one step.
+
+        Args:
+            input: [B, I], or [I] without a batch.
+            hx: The state before the step, [B, H], or [H] without a batch. Default: ``None``, zeros
+
+        Returns:
+            The state after the step, in the shape of ``hx``.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As torch.nn does, for types, shapes, dtypes and devices that do not
+                fit.
+        """
         states = None if hx is None else (hx,)
         try:
             return self._step(input, states, ("hidden",))[0]
         except checks.FAILURES as error:
             raise checks.clearer(error, self._check, input, states) from None
 
+    if TYPE_CHECKING:
+
+        def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
+
 
 class GRUCell(_OneState):
-    """torch.nn.GRUCell, with backend= and precision= (see LSTMCell), and reset_after= (False: Cho et al. 2014 v3).
+    """Apply one step of a gated recurrent unit (GRU) cell.
 
-    Input [B, I] or [I]; hx [B, H] or [H].
+    It is :class:`torch.nn.GRUCell` with the same arguments, parameters and results, and with ``reset_after``,
+    ``backend`` and ``precision``.
+
+    Args:
+        input_size: I, the number of features in the input.
+        hidden_size: H, the number of features in the state.
+        bias: If ``False``, there are no ``bias_ih`` and ``bias_hh``. Default: ``True``
+        device: The device of the parameters. Default: ``None``, torch's
+        dtype: The dtype of the parameters. Default: ``None``, torch's
+        reset_after: If ``True``, the reset gate multiplies the product of the state with its weights, as in torch.nn
+            and cuDNN. If ``False``, it multiplies the state before that product, as in Cho et al. 2014
+            (arXiv:1406.1078 v3). Default: ``True``
+        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, what
+            :func:`seqcells.backend` says, else "auto"
+        precision: How the kernels multiply in float32: "ieee", "tf32" or "tf32x3", see
+            :func:`seqcells.functional.scan`. Default: ``None``, by PyTorch's switches for its own RNNs
+
+    Inputs and outputs are described at :meth:`forward`.
+
+    Attributes:
+        weight_ih: The input weights, [3*H, I].
+        weight_hh: The recurrent weights, [3*H, H].
+        bias_ih, bias_hh: The biases, [3*H].
+
+    Gates are in the order r, z, n. All are drawn from U(-1/sqrt(H), 1/sqrt(H)), and the same seed gives torch.nn's
+    values.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As torch.nn.GRUCell does, for arguments of a wrong type or value.
+
+    Example::
+
+        >>> cell = seqcells.GRUCell(10, 20)
+        >>> x, h = torch.randn(5, 3, 10), torch.zeros(3, 20)
+        >>> for step in x:
+        ...     h = cell(step, h)
+        >>> h.shape
+        torch.Size([3, 20])
     """
 
     def __init__(
@@ -185,7 +291,7 @@ class GRUCell(_OneState):
         input_size: int,
         hidden_size: int,
         bias: bool = True,
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         reset_after: bool = True,
@@ -199,9 +305,40 @@ class GRUCell(_OneState):
 
 
 class RNNCell(_OneState):
-    """torch.nn.RNNCell, with backend= and precision= (see LSTMCell).
+    """Apply one step of an Elman network with a tanh or relu.
 
-    nonlinearity: "tanh" or "relu". Input [B, I] or [I]; hx [B, H] or [H].
+    It is :class:`torch.nn.RNNCell` with the same arguments, parameters and results, and with ``backend`` and
+    ``precision``.
+
+    Args:
+        input_size: I, the number of features in the input.
+        hidden_size: H, the number of features in the state.
+        bias: If ``False``, there are no ``bias_ih`` and ``bias_hh``. Default: ``True``
+        nonlinearity: "tanh" or "relu". Default: "tanh"
+        device: The device of the parameters. Default: ``None``, torch's
+        dtype: The dtype of the parameters. Default: ``None``, torch's
+        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, what
+            :func:`seqcells.backend` says, else "auto"
+        precision: How the kernels multiply in float32: "ieee", "tf32" or "tf32x3", see
+            :func:`seqcells.functional.scan`. Default: ``None``, by PyTorch's switches for its own RNNs
+
+    Inputs and outputs are described at :meth:`forward`.
+
+    Attributes:
+        weight_ih: The input weights, [H, I].
+        weight_hh: The recurrent weights, [H, H].
+        bias_ih, bias_hh: The biases, [H].
+
+    All are drawn from U(-1/sqrt(H), 1/sqrt(H)), and the same seed gives torch.nn's values.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As torch.nn.RNNCell does, for arguments of a wrong type or value.
+
+    Example::
+
+        >>> cell = seqcells.RNNCell(10, 20, nonlinearity="relu")
+        >>> cell(torch.randn(3, 10)).shape
+        torch.Size([3, 20])
     """
 
     def __init__(
@@ -210,7 +347,7 @@ class RNNCell(_OneState):
         hidden_size: int,
         bias: bool = True,
         nonlinearity: str = "tanh",
-        device: Any = None,
+        device: Device = None,
         dtype: torch.dtype | None = None,
         *,
         backend: str | None = None,

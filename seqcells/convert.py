@@ -37,7 +37,8 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one module. names: all it has in the model. skipped: why it was left alone, "" if it was not."""
+    """What became of one module. names: all it has in the model. before, after: its class. skipped: why it was left
+    alone, "" if it was not."""
 
     names: tuple[str, ...]
     before: str
@@ -116,7 +117,7 @@ def revert(
     exclude: str | Iterable[str] | None = None,
     report: list[Change] | None = None,
 ) -> M:
-    """The opposite of convert, also for modules that were made as seqcells': in place, the same parameters.
+    """The opposite of convert, also for modules of model that were made as seqcells': in place, the same parameters.
 
     backend, save and precision are dropped; a forward that passes resets= to the module will no longer run. Subclasses
     of seqcells' classes are left alone. include, exclude, report: as in convert.

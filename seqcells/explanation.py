@@ -68,12 +68,13 @@ def explain(
 ) -> Explanation:
     """What a scan of this shape would run on, without running it.
 
+    cell, batch, hidden_size, dtype, resets, backend: of the scan.
     device: a torch device, or a GPU that need not be present by its name or architecture, in any case: "H100", "sm_90",
     "RTX 4090" (kernels.plan.KNOWN has all).
     groups: of `scan_groups`. steps: None, many. lengths: of a batch with little padding. grad: in training. precision:
     as in `scan`. Raises as `scan` does, and ValueError for an unknown device.
 
-        >>> print(seqcells.explain("gru", batch=16, hidden_size=64))
+        >>> print(seqcells.explain("gru", batch=16, hidden_size=64, device="cpu"))
         loop: the tensors are on the CPU, and it is faster than torch's own fused gru
     """
     reference.get(cell)

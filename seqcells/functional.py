@@ -25,18 +25,12 @@ from . import (
     fallback,
     marked,
     masks,
+    ops,
     precisions,
     projection,
     reference,
 )
 from . import loop as loop  # its engine
-
-try:
-    from . import ops
-except ModuleNotFoundError as missing:  # without triton all but the triton backend works, and backends.py says so
-    if (missing.name or "").partition(".")[0] != "triton":
-        raise
-    ops = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -171,7 +165,7 @@ def _run(
             assert w_hh is not None
             for backward in (False, True):
                 u = w_hh if w_hh.dim() == 3 else w_hh[None]
-                ops.plan_for(ops.cells.get(cell), B, u, chosen.schedule, precision, backward)
+                ops.plan_for(cell, B, u, chosen.schedule, precision, backward)
         options = autograd.Options(
             chosen.backend,
             cell,
@@ -336,7 +330,8 @@ def scan(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A registered cell over all steps of x: (y, final states [B, H]). Shapes: see the module.
 
-    states: (h0,) or (h0, c0); None, whole or in part, is zero. Options:
+    cell: "lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu", or one that was registered. w_ih, w_hh, b_ih, b_hh: its
+    weights and biases. states: (h0,) or (h0, c0); None, whole or in part, is zero. Options:
     resets: [T, B], bool or the numbers 0 and 1, or nested lists of them. Where set, an episode begins at that step: no
     state crosses from the step before it. (On a device other numbers than 0 count as 1; on the CPU they raise.)
     lengths: int [B], or a list: the steps of each row. Outputs beyond are zero, the final states those after its last
@@ -378,10 +373,11 @@ def scan_groups(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """K independent scans of one cell, on the triton backend in one launch: y [T, B, K*H], final states [K, B, H].
 
+    cell, resets, lengths, save, backend, precision, and what is raised: as in `scan`.
+
     The two directions of a layer: x [T, B, I], reverse (False, True); y is then torch.nn's, forward beside backward.
     Heads (a block-diagonal recurrence): x [T, B, K, I]. w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H],
     states [K, B, H]. reverse: for each group, whether it walks from the last step to the first; () is none.
-    Other options, and what is raised: as in `scan`.
     """
     weights = (w_ih, w_hh, b_ih, b_hh)
     arguments.types(x, states, dict(zip(("w_ih", "w_hh", "b_ih", "b_hh"), weights, strict=True)), rank=None)
@@ -414,54 +410,69 @@ def scan_groups(
 
 
 def lstm(
-    x: Tensor,
-    hx: tuple[Tensor, Tensor] | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    **options: Any,
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """LSTM: y and (h_n, c_n). hx: (h0, c0) or None. options: those of `scan`."""
+    x: Tensor, hx: tuple[Tensor, Tensor] | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None,
+    b_hh: Tensor | None = None, *, resets: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None,
+    save: str = "gates", backend: str | None = None, precision: str | None = None,
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
+    """Apply one layer of an LSTM to x [T, B, I]: y [T, B, H] and (h_n, c_n), each [B, H].
+
+    hx: (h0, c0), each [B, H], or None, zeros. w_ih [4*H, I], w_hh [4*H, H]; b_ih, b_hh [4*H] or None, zeros. resets,
+    lengths, save, backend, precision, and what is raised: see `scan`.
+
+        >>> lstm = torch.nn.LSTM(10, 20)
+        >>> y, (h_n, c_n) = seqcells.lstm(torch.randn(5, 3, 10), None, *lstm.parameters())
+        >>> y.shape, c_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([3, 20]))
+    """
     if hx is not None:
         checks.tensors("hx", hx, "a tuple of two tensors (h0, c0) or None", 2, optional=True)
-    y, final = scan("lstm", x, hx, w_ih, w_hh, b_ih, b_hh, **options)
+    how: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
+    y, final = scan("lstm", x, hx, w_ih, w_hh, b_ih, b_hh, **how)
     return y, (final[0], final[1])
 
 
 def gru(
-    x: Tensor,
-    hx: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    *,
-    reset_after: bool = True,
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """GRU: y and h_n. reset_after: torch's and cuDNN's form; False: Cho et al. 2014 v3. options: those of `scan`."""
+    x: Tensor, hx: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None,
+    *, reset_after: bool = True, resets: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None,
+    save: str = "gates", backend: str | None = None, precision: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Apply one layer of a GRU to x [T, B, I]: y [T, B, H] and h_n [B, H].
+
+    hx: h0 [B, H], or None, zeros. w_ih [3*H, I], w_hh [3*H, H]; b_ih, b_hh [3*H] or None, zeros. reset_after: torch's
+    and cuDNN's form; False: Cho et al. 2014 v3. resets, lengths, save, backend, precision, and what is raised: see
+    `scan`.
+
+        >>> gru = torch.nn.GRU(10, 20)
+        >>> y, h_n = seqcells.gru(torch.randn(5, 3, 10), None, *gru.parameters(), lengths=[5, 4, 2])
+        >>> y.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([3, 20]))
+    """
     checks.boolean("reset_after", reset_after)
     checks.tensor("hx", hx, optional=True)
     cell = "gru" if reset_after else "gru_before"
-    y, final = scan(cell, x, (hx,), w_ih, w_hh, b_ih, b_hh, **options)
+    how: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
+    y, final = scan(cell, x, (hx,), w_ih, w_hh, b_ih, b_hh, **how)
     return y, final[0]
 
 
 def rnn(
-    x: Tensor,
-    hx: Tensor | None,
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None = None,
-    b_hh: Tensor | None = None,
-    *,
-    nonlinearity: str = "tanh",
-    **options: Any,
-) -> tuple[Tensor, Tensor]:
-    """Elman RNN: y and h_n. nonlinearity: "tanh" or "relu". options: those of `scan`."""
+    x: Tensor, hx: Tensor | None, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None,
+    *, nonlinearity: str = "tanh", resets: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None,
+    save: str = "gates", backend: str | None = None, precision: str | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Apply one layer of an Elman network to x [T, B, I]: y [T, B, H] and h_n [B, H].
+
+    hx: h0 [B, H], or None, zeros. w_ih [H, I], w_hh [H, H]; b_ih, b_hh [H] or None, zeros. nonlinearity: "tanh" or
+    "relu". resets, lengths, save, backend, precision, and what is raised: see `scan`.
+
+        >>> rnn = torch.nn.RNN(10, 20, nonlinearity="relu")
+        >>> y, h_n = seqcells.rnn(torch.randn(5, 3, 10), None, *rnn.parameters(), nonlinearity="relu")
+        >>> y.shape, h_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([3, 20]))
+    """
     checks.tensor("hx", hx, optional=True)
-    y, final = scan(rnn_cell_name(nonlinearity), x, (hx,), w_ih, w_hh, b_ih, b_hh, **options)
+    how: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
+    y, final = scan(rnn_cell_name(nonlinearity), x, (hx,), w_ih, w_hh, b_ih, b_hh, **how)
     return y, final[0]
 
 

@@ -24,7 +24,11 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def forget_bias_(module: M, value: float = 1.0) -> M:
-    """Set the bias of an LSTM's (LSTMCell's) forget gates to value, so that it remembers from the start.
+    """Set the bias of the forget gates of module, an LSTM or LSTMCell, to value, so that it remembers from the start.
+
+        >>> lstm = seqcells.init.forget_bias_(seqcells.LSTM(10, 20))
+        >>> lstm.bias_ih_l0[20:40].unique().item()
+        1.0
 
     Gers, Schmidhuber and Cummins 2000, "Learning to forget"; Jozefowicz, Zaremba and Sutskever 2015, "An empirical
     exploration of recurrent network architectures", who find 1 to be what a plain LSTM lacks.
@@ -35,7 +39,7 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
 
 
 def chrono_(module: M, max_length: float, *, generator: torch.Generator | None = None) -> M:
-    """Chrono initialisation: memories of an LSTM (GRU) last from 1 to max_length steps, spread over the units.
+    """Chrono initialisation: memories of module (LSTM, GRU) last from 1 to max_length steps, spread over the units.
 
     LSTM: b_f = log(u), b_i = -b_f, with u from U(1, max_length - 1) for each unit. GRU: b_z = log(u), since z, in
     torch's h' = (1 - z) n + z h, keeps the state; the paper's z is 1 - z. max_length: the longest dependency expected,
@@ -64,7 +68,7 @@ def chrono_(module: M, max_length: float, *, generator: torch.Generator | None =
 
 
 def accumulator_(module: M, keep: float | None = None, add: float | None = None) -> M:
-    """Make an LSTM (GRU) start as an accumulator: it forgets nothing and each step adds a little to the state.
+    """Make module (LSTM, GRU) start as an accumulator: it forgets nothing and each step adds a little to the state.
 
     keep: the bias of the gate that keeps the state: an LSTM's forget gate (14 if None), a GRU's z (8 if None). add: the
     bias of an LSTM's input gate (-9 if None); a GRU has none, 1 - z is what it adds by, so ValueError.

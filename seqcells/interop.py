@@ -54,6 +54,7 @@ def from_keras(
 def to_keras(module: nn.Module, layer: int = 0, reverse: bool = False) -> list[np.ndarray]:
     """The inverse: [kernel, recurrent_kernel, bias], as set_weights() of a Keras layer takes them.
 
+    module: a cell, or an LSTM, GRU or RNN, of which layer and reverse (the second direction) say which weights.
     Without bias [kernel, recurrent_kernel]. A single bias of Keras's is bias_ih + bias_hh.
     Raises TypeError for a module of another kind, ValueError for a layer that is not there and for proj_size.
     """
@@ -80,7 +81,8 @@ def to_keras(module: nn.Module, layer: int = 0, reverse: bool = False) -> list[n
 def load_keras_(module: nn.Module, arrays: Sequence[Array], layer: int = 0, reverse: bool = False) -> nn.Module:
     """Copy what get_weights() of a Keras layer gave into a cell, or into one layer and direction; returns module.
 
-    arrays: [kernel, recurrent_kernel, bias], see from_keras. Raises as from_keras and load_ do.
+    module, layer, reverse: as in to_keras. arrays: [kernel, recurrent_kernel, bias], see from_keras. Raises as
+    from_keras and load_ do.
     """
     cell = weights.kind(module, ("lstm", "gru", "rnn"), "load_keras_")
     if not isinstance(arrays, (tuple, list)):
@@ -125,7 +127,7 @@ def from_haste(
 def from_handwritten_lstm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of an LSTM cell of two Linears, x_fc and h_fc, whose output is cut into i f g o.
 
-    As reference.HandwrittenLSTMCell: x_fc.weight [4*H, I], h_fc.weight [4*H, H], both with bias.
+    state: as reference.HandwrittenLSTMCell's: x_fc.weight [4*H, I], h_fc.weight [4*H, H], both with bias.
     Raises ValueError for names and shapes that do not fit.
     """
     _names(state, [f"{x}_fc.{kind}" for x in "xh" for kind in ("weight", "bias")])
@@ -139,8 +141,8 @@ def from_handwritten_lstm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_handwritten_gru(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of a GRU cell of six Linears, x_fc_r, x_fc_z, x_fc_n and h_fc_r, h_fc_z, h_fc_n, all with bias.
 
-    As reference.HandwrittenGRUCell, whose reset gate comes before the product: for GRU(..., reset_after=False). Each
-    x_fc_.weight [H, I], each h_fc_.weight [H, H]. Raises ValueError for names and shapes that do not fit.
+    state: as reference.HandwrittenGRUCell's, whose reset gate comes before the product: for GRU with reset_after=False.
+    Each x_fc_.weight [H, I], each h_fc_.weight [H, H]. Raises ValueError for names and shapes that do not fit.
     """
     _names(state, [f"{x}_fc_{gate}.{kind}" for x in "xh" for gate in "rzn" for kind in ("weight", "bias")])
     H = _checked("h_fc_r.weight", state["h_fc_r.weight"], ("H", "H")).shape[1]
@@ -158,6 +160,7 @@ def from_handwritten_gru(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_(module: nn.Module, state: Mapping[str, Tensor], layer: int = 0, reverse: bool = False) -> nn.Module:
     """Copy a cell's state_dict into a cell, or into one layer and direction of an LSTM, GRU or RNN; returns module.
 
+    module, layer, reverse: as in to_keras. state: as torch.nn's cells give it.
     Values take the module's dtype and device. Where state has no biases and the module has, they become zero.
     Raises TypeError for a module of another kind; ValueError for a layer that is not there, for proj_size, for biases
     the module has not, and for names and shapes that do not fit. Nothing is copied if anything does not fit.

@@ -1,4 +1,4 @@
-"""The Triton kernels as torch.library custom ops: an engine (see `autograd`). Importing this imports triton.
+"""The Triton kernels as torch.library custom ops: an engine (see `autograd`). triton is imported by the first call.
 
 The ops carry the fakes that torch.compile and torch.export trace, and the rules of vmap. One op a direction: a dispatch
 costs tens of microseconds. Their argument schedule: "" for the plan's choice, a schedule's name, or "auto": the plan's
@@ -14,11 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import batching, fallback, reference
+from . import batching, fallback, kernels, reference
 from .autograd import ENGINES, Engine, input_projection
-from .kernels import cells, scan, single
 from .kernels.buffers import pack_saved, unpack_saved
-from .kernels.cells import Cell
 from .kernels.plan import Plan, plan
 from .kernels.plan_single import Single, plan_single, unfit
 from .loop import CELLS as LOOP_CELLS
@@ -26,17 +24,17 @@ from .loop import operators as loop
 
 
 def plan_for(
-    cell: Cell, batch: int, u: Tensor, schedule: str, precision: str, backward: bool, avoid: tuple[str, ...] = ()
+    cell: str, batch: int, u: Tensor, schedule: str, precision: str, backward: bool, avoid: tuple[str, ...] = ()
 ) -> Plan:
     """The plan of a scan with these recurrent weights [K, G*H, H]. schedule: "" chooses. Raises as `plan` does."""
     options: Any = {"B": batch, "H": u.shape[2], "groups": u.shape[0], "itemsize": u.element_size(), "avoid": avoid}
-    options |= {"device": scan.device_facts(u.device), "schedule": schedule or None, "precision": precision}
-    return plan(cell, backward=backward, **options)
+    options |= {"device": kernels.scan.device_facts(u.device), "schedule": schedule or None, "precision": precision}
+    return plan(kernels.cells.get(cell), backward=backward, **options)
 
 
-def _launch(launch: scan.Launch) -> None:
+def _launch(launch: kernels.scan.Launch) -> None:
     """`scan.run`; raises fallback.Failed where the kernel does not compile or launch."""
-    fallback.guarded(partial(scan.run, launch))
+    fallback.guarded(partial(kernels.scan.run, launch))
 
 
 def _attempts(planned: Callable[..., Plan], call: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -88,18 +86,18 @@ def _scan_forward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See kernels.scan.forward."""
-    declared = cells.get(cell)
+    declared = kernels.cells.get(cell)
     gx = gx.contiguous()  # vmap's rows and groups need not be
     how: Any = {"save": save, "reversed": reversed, "precision": precision}
-    call = partial(scan.forward, declared, gx, u, bias, h0, c0, mask, **how)
-    planned = partial(plan_for, declared, gx.shape[1], u, "", precision, False)
+    call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **how)
+    planned = partial(plan_for, cell, gx.shape[1], u, "", precision, False)
     if schedule != "auto":
-        return tuple(call(plan=plan_for(declared, gx.shape[1], u, schedule, precision, False)))  # type: ignore[return-value]
+        return tuple(call(plan=plan_for(cell, gx.shape[1], u, schedule, precision, False)))  # type: ignore[return-value]
 
     def by_loop() -> Any:
         out = loop.forward(gx, u, bias, h0, c0, mask, cell, save, reversed, "", precision)
         y, c, kept, hn, cn = out
-        like = scan.allocate(declared, gx, save, reversed)
+        like = kernels.scan.allocate(declared, gx, save, reversed)
         saved = _tiles(cell, kept) if like.saved.numel() else like.saved
         return y, c if c.numel() else like.c, saved, hn, cn
 
@@ -110,7 +108,7 @@ def _scan_forward(
 
 def _scan_forward_fake(gx: Tensor, *others: Any) -> tuple[Tensor, ...]:
     cell, save, reversed = others[5:8]
-    return tuple(scan.allocate(cells.get(cell), gx, save, reversed))
+    return tuple(kernels.scan.allocate(kernels.cells.get(cell), gx, save, reversed))
 
 
 def _scan_backward(
@@ -129,13 +127,13 @@ def _scan_backward(
     precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See kernels.scan.backward."""
-    declared = cells.get(cell)
+    declared = kernels.cells.get(cell)
     y, c, saved = y.contiguous(), c.contiguous(), saved.contiguous()
     how: Any = {"reversed": reversed, "precision": precision} | ({} if dcs is None else {"dcs": dcs})
-    call = partial(scan.backward, declared, dy, dhn, dcn, u, y, c, saved, mask, **how)
-    planned = partial(plan_for, declared, y.shape[1], u, "", precision, True)
+    call = partial(kernels.scan.backward, declared, dy, dhn, dcn, u, y, c, saved, mask, **how)
+    planned = partial(plan_for, cell, y.shape[1], u, "", precision, True)
     if schedule != "auto":
-        return tuple(call(plan=plan_for(declared, y.shape[1], u, schedule, precision, True)))  # type: ignore[return-value]
+        return tuple(call(plan=plan_for(cell, y.shape[1], u, schedule, precision, True)))  # type: ignore[return-value]
 
     def by_loop() -> Any:
         kept = _kept(cell, saved, y.dtype) if declared.saved else saved
@@ -148,7 +146,7 @@ def _scan_backward(
 
 def _scan_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     y, cell, reversed = arguments[5], *arguments[9:11]
-    return tuple(scan.allocate_gradients(cells.get(cell), y, reversed))
+    return tuple(kernels.scan.allocate_gradients(kernels.cells.get(cell), y, reversed))
 
 
 def _recompute(
@@ -163,10 +161,10 @@ def _recompute(
     schedule: str,
 ) -> Tensor:
     """See kernels.scan.recompute."""
-    declared = cells.get(cell)
+    declared = kernels.cells.get(cell)
     gx, y, c = gx.contiguous(), y.contiguous(), c.contiguous()
-    chosen = plan_for(declared, y.shape[1], u, "", "ieee", False)
-    call = partial(scan.recompute, declared, gx, u, bias, y, c, mask, plan=chosen, reversed=reversed)
+    chosen = plan_for(cell, y.shape[1], u, "", "ieee", False)
+    call = partial(kernels.scan.recompute, declared, gx, u, bias, y, c, mask, plan=chosen, reversed=reversed)
     if schedule != "auto":
         return call()
     kernel = _kernel(cell, "recompute", y, u)
@@ -177,7 +175,7 @@ def _recompute(
 
 
 def _recompute_fake(gx: Tensor, *others: Any) -> Tensor:
-    return scan.allocate_saved(cells.get(others[5]), gx)
+    return kernels.scan.allocate_saved(kernels.cells.get(others[5]), gx)
 
 
 def _single_forward(
@@ -195,10 +193,10 @@ def _single_forward(
     input_precision: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See kernels.single.forward: one step, x [B, I]; what scan_forward gives of one step, but all states [B, H]."""
-    declared = cells.get(cell)
+    declared = kernels.cells.get(cell)
     chosen = single_plan(cell, x, w_hh, precision, input_precision)
     how: Any = {"save": save, "plan": chosen, "precision": precision, "input_precision": input_precision}
-    call = partial(single.forward, declared, x, w_ih, w_hh, b_ih, b_hh, h0, c0, **how)
+    call = partial(kernels.single.forward, declared, x, w_ih, w_hh, b_ih, b_hh, h0, c0, **how)
     if schedule != "auto":
         return tuple(call())  # type: ignore[return-value]
 
@@ -214,14 +212,14 @@ def _single_forward(
 
 def single_plan(cell: str, x: Tensor, w_hh: Tensor, precision: str, input_precision: str) -> Single:
     """The plan of one step of x [B, I]."""
-    options: Any = {"itemsize": x.element_size(), "device": scan.device_facts(x.device), "precision": precision}
+    options: Any = {"itemsize": x.element_size(), "device": kernels.scan.device_facts(x.device), "precision": precision}
     options |= {"B": x.shape[0], "I": x.shape[1], "H": w_hh.shape[1], "input_precision": input_precision}
-    return plan_single(cells.get(cell), **options)
+    return plan_single(kernels.cells.get(cell), **options)
 
 
 def one_launch(cell: str, x: Tensor, w_hh: Tensor, precision: str, input_precision: str) -> bool:
     """Whether one step of x [B, I] is cheaper by single_forward than by a product and scan_forward."""
-    if unfit(cells.get(cell), x.shape[1], w_hh.shape[1]) is not None:
+    if unfit(kernels.cells.get(cell), x.shape[1], w_hh.shape[1]) is not None:
         return False
     return single_plan(cell, x, w_hh, precision, input_precision).cheaper
 
@@ -238,7 +236,7 @@ single_forward = torch.library.custom_op("seqcells::single_forward", _single_for
 
 @single_forward.register_fake
 def _(x: Tensor, w_ih: Tensor, w_hh: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return tuple(single.allocate(cells.get(others[4]), x, w_hh.shape[1], others[5]))
+    return tuple(kernels.single.allocate(kernels.cells.get(others[4]), x, w_hh.shape[1], others[5]))
 
 
 ENGINES["triton"] = Engine(scan_forward, scan_backward, recompute, single_forward)

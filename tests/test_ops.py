@@ -236,14 +236,84 @@ def test_cpu_tensors_need_the_interpreter():
     assert "needs CUDA tensors, got tensors on cpu" in result.stdout and "TRITON_INTERPRET=1" in result.stdout, result
 
 
-def test_without_triton_everything_else_works():
+@pytest.mark.parametrize(
+    ("imported", "expected"), [("seqcells", "ran"), ("triton", "TRITON_INTERPRET=1 was set after triton was imported")]
+)
+def test_the_interpreter_is_chosen_when_triton_is_imported(imported, expected):
+    """And so may be chosen after seqcells is."""
     result = run_python(
-        "import sys; sys.modules['triton'] = None\n"
+        f"import os, torch, {imported}\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        "import seqcells\n"
+        "try: seqcells.RNN(2, 3, backend='triton')(torch.ones(1, 1, 2)); print('ran')\n"
+        "except RuntimeError as e: print(e)"
+    )
+    assert expected in result.stdout, result.stderr
+
+
+def test_importing_seqcells_imports_no_triton_nor_a_compiler():
+    """They are most of what it would take. The operators are there all the same, for programs of torch.export."""
+    result = run_python(
+        "import sys, torch\n"
+        "before = set(sys.modules)\n"
+        "import seqcells\n"
+        "print(sorted({m.partition('.')[0] for m in set(sys.modules) - before} - set(sys.stdlib_module_names)))\n"
+        "print(sorted(m for m in set(sys.modules) - before if m.startswith(('torch.', 'seqcells.kernels.'))))\n"
+        "print(torch.ops.seqcells.scan_forward.default._schema.name)\n"
+        "seqcells.LSTM(2, 3)(torch.ones(2, 1, 2))\n"
+        "seqcells.explain('gru', batch=2, hidden_size=3)\n"
+        "print('triton' in sys.modules)\n"
+    )
+    others, ours, name, used = result.stdout.splitlines()
+    assert eval(others) == ["seqcells"], result.stderr
+    assert eval(ours) == [f"seqcells.kernels.{n}" for n in ("buffers", "plan", "plan_single")]
+    assert (name, used) == ("seqcells::scan_forward", "False")
+
+
+WITHOUT_TRITON = {
+    "not installed": "sys.modules['triton'] = None",
+    "broken": (
+        "class Broken:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.partition('.')[0] == 'triton': raise ImportError('libz.so: cannot open shared object file')\n"
+        "sys.meta_path.insert(0, Broken())"
+    ),
+}
+
+
+@pytest.mark.parametrize("how", WITHOUT_TRITON)
+def test_without_triton_everything_else_works(how):
+    result = run_python(
+        f"import sys\n{WITHOUT_TRITON[how]}\n"
         "import torch, seqcells\n"
         "x = torch.ones(2, 1, 2)\n"
         "print(seqcells.LSTM(2, 3)(x)[0].shape, seqcells.GRU(2, 3, reset_after=False)(x)[0].shape)\n"
-        "try: seqcells.LSTM(2, 3, backend='triton')(x)\n"
-        "except ModuleNotFoundError as e: print(e)"
+        "print(seqcells.explain('lstm', batch=2, hidden_size=3, device='sm_90'))\n"
+        "for call in (seqcells.LSTM(2, 3, backend='triton'), seqcells.GRUCell(2, 3, backend='triton')):\n"
+        "    try: call(x if isinstance(call, seqcells.LSTM) else x[0])\n"
+        "    except ModuleNotFoundError as e: print(e, e.name)"
     )
     assert result.stdout.count("torch.Size([2, 1, 3])") == 2, result.stderr
-    assert "pip install triton" in result.stdout
+    assert "aten: the triton backend needs triton" in result.stdout
+    assert result.stdout.count("pip install triton (Linux) triton") == 2
+
+
+@pytest.mark.parametrize("how", WITHOUT_TRITON)
+def test_without_triton_it_compiles(how):
+    """One graph, trained, of everything that "auto" takes on the CPU; and a program of the kernels can be loaded."""
+    result = run_python(
+        f"import sys\n{WITHOUT_TRITON[how]}\n"
+        "import torch, seqcells\n"
+        "x, resets = torch.ones(3, 2, 2), torch.tensor([[True, False]] * 3)\n"
+        "calls = [(seqcells.LSTM(2, 3), {}), (seqcells.GRU(2, 3, reset_after=False), {'resets': resets}),\n"
+        "         (seqcells.RNN(2, 3), {'lengths': [3, 2]})]\n"
+        "for module, options in calls:\n"
+        "    y = torch.compile(module, fullgraph=True, backend='aot_eager')(x, **options)[0]\n"
+        "    torch.testing.assert_close(y, module(x, **options)[0])\n"
+        "    y.sum().backward()\n"
+        "step = torch.compile(seqcells.LSTMCell(2, 3), fullgraph=True, backend='aot_eager')\n"
+        "print('compiled', step(x[0])[0].shape)\n"
+        "try: torch.compile(seqcells.LSTM(2, 3, backend='triton'), backend='aot_eager')(x)\n"
+        "except ModuleNotFoundError as e: print(e)\n"
+    )
+    assert "compiled torch.Size([2, 3])" in result.stdout and "pip install triton" in result.stdout, result.stderr

@@ -36,10 +36,8 @@ from conftest import DEVICE
 import seqcells
 from seqcells import backends, check, functional, precisions, reference
 from seqcells.check import Shape
+from seqcells.kernels import scan
 from seqcells.loop import steps
-
-if functional.ops is not None:
-    from seqcells.kernels import scan
 
 NAMES = ("y", "dx", "dw_hh")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -66,7 +64,7 @@ def to_nearest(cast):
 
 @pytest.fixture
 def rounds_as_devices_do(monkeypatch):
-    if backends.INTERPRETED:
+    if backends.interpreted():
         from triton.runtime.interpreter import InterpreterBuilder
 
         monkeypatch.setattr(InterpreterBuilder, "cast_impl", to_nearest(InterpreterBuilder.cast_impl))

@@ -27,7 +27,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.plan_single": {"kernels.plan"},
     "kernels.single": {f"kernels.{n}" for n in ("cells", "math", "plan", "plan_single", "scan", "tiles")},
     "kernels.report": {f"kernels.{n}" for n in ("cells", "plan", "plan_single", "scan", "single")},
-    "kernels": set(),
+    "kernels": {"kernels.cells", "kernels.scan", "kernels.single"},
     "chosen": set(),
     "backends": {"chosen"},
     "checks": set(),
@@ -41,7 +41,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "loop": {"autograd", "batching", "reference", "kernels.buffers"},
     "fallback": set(),
     "ops": {
-        *("autograd", "batching", "fallback", "loop", "reference"),
+        *("autograd", "batching", "fallback", "kernels", "loop", "reference"),
         *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "scan", "single")),
     },
     "aten": {"backends"},
@@ -76,7 +76,8 @@ ARROWS = {  # room: the rooms of the project it may import
     "marked": {"aten", "packing", "kernels.buffers"},
     "plain": {"aten", "backends", "chosen"},
     "cells": {"arguments", "backends", "checks", "functional", "plain", "reference"},
-    "layers": {"arguments", "checks", "functional", "packing", "plain", "reference"},
+    "rnn_base": {"arguments", "checks", "functional", "packing", "plain", "reference"},
+    "layers": {"checks", "functional", "rnn_base"},
     "convert": {"arguments", "cells", "checks", "layers"},
     "weights": {"cells", "checks", "layers"},
     "init": {"checks", "weights"},
@@ -123,6 +124,8 @@ def imports(file, parts, is_package):
             else:
                 continue
             names = [[*base, a.name] for a in node.names]
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "kernels":
+            names = [["kernels", node.attr]]  # which the package imports when it is named
         yield from names
 
 
@@ -196,6 +199,22 @@ def test_a_wheels_metadata(wheel):
     for picture in pictures:
         readme = readme.replace(picture, "")
     assert "![" not in description and len(description.strip()) > 0.95 * len(readme.strip()), "the rest is README's"
+
+
+def test_a_wheel_says_that_it_is_typed(wheel):
+    archive = zipfile.ZipFile(wheel)
+    assert "seqcells/py.typed" in archive.namelist()
+    (name,) = (n for n in archive.namelist() if n.endswith("/METADATA"))
+    assert "Classifier: Typing :: Typed" in archive.read(name).decode()
+
+
+def test_a_wheel_requires_no_triton(wheel):
+    """Which takes 290 MB; torch for CUDA brings it."""
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (n for n in archive.namelist() if n.endswith("/METADATA"))
+    required = re.findall(r"^Requires-Dist: (.*)$", archive.read(name).decode(), re.M)
+    assert sorted(r for r in required if "extra" not in r) == ["numpy", "torch>=2.11"]
+    assert any(r.startswith("triton") and "Linux" in r and "extra == " in r for r in required)
 
 
 def test_a_wheel_works_in_a_fresh_environment_elsewhere(wheel, tmp_path):
