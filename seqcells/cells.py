@@ -1,4 +1,7 @@
-"""LSTMCell, GRUCell, RNNCell: torch.nn's modules of those names, with a choice of backend and of the GRU's form."""
+"""LSTMCell, GRUCell, RNNCell: torch.nn's modules of those names, with a choice of backend and of the GRU's form.
+
+They are subclasses of torch.nn's cells, of which they take nothing.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from . import arguments, backends, checks, functional, plain, reference
+from . import arguments, backends, checks, functional, modules, plain, reference
 
 # As torch's matrix product names dtypes in its errors.
 _NAMES = {
@@ -27,12 +30,12 @@ _NAMES = {
 }
 
 
-class _Cell(nn.Module):
+class _Cell(modules.Module, nn.RNNCellBase):
     """One step. weight_ih [G*H, I], weight_hh [G*H, H], bias_ih and bias_hh [G*H], all U(-1/sqrt(H), 1/sqrt(H))."""
 
     cell: str
-    bias_ih: nn.Parameter | None
-    bias_hh: nn.Parameter | None
+    bias_ih: nn.Parameter | None  # type: ignore[assignment]
+    bias_hh: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -44,7 +47,7 @@ class _Cell(nn.Module):
         backend: str | None = None,
         precision: str | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             checks.integer(name, size, bools=True)
             if size < 0:
@@ -131,7 +134,7 @@ class _Cell(nn.Module):
         return final if batched else tuple(s[0] for s in final)
 
 
-class LSTMCell(_Cell):
+class LSTMCell(_Cell, nn.LSTMCell):
     """torch.nn.LSTMCell, with backend= (see seqcells.backends) and precision= (see functional.scan).
 
     Input [B, I] or [I]; hx (h, c), each [B, H] or [H].
@@ -153,6 +156,10 @@ class LSTMCell(_Cell):
         super().__init__(input_size, hidden_size, bias, device, dtype, backend, precision)
 
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        # Whether torch.fx traces. Asked in line, for every call pays for it.
+        known = type(input) is Tensor and (hx is None or (type(hx) is tuple and hx and type(hx[0]) is Tensor))
+        if not known and (call := self._traced(input, hx)) is not None:
+            return call  # type: ignore[return-value]
         if hx is not None and not isinstance(hx, (tuple, list)):
             raise TypeError(f"LSTMCell: expected hx to be a tuple of two tensors (h, c), got {checks.kind(hx)}")
         # Whether an argument is to blame is asked after a failure: before each step it would cost.
@@ -167,6 +174,9 @@ class _OneState(_Cell):
     """A cell whose only state is its output."""
 
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        known = type(input) is Tensor and (hx is None or type(hx) is Tensor)
+        if not known and (call := self._traced(input, hx)) is not None:
+            return call  # type: ignore[return-value]
         states = None if hx is None else (hx,)
         try:
             return self._step(input, states, ("hidden",))[0]
@@ -174,7 +184,7 @@ class _OneState(_Cell):
             raise checks.clearer(error, self._check, input, states) from None
 
 
-class GRUCell(_OneState):
+class GRUCell(_OneState, nn.GRUCell):
     """torch.nn.GRUCell, with backend= and precision= (see LSTMCell), and reset_after= (False: Cho et al. 2014 v3).
 
     Input [B, I] or [I]; hx [B, H] or [H].
@@ -198,7 +208,7 @@ class GRUCell(_OneState):
         self.reset_after = reset_after
 
 
-class RNNCell(_OneState):
+class RNNCell(_OneState, nn.RNNCell):
     """torch.nn.RNNCell, with backend= and precision= (see LSTMCell).
 
     nonlinearity: "tanh" or "relu". Input [B, I] or [I]; hx [B, H] or [H].

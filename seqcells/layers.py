@@ -1,7 +1,7 @@
 """LSTM, GRU, RNN: torch.nn's modules of those names over whole sequences, with resets, lengths and a choice of backend.
 
-Not subclasses of torch.nn's classes, which torch.compile refuses by design. Parameters are read at each call, so weight
-norm, parametrizations, pruning and tying need nothing.
+Not subclasses of torch.nn's classes, which torch.compile refuses by design; `subclasses` has some that are. Parameters
+are read at each call, so weight norm, parametrizations, pruning and tying need nothing.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
-from . import arguments, checks, functional, packing, plain, reference
+from . import arguments, checks, functional, modules, packing, plain, reference
 from .functional import How
 
 
-class _Layer(nn.Module):
+class _Layer(modules.Module):
     """Parameters as torch.nn names them, for each layer k and, with _reverse behind it, its second direction:
 
     weight_ih_lk [G*H, I] (I: of a layer above the first, the size of the output below), weight_hh_lk [G*H, H],
@@ -47,7 +47,7 @@ class _Layer(nn.Module):
         save: str = "gates",
         precision: str | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # in `subclasses` torch.nn.LSTM's would be next
         rate = _rate(dropout)  # first, as in torch.nn
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         # Warnings name the caller's line: GRU and RNN have a constructor of their own between.
@@ -108,7 +108,7 @@ class _Layer(nn.Module):
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        nn.Module.__setstate__(self, state)
         # What modules pickled by earlier versions, of one layer and direction, do not have.
         self.__dict__.setdefault("mode", {"gru_before": "GRU"}.get(self.cell, self.cell.upper()))
         names = ["weight_ih_l0", "weight_hh_l0"] + (["bias_ih_l0", "bias_hh_l0"] if self.bias else [])
@@ -351,6 +351,12 @@ class LSTM(_Layer):
         lengths: Tensor | Sequence[int] | None = None,
         return_cell_states: bool = False,
     ) -> Any:
+        # Whether torch.fx traces. Asked in line, for every call pays for it.
+        known = type(input) is Tensor and (hx is None or (type(hx) is tuple and hx and type(hx[0]) is Tensor))
+        if not known:
+            options = {"resets": resets, "lengths": lengths, "return_cell_states": return_cell_states}
+            if (call := self._traced(input, hx, **options)) is not None:
+                return call
         y, (h, c), every = self._run(input, hx, resets, lengths, return_cell_states)
         return (y, (h, c), every) if return_cell_states else (y, (h, c))
 
@@ -366,6 +372,9 @@ class _OneState(_Layer):
         resets: Tensor | PackedSequence | None = None,
         lengths: Tensor | Sequence[int] | None = None,
     ) -> Any:
+        known = type(input) is Tensor and (hx is None or type(hx) is Tensor)
+        if not known and (call := self._traced(input, hx, resets=resets, lengths=lengths)) is not None:
+            return call
         y, (h,), _ = self._run(input, hx, resets, lengths)
         return y, h
 
