@@ -159,9 +159,10 @@ def revert(
     Raises TypeError or ValueError, before anything is changed, as convert does, and for a module that torch.nn has no
     equal of (a GRU or GRUCell with reset_after=False): exclude it.
     """
-    theirs = {mine: theirs for theirs, mine in _classes(mapping).items()}
-    if len(theirs) < len(mapping or {}):
-        raise ValueError("mapping: revert needs a class of its own for each, got one twice")
+    theirs: dict[type[nn.Module], type[nn.Module]] = {}
+    for cls, mine in _classes(mapping).items():
+        if theirs.setdefault(mine, cls) is not cls:
+            raise ValueError(f"mapping: {spelled(mine)} stands for two classes: revert needs one for each")
 
     def target(module: nn.Module, cls: type[nn.Module]) -> type[nn.Module] | str | None:
         if not issubclass(cls, modules.Module):
@@ -182,7 +183,8 @@ def _classes(mapping: Classes | None) -> dict[type[nn.Module], type[nn.Module]]:
     for theirs, mine in (mapping or {}).items():
         for cls in (theirs, mine):
             if not isinstance(cls, type):
-                raise checks.wrong("mapping", "a dict of classes, {Theirs: Mine}, or None", {theirs: mine})
+                expected = "a dict of classes, {Theirs: Mine}, or None"
+                raise TypeError(f"mapping must be {expected}, got {{{theirs!r}: {mine!r}}}")
         if issubclass(theirs, modules.Module) or not issubclass(theirs, tuple(OURS)):
             expected = f"subclasses of {', '.join(map(spelled, OURS))}"
             raise TypeError(f"mapping: its keys must be {expected}, got {spelled(theirs)}")
@@ -201,7 +203,7 @@ def _base(cls: type[nn.Module]) -> type[nn.Module]:
 def _left(cls: type[nn.Module], remedy: str) -> str:
     """Why a module of that class is left alone, and what would change it."""
     if any(base.__module__.startswith("torch.distributed.") for base in cls.__mro__):
-        return "its class is torch.distributed's: call convert or revert before fully_shard"
+        return "fully_shard changed its class: call convert or revert before fully_shard"
     return f"a subclass of {spelled(_base(cls))}; to change it: {remedy}"
 
 
@@ -249,21 +251,24 @@ def _swap_all(
             changes.append(Change(tuple(known_as), spelled(cls), spelled(cls), found))
     if refused:
         raise ValueError("\n".join(refused))
-    _do(swaps, changes, report, _summary(f"seqcells.{what}: ", type(model).__name__, len(names), len(wanted), changes))
+    _do(swaps, changes, report, _summary(what, type(model).__name__, len(names), len(wanted), changes))
     return model
 
 
-def _summary(start: str, model: str, there: int, wanted: int, changes: list[Change]) -> tuple[int, str]:
+def _summary(what: str, model: str, there: int, wanted: int, changes: list[Change]) -> tuple[int, str]:
     """A logging level and one line. there, wanted: how many recurrent modules are in the model and were meant."""
+    found = f"{there} recurrent module{'s' * (there > 1)} in this {model}"
     if not there:
-        return logging.WARNING, f"{start}nothing to do, there is no LSTM, GRU, RNN or cell of them in this {model}"
+        return logging.WARNING, f"seqcells.{what}: nothing to do: no LSTM, GRU, RNN or cell of these in this {model}"
+    if not wanted:
+        return logging.INFO, f"seqcells.{what}: nothing to do: include and exclude leave none of {found}"
     if not changes:
-        why = f"all {wanted} are it already" if wanted else "include and exclude leave none"
-        return logging.INFO, f"{start}nothing to do with the {there} recurrent modules in this {model}: {why}"
+        whose = "seqcells'" if what == "convert" else "torch.nn's"
+        return logging.INFO, f"seqcells.{what}: nothing to do: already {whose}: {found}"
     done = Counter(f"{c.before} -> {c.after}" for c in changes if not c.skipped)
     left = sum(1 for c in changes if c.skipped)
     text = ", ".join(f"{count} {change}" for change, count in done.items()) or "nothing changed"
-    return logging.INFO, start + text + (f"; {left} left alone" if left else "")
+    return logging.INFO, f"seqcells.{what}: {text}" + (f"; {left} left alone" if left else "")
 
 
 def _do(swaps: list[_Swap], changes: list[Change], report: list[Change] | None, summary: tuple[int, str]) -> None:

@@ -38,6 +38,8 @@ def layers(module: Any, x: Any, hx: Any) -> tuple[Tensor, tuple[Tensor, ...]] | 
     cell, name = module.cell, module.backend or chosen.backend
     if cell not in aten.CELLS or name not in ("auto", "aten") or type(x) is not Tensor or x.dim() != 3:
         return None
+    if "parametrizations" in module._modules:  # which are evaluated when read: only once a call
+        return None
     T, B, size = x.shape
     if not x.is_cpu or size != module.input_size or T * B == 0 or torch.is_autocast_enabled("cpu") or backends.traced():
         return None

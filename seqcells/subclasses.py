@@ -1,9 +1,9 @@
 """LSTM, GRU and RNN that are subclasses of torch.nn's, too, for code that asks isinstance(module, torch.nn.LSTM).
 
 Arguments, parameters, results and speed are those of seqcells.LSTM, GRU and RNN, which they are subclasses of. They
-cost torch.compile: it refuses every instance of torch.nn.LSTM, GRU and RNN. It compiles what comes before and after
-such a call, which itself runs as without torch.compile, and with fullgraph=True it raises, unless
-torch._dynamo.config.allow_rnn is set. So where nobody asks isinstance, take seqcells.LSTM.
+cost torch.compile, which refuses every instance of torch.nn.LSTM, GRU and RNN: its graph breaks where one is called,
+and with fullgraph=True it raises, unless torch._dynamo.config.allow_rnn is set. (torch.export takes them.) So where
+nobody asks isinstance, take seqcells.LSTM.
 
 The cells are subclasses of torch.nn's anyway, which torch.compile takes: they stand here as well.
 
