@@ -50,7 +50,8 @@ class Module(nn.Module):
 
     @qconfig.deleter
     def qconfig(self) -> None:
-        del self.__dict__["qconfig"]
+        if self.__dict__.pop("qconfig", self) is self:
+            raise AttributeError("qconfig")
 
     def _traced(self, input: Any, hx: Any, **options: Any) -> fx.Proxy | None:
         """torch.fx's record of this call, one node as for torch.nn's modules; None where nothing given is a Proxy.
@@ -61,8 +62,9 @@ class Module(nn.Module):
             for value in given if type(given) in (tuple, list) else (given,):
                 if not isinstance(value, fx.Proxy) or not isinstance(tracer := value.tracer, fx.Tracer):
                     continue
-                if tracer.root is self:  # it cannot call itself: fx says what it cannot trace
-                    return None
+                if tracer.root is self:
+                    name = type(self).__name__
+                    raise fx.proxy.TraceError(f"torch.fx cannot look into this {name}: trace a module that calls it")
                 hooks = (*self._forward_pre_hooks.values(), *self._forward_hooks.values())
                 # torch's own compute a weight, and may do so again.
                 if any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
