@@ -101,7 +101,7 @@ def test_fx_and_hooks():
 
 def test_fx_on_a_layer_alone_fails_as_on_torchs():
     for module in (nn.LSTM(3, 4), seqcells.LSTM(3, 4), seqcells.subclasses.LSTM(3, 4), seqcells.GRUCell(3, 4)):
-        with pytest.raises(fx.proxy.TraceError, match="symbolically traced|cannot look into this (LSTM|GRUCell)"):
+        with pytest.raises(fx.proxy.TraceError, match=r"symbolically traced|cannot look into this (LSTM|GRUCell)"):
             fx.symbolic_trace(module)
 
 
