@@ -41,7 +41,7 @@ OURS = LAYERS | CELLS
 THEIRS = {ours: theirs for form in (LAYERS, SUBCLASSES, CELLS) for theirs, ours in form.items()}
 
 M = TypeVar("M", bound=nn.Module)
-Classes = Mapping[type[nn.Module], type[nn.Module]]
+Classes = Mapping[Any, type[nn.Module]]  # Any: keys of a Mapping must be of exactly its type
 
 
 @dataclass(frozen=True)

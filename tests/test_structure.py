@@ -80,7 +80,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "layers": {"arguments", "checks", "functional", "modules", "packing", "plain", "reference"},
     "subclasses": {"cells", "layers"},
     "convert": {"arguments", "cells", "checks", "layers", "modules", "subclasses"},
-    "weights": {"cells", "checks", "layers"},
+    "weights": {"checks", "layers"},
     "init": {"checks", "weights"},
     "interop": {"checks", "weights"},
     "check": {"backends", "checks", "explanation", "functional", "reference"},
