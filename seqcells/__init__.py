@@ -1,6 +1,6 @@
 """Recurrent cells for PyTorch with fused Triton kernels: torch.nn's API and parameters, plus resets and the rest."""
 
-from . import backends, check, functional, init, interop, reference
+from . import backends, check, functional, init, interop, reference, subclasses
 from .backends import backend
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import Change, convert, revert
@@ -30,4 +30,5 @@ __all__ = [
     "reference",
     "revert",
     "rnn",
+    "subclasses",
 ]

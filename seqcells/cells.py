@@ -1,4 +1,7 @@
-"""LSTMCell, GRUCell, RNNCell: torch.nn's modules of those names, with a choice of backend and of the GRU's form."""
+"""LSTMCell, GRUCell, RNNCell: torch.nn's modules of those names, with a choice of backend and of the GRU's form.
+
+They are subclasses of torch.nn's cells, of which they take nothing.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from . import arguments, backends, checks, functional, plain, reference
+from . import arguments, backends, checks, functional, modules, plain, reference
 
 # As torch's matrix product names dtypes in its errors.
 _NAMES = {
@@ -28,12 +31,12 @@ _NAMES = {
 }
 
 
-class _Cell(nn.Module):
+class _Cell(modules.Module, nn.RNNCellBase):
     """One step. weight_ih [G*H, I], weight_hh [G*H, H], bias_ih and bias_hh [G*H], all U(-1/sqrt(H), 1/sqrt(H))."""
 
     cell: str
-    bias_ih: nn.Parameter | None
-    bias_hh: nn.Parameter | None
+    bias_ih: nn.Parameter | None  # type: ignore[assignment]
+    bias_hh: nn.Parameter | None  # type: ignore[assignment]
 
     def __init__(
         self,
@@ -45,7 +48,7 @@ class _Cell(nn.Module):
         backend: str | None = None,
         precision: str | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             checks.integer(name, size, bools=True)
             if size < 0:
@@ -132,7 +135,7 @@ class _Cell(nn.Module):
         return final if batched else tuple(s[0] for s in final)
 
 
-class LSTMCell(_Cell):
+class LSTMCell(_Cell, nn.LSTMCell):
     """Apply one step of a long short-term memory (LSTM) cell.
 
     It is :class:`torch.nn.LSTMCell` with the same arguments, parameters and results, and with ``backend`` and
@@ -201,6 +204,10 @@ class LSTMCell(_Cell):
             TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell does, for types, shapes, dtypes and devices that
                 do not fit.
         """
+        # Whether torch.fx traces. Asked in line, for every call pays for it.
+        known = type(input) is Tensor and (hx is None or (type(hx) is tuple and hx and type(hx[0]) is Tensor))
+        if not known and (call := self._traced(input, hx)) is not None:
+            return call  # type: ignore[return-value]
         if hx is not None and not isinstance(hx, (tuple, list)):
             raise TypeError(f"LSTMCell: expected hx to be a tuple of two tensors (h, c), got {checks.kind(hx)}")
         # Whether an argument is to blame is asked after a failure: before each step it would cost.
@@ -232,6 +239,9 @@ class _OneState(_Cell):
             TypeError, ValueError, RuntimeError: As torch.nn does, for types, shapes, dtypes and devices that do not
                 fit.
         """
+        known = type(input) is Tensor and (hx is None or type(hx) is Tensor)
+        if not known and (call := self._traced(input, hx)) is not None:
+            return call  # type: ignore[return-value]
         states = None if hx is None else (hx,)
         try:
             return self._step(input, states, ("hidden",))[0]
@@ -243,7 +253,7 @@ class _OneState(_Cell):
         def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
 
 
-class GRUCell(_OneState):
+class GRUCell(_OneState, nn.GRUCell):
     """Apply one step of a gated recurrent unit (GRU) cell.
 
     It is :class:`torch.nn.GRUCell` with the same arguments, parameters and results, and with ``reset_after``,
@@ -304,7 +314,7 @@ class GRUCell(_OneState):
         self.reset_after = reset_after
 
 
-class RNNCell(_OneState):
+class RNNCell(_OneState, nn.RNNCell):
     """Apply one step of an Elman network with a tanh or relu.
 
     It is :class:`torch.nn.RNNCell` with the same arguments, parameters and results, and with ``backend`` and

@@ -10,8 +10,10 @@ in torch.nn.utils.parametrize and in its lazy modules.
 from __future__ import annotations
 
 import logging
+import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from itertools import chain
@@ -20,19 +22,26 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import arguments, cells, checks, layers
+from . import arguments, cells, checks, layers, modules, subclasses
+from .modules import spelled
 
 LOGGER = logging.getLogger("seqcells")
 LAYERS: dict[type[nn.Module], type[nn.Module]] = {nn.LSTM: layers.LSTM, nn.GRU: layers.GRU, nn.RNN: layers.RNN}
+SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {
+    nn.LSTM: subclasses.LSTM,
+    nn.GRU: subclasses.GRU,
+    nn.RNN: subclasses.RNN,
+}
 CELLS: dict[type[nn.Module], type[nn.Module]] = {
     nn.LSTMCell: cells.LSTMCell,
     nn.GRUCell: cells.GRUCell,
     nn.RNNCell: cells.RNNCell,
 }
 OURS = LAYERS | CELLS
-THEIRS = {ours: theirs for theirs, ours in OURS.items()}
+THEIRS = {ours: theirs for form in (LAYERS, SUBCLASSES, CELLS) for theirs, ours in form.items()}
 
 M = TypeVar("M", bound=nn.Module)
+Classes = Mapping[Any, type[nn.Module]]  # Any: keys of a Mapping must be of exactly its type
 
 
 @dataclass(frozen=True)
@@ -79,6 +88,8 @@ def convert(
     *,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    subclass: bool = False,
+    mapping: Classes | None = None,
     backend: str | None = None,
     save: str = "gates",
     precision: str | None = None,
@@ -90,24 +101,46 @@ def convert(
     stays right, state_dict's keys are the same, and no random number is drawn.
 
     include, exclude: a name or names, as model.named_modules() gives them, with fnmatch's wildcards ("encoder.*"; a
-    star also matches dots); a module with several names is meant by any of them. backend, save (layers only),
-    precision: as in seqcells.LSTM.
-    report: a list; a Change is appended for every recurrent module that was changed or left alone. The logger
-    "seqcells" says the same, at INFO and WARNING.
+    star also matches dots); a module with several names is meant by any of them.
+    subclass: True makes layers of seqcells.subclasses' classes, for code that asks isinstance(module, torch.nn.LSTM).
+    That costs torch.compile: it breaks its graph at each of them, and raises with fullgraph=True, as at torch.nn's own
+    (see seqcells.subclasses). Layers that are seqcells' already become such, too, and keep their settings. (The cells
+    are instances of torch.nn's in any case, which torch.compile takes.)
+    mapping: {Theirs: Mine}, for subclasses of torch.nn's classes: modules of exactly the class Theirs become Mine, a
+    subclass of the seqcells class in question. Attributes stay, and no constructor of Mine runs. Often
+    `class Mine(Theirs, seqcells.subclasses.LSTM)` with nothing in it will do.
+    backend, save (layers only), precision: as in seqcells.LSTM.
+    report: a list; a Change is appended for every recurrent module that was changed or left alone.
 
-    Left alone: subclasses of torch.nn's classes, whose code may rely on them, and modules whose forward was replaced
-    on the instance. Modules in torch.jit's or torch.export's programs are not seen at all. A model that torch.compile
-    compiled is compiled again at its next call.
-    Raises ValueError, before anything is changed, for an unknown backend, save or precision, and for a pattern that
-    matches no recurrent module. If anything else raises on the way, all is put back.
+    The logger "seqcells" sums up at INFO (on stderr where logging is not configured;
+    logging.getLogger("seqcells").setLevel("WARNING") silences it), warns of what was left alone and of a model with
+    nothing to convert, and gives every change at DEBUG.
+
+    Left alone: subclasses of torch.nn's classes that mapping does not name, whose code may rely on them, and modules
+    whose forward was replaced on the instance. Modules in torch.jit's or torch.export's programs are not seen at all.
+    A model that torch.compile compiled is compiled again at its next call. Call convert before fully_shard, which
+    gives modules classes of its own.
+    Raises TypeError or ValueError, before anything is changed, for a model that is no module, an unknown backend, save
+    or precision, a mapping of other classes, and a pattern that matches no recurrent module. If anything else raises
+    on the way, all is put back.
     """
     arguments.options(backend, precision, save)
-    how = {"backend": backend, "precision": precision}
+    checks.boolean("subclass", subclass)
+    mine, forms = _classes(mapping), CELLS | (SUBCLASSES if subclass else LAYERS)
 
-    def target(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
-        return _blank(module, OURS[cls], how | ({"save": save} if cls in LAYERS else {}))
+    def target(module: nn.Module, cls: type[nn.Module]) -> type[nn.Module] | str | None:
+        if issubclass(cls, modules.Module):
+            if not subclass or isinstance(module, tuple(OURS)):
+                return None
+            if cls in THEIRS:
+                return forms[THEIRS[cls]]
+            return _left(cls, f"make it one of {spelled(SUBCLASSES[THEIRS[_base(cls)]])}")
+        if (found := mine.get(cls) or forms.get(cls)) is not None:
+            return found
+        return _left(cls, f"mapping={{{spelled(cls)}: Yours}}, Yours a subclass of {spelled(forms[_base(cls)])}")
 
-    return _swap_all(model, tuple(OURS), tuple(THEIRS), target, include, exclude, report)
+    how = {"backend": backend, "save": save, "precision": precision}
+    return _swap_all(model, "convert", target, how, include, exclude, report)
 
 
 def revert(
@@ -115,70 +148,131 @@ def revert(
     *,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    mapping: Classes | None = None,
     report: list[Change] | None = None,
 ) -> M:
     """The opposite of convert, also for modules of model that were made as seqcells': in place, the same parameters.
 
     backend, save and precision are dropped; a forward that passes resets= to the module will no longer run. Subclasses
-    of seqcells' classes are left alone. include, exclude, report: as in convert.
-    Raises ValueError, before anything is changed, for a pattern that matches no recurrent module and for a module that
-    torch.nn has no equal of (a GRU or GRUCell with reset_after=False): exclude it.
+    of seqcells' classes are left alone, but for those in mapping.
+    mapping: as given to convert, {Theirs: Mine}: modules of exactly the class Mine become Theirs.
+    include, exclude, report: as in convert.
+    Raises TypeError or ValueError, before anything is changed, as convert does, and for a module that torch.nn has no
+    equal of (a GRU or GRUCell with reset_after=False): exclude it.
     """
+    theirs: dict[type[nn.Module], type[nn.Module]] = {}
+    for cls, mine in _classes(mapping).items():
+        if theirs.setdefault(mine, cls) is not cls:
+            raise ValueError(f"mapping: {spelled(mine)} stands for two classes: revert needs one for each")
 
-    def target(module: nn.Module, cls: type[nn.Module]) -> nn.Module:
+    def target(module: nn.Module, cls: type[nn.Module]) -> type[nn.Module] | str | None:
+        if not issubclass(cls, modules.Module):
+            return None
+        if (found := theirs.get(cls) or THEIRS.get(cls)) is None:
+            return _left(cls, f"mapping={{Yours: {spelled(cls)}}}, Yours a subclass of {spelled(THEIRS[_base(cls)])}")
         if not getattr(module, "reset_after", True):
             raise ValueError("torch.nn has no GRU with reset_after=False; name it in exclude= to leave it as it is")
-        return _blank(module, THEIRS[cls], {})
+        return found
 
-    return _swap_all(model, tuple(THEIRS), tuple(OURS), target, include, exclude, report)
+    return _swap_all(model, "revert", target, {}, include, exclude, report)
+
+
+def _classes(mapping: Classes | None) -> dict[type[nn.Module], type[nn.Module]]:
+    """mapping, if it is one."""
+    if mapping is not None and not isinstance(mapping, Mapping):
+        raise checks.wrong("mapping", "a dict of classes, {Theirs: Mine}, or None", mapping)
+    for theirs, mine in (mapping or {}).items():
+        for cls in (theirs, mine):
+            if not isinstance(cls, type):
+                expected = "a dict of classes, {Theirs: Mine}, or None"
+                raise TypeError(f"mapping must be {expected}, got {{{theirs!r}: {mine!r}}}")
+        if issubclass(theirs, modules.Module) or not issubclass(theirs, tuple(OURS)):
+            expected = f"subclasses of {', '.join(map(spelled, OURS))}"
+            raise TypeError(f"mapping: its keys must be {expected}, got {spelled(theirs)}")
+        ours = OURS[_base(theirs)]
+        if not issubclass(mine, ours):
+            expected = f"a subclass of {spelled(ours)}"
+            raise TypeError(f"mapping: {spelled(theirs)} must become {expected}, got {spelled(mine)}")
+    return dict(mapping or {})
+
+
+def _base(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class of seqcells' or torch.nn's that it is, or is a subclass of."""
+    return next(base for base in cls.__mro__ if base in THEIRS or base in OURS)
+
+
+def _left(cls: type[nn.Module], remedy: str) -> str:
+    """Why a module of that class is left alone, and what would change it."""
+    if any(base.__module__.startswith("torch.distributed.") for base in cls.__mro__):
+        return "fully_shard changed its class: call convert or revert before fully_shard"
+    return f"a subclass of {spelled(_base(cls))}; to change it: {remedy}"
 
 
 def _swap_all(
     model: M,
-    sources: tuple[type[nn.Module], ...],
-    others: tuple[type[nn.Module], ...],
-    target: Callable[[nn.Module, type[nn.Module]], nn.Module],
+    what: str,
+    target: Callable[[nn.Module, type[nn.Module]], type[nn.Module] | str | None],
+    how: dict[str, Any],
     include: str | Iterable[str] | None,
     exclude: str | Iterable[str] | None,
     report: list[Change] | None,
 ) -> M:
+    """target: what a module of some class becomes, why it is left alone, or None where there is nothing to do."""
     if not isinstance(model, nn.Module):
-        raise checks.wrong("model", "a torch.nn.Module", model)
+        error = checks.wrong("model", "a torch.nn.Module", model)
+        if isinstance(model, type):
+            error.args = (f"{error}: {what} takes an instance, as in {what}({model.__name__}(...))",)
+        raise error
     if report is not None and (isinstance(report, type) or not callable(getattr(report, "append", None))):
         raise checks.wrong("report", "a list or None", report)
     names: dict[nn.Module, list[str]] = {}
+    recurrent: tuple[type[nn.Module], ...] = (*OURS, *THEIRS)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, sources + others):
+        if isinstance(module, recurrent):
             names.setdefault(module, []).append(name)
-    wanted = _matching(names, include, "include", default=True)
-    unwanted = _matching(names, exclude, "exclude", default=False)
+    wanted = _matching(names, include, "include", default=True) - _matching(names, exclude, "exclude", default=False)
     swaps, changes, refused = [], [], []
     for module, known_as in names.items():
-        if module not in wanted or module in unwanted or not isinstance(module, sources):
+        if module not in wanted:
             continue
         cls = parametrize.type_before_parametrizations(module)
-        before = after = _qualified(cls)
-        skipped = ""
-        if cls not in sources:
-            skipped = f"a subclass of {_qualified(next(c for c in sources if issubclass(cls, c)))}"
-        elif "forward" in module.__dict__:
-            skipped = "its forward was replaced on the instance"
+        try:
+            found = target(module, cls)
+        except ValueError as e:
+            refused.append(f"{_joined(known_as)}: {e}")
+            continue
+        if found is None:
+            continue
+        if isinstance(found, type) and "forward" in module.__dict__:
+            found = "its forward was replaced on the instance"
+        if isinstance(found, type):
+            swaps.append(_plan(module, cls, found, how))
+            changes.append(Change(tuple(known_as), spelled(cls), spelled(found)))
         else:
-            try:
-                blank = target(module, cls)
-            except ValueError as e:
-                refused.append(f"{_joined(known_as)}: {e}")
-                continue
-            swaps.append(_plan(module, cls, blank))
-            after = _qualified(type(blank))
-        changes.append(Change(tuple(known_as), before, after, skipped))
+            changes.append(Change(tuple(known_as), spelled(cls), spelled(cls), found))
     if refused:
         raise ValueError("\n".join(refused))
-    _do(swaps, changes, report)
+    _do(swaps, changes, report, _summary(what, type(model).__name__, len(names), len(wanted), changes))
     return model
 
 
-def _do(swaps: list[_Swap], changes: list[Change], report: list[Change] | None) -> None:
+def _summary(what: str, model: str, there: int, wanted: int, changes: list[Change]) -> tuple[int, str]:
+    """A logging level and one line. there, wanted: how many recurrent modules are in the model and were meant."""
+    found = f"{there} recurrent module{'s' * (there > 1)} in this {model}"
+    if not there:
+        return logging.WARNING, f"seqcells.{what}: nothing to do: no LSTM, GRU, RNN or cell of these in this {model}"
+    if not wanted:
+        return logging.INFO, f"seqcells.{what}: nothing to do: include and exclude leave none of {found}"
+    if not changes:
+        whose = "seqcells'" if what == "convert" else "torch.nn's"
+        return logging.INFO, f"seqcells.{what}: nothing to do: already {whose}: {found}"
+    done = Counter(f"{c.before} -> {c.after}" for c in changes if not c.skipped)
+    left = sum(1 for c in changes if c.skipped)
+    text = ", ".join(f"{count} {change}" for change, count in done.items()) or "nothing changed"
+    return logging.INFO, f"seqcells.{what}: {text}" + (f"; {left} left alone" if left else "")
+
+
+def _do(swaps: list[_Swap], changes: list[Change], report: list[Change] | None, summary: tuple[int, str]) -> None:
     """All swaps, and the report of them; none where something raises, whatever it is."""
     undo: list[Callable[[], None]] = []
     try:
@@ -191,7 +285,11 @@ def _do(swaps: list[_Swap], changes: list[Change], report: list[Change] | None) 
             report.append(change)  # type: ignore[union-attr]
             undo.append(getattr(report, "pop", lambda: None))
         for change in changes:
-            LOGGER.log(logging.WARNING if change.skipped else logging.INFO, "%s", change)
+            LOGGER.log(logging.WARNING if change.skipped else logging.DEBUG, "%s", change)
+        LOGGER.log(summary[0], "%s", summary[1])
+        # Where nobody configured logging, Python shows warnings only.
+        if summary[0] == logging.INFO and LOGGER.level <= logging.INFO and not LOGGER.hasHandlers():
+            print(summary[1], file=sys.stderr)
     except BaseException:
         for restore in reversed(undo):
             restore()
@@ -238,19 +336,14 @@ def _matching(
     return found
 
 
-def _qualified(cls: type) -> str:
-    """torch.nn.LSTM and seqcells.LSTM as people write them."""
-    if cls in OURS:
-        return f"torch.nn.{cls.__name__}"
-    return f"seqcells.{cls.__name__}" if cls in THEIRS else f"{cls.__module__}.{cls.__qualname__}"
-
-
 def _blank(module: nn.Module, cls: type[nn.Module], how: dict[str, Any]) -> nn.Module:
     """A module of that class with module's settings, on the meta device: no memory, no random numbers."""
     given = ["input_size", "hidden_size", "bias"]
     if issubclass(cls, (*LAYERS, *LAYERS.values())):
         given += ["num_layers", "batch_first", "bidirectional"]
         given += ["proj_size"] if issubclass(cls, (nn.LSTM, layers.LSTM)) else []
+    else:
+        how = {name: value for name, value in how.items() if name != "save"}
     given += ["nonlinearity"] if hasattr(module, "nonlinearity") else []
     blank = cls(**{name: getattr(module, name) for name in given}, device="meta", **how)
     if hasattr(module, "dropout"):
@@ -258,18 +351,22 @@ def _blank(module: nn.Module, cls: type[nn.Module], how: dict[str, Any]) -> nn.M
     return blank
 
 
-def _plan(module: nn.Module, cls: type[nn.Module], blank: nn.Module) -> _Swap:
+def _plan(module: nn.Module, cls: type[nn.Module], new: type[nn.Module], how: dict[str, Any]) -> _Swap:
+    """How module, of class cls, becomes one of class new. how: the settings that only seqcells' classes have."""
     state, base = module.__dict__, set(nn.Module().__dict__)
+    # What fresh modules of the two have, of torch.nn's or seqcells' own classes: a user's may want other arguments.
+    old = _blank(module, _base(cls), {})
+    only_class = issubclass(cls, modules.Module) and issubclass(new, modules.Module)
+    blank = old if only_class else _blank(module, _base(new), how)
     own = {name: value for name, value in blank.__dict__.items() if name not in base}
-    # What a fresh module of the old class has and the new class has not; the rest is the user's own and stays.
-    old = _blank(module, cls, {})
+    # What the old class has and the new class has not; the rest is the user's own and stays.
     drop = frozenset(set(old.__dict__) - base - set(own))
-    if isinstance(blank, nn.RNNBase):
+    own = {} if only_class else own
+    if isinstance(blank, nn.RNNBase) and not isinstance(blank, modules.Module):
         own |= _flat_weights(module, blank._flat_weights_names)
     parameters = state["_parameters"]
     absent = [n for n, p in blank._parameters.items() if p is None and n not in parameters]
     surplus = [n for n, p in parameters.items() if p is None and n in old._parameters and n not in blank._parameters]
-    new = type(blank)
     if parametrize.is_parametrized(module):
         # torch puts the properties that compute the parametrized tensors in a class of the module's own. They look
         # into module.parametrizations by name, so they do as well on top of another class.

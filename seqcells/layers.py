@@ -1,7 +1,7 @@
 """LSTM, GRU, RNN: torch.nn's modules of those names over whole sequences, with resets, lengths and a choice of backend.
 
-Not subclasses of torch.nn's classes, which torch.compile refuses by design. Parameters are read at each call, so weight
-norm, parametrizations, pruning and tying need nothing.
+Not subclasses of torch.nn's classes, which torch.compile refuses by design; `subclasses` has some that are. Parameters
+are read at each call, so weight norm, parametrizations, pruning and tying need nothing.
 """
 
 from __future__ import annotations
@@ -145,6 +145,12 @@ class LSTM(_Layer):
             TypeError, ValueError, RuntimeError: As torch.nn.LSTM does, for types, shapes, dtypes and devices that do
                 not fit; RuntimeError also where the backend that was asked for cannot do it.
         """
+        # Whether torch.fx traces. Asked in line, for every call pays for it.
+        known = type(input) is Tensor and (hx is None or (type(hx) is tuple and hx and type(hx[0]) is Tensor))
+        if not known:
+            options = {"resets": resets, "lengths": lengths, "return_cell_states": return_cell_states}
+            if (call := self._traced(input, hx, **options)) is not None:
+                return call
         y, (h, c), every = self._run(input, hx, resets, lengths, return_cell_states)
         return (y, (h, c), every) if return_cell_states else (y, (h, c))
 
@@ -195,6 +201,9 @@ class _OneState(_Layer):
             TypeError, ValueError, RuntimeError: As torch.nn does, for types, shapes, dtypes and devices that do not
                 fit; RuntimeError also where the backend that was asked for cannot do it.
         """
+        known = type(input) is Tensor and (hx is None or type(hx) is Tensor)
+        if not known and (call := self._traced(input, hx, resets=resets, lengths=lengths)) is not None:
+            return call
         y, (h,), _ = self._run(input, hx, resets, lengths)
         return y, h
 

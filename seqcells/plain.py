@@ -40,6 +40,8 @@ def layers(module: Any, x: Any, hx: Any, resets: Any = None) -> tuple[Tensor, tu
     cell, name = module.cell, module.backend or chosen.backend
     if cell not in aten.CELLS or name not in ("auto", "aten") or type(x) is not Tensor or x.dim() != 3:
         return None
+    if "parametrizations" in module._modules:  # which are evaluated when read: only once a call
+        return None
     T, B, size = x.shape
     if resets is not None and x.shape[module.batch_first] != 1:
         return None

@@ -14,11 +14,11 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import arguments, checks, functional, packing, plain, reference
+from . import arguments, checks, functional, modules, packing, plain, reference
 from .functional import How
 
 
-class _Layer(nn.Module):
+class _Layer(modules.Module):
     """Parameters as torch.nn names them, for each layer k and, with _reverse behind it, its second direction:
 
     weight_ih_lk [G*H, I] (I: of a layer above the first, the size of the output below), weight_hh_lk [G*H, H],
@@ -44,7 +44,7 @@ class _Layer(nn.Module):
         save: str = "gates",
         precision: str | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # in `subclasses` torch.nn.LSTM's would be next
         rate = _rate(dropout)  # first, as in torch.nn
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         # Warnings name the caller's line: GRU and RNN have a constructor of their own between, and its wrapper.
@@ -106,7 +106,7 @@ class _Layer(nn.Module):
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+        nn.Module.__setstate__(self, state)
         # What modules pickled by earlier versions, of one layer and direction, do not have.
         self.__dict__.setdefault("mode", {"gru_before": "GRU"}.get(self.cell, self.cell.upper()))
         names = ["weight_ih_l0", "weight_hh_l0"] + (["bias_ih_l0", "bias_hh_l0"] if self.bias else [])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import cells, checks, layers
+from . import checks, layers
 
 PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 _LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
@@ -17,10 +17,11 @@ _LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
     "gru": (layers.GRU, nn.GRU),
     "rnn": (layers.RNN, nn.RNN),
 }
+# seqcells' are subclasses of them.
 _CELLS: dict[str, tuple[type[nn.Module], ...]] = {
-    "lstm": (cells.LSTMCell, nn.LSTMCell),
-    "gru": (cells.GRUCell, nn.GRUCell),
-    "rnn": (cells.RNNCell, nn.RNNCell),
+    "lstm": (nn.LSTMCell,),
+    "gru": (nn.GRUCell,),
+    "rnn": (nn.RNNCell,),
 }
 # Gates in the order of the rows of torch.nn's weights.
 GATES = {"lstm": "ifgo", "gru": "rzn", "rnn": "n"}

@@ -215,8 +215,10 @@ def swap(random):
         "include": random.choice(["*", ["a", "b.*"]]),
         "exclude": random.choice([(), "a"]),
     }
+    if random.random() < 0.3:
+        given["mapping"] = {nn.LSTM: seqcells.subclasses.LSTM}
     name = random.choice(["convert", "revert"])
-    given |= options(random) if name == "convert" else {}
+    given |= options(random) | {"subclass": random.choice([True, False])} if name == "convert" else {}
     return Call(name, getattr(seqcells, name), given, model)
 
 

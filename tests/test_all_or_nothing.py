@@ -25,7 +25,15 @@ def state(module):
     ]
 
 
-SWAPS = pytest.mark.parametrize(("swap", "space"), [(convert, nn), (revert, seqcells)], ids=["convert", "revert"])
+def to_subclasses(model, **options):
+    return convert(model, subclass=True, **options)
+
+
+SWAPS = pytest.mark.parametrize(
+    ("swap", "space"),
+    [(convert, nn), (to_subclasses, nn), (revert, seqcells), (revert, seqcells.subclasses)],
+    ids=["convert", "to subclasses", "revert", "from subclasses"],
+)
 
 
 @SWAPS

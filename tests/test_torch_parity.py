@@ -124,7 +124,7 @@ def test_parameters_are_torch_nns(kind, bias, layers, bidirectional):
         assert torch.equal(mine, its)
     assert [[w.shape for w in ws] for ws in ours.all_weights] == [[w.shape for w in ws] for ws in theirs.all_weights]
     if kind != "RNN-relu":  # whose nonlinearity torch's does not show
-        assert repr(ours) == repr(theirs)
+        assert repr(ours) == f"seqcells.{theirs!r}"
     for source, target in ((theirs, ours), (ours, theirs)):
         source.reset_parameters()
         target.load_state_dict(source.state_dict())

@@ -1,0 +1,78 @@
+"""What layers and cells have in common as modules: their name, and what torch's tools, which know torch.nn's classes by
+name or type, make of them."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+from torch import fx, nn
+from torch.nn.utils import parametrize
+
+
+def spelled(cls: type) -> str:
+    """A class as people write it: torch.nn.LSTM, seqcells.LSTM, somebody.elses.LSTM."""
+    package, _, module = cls.__module__.partition(".")
+    if package == "seqcells" and issubclass(cls, Module):
+        return f"seqcells.{'subclasses.' * (module == 'subclasses')}{cls.__name__}"
+    return (
+        f"torch.nn.{cls.__name__}" if cls.__module__ == nn.LSTM.__module__ else f"{cls.__module__}.{cls.__qualname__}"
+    )
+
+
+class Module(nn.Module):
+    """A layer or a cell."""
+
+    def _get_name(self) -> str:
+        """What repr shows: seqcells.LSTM, not to be taken for torch.nn's; of a subclass of the user's its own name."""
+        cls, name = parametrize.type_before_parametrizations(self), type(self).__name__
+        return spelled(cls).removesuffix(cls.__name__) + name if cls.__module__.startswith("seqcells.") else name
+
+    @property
+    def qconfig(self) -> Any:
+        """What torch.ao.quantization notes at each module that it comes to. There is none before."""
+        if "qconfig" not in self.__dict__:
+            raise AttributeError("qconfig")
+        return self.__dict__["qconfig"]
+
+    @qconfig.setter
+    def qconfig(self, value: Any) -> None:
+        # It replaces modules whose type is exactly torch.nn's and passes over all others without a word. It does so
+        # with torch.nn.RNN, too, for which it has nothing.
+        if "qconfig" not in self.__dict__ and not getattr(self, "mode", "").startswith("RNN"):
+            cls = parametrize.type_before_parametrizations(self)
+            warnings.warn(
+                f"torch.ao.quantization leaves {spelled(cls)}({self.extra_repr()}) as it is: it replaces modules of "
+                "torch.nn's own classes only. To quantize it, call seqcells.revert(model) first.",
+                stacklevel=2,
+            )
+        self.__dict__["qconfig"] = value
+
+    @qconfig.deleter
+    def qconfig(self) -> None:
+        if self.__dict__.pop("qconfig", self) is self:
+            raise AttributeError("qconfig")
+
+    def _traced(self, input: Any, hx: Any, **options: Any) -> fx.Proxy | None:
+        """torch.fx's record of this call, one node as for torch.nn's modules; None where nothing given is a Proxy.
+
+        fx asks for the module's name in torch.nn, so that it would look into forward.
+        """
+        for given in (input, hx, *options.values()):
+            for value in given if type(given) in (tuple, list) else (given,):
+                if not isinstance(value, fx.Proxy) or not isinstance(tracer := value.tracer, fx.Tracer):
+                    continue
+                if tracer.root is self:
+                    name = type(self).__name__
+                    raise fx.proxy.TraceError(f"torch.fx cannot look into this {name}: trace a module that calls it")
+                hooks = (*self._forward_pre_hooks.values(), *self._forward_hooks.values())
+                # torch's own compute a weight, and may do so again.
+                if any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
+                    raise RuntimeError(
+                        f"torch.fx would call this {type(self).__name__}'s forward hooks while it traces and again in "
+                        "each run: remove them before, or use a Tracer whose is_leaf_module names it"
+                    )
+                options = {name: value for name, value in options.items() if value is not None and value is not False}
+                arguments = (input,) if hx is None else (input, hx)
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, options)
+        return None
