@@ -1,11 +1,16 @@
-# Every target prepares its own virtual environment in .venv.
+# Every target prepares its own virtual environment in .venv; what needs other frameworks one in .venv-integrations.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo tasks test test-slow lint report report-quick bench bench-quick bench-dry bench-results crossover pictures clean
+.PHONY: demo tasks test test-slow test-integrations lint report report-quick bench bench-quick bench-dry bench-results crossover pictures clean
 
 .venv/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples,test,bench,lint]'
+	touch $@
+
+.venv-integrations/ready: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations,test]'
 	touch $@
 
 demo: .venv/ready
@@ -20,6 +25,9 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -n 2 -m slow
+
+test-integrations: .venv-integrations/ready
+	.venv-integrations/bin/python -m pytest -m integrations
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -54,4 +62,4 @@ pictures: .venv/ready
 	$(BIN)/python benchmarks/plot.py benchmarks/results/cpu.json benchmarks/results --static benchmarks/results/static-sm_90.md
 
 clean:
-	rm -rf .venv out build dist *.egg-info
+	rm -rf .venv .venv-integrations out build dist *.egg-info

@@ -7,6 +7,13 @@ editors, type checkers and running without installing; the mapping here puts eac
 from setuptools import setup
 
 setup(
-    packages=["seqcells", "seqcells.tasks", "seqcells.loop", "seqcells.kernels", "seqcells.kernels.cells"],
+    packages=[
+        "seqcells",
+        "seqcells.tasks",
+        "seqcells.loop",
+        "seqcells.integrations",
+        "seqcells.kernels",
+        "seqcells.kernels.cells",
+    ],
     package_dir={"seqcells": "seqcells", "seqcells.kernels": "kernels"},
 )

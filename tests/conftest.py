@@ -50,6 +50,13 @@ if DEVICE == "cpu":
     make_the_interpreter_quicker()
 
 
+def pytest_ignore_collect(collection_path, config):
+    """tests/integrations imports other frameworks, which only `-m integrations` needs."""
+    if collection_path.name == "integrations" and config.option.markexpr != "integrations":
+        return True
+    return None
+
+
 @pytest.fixture
 def poison():
     """Every uninitialised buffer is full of NaN: what a kernel does not write, or reads too early, shows."""
