@@ -168,7 +168,7 @@ class _Outputs(torch.autograd.Function):
         return tuple(t.view_as(t) for t in outputs)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         ctx.seen(gradients)
         return None, *gradients
 

@@ -1,0 +1,66 @@
+"""sb3-contrib: RecurrentPPO learns the same with our LSTMs, converted and written with resets=."""
+
+import gymnasium
+import pytest
+import torch
+from sb3_contrib import RecurrentPPO
+from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
+from torch_cases import assert_same
+
+import seqcells
+
+pytestmark = pytest.mark.integrations
+
+
+class WithResets(RecurrentActorCriticPolicy):
+    """No loop over the steps where an episode begins inside a sequence, and no masking of states."""
+
+    @staticmethod
+    def _process_sequence(features, lstm_states, episode_starts, lstm):
+        n = lstm_states[0].shape[1]
+        x = features.reshape(n, -1, lstm.input_size).swapaxes(0, 1)
+        y, states = lstm(x, lstm_states, resets=episode_starts.reshape(n, -1).swapaxes(0, 1))
+        return y.swapaxes(0, 1).flatten(0, 1), states
+
+
+def made(policy, **options):
+    """With several environments, whose episodes end inside a rollout: a beginner's pole falls after some 20 steps."""
+    options = {"lstm_hidden_size": 8, "net_arch": [8], **options}
+    how = {"n_steps": 32, "batch_size": 32, "n_epochs": 2, "seed": 0, "policy_kwargs": options, "device": "cpu"}
+    env = gymnasium.make("CartPole-v1")
+    return RecurrentPPO(policy, env, **how)
+
+
+def learned(model, steps=96):
+    """The parameters after some rollouts and updates; and how many episodes ended."""
+    model.learn(steps)
+    return {name: p.detach().clone() for name, p in model.policy.named_parameters()}, len(model.ep_info_buffer)
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_lstm": True, "enable_critic_lstm": False}, {"n_lstm_layers": 2}])
+def test_converted_and_with_resets(options):
+    expected, episodes = learned(made("MlpLstmPolicy", **options))
+    assert episodes >= 2
+    for policy in ("MlpLstmPolicy", WithResets):
+        model = made(policy, **options)
+        seqcells.convert(model.policy)
+        assert isinstance(model.policy.lstm_actor, seqcells.LSTM)
+        found, same = learned(model)
+        assert same == episodes
+        assert_same(found, expected, str(policy))
+
+
+def test_a_saved_model_is_torch_nns_and_loads_in_both(tmp_path):
+    """The file holds state_dicts: RecurrentPPO.load makes torch.nn's layers, which are converted again."""
+    model = made("MlpLstmPolicy")
+    seqcells.convert(model.policy)
+    learned(model, 32)
+    model.save(tmp_path / "model")
+    loaded = RecurrentPPO.load(tmp_path / "model", device="cpu")
+    assert type(loaded.policy.lstm_actor) is torch.nn.LSTM
+    observation = gymnasium.make("CartPole-v1").reset(seed=0)[0]
+    actions = [m.predict(observation, deterministic=True) for m in (model, loaded)]
+    assert actions[0][0] == actions[1][0]
+    states = [{str(i): torch.as_tensor(s) for i, s in enumerate(a[1])} for a in actions]
+    assert_same(states[0], states[1], "states")
+    assert isinstance(seqcells.convert(loaded.policy).lstm_actor, seqcells.LSTM)
