@@ -6,9 +6,11 @@ import warnings
 import numpy as np
 import pandas as pd
 import pytest
+import recipes
 import torch
 from pytorch_forecasting import DeepAR, TemporalFusionTransformer, TimeSeriesDataSet
 from pytorch_forecasting.models.nn import rnn
+from torch import nn
 from torch_cases import assert_same, everything
 
 import seqcells
@@ -16,25 +18,12 @@ import seqcells
 pytestmark = pytest.mark.integrations
 
 
-class LSTM(rnn.LSTM, seqcells.subclasses.LSTM):
-    """Theirs, whose super().forward is ours."""
-
-
-class GRU(rnn.GRU, seqcells.subclasses.GRU):
-    """The same of the GRU."""
-
-
-class Rebuilt(LSTM):
-    """Their mixin's forward without its packing: our layers take lengths=, 0 among them, themselves.
-
-    There each row keeps the state it was given. Theirs fills in other rows' states, and h for c (pytorch-forecasting
-    1.8.0), so they are the same where no row is empty, or where the given state is zero.
-    """
-
-    def forward(self, x, hx=None, lengths=None, enforce_sorted=True):
-        return seqcells.LSTM.forward(self, x, hx, lengths=lengths)
-
-
+# The page's classes: theirs on ours, and their mixin's forward without its packing. With that each row of no steps
+# keeps the state it was given; theirs fills in other rows' states, and h for c (pytorch-forecasting 1.8.0), so they are
+# the same where no row is empty, or where the given state is zero.
+LAYERS = nn.ModuleList([rnn.LSTM(3, 4), rnn.GRU(3, 4)])
+NAMES = recipes.run("PyTorch Forecasting", model=LAYERS, other=nn.ModuleList([rnn.LSTM(3, 4)]))
+LSTM, GRU, Rebuilt = NAMES["LSTM"], NAMES["GRU"], NAMES["Rebuilt"]
 MAPPING = {rnn.LSTM: LSTM, rnn.GRU: GRU}
 
 

@@ -2,9 +2,9 @@
 
 import gymnasium
 import pytest
+import recipes
 import torch
 from sb3_contrib import RecurrentPPO
-from sb3_contrib.common.recurrent.policies import RecurrentActorCriticPolicy
 from torch_cases import assert_same
 
 import seqcells
@@ -12,15 +12,10 @@ import seqcells
 pytestmark = pytest.mark.integrations
 
 
-class WithResets(RecurrentActorCriticPolicy):
-    """No loop over the steps where an episode begins inside a sequence, and no masking of states."""
-
-    @staticmethod
-    def _process_sequence(features, lstm_states, episode_starts, lstm):
-        n = lstm_states[0].shape[1]
-        x = features.reshape(n, -1, lstm.input_size).swapaxes(0, 1)
-        y, states = lstm(x, lstm_states, resets=episode_starts.reshape(n, -1).swapaxes(0, 1))
-        return y.swapaxes(0, 1).flatten(0, 1), states
+@pytest.fixture(scope="module")
+def with_resets():
+    """The page's policy, without a loop over the steps."""
+    return recipes.run("Stable-Baselines3", only=1, RecurrentPPO=RecurrentPPO, seqcells=seqcells)["Policy"]
 
 
 def made(policy, **options):
@@ -38,10 +33,10 @@ def learned(model, steps=96):
 
 
 @pytest.mark.parametrize("options", [{}, {"shared_lstm": True, "enable_critic_lstm": False}, {"n_lstm_layers": 2}])
-def test_converted_and_with_resets(options):
+def test_converted_and_with_resets(options, with_resets):
     expected, episodes = learned(made("MlpLstmPolicy", **options))
     assert episodes >= 2
-    for policy in ("MlpLstmPolicy", WithResets):
+    for policy in ("MlpLstmPolicy", with_resets):
         model = made(policy, **options)
         seqcells.convert(model.policy)
         assert isinstance(model.policy.lstm_actor, seqcells.LSTM)
