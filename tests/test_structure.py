@@ -78,7 +78,6 @@ ARROWS = {  # room: the rooms of the project it may import
     "cells": {"arguments", "backends", "checks", "functional", "plain", "reference"},
     "layers": {"arguments", "checks", "functional", "packing", "plain", "reference"},
     "convert": {"arguments", "cells", "checks", "layers"},
-    "integrations": {"cells", "layers"},
     "weights": {"cells", "checks", "layers"},
     "init": {"checks", "weights"},
     "interop": {"checks", "weights"},
@@ -89,6 +88,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "progress": set(),
     "tasks": {"init", "layers", "training"},
     "suite": {"files", "progress", "tasks", "training"},
+    "integrations": {"cells", "layers"},
 }
 TOP = {"__init__", "__main__"}  # these may import anything
 

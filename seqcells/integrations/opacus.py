@@ -33,7 +33,8 @@ _FOUND: dict[nn.Module, dict[Tensor, Tensor]] = {}
 def grad_sampler(module: nn.Module, activations: Any, backprops: Any) -> dict[Tensor, Tensor]:
     """The gradients [B, *shape] of each of module's parameters that requires one; called by opacus.
 
-    For a class of your own that inherits from one of seqcells', register it:
+    A class of your own that inherits from one of seqcells' and leaves its forward alone needs nothing. Register one with
+    a forward of its own that still gives what seqcells' does:
     `opacus.grad_sample.register_grad_sampler(MyLSTM)(seqcells.integrations.opacus.grad_sampler)`.
     Raises RuntimeError where opacus' hooks were put on module before this module was imported.
     """
@@ -193,6 +194,8 @@ def _register(self: nn.Module, hook: Any, prepend: bool = False) -> Any:
         raise ValueError(
             f"grad_sample_mode must not be 'functorch' with a {type(self).__name__}: use 'hooks' or 'ghost'"
         )
+    if any(type(self).forward is base.forward for base in CLASSES):  # opacus goes by the very class
+        register_grad_sampler(type(self))(grad_sampler)
     before = self.register_forward_pre_hook(partial(_enter, hook), with_kwargs=True)
     return _Handle(before, self.register_forward_hook(partial(_leave, hook), with_kwargs=True))
 

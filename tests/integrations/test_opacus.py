@@ -231,11 +231,27 @@ def test_what_opacus_cannot_take_is_named():
         seqcells.integrations.opacus.grad_sampler(layer("lstm"), None, None)
 
 
-def test_a_class_of_the_users_own():
+def test_classes_that_inherit():
+    """From ours; those with a forward of their own are registered by whoever wrote it."""
+
     class Mine(seqcells.GRU):
         pass
 
-    opacus.grad_sample.register_grad_sampler(Mine)(seqcells.integrations.opacus.grad_sampler)
-    net = Net(Mine(I, H, batch_first=True, dtype=torch.float64))
+    class Twice(seqcells.GRU):
+        def forward(self, x):
+            return super().forward(2 * x)
+
+    opacus.grad_sample.register_grad_sampler(Twice)(seqcells.integrations.opacus.grad_sampler)
     x = torch.randn(B, T, I, dtype=torch.float64)
+    for cls in (Mine, Twice):
+        net = Net(cls(I, H, batch_first=True, dtype=torch.float64))
+        assert_samples(net, x, samples=[((x[b : b + 1],), {}) for b in range(B)])
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_converted_to_subclasses_of_torch_nns(kind):
+    """Which opacus would refuse, were they torch.nn's own."""
+    net = Net(seqcells.convert(getattr(nn, kind)(I, H, batch_first=True, dtype=torch.float64), subclass=True))
+    x = torch.randn(B, T, I, dtype=torch.float64)
+    assert isinstance(net.rnn, getattr(nn, kind)) and opacus.PrivacyEngine.is_compatible(net)
     assert_samples(net, x, samples=[((x[b : b + 1],), {}) for b in range(B)])
