@@ -33,8 +33,8 @@ _FOUND: dict[nn.Module, dict[Tensor, Tensor]] = {}
 def grad_sampler(module: nn.Module, activations: Any, backprops: Any) -> dict[Tensor, Tensor]:
     """The gradients [B, *shape] of each of module's parameters that requires one; called by opacus.
 
-    A class of your own that inherits from one of seqcells' and leaves its forward alone needs nothing. Register one with
-    a forward of its own that still gives what seqcells' does:
+    A class of your own that inherits from one of seqcells' and leaves its forward alone needs nothing. Register one
+    with a forward of its own that still gives what seqcells' does:
     `opacus.grad_sample.register_grad_sampler(MyLSTM)(seqcells.integrations.opacus.grad_sampler)`.
     Raises RuntimeError where opacus' hooks were put on module before this module was imported.
     """
