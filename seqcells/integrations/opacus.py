@@ -73,8 +73,8 @@ def per_sample_gradients(
         every[3:] = [axis] * len(every[3:])
     mapped = {name: value for name, value in given.items() if name in axes and value is not None}
     fixed = {name: value for name, value in given.items() if name not in mapped}
-    if "lengths" in mapped:
-        mapped["lengths"] = torch.as_tensor(mapped["lengths"], device=input.device)
+    for name in {"resets", "lengths"} & set(mapped):  # which may be lists
+        mapped[name] = torch.as_tensor(mapped[name], device=input.device)
 
     def apart(value: Any, axis: int) -> Any:
         """A batch of one of each sample, and the axis along which these lie."""
