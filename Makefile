@@ -1,7 +1,7 @@
 # Every target prepares its own virtual environment in .venv; what needs other frameworks one in .venv-integrations.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo tasks test test-slow test-integrations lint report report-quick bench bench-quick bench-dry bench-results crossover pictures clean
+.PHONY: demo tasks test test-slow test-integrations lint report report-quick bench bench-quick bench-dry bench-results bench-integrations crossover pictures clean
 
 .venv/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -56,6 +56,9 @@ bench-dry: .venv/ready
 bench-results: .venv/ready
 	$(BIN)/python benchmarks/compare.py --device cpu --scaling --minutes 8 --json benchmarks/results/cpu.json --table benchmarks/results/cpu.md
 	$(MAKE) pictures
+
+bench-integrations: .venv-integrations/ready
+	.venv-integrations/bin/python benchmarks/recurrent_ppo.py --table benchmarks/results/integrations-cpu.md
 
 crossover: .venv/ready
 	$(BIN)/python benchmarks/crossover.py --table benchmarks/results/crossover-cpu.md

@@ -69,6 +69,7 @@ def main(arguments: list[str] | None = None) -> int:
     torch.set_num_threads(1)
     runs = variants()
     found: dict[str, list[float]] = {name: [] for name in runs}
+    failed = False
     for number in range(options.rounds + 1):
         expected = None
         for name, (policy, converted) in runs.items():
@@ -78,6 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
             if number:
                 found[name].append(seconds)
             if worst > AGAINST_TORCH[torch.float32]:
+                failed = True
                 print(f"{name}: other parameters than torch.nn's, by up to {worst:.1e}", file=sys.stderr)
     facts = ", ".join(f"{k} {v}" for k, v in compare.machine("cpu").items())
     command = " ".join(["python benchmarks/recurrent_ppo.py", *(sys.argv[1:] if arguments is None else arguments)])
@@ -87,7 +89,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(written)
     if options.table:
         suite.write(options.table, written)
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,8 @@
 """sb3-contrib: RecurrentPPO learns the same with our LSTMs, converted and written with resets=."""
 
+import sys
+from pathlib import Path
+
 import gymnasium
 import pytest
 import recipes
@@ -59,3 +62,17 @@ def test_a_saved_model_is_torch_nns_and_loads_in_both(tmp_path):
     states = [{str(i): torch.as_tensor(s) for i, s in enumerate(a[1])} for a in actions]
     assert_same(states[0], states[1], "states")
     assert isinstance(seqcells.convert(loaded.policy).lstm_actor, seqcells.LSTM)
+
+
+def test_the_benchmark_of_it(tmp_path, capsys):
+    sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
+    import recurrent_ppo
+
+    threads = torch.get_num_threads()
+    try:
+        assert recurrent_ppo.main(["--steps", "128", "--rounds", "1", "--table", str(tmp_path / "found.md")]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    written = (tmp_path / "found.md").read_text()
+    rows = ["RecurrentPPO, 128 steps", "torch.nn", "converted", "resets= everywhere"]
+    assert all(f"| {row} |" in written for row in rows) and written in capsys.readouterr().out
