@@ -8,10 +8,10 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples,test,bench,lint]'
 	touch $@
 
+# speechbrain imports torchaudio, whose extension loads only beside torch with CUDA, and which does without if it has none.
 .venv-integrations/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations,test]'
-	# speechbrain imports torchaudio, whose extension loads only beside torch with CUDA, and which does without if it has none.
 	.venv-integrations/bin/python -c "import torchaudio" 2>/dev/null || rm .venv-integrations/lib/python*/site-packages/torchaudio/lib/_torchaudio*
 	touch $@
 

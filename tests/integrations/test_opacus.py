@@ -7,6 +7,7 @@ import opacus
 import pytest
 import torch
 from opacus.layers import DPGRU, DPLSTM, DPRNN
+from opacus.validators import ModuleValidator
 from torch import nn
 from torch.nn.utils import prune
 from torch.utils.data import DataLoader, TensorDataset
@@ -253,5 +254,5 @@ def test_converted_to_subclasses_of_torch_nns(kind):
     """Which opacus would refuse, were they torch.nn's own."""
     net = Net(seqcells.convert(getattr(nn, kind)(I, H, batch_first=True, dtype=torch.float64), subclass=True))
     x = torch.randn(B, T, I, dtype=torch.float64)
-    assert isinstance(net.rnn, getattr(nn, kind)) and opacus.PrivacyEngine.is_compatible(net)
+    assert isinstance(net.rnn, getattr(nn, kind)) and ModuleValidator.is_valid(net)
     assert_samples(net, x, samples=[((x[b : b + 1],), {}) for b in range(B)])
