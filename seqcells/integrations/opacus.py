@@ -24,7 +24,8 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from .. import cells, layers
 
-CLASSES = (layers.LSTM, layers.GRU, layers.RNN, cells.LSTMCell, cells.GRUCell, cells.RNNCell)
+CELLS = (cells.LSTMCell, cells.GRUCell, cells.RNNCell)
+CLASSES = (layers.LSTM, layers.GRU, layers.RNN, *CELLS)
 # Between a layer's backward and opacus' call of the sampler, which comes right from it.
 _FOUND: dict[nn.Module, dict[Tensor, Tensor]] = {}
 
@@ -64,11 +65,11 @@ def per_sample_gradients(
     axis = _batch_axis(module)
     if input.shape[axis] == 0:  # a Poisson sample may be empty; vmap takes none
         return {p: p.new_zeros(0, *p.shape) for p in module.parameters(recurse=False) if p.requires_grad}
-    state_axis = 0 if isinstance(module, cells._Cell) else 1
+    state_axis = 0 if isinstance(module, CELLS) else 1
     axes = {"hx": state_axis, "resets": axis, "lengths": 0}
     # Of an LSTM: output, h_n, c_n and, if asked for, all cell states. A cell's outputs are states.
     every = [state_axis] * len(gradients)
-    if not isinstance(module, cells._Cell):
+    if not isinstance(module, CELLS):
         every[0] = axis
         every[3:] = [axis] * len(every[3:])
     mapped = {name: value for name, value in given.items() if name in axes and value is not None}
@@ -107,7 +108,7 @@ class _Bare(nn.Module):
 
 
 def _batch_axis(module: Any) -> int:
-    return 0 if isinstance(module, cells._Cell) or module.batch_first else 1
+    return 0 if isinstance(module, CELLS) or module.batch_first else 1
 
 
 def _watched(hook: Callable[..., None], module: nn.Module) -> bool:
@@ -122,7 +123,7 @@ def _enter(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs
         args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
     if not _watched(hook, module) or not 1 <= len(args) <= 2:
         return None
-    kind, cell = type(module).__name__, isinstance(module, cells._Cell)
+    kind, cell = type(module).__name__, isinstance(module, CELLS)
     input, *states = args
     if isinstance(input, PackedSequence):
         raise TypeError(f"input of a {kind} under opacus must be a tensor, got a PackedSequence: give lengths= instead")
@@ -200,5 +201,5 @@ def _register(self: nn.Module, hook: Any, prepend: bool = False) -> Any:
     return _Handle(before, self.register_forward_hook(partial(_leave, hook), with_kwargs=True))
 
 
-for _base in (layers._Layer, cells._Cell):
-    _base.register_full_backward_hook = _register  # type: ignore[method-assign]
+for _class in CLASSES:
+    _class.register_full_backward_hook = _register  # type: ignore[method-assign]
