@@ -1,11 +1,18 @@
-# Every target prepares its own virtual environment in .venv.
+# Every target prepares its own virtual environment in .venv; what needs other frameworks one in .venv-integrations.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo tasks test test-slow lint report report-quick bench bench-quick bench-dry bench-results crossover pictures clean
+.PHONY: demo tasks test test-slow test-integrations lint report report-quick bench bench-quick bench-dry bench-results bench-integrations crossover pictures clean
 
 .venv/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[examples,test,bench,lint]'
+	touch $@
+
+# speechbrain imports torchaudio, whose extension loads only beside torch with CUDA, and which does without if it has none.
+.venv-integrations/ready: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-integrations
+	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations,test]'
+	.venv-integrations/bin/python -c "import torchaudio" 2>/dev/null || rm .venv-integrations/lib/python*/site-packages/torchaudio/lib/_torchaudio*
 	touch $@
 
 demo: .venv/ready
@@ -20,6 +27,9 @@ test: .venv/ready
 
 test-slow: .venv/ready
 	$(BIN)/python -m pytest -n 2 -m slow
+
+test-integrations: .venv-integrations/ready
+	.venv-integrations/bin/python -m pytest -n 2 -m integrations
 
 lint: .venv/ready
 	$(BIN)/ruff check .
@@ -49,6 +59,9 @@ bench-results: .venv/ready
 	$(BIN)/python benchmarks/compare.py --device cpu --scaling --minutes 8 --json benchmarks/results/cpu.json --table benchmarks/results/cpu.md
 	$(MAKE) pictures
 
+bench-integrations: .venv-integrations/ready
+	.venv-integrations/bin/python benchmarks/recurrent_ppo.py --table benchmarks/results/integrations-cpu.md
+
 crossover: .venv/ready
 	$(BIN)/python benchmarks/crossover.py --table benchmarks/results/crossover-cpu.md
 
@@ -56,4 +69,4 @@ pictures: .venv/ready
 	$(BIN)/python benchmarks/plot.py benchmarks/results/cpu.json benchmarks/results --static benchmarks/results/static-sm_90.md
 
 clean:
-	rm -rf .venv out build dist *.egg-info
+	rm -rf .venv .venv-integrations out build dist *.egg-info

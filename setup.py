@@ -20,7 +20,14 @@ readme = re.sub(r"(?<![\w\])])\[([^\]]*)\]" + elsewhere, r"\1", readme)
 setup(
     long_description=readme,
     long_description_content_type="text/markdown",
-    packages=["seqcells", "seqcells.tasks", "seqcells.loop", "seqcells.kernels", "seqcells.kernels.cells"],
+    packages=[
+        "seqcells",
+        "seqcells.tasks",
+        "seqcells.loop",
+        "seqcells.integrations",
+        "seqcells.kernels",
+        "seqcells.kernels.cells",
+    ],
     package_data={"seqcells": ["py.typed"]},
     package_dir={"seqcells": "seqcells", "seqcells.kernels": "kernels"},
 )

@@ -1,6 +1,7 @@
 """The kernels run on the GPU if there is one, else in Triton's interpreter, chosen before triton is imported."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -48,6 +49,12 @@ def make_the_interpreter_quicker():
 
 if DEVICE == "cpu":
     make_the_interpreter_quicker()
+
+
+def pytest_ignore_collect(collection_path, config):
+    """tests/integrations imports other frameworks, which only `-m integrations` needs."""
+    inside = Path(__file__).parent / "integrations" in (collection_path, *collection_path.parents)
+    return True if inside and config.option.markexpr != "integrations" else None
 
 
 @pytest.fixture

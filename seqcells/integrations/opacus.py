@@ -1,0 +1,205 @@
+"""Per-sample gradients of seqcells' layers and cells for opacus: importing this module is all there is to do.
+
+    import opacus, seqcells.integrations.opacus
+    private = opacus.GradSampleModule(model)  # or PrivacyEngine().make_private(module=model, ...)
+
+Opacus calls a layer's grad sampler with the layer's positional inputs and the gradient of its first output. That is
+not enough here: resets=, lengths= and initial states would not be seen, nor the gradients of the final states. So a
+layer that opacus puts its hooks on keeps all of a call, and computes the per-sample gradients where those of all its
+outputs are known.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from opacus.grad_sample import register_grad_sampler
+from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+from .. import cells, layers
+
+CELLS = (cells.LSTMCell, cells.GRUCell, cells.RNNCell)
+CLASSES = (layers.LSTM, layers.GRU, layers.RNN, *CELLS)
+# Between a layer's backward and opacus' call of the sampler, which comes right from it.
+_FOUND: dict[nn.Module, dict[Tensor, Tensor]] = {}
+
+
+@register_grad_sampler(CLASSES)
+def grad_sampler(module: nn.Module, activations: Any, backprops: Any) -> dict[Tensor, Tensor]:
+    """The gradients [B, *shape] of each of module's parameters that requires one; called by opacus.
+
+    A class of your own that inherits from one of seqcells' and leaves its forward alone needs nothing. Register one
+    with a forward of its own that still gives what seqcells' does:
+    `opacus.grad_sample.register_grad_sampler(MyLSTM)(seqcells.integrations.opacus.grad_sampler)`.
+    Raises RuntimeError where opacus' hooks were put on module before this module was imported.
+    """
+    if module not in _FOUND:
+        raise RuntimeError(f"import seqcells.integrations.opacus before opacus wraps this {type(module).__name__}")
+    return _FOUND.pop(module)
+
+
+def per_sample_gradients(
+    module: nn.Module, input: Tensor, given: dict[str, Any], gradients: Sequence[Tensor]
+) -> dict[Tensor, Tensor]:
+    """The gradients [B, *shape] of each parameter that requires one, by parameter.
+
+    module: a layer or cell of seqcells; its hooks are not run. input: what it was called with, a batch; given: the
+    other arguments by name. gradients: of the loss (a sum over the samples), in each tensor the call gave, in order.
+
+    Example::
+
+        >>> layer = seqcells.GRU(2, 3)
+        >>> x = torch.randn(5, 4, 2)
+        >>> y, h = layer(x)
+        >>> found = per_sample_gradients(layer, x, {}, [torch.ones_like(y), torch.zeros_like(h)])
+        >>> found[layer.weight_hh_l0].shape
+        torch.Size([4, 9, 3])
+    """
+    wanted = {name: p.detach() for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+    axis = _batch_axis(module)
+    if input.shape[axis] == 0:  # a Poisson sample may be empty; vmap takes none
+        return {p: p.new_zeros(0, *p.shape) for p in module.parameters(recurse=False) if p.requires_grad}
+    state_axis = 0 if isinstance(module, CELLS) else 1
+    axes = {"hx": state_axis, "resets": axis, "lengths": 0}
+    # Of an LSTM: output, h_n, c_n and, if asked for, all cell states. A cell's outputs are states.
+    every = [state_axis] * len(gradients)
+    if not isinstance(module, CELLS):
+        every[0] = axis
+        every[3:] = [axis] * len(every[3:])
+    mapped = {name: value for name, value in given.items() if name in axes and value is not None}
+    fixed = {name: value for name, value in given.items() if name not in mapped}
+    for name in {"resets", "lengths"} & set(mapped):  # which may be lists
+        mapped[name] = torch.as_tensor(mapped[name], device=input.device)
+
+    def apart(value: Any, axis: int) -> Any:
+        """A batch of one of each sample, and the axis along which these lie."""
+        return tree_map(lambda t: t.unsqueeze(axis + 1), value)
+
+    def weighted(weights: dict[str, Tensor], x: Tensor, mapped: dict[str, Any], gradients: list[Tensor]) -> Tensor:
+        named = {f"module.{name}": weight for name, weight in weights.items()}
+        outputs = tree_flatten(torch.func.functional_call(_Bare(module), named, (x,), mapped | fixed))[0]
+        return torch.stack([(y * g).sum() for y, g in zip(outputs, gradients, strict=True)]).sum()
+
+    one = torch.vmap(torch.func.grad(weighted), (None, axis, {name: axes[name] for name in mapped}, every))
+    found = one(
+        wanted,
+        apart(input, axis),
+        {name: apart(value, axes[name]) for name, value in mapped.items()},
+        [apart(g, a) for g, a in zip(gradients, every, strict=True)],
+    )
+    return {getattr(module, name): g for name, g in found.items()}
+
+
+class _Bare(nn.Module):
+    """A module's forward without its hooks."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.module.forward(*args, **kwargs)
+
+
+def _batch_axis(module: Any) -> int:
+    return 0 if isinstance(module, CELLS) or module.batch_first else 1
+
+
+def _watched(hook: Callable[..., None], module: nn.Module) -> bool:
+    """Whether opacus keeps this call: its own conditions."""
+    enabled: bool = hook.func.__self__.hooks_enabled  # type: ignore[attr-defined]
+    return enabled and module.training and torch.is_grad_enabled()
+
+
+def _enter(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A forward pre-hook: what opacus cannot take raises; the input alone stays a positional argument."""
+    if not args and "input" in kwargs:
+        args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
+    if not _watched(hook, module) or not 1 <= len(args) <= 2:
+        return None
+    kind, cell = type(module).__name__, isinstance(module, CELLS)
+    input, *states = args
+    if isinstance(input, PackedSequence):
+        raise TypeError(f"input of a {kind} under opacus must be a tensor, got a PackedSequence: give lengths= instead")
+    if isinstance(input, Tensor) and input.dim() != 3 - cell:
+        expected = "[B, I]" if cell else "[B, T, I]" if module.batch_first else "[T, B, I]"
+        raise RuntimeError(f"input of a {kind} under opacus must be a batch {expected}, got {tuple(input.shape)}")
+    if not cell and module.dropout > 0 and module.num_layers > 1:
+        raise ValueError(f"dropout of a {kind} under opacus must be 0, got {module.dropout}: put it between two layers")
+    usual = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"} if cell else {n for of in module._all_weights for n in of}
+    if others := [name for name, _ in module.named_parameters(recurse=False) if name not in usual]:
+        raise ValueError(f"a {kind} under opacus must have no parameters but its own, got {', '.join(others)}")
+    return (input,), kwargs | ({"hx": states[0]} if states else {})
+
+
+def _leave(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+    """A forward hook: the same result, whose backward knows the call."""
+    if not _watched(hook, module):
+        return None
+    input, *_ = args
+    given = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, kwargs)
+    # What opacus would take from the first or second dimension, whichever the whole model is said to have.
+    module.max_batch_len = max(getattr(module, "max_batch_len", 0), input.shape[_batch_axis(module)])
+    outputs, form = tree_flatten(result)
+    return tree_unflatten(list(_Outputs.apply(partial(_backward, hook, module, input.detach(), given), *outputs)), form)
+
+
+def _backward(hook: Any, module: Any, input: Tensor, given: dict[str, Any], gradients: tuple[Tensor, ...]) -> None:
+    if not hook.func.__self__.hooks_enabled:
+        return
+    times = module.max_batch_len if hook.keywords["loss_reduction"] == "mean" else 1
+    _FOUND[module] = per_sample_gradients(module, input, given, [g * times for g in gradients])
+    try:
+        hook(module, (input,), gradients)
+    finally:
+        _FOUND.pop(module, None)
+
+
+class _Outputs(torch.autograd.Function):
+    """All outputs of a call as they are; `seen` is called with their gradients, zeros for what the loss left out."""
+
+    @staticmethod
+    def forward(ctx: Any, seen: Callable[[tuple[Tensor, ...]], None], *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.seen = seen
+        return tuple(t.view_as(t) for t in outputs)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.seen(gradients)
+        return None, *gradients
+
+
+class _Handle:
+    """Removes several hooks."""
+
+    def __init__(self, *handles: Any) -> None:
+        self.handles = handles
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+
+def _register(self: nn.Module, hook: Any, prepend: bool = False) -> Any:
+    """nn.Module.register_full_backward_hook, but for opacus' own hook."""
+    owner = getattr(hook.func, "__self__", None) if isinstance(hook, partial) else None
+    if not isinstance(owner, AbstractGradSampleHooks):
+        return nn.Module.register_full_backward_hook(self, hook, prepend)
+    if getattr(owner, "force_functorch", False):
+        raise ValueError(
+            f"grad_sample_mode must not be 'functorch' with a {type(self).__name__}: use 'hooks' or 'ghost'"
+        )
+    if any(type(self).forward is base.forward for base in CLASSES):  # opacus goes by the very class
+        register_grad_sampler(type(self))(grad_sampler)
+    before = self.register_forward_pre_hook(partial(_enter, hook), with_kwargs=True)
+    return _Handle(before, self.register_forward_hook(partial(_leave, hook), with_kwargs=True))
+
+
+for _class in CLASSES:
+    _class.register_full_backward_hook = _register  # type: ignore[method-assign]
