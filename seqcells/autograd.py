@@ -8,6 +8,7 @@ gradients, one large product each; second derivatives and forward mode, through 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -108,6 +109,13 @@ def _grouped(*tensors: Tensor | None) -> list[Tensor | None]:
     w_hh = tensors[1]
     assert w_hh is not None
     return list(tensors) if w_hh.dim() == 3 else [None if t is None else t[None] for t in tensors]
+
+
+def _range(options: Options, direction: str) -> Any:
+    """A range of the profiler that says what runs, if one is on."""
+    if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
+        return nullcontext()
+    return torch.profiler.record_function(f"seqcells {options.cell} {direction} ({options.engine})")
 
 
 def _run(options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: Tensor | None) -> tuple[Tensor, ...]:
@@ -273,7 +281,10 @@ def _gradients_by_reference(
     return tuple(next(found) if w else None for w in wanted)
 
 
-class _Gradients(torch.autograd.Function):
+# The names of these classes are what a profile shows.
+
+
+class SeqcellsGradients(torch.autograd.Function):
     """The gradients, through the engine; their own gradients, through the reference.
 
     options, mask, y, c, saved; the 7 inputs; the gradients of the outputs (None: zero). Gives 7.
@@ -305,7 +316,7 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
-        first, primals, given = _Gradients._function(ctx)
+        first, primals, given = SeqcellsGradients._function(ctx)
         values, back = vjp(first, *primals)
         weights = [o for o, g in zip(outer, given, strict=True) if g]
         found = iter(back(tuple(torch.zeros_like(v) if w is None else w for v, w in zip(values, weights, strict=True))))
@@ -313,13 +324,13 @@ class _Gradients(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        first, primals, given = _Gradients._function(ctx)
+        first, primals, given = SeqcellsGradients._function(ctx)
         along = [d for t, d in zip(ctx.saved_tensors[1:], tangents[5:], strict=True) if t is not None]
         found = iter(_forward_mode(first, primals, along))
         return tuple(next(found) if g else None for g in given)
 
 
-class _Scan(torch.autograd.Function):
+class SeqcellsScanCompiled(torch.autograd.Function):
     """options, mask; x, h0, c0, w_ih, w_hh, b_ih, b_hh, to what `_visible` gives, then y, c and saved for backward."""
 
     @staticmethod
@@ -350,12 +361,13 @@ class _Scan(torch.autograd.Function):
         again = options.save == "states" and reference.get(options.cell).saves
         kept = (y, c, None if again else saved)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            return None, None, *_Gradients.apply(options, mask, *kept, *inputs, *grads[:-3])
-        return None, None, *_gradients(options, tuple(inputs), mask, kept, grads[:-3])
+            return None, None, *SeqcellsGradients.apply(options, mask, *kept, *inputs, *grads[:-3])
+        with _range(options, "backward"):
+            return None, None, *_gradients(options, tuple(inputs), mask, kept, grads[:-3])
 
 
-class _TransformedScan(_Scan):
-    """_Scan with what torch.func and forward mode ask for, which torch.compile refuses to trace."""
+class SeqcellsScan(SeqcellsScanCompiled):
+    """SeqcellsScanCompiled with what torch.func and forward mode ask for, which torch.compile refuses to trace."""
 
     generate_vmap_rule = True
 
@@ -369,8 +381,8 @@ class _TransformedScan(_Scan):
         return *found, None, None, None
 
 
-class _Whole(torch.autograd.Function):
-    """_Scan by an engine's `whole`, where nothing looks on: options, mask; the 7 inputs, to what `_visible` gives."""
+class SeqcellsLayer(torch.autograd.Function):
+    """A scan by an engine's `whole`, where nothing looks on: options, mask; the 7 inputs, to what `_visible` gives."""
 
     @staticmethod
     def forward(ctx: Any, options: Options, mask: Tensor | None, *inputs: Tensor | None) -> tuple[Tensor, ...]:
@@ -389,16 +401,19 @@ class _Whole(torch.autograd.Function):
         if backends.transforming() or any(g is not None and is_legacy_batchedtensor(g) for g in grads):
             found = _gradients_by_reference(replace(options, need=need), tuple(inputs), mask, grads)
         elif torch.is_grad_enabled():  # create_graph=True
-            found = _Gradients.apply(replace(options, need=need), mask, *kept, *inputs, *grads)
+            found = SeqcellsGradients.apply(replace(options, need=need), mask, *kept, *inputs, *grads)
         else:
             back: Any = ENGINES[options.engine].whole_backward
             more, ctx.more = ctx.more, None  # a second backward can do without
-            found = back(options, tuple(inputs), mask, kept, grads, need, more)
+            with _range(options, "backward"):
+                found = back(options, tuple(inputs), mask, kept, grads, need, more)
         return None, None, *found
 
 
 def unseen(engine: str, x: Tensor, others: Iterable[Tensor | None]) -> bool:
     """Whether the engine can do all by itself: nothing looks on, and all are tensors with values, no wrappers."""
+    if backends.watched():
+        return False
     plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in (x, *others)) and x.device.type != "meta"
     return plain and ENGINES[engine].whole is not None and not backends.traced()
 
@@ -425,15 +440,17 @@ def apply(
         wanted = False
     elif backends.transforming():  # within vmap requires_grad does not show, nor does a tangent ever
         wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
-    if options.whole:
-        given = (options, "states" if options.cells else "none", inputs, mask)
-        shown = _Whole.apply(options, mask, *inputs) if wanted else ENGINES[options.engine].whole(*given)[0]  # type: ignore[misc]
-    elif wanted:
-        function = _Scan if torch.compiler.is_compiling() else _TransformedScan
-        shown = function.apply(options, mask, *inputs)[:-3]
-    else:
-        save = "states" if options.cells else "none"
-        shown = _visible(options, _run(options, save, inputs, mask), inputs, mask)
+    with _range(options, "forward"):
+        if options.whole:
+            given = (options, "states" if options.cells else "none", inputs, mask)
+            whole: Any = ENGINES[options.engine].whole
+            shown = SeqcellsLayer.apply(options, mask, *inputs) if wanted else whole(*given)[0]
+        elif wanted:
+            function = SeqcellsScanCompiled if torch.compiler.is_compiling() else SeqcellsScan
+            shown = function.apply(options, mask, *inputs)[:-3]
+        else:
+            save = "states" if options.cells else "none"
+            shown = _visible(options, _run(options, save, inputs, mask), inputs, mask)
     if not options.cells:
         return shown[0], shown[1:], None
     return shown[0], shown[1:-1], shown[-1]

@@ -232,6 +232,11 @@ def traced() -> bool:
     return torch.compiler.is_compiling() or torch.jit.is_tracing() or transforming()
 
 
+def watched() -> bool:
+    """Whether a TorchDispatchMode sees each operator, such as torch.utils.flop_counter's."""
+    return not torch.compiler.is_compiling() and torch._C._len_torch_dispatch_stack() > 0
+
+
 def exporting(steps: Any) -> bool:
     """Whether torch.export or torch.onnx.export makes a program of what runs, and torch's own layers can be in it.
 

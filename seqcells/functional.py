@@ -23,6 +23,7 @@ from . import (
     batching,
     checks,
     fallback,
+    flops,
     marked,
     masks,
     ops,
@@ -147,6 +148,8 @@ def _run(
 ) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
     """`run`, autocast done with. Five weights a group: an LSTM with a projection."""
     spec, K = reference.get(cell), len(groups)
+    if backends.watched():
+        flops.register()
     if not how.fits:
         _fit(x, given, groups, spec.gates)
     B, H = x.shape[1], groups[0][1].shape[0] // spec.gates  # type: ignore[union-attr]

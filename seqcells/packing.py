@@ -38,7 +38,7 @@ def layout(batch_sizes: Tensor, batch: int, rows: int, device: torch.device) -> 
     return Layout((~padding).sum(0), source, padding, step * batch + row - (ends - sizes)[step])
 
 
-class _Move(torch.autograd.Function):
+class SeqcellsPadding(torch.autograd.Function):
     """Packed rows [N, ...] to padded ones [T, B, ...] (zero where padding), or back; each is the other's gradient."""
 
     @staticmethod
@@ -58,8 +58,8 @@ class _Move(torch.autograd.Function):
         return _move(grad, ctx.where, not ctx.pad), None, None
 
 
-class _TransformedMove(_Move):
-    """_Move with what torch.func and forward mode ask for, which torch.compile refuses to trace."""
+class SeqcellsPaddingTransformed(SeqcellsPadding):
+    """SeqcellsPadding with what torch.func and forward mode ask for, which torch.compile refuses to trace."""
 
     generate_vmap_rule = True
 
@@ -70,8 +70,8 @@ class _TransformedMove(_Move):
 
 def _move(x: Tensor, where: Layout, pad: bool) -> Tensor:
     if torch.jit.is_tracing():  # a trace can hold operators, but no Function
-        return _Move.forward(x, where, pad)
-    return (_Move if torch.compiler.is_compiling() else _TransformedMove).apply(x, where, pad)
+        return SeqcellsPadding.forward(x, where, pad)
+    return (SeqcellsPadding if torch.compiler.is_compiling() else SeqcellsPaddingTransformed).apply(x, where, pad)
 
 
 def pad(data: Tensor, where: Layout) -> Tensor:

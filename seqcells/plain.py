@@ -42,10 +42,12 @@ def layers(module: Any, x: Any, hx: Any, resets: Any = None) -> tuple[Tensor, tu
         return None
     if "parametrizations" in module._modules:  # which are evaluated when read: only once a call
         return None
+    if backends.traced() or backends.watched():
+        return None
     T, B, size = x.shape
     if resets is not None and x.shape[module.batch_first] != 1:
         return None
-    if not x.is_cpu or size != module.input_size or T * B == 0 or torch.is_autocast_enabled("cpu") or backends.traced():
+    if not x.is_cpu or size != module.input_size or T * B == 0 or torch.is_autocast_enabled("cpu"):
         return None
     if module.batch_first:
         x, T, B = x.transpose(0, 1), B, T

@@ -1,10 +1,14 @@
 """What programs do with torch.nn's recurrent modules, done with seqcells': the same numbers."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
+from torch.utils.flop_counter import FlopCounterMode
 
 import seqcells
 
@@ -164,3 +168,49 @@ def test_autocast_with_masks_answers_as_without(options):
         assert seqcells.GRU(3, 8, reset_after=False)(x, **options)[0].dtype == torch.float32
         assert seqcells.RNN(3, 8)(x, **options)[0].dtype == torch.bfloat16
         assert seqcells.LSTM(3, 8)(x, **options)[0].dtype == torch.bfloat16
+
+
+# What looks on: counters and profilers
+
+
+@pytest.mark.parametrize("backend", ["auto", "loop", "reference"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_flops_are_those_of_the_products(name, backend):
+    T, B, I, H, G = 20, 4, 6, 8, {"LSTM": 4, "GRU": 3, "RNN": 1}[name]  # noqa: E741
+    layer, x = getattr(seqcells, name)(I, H, backend=backend), torch.randn(T, B, I, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y, _ = layer(x)
+    forward = counter.get_total_flops()
+    assert forward == 2 * T * B * G * H * (I + H)
+    with FlopCounterMode(display=False) as counter:
+        y, _ = layer(x)
+        y.sum().backward()
+    # The reference's first step, from zeros, has no gradient of its state.
+    assert forward * 3 - (2 * B * G * H * H * 2 if backend == "reference" else 0) <= counter.get_total_flops()
+    assert counter.get_total_flops() <= forward * 3
+
+
+def test_flops_of_interpreted_kernels_and_of_a_counter_that_was_there_before():
+    """A counter copies the formulas when it is made."""
+    program = """
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+counter = FlopCounterMode(display=False)
+import seqcells
+x = torch.randn(20, 4, 6, requires_grad=True)
+with counter:
+    seqcells.GRU(6, 8, backend="triton")(x)[0].sum().backward()
+assert counter.get_total_flops() == 3 * 2 * 20 * 4 * 24 * (6 + 8), counter.get_flop_counts()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("backend", ["loop", "triton"])
+def test_a_profile_says_what_runs(backend):
+    layer = seqcells.GRU(3, 4, backend=backend)
+    x = torch.randn(5, 2, 3)
+    with torch.profiler.profile() as found:
+        layer(x)[0].sum().backward()
+    names = {event.key for event in found.key_averages()}
+    assert {f"seqcells gru forward ({backend})", f"seqcells gru backward ({backend})"} <= names
+    assert not {name for name in names if name.startswith("_")}

@@ -40,6 +40,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "batching": set(),
     "loop": {"autograd", "batching", "reference", "kernels.buffers"},
     "fallback": set(),
+    "flops": set(),
     "ops": {
         *("autograd", "batching", "fallback", "kernels", "loop", "reference"),
         *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "scan", "single")),
@@ -54,6 +55,7 @@ ARROWS = {  # room: the rooms of the project it may import
         "batching",
         "checks",
         "fallback",
+        "flops",
         "loop",
         "marked",
         "masks",

@@ -1,0 +1,80 @@
+"""Formulas by which torch.utils.flop_counter.FlopCounterMode counts our operators, and oneDNN's LSTM, which it does not
+know: products alone, two operations for each multiplication and addition, as torch counts them.
+
+Padding is counted like other steps.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+Shape = Sequence[int]
+
+
+def _walk(steps: Shape, u: Shape) -> int:
+    """h U^T at each step, or its gradient: steps [T, B, K, .]; u [K, G*H, H]."""
+    return 2 * steps[0] * steps[1] * prod(u)
+
+
+def _forward(gx: Shape, u: Shape, *others: Any, **out: Any) -> int:
+    return _walk(gx, u)
+
+
+def _backward(dy: Any, dhn: Any, dcn: Any, dcs: Any, u: Shape, y: Shape, *others: Any, **out: Any) -> int:
+    *_, reversed, _schedule, _precision = others
+    return _walk((y[0] - (2 if reversed else 1), y[1]), u)  # y also holds the states before the first step
+
+
+def _single(x: Shape, w_ih: Shape, w_hh: Shape, *others: Any, **out: Any) -> int:
+    return 2 * x[0] * (prod(w_ih) + prod(w_hh))
+
+
+def _layer(x: Shape, w_ih: Shape, w_hh: Shape) -> int:
+    return 2 * x[0] * x[1] * (prod(w_ih) + prod(w_hh))
+
+
+def _onednn(x: Shape, w_ih: Shape, w_hh: Shape, *others: Any, **out: Any) -> int:
+    return _layer(x, w_ih, w_hh)
+
+
+def _onednn_forward(x: Shape, h0: Any, c0: Any, w_ih: Shape, w_hh: Shape, *others: Any, **out: Any) -> int:
+    return _layer(x, w_ih, w_hh)
+
+
+def _onednn_backward(dy: Any, dh: Any, dc: Any, x: Shape, h0: Any, c0: Any, *weights: Any, **out: Any) -> int:
+    return 3 * _layer(x, weights[0], weights[1])  # it runs forward again
+
+
+def _formulas() -> dict[Any, Callable[..., int]]:
+    ours, aten = torch.ops.seqcells, torch.ops.aten
+    found: dict[Any, Callable[..., int]] = {
+        aten.mkldnn_rnn_layer: _onednn,
+        aten.mkldnn_rnn_layer_backward: lambda x, w_ih, w_hh, *others, **out: 2 * _layer(x, w_ih, w_hh),
+        ours.onednn_forward: _onednn_forward,
+        ours.onednn_backward: _onednn_backward,
+        ours.single_forward: _single,
+    }
+    for name in ("loop", "scan"):
+        found[getattr(ours, f"{name}_forward")] = _forward
+        found[getattr(ours, f"{name}_backward")] = _backward
+    return found | {ours.loop_recompute: _forward, ours.recompute: _forward}
+
+
+def register() -> None:
+    """Of what counts now, and will. (Imports nothing: that module imports triton.)"""
+    counter = sys.modules.get("torch.utils.flop_counter")
+    if counter is None:
+        return
+    known = counter.flop_registry
+    for operator, formula in _formulas().items():
+        if operator not in known:
+            counter.register_flop_formula(operator)(formula)
+    for mode in _get_current_dispatch_mode_stack():
+        if isinstance(mode, counter._FlopCounterMode):
+            mode.counter.flop_registry = known | mode.counter.flop_registry
