@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -342,10 +341,10 @@ def _packed(
     batch = packed_batch(input, states)
     # Of states that are put in order, as in torch.nn, there may be more.
     _fit_module(module, layers[0][0], data, states, batch, rank=2, more=order is not None)
-    _rows("input", input)
+    rows("input", input)
     if isinstance(resets_, PackedSequence):
         packed("resets", resets_)
-        _rows("resets", resets_)
+        rows("resets", resets_)
         _same_order(input, resets_)
         flags: Any = resets(resets_.data, data.shape[:1], data.device)
         return states, resets_._replace(data=flags)
@@ -373,16 +372,16 @@ def packed(name: str, given: PackedSequence) -> None:
     if sizes.shape[0] == 0:
         raise RuntimeError(f"Expected sequence length to be larger than 0 in RNN, got {name}.batch_sizes without any")
     values = sizes.tolist() if readable(sizes) else None
-    if values is not None and (values[-1] < 1 or any(a < b for a, b in pairwise(values))):
+    if values is not None and (values[-1] < 1 or values != sorted(values, reverse=True)):
         raise RuntimeError(f"{name}.batch_sizes must be greater than zero and never grow, got {_few(values)}")
     _packed_indices(name, order, back, None if values is None else values[0], data.device)
 
 
-def _rows(name: str, given: PackedSequence) -> None:
+def rows(name: str, given: PackedSequence) -> None:
     """RuntimeError where a PackedSequence has not the rows that its batch_sizes say."""
-    rows = given.data.shape[0] if given.data.dim() else 0
-    if readable(given.batch_sizes) and (expected := sum(given.batch_sizes.tolist())) != rows:
-        raise RuntimeError(f"{name}.data must have the {expected} rows of {name}.batch_sizes, got {rows}")
+    count = given.data.shape[0] if given.data.dim() else 0
+    if readable(given.batch_sizes) and (expected := sum(given.batch_sizes.tolist())) != count:
+        raise RuntimeError(f"{name}.data must have the {expected} rows of {name}.batch_sizes, got {count}")
 
 
 def _packed_indices(name: str, order: Any, back: Any, batch: int | None, device: torch.device) -> None:
@@ -400,9 +399,10 @@ def _packed_indices(name: str, order: Any, back: Any, batch: int | None, device:
     if not readable(order, back):
         return
     there, again = order.tolist(), back.tolist()
-    if sorted(there) != list(range(len(there))):
+    each = list(range(len(there)))
+    if sorted(there) != each:
         raise ValueError(f"{name}.sorted_indices must be a permutation of the sequences, got {_few(there)}")
-    if len(again) != len(there) or any(not 0 <= i < len(there) or there[i] != n for n, i in enumerate(again)):
+    if sorted(again) != each or [there[i] for i in again] != each:
         raise ValueError(f"{name}.unsorted_indices must undo {name}.sorted_indices, got {_few(again)}")
 
 

@@ -170,6 +170,11 @@ def loop_pays(cell: str, steps: int, batch: int, hidden: int, grad: bool, onednn
     return steps >= _STEPS.get(cell, _OTHERS) if grad else alone and steps >= _INFERENCE and hidden >= 16
 
 
+def packed_pays(cell: str, steps: int, batch: int, hidden: int, grad: bool) -> bool:
+    """Whether on the CPU torch's own is the fastest at a PackedSequence."""
+    return not grad or steps < 2 * _STEPS.get(cell, _OTHERS)
+
+
 def request(
     cell: str,
     size: tuple[int, int, int] | None,

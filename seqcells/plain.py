@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from . import arguments, aten, backends, chosen
 
@@ -85,6 +86,44 @@ def layers(module: Any, x: Any, hx: Any, resets: Any = None) -> tuple[Tensor, tu
     how = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional, False)
     y, *final = aten.LAYERS[cell](x, states, weights, *how)  # type: ignore[operator]
     return y.transpose(0, 1) if module.batch_first else y, tuple(final)
+
+
+def packed(module: Any, x: PackedSequence, hx: Any) -> tuple[PackedSequence, tuple[Tensor, ...]] | None:
+    """`layers` of a PackedSequence."""
+    cell, name, data = module.cell, module.backend or chosen.backend, x.data
+    if cell not in aten.CELLS or name not in ("auto", "aten") or type(data) is not Tensor or data.dim() != 2:
+        return None
+    if "parametrizations" in module._modules or backends.traced() or backends.watched():
+        return None
+    if not data.is_cpu or torch.is_autocast_enabled("cpu") or data.shape[1] != module.input_size:
+        return None
+    arguments.packed("x", x)
+    arguments.rows("x", x)
+    _, sizes, order, back = x
+    weights = [getattr(module, name) for of in module._all_weights for name in of]
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *weights))
+    rows, B, H, dtype = len(module._all_weights), int(sizes[0]), module.hidden_size, data.dtype
+    if weights[0].dtype != dtype or not weights[0].is_cpu:
+        return None
+    if name == "auto" and not backends.packed_pays(cell, len(sizes), B, H, grad):
+        return None
+    outer = module.proj_size or H
+    if hx is None:
+        zero = data.new_zeros(rows, B, outer)
+        states: Any = zero if cell != "lstm" else (zero, zero if outer == H else data.new_zeros(rows, B, H))
+    else:
+        given = hx if cell == "lstm" else (hx,)
+        if len(given) != (2 if cell == "lstm" else 1):
+            return None
+        for s, n in zip(given, (outer, H), strict=False):
+            if not isinstance(s, Tensor) or s.shape != (rows, B, n) or s.dtype != dtype or not s.is_cpu:
+                return None
+        ordered = given if order is None else tuple(s.index_select(1, order) for s in given)
+        states = ordered if cell == "lstm" else ordered[0]
+    how = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional)
+    y, *final = aten.LAYERS[cell](data, sizes, states, weights, *how)  # type: ignore[operator]
+    ends = final if back is None else [s.index_select(1, back) for s in final]
+    return PackedSequence(y, sizes, order, back), tuple(ends)
 
 
 def _cleared(states: Sequence[Tensor], begins: Tensor, bidirectional: bool) -> tuple[Tensor, ...]:

@@ -157,7 +157,11 @@ class _Layer(modules.Module):
         """Output, final states, and all cell states of the last layer or None, in the input's own layout."""
         if lengths is None and cells is False:
             try:
-                found = plain.layers(self, input, hx, resets)
+                found: Any
+                if not isinstance(input, PackedSequence):
+                    found = plain.layers(self, input, hx, resets)
+                else:
+                    found = plain.packed(self, input, hx) if resets is None else None
             except checks.FAILURES as error:
                 raise checks.clearer(error, self._check, input, hx, resets) from None
             if found is not None:
