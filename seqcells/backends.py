@@ -301,7 +301,7 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request
     if name == "triton":
         if problem := _no_triton(device, dtype):
             if problem == NO_TRITON:
-                raise ModuleNotFoundError(problem, name="triton")
+                raise ModuleNotFoundError(problem)  # no name=: torch.compile cannot trace an exception's keywords
             raise (TypeError if dtype not in TRITON_DTYPES else RuntimeError)(problem)
         return Choice("triton", schedule, "it was asked for")
     refuse(name, cell, request)
