@@ -193,6 +193,14 @@ def _classes(mapping: Classes | None) -> dict[type[nn.Module], type[nn.Module]]:
         if not issubclass(mine, ours):
             expected = f"a subclass of {spelled(ours)}"
             raise TypeError(f"mapping: {spelled(theirs)} must become {expected}, got {spelled(mine)}")
+        try:
+            object.__new__(theirs).__class__ = mine
+        except TypeError:  # other slots, as those of abc.ABC
+            name = spelled(SUBCLASSES.get(_base(theirs), ours))
+            raise TypeError(
+                f"mapping: Python cannot make a {spelled(theirs)} a {spelled(mine)}, whose bases lay out an object in "
+                f"another way: make it a subclass of both, class {mine.__name__}({theirs.__name__}, {name})"
+            ) from None
     return dict(mapping or {})
 
 

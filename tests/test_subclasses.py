@@ -334,6 +334,7 @@ def test_an_abstract_mixin_of_somebodys_on_ours():
         ({Scaled: seqcells.GRU}, r"mapping: .*\.Scaled must become a subclass of seqcells.LSTM, got seqcells.GRU"),
         ({Scaled: nn.LSTM}, r"mapping: .*\.Scaled must become a subclass of seqcells.LSTM, got torch.nn.LSTM"),
         ({nn.GRUCell: seqcells.GRU}, "mapping: torch.nn.GRUCell must become a subclass of seqcells.GRUCell"),
+        ({EmptyLSTM: Own}, r"a subclass of both, class Own\(EmptyLSTM, seqcells.subclasses.LSTM\)"),
     ],
 )
 def test_wrong_mappings_change_nothing(swap, mapping, words):

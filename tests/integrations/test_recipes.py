@@ -32,7 +32,7 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 def test_each_is_short():
     found = recipes.blocks()
     wanted = ["Stable-Baselines3", "TorchRL", "Lightning", "Darts and NeuralForecast", "PyTorch Forecasting", "Opacus"]
-    assert list(found) == [*wanted, "ONNX"]
+    assert list(found) == [*wanted, "ONNX", "torch.export"]
     for heading, codes in found.items():
         assert codes and all(len([line for line in c.splitlines() if line.strip()]) <= 10 for c in codes), heading
 
@@ -127,3 +127,11 @@ def test_onnx():
     y, (h, c) = net(x)
     for a, b in zip(got, (y, h, c), strict=True):
         assert relative(torch.from_numpy(a), b.detach()) <= TOLERANCE[torch.float32]
+
+
+def test_torch_export():
+    names = recipes.run("torch.export")
+    program = torch.export.load("net.pt2").module()
+    for steps, batch in ((5, 2), (9, 4)):
+        x = torch.randn(steps, batch, 3)
+        torch.testing.assert_close(program(x), names["net"](x))
