@@ -93,7 +93,8 @@ def explain(
     place = torch.device("cuda") if elsewhere else _place(device)
     if place.type == "cuda" and place.index is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
-    how: Any = {"resets": resets, "lengths": lengths, "onednn": aten.onednn(cell, place, dtype)}
+    # Resets of one step zero the states before it.
+    how: Any = {"resets": resets and steps != 1, "lengths": lengths, "onednn": aten.onednn(cell, place, dtype)}
     how["refused"] = not elsewhere and fallback.refused(place, cell, dtype, hidden_size, grad)
     asks = backends.request(cell, (1 << 10 if steps is None else steps, batch, hidden_size), grad, **how)
     chosen = backends.choose(cell, place, dtype, asks, backend)

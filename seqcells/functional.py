@@ -72,6 +72,11 @@ def _cast(
     return cast([x])[0], cast(given), [cast(weights) for weights in groups]
 
 
+def _begins(x: Tensor) -> bool:
+    """Whether resets are of one step: to zero the states before it is all there is to do."""
+    return not backends.traced() and x.dim() > 2 and x.shape[0] == 1
+
+
 def choose(
     cell: str,
     x: Tensor,
@@ -95,7 +100,7 @@ def choose(
         None if compiling else (T, B, hidden),
         grad,
         refused=fallback.refused(x.device, cell, x.dtype, hidden, grad),
-        resets=how.resets is not None,
+        resets=how.resets is not None and not _begins(x),
         lengths=how.lengths is not None,
         packed=packed is not None and type(x) is Tensor,
         cells=how.cells,
@@ -156,6 +161,8 @@ def _run(
     tensors = (*given, *(t for weights in groups for t in weights))
     chosen = choose(cell, x, tensors, how, H, projected=len(groups[0]) == 5)
     bits = sum(1 << k for k in range(K) if how.reverse[k])
+    if how.resets is not None and chosen.backend != "triton" and _begins(x):
+        given, how = masks.cleared(given, how.resets[0], how.reverse), replace(how, resets=None)
     if len(groups[0]) == 5 and chosen.backend != "aten":
         return _projected(cell, x, given, groups, how)
     if chosen.backend in ("triton", "loop") and (B > 0 or chosen.backend == "loop"):

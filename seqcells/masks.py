@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,17 @@ def encode(resets: Tensor | None, lengths: Tensor | None, steps: int, reversed: 
             inner = torch.arange(1, steps + 1, device=begins.device)[:, None] < steps
             codes.append((begins.roll(-1, 0) & inner).to(torch.uint8) * RESET_REVERSED)
     return codes[0] if len(codes) == 1 else torch.stack(codes).sum(0, dtype=torch.uint8)
+
+
+def cleared(states: Sequence[Tensor | None], begins: Tensor, reverse: Sequence[bool]) -> tuple[Tensor | None, ...]:
+    """The states [K, B, .] or [B, .] that enter one step, zero where an episode begins [B].
+
+    Not those of a reversed group, which come from the step after.
+    """
+    where = begins[:, None]
+    if any(reverse):
+        where = torch.stack([where & (not back) for back in reverse])
+    return tuple(None if s is None else s.masked_fill(where, 0) for s in states)
 
 
 def decode(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

@@ -5,14 +5,13 @@ What functional.run would find out with more questions, which on the CPU cost as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import arguments, aten, backends, chosen
+from . import arguments, aten, backends, chosen, masks
 
 
 def step(
@@ -78,8 +77,9 @@ def layers(module: Any, x: Any, hx: Any, resets: Any = None) -> tuple[Tensor, tu
     if resets is not None:
         flags: Any = arguments.resets(resets, (B, T) if module.batch_first else (T, B), x.device)
         if hx is not None:
-            states = _cleared(given, flags.reshape(1, B, 1), module.bidirectional)
-            states = states if cell == "lstm" else states[0]
+            back = (False, True) * module.num_layers if module.bidirectional else ()
+            given = masks.cleared(given, flags.reshape(B), back)
+            states = given if cell == "lstm" else given[0]
     grad = torch.is_grad_enabled() and (grad or x.requires_grad or any(w.requires_grad for w in weights))
     if name == "auto" and outer == H and backends.loop_pays(cell, T, B, H, grad, aten.onednn(cell, x.device, dtype)):
         return None
@@ -124,14 +124,6 @@ def packed(module: Any, x: PackedSequence, hx: Any) -> tuple[PackedSequence, tup
     y, *final = aten.LAYERS[cell](data, sizes, states, weights, *how)  # type: ignore[operator]
     ends = final if back is None else [s.index_select(1, back) for s in final]
     return PackedSequence(y, sizes, order, back), tuple(ends)
-
-
-def _cleared(states: Sequence[Tensor], begins: Tensor, bidirectional: bool) -> tuple[Tensor, ...]:
-    """The states that enter one step, zero where an episode begins [1, B, 1]: of the forward direction, into which they
-    come from the step before. Into the other they come from the step after."""
-    if bidirectional:
-        begins = torch.cat([begins, torch.zeros_like(begins)]).repeat(states[0].shape[0] // 2, 1, 1)
-    return tuple(s.masked_fill(begins, 0) for s in states)
 
 
 def _fit(module: Any, weights: list[Tensor], count: int, rows: int, outer: int) -> bool:

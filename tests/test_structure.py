@@ -76,7 +76,7 @@ ARROWS = {  # room: the rooms of the project it may import
     },
     "packing": set(),
     "marked": {"aten", "packing", "kernels.buffers"},
-    "plain": {"aten", "backends", "chosen"},
+    "plain": {"arguments", "aten", "backends", "chosen", "masks"},
     "modules": set(),
     "cells": {"arguments", "backends", "checks", "functional", "modules", "plain", "reference"},
     "rnn_base": {"arguments", "checks", "functional", "modules", "packing", "plain", "reference"},
