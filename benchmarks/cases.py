@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from seqcells import check
 
@@ -29,7 +30,8 @@ class Case:
 
     I: the input's size. heads: block-diagonal recurrent weights, of H units each. projected: whether the input's
     product is part of the work; without it x is that product, [T, B, G * heads * H], and there are no biases. resets:
-    the share of steps at which an episode begins. lengths: rows from T/4 to T long. why: what it stands for.
+    the share of steps at which an episode begins; where T is 1, given states enter that step. lengths: rows from T/4 to
+    T long; packed: in a PackedSequence that was made before. why: what it stands for.
     """
 
     cell: str
@@ -45,6 +47,7 @@ class Case:
     projected: bool = True
     resets: float = 0.0
     lengths: bool = False
+    packed: bool = False
     why: str = ""
 
     @property
@@ -53,6 +56,7 @@ class Case:
         parts += [f"x{self.heads}"] * (self.heads > 1) + [f"{self.layers} layers"] * (self.layers > 1)
         parts += ["bidirectional"] * self.bidirectional + ["no input product"] * (not self.projected)
         parts += [f"resets {self.resets:g}"] * (self.resets > 0) + ["lengths"] * self.lengths
+        parts += ["packed"] * self.packed
         return " ".join(parts)
 
     def small(self) -> Case:
@@ -119,6 +123,21 @@ class Problem:
         if self.lengths is not None:  # padding's outputs are nobody's business
             signs[torch.arange(case.T)[:, None] >= self.lengths] = 0
         self.signs = signs.to(**place)
+        self.states: list[Tensor] | None = None
+        if case.T == 1 and case.resets:
+            size = case.layers * (1 + case.bidirectional), case.B, case.H
+            count = 2 if case.cell == "lstm" else 1
+            self.states = [torch.randn(size, generator=generator).to(**place) for _ in range(count)]
+            self.ends = starts.to(**place)  # 0 and 1, as environments give them
+        if case.packed:
+            self.signs = self.pack(self.signs).data
+
+    def pack(self, x: Tensor) -> PackedSequence:
+        return pack_padded_sequence(x, self.lengths, enforce_sorted=False)
+
+    def hx(self, states: list[Tensor]) -> Any:
+        """As layers take them."""
+        return tuple(states) if self.case.cell == "lstm" else states[0]
 
     @property
     def width(self) -> int:
@@ -215,6 +234,20 @@ PLAIN = [
     for cell in ("lstm", "gru")
     for mode in (TRAINING, INFERENCE)
     for T, B, size, H in ((100, 16, 32, 64), (100, 16, 64, 128), (128, 64, 64, 256))
+]
+
+# Sentences, packed; and acting, a step at a time in environments that end.
+SHORT = [
+    Case(cell, T, B, H, H, mode=mode, lengths=True, packed=True, why="sentences")
+    for cell in ("lstm", "gru", "rnn")
+    for mode in (TRAINING, INFERENCE)
+    for T, B, H in ((5, 8, 32), (8, 32, 32), (10, 32, 64), (25, 64, 64))
+]
+ACTING = [
+    Case(cell, 1, B, 16, 64, mode=mode, resets=0.2, why="acting")
+    for cell in ("lstm", "gru", "rnn")
+    for mode in (INFERENCE, TRAINING)
+    for B in (1, 16)
 ]
 
 

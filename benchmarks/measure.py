@@ -94,7 +94,7 @@ def products(problem: Problem, rows: int = 512) -> Callable[[], object] | None:
     """
     case = problem.case
     several = case.layers > 1 or case.bidirectional or case.heads > 1 or not case.projected or case.mode == STEP
-    if several or problem.device.type != "cpu":
+    if several or case.T == 1 or problem.device.type != "cpu":
         return None
     alive = [case.B] * case.T
     if problem.lengths is not None:

@@ -38,7 +38,7 @@ def ours(
             raise Unavailable("the kernels need CUDA, or TRITON_INTERPRET=1")
         x, weights = problem.fresh(dtype, device)
         resets, lengths = (None if m is None else m.to(where) for m in (problem.resets, problem.lengths))
-        if backend == "aten" and (case.resets or case.cell == "gru-before"):
+        if backend == "aten" and ((case.resets and case.T > 1) or case.cell == "gru-before"):
             raise Unavailable("torch has not got it")
         if not case.projected and dtype is not None:  # the judge: the input's product with an identity
             gates = GATES[case.cell] * case.H
@@ -62,7 +62,13 @@ def ours(
         sizes = {"num_layers": case.layers, "bidirectional": case.bidirectional}
         module = getattr(seqcells, KINDS[case.cell])(case.I, case.H, backend=backend, save=save, **sizes, **more)
         layer = _layer(problem, module, weights)
-        return Work(lambda: layer(x, resets=resets, lengths=lengths)[0], list(layer.parameters()))
+        if case.packed:
+            given = problem.pack(x)
+            return Work(lambda: layer(given)[0].data, list(layer.parameters()))
+        states = None
+        if problem.states is not None:
+            states, resets = problem.hx([s.to(x) for s in problem.states]), problem.ends.to(x)
+        return Work(lambda: layer(x, states, resets=resets, lengths=lengths)[0], list(layer.parameters()))
 
     return provide
 
@@ -115,15 +121,26 @@ def _torch_layer(problem: Problem, weights: list[Tensor]) -> nn.Module:
 
 
 def torch_nn(problem: Problem) -> Work:
-    """torch.nn's layer or cell; packed where rows differ in length."""
+    """torch.nn's layer or cell; packed where rows differ in length, masked by hand where one step has resets."""
     case = problem.case
-    if case.cell == "gru-before" or case.heads > 1 or not case.projected or case.resets:
+    if case.cell == "gru-before" or case.heads > 1 or not case.projected or (case.resets and case.T > 1):
         raise Unavailable("torch.nn has not got it")
     x, weights = problem.fresh()
     if case.mode == STEP:
         cell = _layer(problem, getattr(nn, f"{KINDS[case.cell]}Cell")(case.I, case.H), weights)
         return Work(lambda: _first(cell(x[0]))[None], list(cell.parameters()))
     layer = _torch_layer(problem, weights)
+    if case.packed:
+        given = problem.pack(x)
+        return Work(lambda: layer(given)[0].data, list(layer.parameters()))
+    if problem.states is not None:
+        states, ends = problem.states, problem.ends
+
+        def masked() -> Tensor:
+            kept = (1 - ends).view(1, -1, 1)
+            return layer(x, problem.hx([s * kept for s in states]))[0]
+
+        return Work(masked, list(layer.parameters()))
     if problem.lengths is None:
         return Work(lambda: layer(x)[0], list(layer.parameters()))
     lengths = problem.lengths
@@ -138,7 +155,7 @@ def torch_nn(problem: Problem) -> Work:
 def split(problem: Problem) -> Work:
     """Resets by torch.nn's layer over each stretch in which no episode begins, the state multiplied between."""
     case = problem.case
-    if not case.resets or case.layers > 1 or case.bidirectional or case.cell == "gru-before":
+    if not case.resets or case.T == 1 or case.layers > 1 or case.bidirectional or case.cell == "gru-before":
         raise Unavailable("for resets, in one layer that torch.nn has")
     x, weights = problem.fresh()
     layer = _torch_layer(problem, weights)
@@ -162,8 +179,9 @@ def split(problem: Problem) -> Work:
 def _looped(problem: Problem) -> tuple[Callable[..., Tensor], Tensor, list[Tensor]]:
     """A function of x and the weights: the cell written out, called a step at a time, as people do."""
     case = problem.case
-    if case.layers > 1 or case.bidirectional or case.heads > 1 or not case.projected or case.mode == STEP:
-        raise Unavailable("a loop of one layer and direction")
+    several = case.layers > 1 or case.bidirectional or case.heads > 1
+    if several or not case.projected or case.mode == STEP or case.packed or problem.states is not None:
+        raise Unavailable("a loop of one layer and direction, from zeros")
     spec, resets, lengths = reference.get(NAMES[case.cell]), problem.resets, problem.lengths
     torch_cells = {"lstm": torch.lstm_cell, "gru": torch.gru_cell, "rnn": torch.rnn_tanh_cell}
     kept = None if resets is None else (~resets).to(problem.dtype)[..., None]
@@ -286,7 +304,7 @@ def torchrl(problem: Problem) -> Work:
     case = problem.case
     if case.cell not in ("lstm", "gru") or case.lengths or case.layers > 1 or case.bidirectional or case.heads > 1:
         raise Unavailable("torchrl has one layer of LSTM or GRU, without lengths")
-    if case.mode == STEP or not case.projected:
+    if case.mode == STEP or not case.projected or problem.states is not None:
         raise Unavailable("torchrl's cells are torch's, and its layers take the input itself")
     if problem.device.type != "cuda":
         raise Unavailable("torchrl's kernels need CUDA")
