@@ -185,8 +185,8 @@ def test_what_an_onnx_export_takes(monkeypatch):
     chosen = []
     choose = seqcells.backends.choose
     monkeypatch.setattr(seqcells.backends, "choose", lambda *a: chosen.append(choose(*a)) or chosen[-1])
-    x = torch.randn(40, 2, 3)
-    resets = torch.zeros(40, 2, dtype=torch.bool)
+    x = torch.randn(3, 2, 3)
+    resets = torch.zeros(3, 2, dtype=torch.bool)
 
     def taken(module, **options):
         chosen.clear()
@@ -196,5 +196,5 @@ def test_what_an_onnx_export_takes(monkeypatch):
     for module in (seqcells.LSTM(3, 4), seqcells.GRU(3, 4, 2, bidirectional=True), seqcells.RNN(3, 4)):
         assert taken(module) == {"aten"}
         assert taken(module, resets=resets) == {"reference"}
-        assert taken(module, lengths=torch.tensor([40, 3])) == {"reference"}
+        assert taken(module, lengths=torch.tensor([3, 1])) == {"reference"}
     assert taken(seqcells.GRU(3, 4, reset_after=False)) == {"reference"}

@@ -39,8 +39,9 @@ def test_parity_over_many_programs(cell, shape, dtype, save, resets, poison):
     assert max(found.values()) <= tolerance(cell, dtype, shape), found
 
 
-@pytest.mark.parametrize("H", [48, pytest.param(160, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("cell", [c if c == "gru_before" else pytest.param(c, marks=pytest.mark.slow) for c in CELLS])
+@pytest.mark.slow
+@pytest.mark.parametrize("H", [48, 160])
+@pytest.mark.parametrize("cell", CELLS)
 def test_gradcheck_over_many_programs(cell, H):
     shape = Shape(2, 9, 1, H)  # T=2: one state is handed on, one gradient back
     assert planned(cell, shape, torch.float64).programs >= 6

@@ -298,7 +298,9 @@ def test_without_triton_everything_else_works(how):
     assert result.stdout.count("pip install triton (Linux)\n") == 2
 
 
-@pytest.mark.parametrize("how", WITHOUT_TRITON)
+@pytest.mark.parametrize(
+    "how", [n if n == "not installed" else pytest.param(n, marks=pytest.mark.slow) for n in WITHOUT_TRITON]
+)
 def test_without_triton_it_compiles(how):
     """One graph, trained, of everything that "auto" takes on the CPU; and a program of the kernels can be loaded."""
     result = run_python(

@@ -55,7 +55,7 @@ def test_resets(cell, schedule, save, poison):
     assert_parity(cell, schedule, save, torch.float64, Shape(7, 3, 2, 20), resets=True)
 
 
-@settings(max_examples=60)
+@settings(max_examples=30)
 @given(
     cell=st.sampled_from(CELLS),
     schedule=st.sampled_from(SCHEDULES),

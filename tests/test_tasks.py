@@ -93,10 +93,19 @@ def solve(job, dtype=None):
     assert outcome.solved, outcome.text
 
 
-@pytest.mark.parametrize(
-    "job",
-    [pytest.param(j, marks=[pytest.mark.slow] * (j.cell == "gru-before"), id=label(j)) for j in suite.jobs()],
-)
+def quick_ones():
+    """Every job; by default of each case one, its cells taking turns."""
+    cases = {}
+    for job in suite.jobs():
+        cases.setdefault((job.task.NAME, job.case), []).append(job)
+    for number, jobs in enumerate(cases.values()):
+        fast = [job for job in jobs if job.cell != "gru-before"]
+        for job in jobs:
+            default = fast and job is fast[number % len(fast)]
+            yield pytest.param(job, marks=[] if default else pytest.mark.slow, id=label(job))
+
+
+@pytest.mark.parametrize("job", list(quick_ones()))
 def test_quick_is_solved(job):
     solve(job)
 
@@ -158,7 +167,7 @@ def whole(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("how", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGKILL])
 def test_a_command_that_was_killed_resumes_to_the_same_bits(how, tmp_path, whole):
     """SIGINT as Ctrl-C; SIGKILL whenever it comes, so that nothing can be put in order first."""
     # A shell that runs its jobs in the background has them ignore SIGINT, and children inherit that.
