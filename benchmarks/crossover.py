@@ -3,7 +3,8 @@
     python benchmarks/crossover.py [--threads 2] [--table FILE]      # make crossover
 
 How many times as long torch.nn takes as the loop (above 1: the loop is faster), training / inference, medians of
-interleaved samples; and, of an LSTM with masks in training, how many times as long the loop takes as marked steps.
+interleaved samples; the same of packed batches in training; and how many times as long the loop takes as marked steps,
+for an LSTM with masks.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -22,29 +24,35 @@ import compare
 import measure
 
 import seqcells
-from seqcells import suite
+from seqcells import backends, suite
 
+SENTENCES = ((8, 32), (32, 32), (32, 64), (64, 64), (32, 128), (64, 256))
 SIZES = ((1, 16), (1, 128), (16, 32), (16, 128), (16, 512), (64, 64), (64, 256), (256, 32), (256, 128), (512, 4))
 MASKED = ((8, 32), (16, 64), (16, 128), (16, 256), (64, 64), (64, 128), (64, 256), (8, 512))
 
 
 def ratio(
-    modules: list[torch.nn.Module], x: torch.Tensor, training: bool, seconds: float, **masks: torch.Tensor
+    modules: list[torch.nn.Module],
+    x: torch.Tensor | PackedSequence,
+    training: bool,
+    seconds: float,
+    **masks: torch.Tensor,
 ) -> float:
     """Of the first's time to the second's."""
+    packed = isinstance(x, PackedSequence)
 
     def work(module: torch.nn.Module) -> Callable[[], object]:
         parameters = list(module.parameters())
 
         def run() -> object:
             with torch.set_grad_enabled(training):
-                y = module(x, **masks)[0]
+                y = module(x, **masks)[0].data if packed else module(x, **masks)[0]
                 return torch.autograd.grad(y, parameters, torch.ones_like(y)) if training else y
 
         return run
 
     runs = {str(k): work(module) for k, module in enumerate(modules)}
-    found = measure.interleaved(runs, x.device, seconds, least=3)
+    found = measure.interleaved(runs, x.data.device, seconds, least=3)
     return median(found["0"]) / median(found["1"])
 
 
@@ -69,6 +77,21 @@ def marked(masks: str, T: int, seconds: float) -> list[str]:
     return line
 
 
+def packed(kind: str, T: int, seconds: float) -> list[str]:
+    """torch.nn's time by that of the way of long packed batches: padded, by the loop or by marked steps."""
+    line, own = [], backends.loop_pays
+    for B, H in SENTENCES:
+        lengths = torch.randint(max(1, T // 4), T + 1, (B,))
+        x = pack_padded_sequence(torch.randn(T, B, min(H, 64)), lengths, enforce_sorted=False)
+        modules = [getattr(torch.nn, kind)(min(H, 64), H), getattr(seqcells, kind)(min(H, 64), H)]
+        backends.loop_pays = lambda *a, **k: True
+        try:
+            line.append(f"{ratio(modules, x, True, seconds):.2f}")
+        finally:
+            backends.loop_pays = own
+    return line
+
+
 def table(head: str, sizes: tuple[tuple[int, int], ...], lines: dict[str, list[str]]) -> str:
     shown = [f"| {head} | {' | '.join(f'{B} x {H}' for B, H in sizes)} |", f"|---|{'---|' * len(sizes)}"]
     return "\n".join(shown + [f"| {name} | {' | '.join(line)} |" for name, line in lines.items()])
@@ -89,12 +112,20 @@ def main() -> None:
             for T in steps:
                 lines[f"{kind} T={T}"] = against_torch(kind, T, options.seconds)
                 print(kind, T, lines[f"{kind} T={T}"], file=sys.stderr, flush=True)
+        sentences = {}
+        for kind in ("GRU", "RNN", "LSTM"):
+            for T in (8, 16, 24, 32, 48, 64):
+                sentences[f"{kind} T={T}"] = packed(kind, T, options.seconds)
+                print("packed", kind, T, sentences[f"{kind} T={T}"], file=sys.stderr, flush=True)
         masked = {f"{masks} T=100": marked(masks, 100, options.seconds) for masks in ("resets", "lengths")}
         facts = ", ".join(f"{k} {v}" for k, v in compare.machine("cpu").items())
         parts += [
             f"## {threads} thread{'s' * (threads > 1)}\n\n{facts}.\n",
             "torch.nn's time by the loop's, training / inference, by batch x hidden size:\n",
             f"{table('cell', SIZES, lines)}\n",
+            "Packed batches of T/4 to T steps in training, torch.nn's time by that of padding them, for the loop or,\n"
+            "of an LSTM, marked steps:\n",
+            f"{table('cell', SENTENCES, sentences)}\n",
             "An LSTM with masks, the loop's time by that of marked steps, training / inference:\n",
             f"{table('masks', MASKED, masked)}\n",
         ]

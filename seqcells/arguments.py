@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 from . import backends, checks, precisions
 
 SAVES = ("gates", "states")
+FEW = 128  # values that are looked at faster in a list than in a tensor
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
@@ -104,21 +105,13 @@ def resets(given: Any, shape: Sequence[int], device: torch.device) -> Tensor | N
         raise RuntimeError(f"resets must be on the input's device {device}, got {found.device}")
     if found.dtype != torch.bool:
         flags = found.bool()
-        if readable(found) and (other := _other(found, flags)):
+        if readable(found) and (other := found[flags != found].tolist()):
             raise ValueError(f"resets must be {_FLAGS}, got a value of {other[0]}")
         found = flags
     return found if isinstance(given, Tensor) else found.to(device, non_blocking=True)
 
 
 _FLAGS = "a tensor or nested list of bools, or of the numbers 0 and 1"
-
-
-def _other(found: Tensor, flags: Tensor) -> list[float]:
-    """Values that are neither 0 nor 1. flags: where they are not 0."""
-    if found.numel() > 128 or found.dim() != 2:
-        return found[flags != found].tolist()
-    # Of a step's few, faster than tensor operations.
-    return [value for row in found.tolist() for value in row if value not in (0, 1)]
 
 
 def _listed(given: Any) -> Tensor:
@@ -341,10 +334,10 @@ def _packed(
     batch = packed_batch(input, states)
     # Of states that are put in order, as in torch.nn, there may be more.
     _fit_module(module, layers[0][0], data, states, batch, rank=2, more=order is not None)
-    rows("input", input)
+    _rows("input", input)
     if isinstance(resets_, PackedSequence):
         packed("resets", resets_)
-        rows("resets", resets_)
+        _rows("resets", resets_)
         _same_order(input, resets_)
         flags: Any = resets(resets_.data, data.shape[:1], data.device)
         return states, resets_._replace(data=flags)
@@ -359,6 +352,21 @@ def packed_batch(input: PackedSequence, states: Sequence[Tensor]) -> int:
     if torch.compiler.is_compiling() and len(states) and states[0].dim() == 3:
         return states[0].shape[1]  # without a value that a compiler could not know
     return int(input.batch_sizes[0])
+
+
+def well_packed(given: PackedSequence) -> bool:
+    """Whether a PackedSequence on the CPU is as torch makes it. What is not, `packed` and `_rows` say, more slowly."""
+    data, sizes, order, back = given
+    for t in (sizes, order, back):
+        if t is not None and (type(t) is not Tensor or t.dtype is not torch.int64 or t.dim() != 1 or not t.is_cpu):
+            return False
+    values = sizes.tolist()
+    if not values or values[-1] < 1 or values != sorted(values, reverse=True) or sum(values) != data.shape[0]:
+        return False
+    if order is None or back is None:
+        return order is back
+    there, again, each = order.tolist(), back.tolist(), list(range(values[0]))
+    return len(there) == len(each) and sorted(again) == each and [there[i] for i in again] == each
 
 
 def packed(name: str, given: PackedSequence) -> None:
@@ -377,7 +385,7 @@ def packed(name: str, given: PackedSequence) -> None:
     _packed_indices(name, order, back, None if values is None else values[0], data.device)
 
 
-def rows(name: str, given: PackedSequence) -> None:
+def _rows(name: str, given: PackedSequence) -> None:
     """RuntimeError where a PackedSequence has not the rows that its batch_sizes say."""
     count = given.data.shape[0] if given.data.dim() else 0
     if readable(given.batch_sizes) and (expected := sum(given.batch_sizes.tolist())) != count:

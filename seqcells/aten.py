@@ -85,8 +85,8 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...], weights: Weights) -> 
 
 def onednn(cell: str, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether oneDNN has it, by operators of its own: the LSTM in float32, on the CPU."""
-    here = _ONEDNN and bool(torch.backends.mkldnn.enabled)
-    return here and cell == "lstm" and device.type == "cpu" and dtype == torch.float32
+    fits = cell == "lstm" and dtype == torch.float32 and device.type == "cpu"
+    return fits and _ONEDNN and bool(torch.backends.mkldnn.enabled)
 
 
 def _directions(x: Tensor, states: Sequence[Tensor], groups: Sequence[Weights]) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -161,18 +161,14 @@ _MARKED, _REAL = {True: 4096, False: 8192}, 0.5
 
 
 def loop_pays(cell: str, steps: int, batch: int, hidden: int, grad: bool, onednn: bool, lengths: bool = False) -> bool:
-    """Whether on the CPU the loop is faster than torch's own cell, which packs lengths."""
-    alone = torch.get_num_threads() == 1
+    """Whether on the CPU the loop is faster than torch's own cell, whose lengths are packed."""
     if lengths:
         return grad and steps >= 2 * _STEPS.get(cell, _OTHERS)
     if onednn:
-        return grad and alone and batch >= 64 and steps * batch * hidden >= _WORKSPACE
-    return steps >= _STEPS.get(cell, _OTHERS) if grad else alone and steps >= _INFERENCE and hidden >= 16
-
-
-def packed_pays(cell: str, steps: int, batch: int, hidden: int, grad: bool) -> bool:
-    """Whether on the CPU torch's own is the fastest at a PackedSequence."""
-    return not grad or steps < 2 * _STEPS.get(cell, _OTHERS)
+        return grad and batch >= 64 and steps * batch * hidden >= _WORKSPACE and torch.get_num_threads() == 1
+    if grad:
+        return steps >= _STEPS.get(cell, _OTHERS)
+    return steps >= _INFERENCE and hidden >= 16 and torch.get_num_threads() == 1
 
 
 def request(
@@ -196,8 +192,9 @@ def request(
     """size: T, B, H; None: not to be asked. onednn: its LSTM would run the cell, were there no masks; seen: it could
     not with them. real: the share of rows that are no padding. lean: little is to be kept for backward."""
     masked = resets or lengths
-    # A packed batch has a fast way of its own without gradients.
-    marked = masked and onednn and not (cells or seen) and (resets or grad or not packed)
+    marked = masked and onednn and not (cells or seen)
+    if packed and not resets and size is not None and not loop_pays(cell, *size, grad, False, True):
+        marked = False  # torch's own takes a packed batch, and short ones are faster by it
     looped = False
     if size is not None and marked:
         looped = lean or real < _REAL or size[1] * size[2] > _MARKED[grad] // (4 if lengths else 1)

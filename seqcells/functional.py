@@ -162,7 +162,7 @@ def _run(
     chosen = choose(cell, x, tensors, how, H, projected=len(groups[0]) == 5)
     bits = sum(1 << k for k in range(K) if how.reverse[k])
     if how.resets is not None and chosen.backend != "triton" and _begins(x):
-        given, how = masks.cleared(given, how.resets[0], how.reverse), replace(how, resets=None)
+        given, how = masks.cleared(given, how.resets[0, :, None], how.reverse), replace(how, resets=None)
     if len(groups[0]) == 5 and chosen.backend != "aten":
         return _projected(cell, x, given, groups, how)
     if chosen.backend in ("triton", "loop") and (B > 0 or chosen.backend == "loop"):

@@ -38,14 +38,13 @@ def encode(resets: Tensor | None, lengths: Tensor | None, steps: int, reversed: 
 
 
 def cleared(states: Sequence[Tensor | None], begins: Tensor, reverse: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The states [K, B, .] or [B, .] that enter one step, zero where an episode begins [B].
+    """The states [K, B, .] or [B, .] that enter one step, zero where an episode begins [B, 1].
 
     Not those of a reversed group, which come from the step after.
     """
-    where = begins[:, None]
     if any(reverse):
-        where = torch.stack([where & (not back) for back in reverse])
-    return tuple(None if s is None else s.masked_fill(where, 0) for s in states)
+        begins = torch.stack([begins & (not back) for back in reverse])
+    return tuple(None if s is None else s.masked_fill(begins, 0) for s in states)
 
 
 def decode(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:

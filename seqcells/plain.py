@@ -51,7 +51,7 @@ def layers(module: Any, x: Any, hx: Any, resets: Any = None) -> tuple[Tensor, tu
         return None
     if module.batch_first:
         x, T, B = x.transpose(0, 1), B, T
-    weights = [getattr(module, name) for of in module._all_weights for name in of]
+    weights = _weights(module)
     H, rows, dtype = module.hidden_size, len(module._all_weights), x.dtype
     if weights[0].dtype != dtype:
         return None
@@ -75,10 +75,10 @@ def layers(module: Any, x: Any, hx: Any, resets: Any = None) -> tuple[Tensor, tu
                 return None
         states, grad = hx, any(s.requires_grad for s in given)
     if resets is not None:
-        flags: Any = arguments.resets(resets, (B, T) if module.batch_first else (T, B), x.device)
-        if hx is not None:
+        begins = _begins(resets, (B, T) if module.batch_first else (T, B), x.device)
+        if hx is not None and begins is not None:
             back = (False, True) * module.num_layers if module.bidirectional else ()
-            given = masks.cleared(given, flags.reshape(B), back)
+            given = masks.cleared(given, begins.view(B, 1), back)
             states = given if cell == "lstm" else given[0]
     grad = torch.is_grad_enabled() and (grad or x.requires_grad or any(w.requires_grad for w in weights))
     if name == "auto" and outer == H and backends.loop_pays(cell, T, B, H, grad, aten.onednn(cell, x.device, dtype)):
@@ -86,6 +86,25 @@ def layers(module: Any, x: Any, hx: Any, resets: Any = None) -> tuple[Tensor, tu
     how = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional, False)
     y, *final = aten.LAYERS[cell](x, states, weights, *how)  # type: ignore[operator]
     return y.transpose(0, 1) if module.batch_first else y, tuple(final)
+
+
+def _weights(module: Any) -> list[Tensor]:
+    """All parameters. nn.Module's __getattr__ is slow, and has to be asked for those that are computed only."""
+    held = module._parameters
+    return [held[name] if name in held else getattr(module, name) for of in module._all_weights for name in of]
+
+
+def _begins(resets: Any, shape: tuple[int, int], device: torch.device) -> Tensor | None:
+    """resets of one step as bools of that shape, None where none is set. Raises what is wrong with them."""
+    known = type(resets) is Tensor and resets.is_cpu and resets.layout is torch.strided and not resets.is_complex()
+    if known and resets.shape == shape and resets.numel() <= arguments.FEW:
+        rows = resets.tolist()
+        values = rows[0] if len(rows) == 1 else [value for row in rows for value in row]
+        if not any(values):
+            return None
+        if {*values} <= {0, 1}:
+            return resets.bool()
+    return arguments.resets(resets, shape, device)
 
 
 def packed(module: Any, x: PackedSequence, hx: Any) -> tuple[PackedSequence, tuple[Tensor, ...]] | None:
@@ -97,15 +116,15 @@ def packed(module: Any, x: PackedSequence, hx: Any) -> tuple[PackedSequence, tup
         return None
     if not data.is_cpu or torch.is_autocast_enabled("cpu") or data.shape[1] != module.input_size:
         return None
-    arguments.packed("x", x)
-    arguments.rows("x", x)
     _, sizes, order, back = x
-    weights = [getattr(module, name) for of in module._all_weights for name in of]
+    if not arguments.well_packed(x):
+        return None
+    weights = _weights(module)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *weights))
     rows, B, H, dtype = len(module._all_weights), int(sizes[0]), module.hidden_size, data.dtype
     if weights[0].dtype != dtype or not weights[0].is_cpu:
         return None
-    if name == "auto" and not backends.packed_pays(cell, len(sizes), B, H, grad):
+    if name == "auto" and backends.loop_pays(cell, len(sizes), B, H, grad, False, lengths=True):
         return None
     outer = module.proj_size or H
     if hx is None:
