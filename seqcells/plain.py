@@ -82,9 +82,9 @@ def layers(module: Any, x: Any, hx: Any, resets: Any = None) -> tuple[Tensor, tu
             states = given if cell == "lstm" else given[0]
     grad = torch.is_grad_enabled() and (grad or x.requires_grad or any(w.requires_grad for w in weights))
     # At one step torch's own is the fastest, and the question would take a while.
-    if T > 1 and name == "auto" and outer == H:
-        if backends.loop_pays(cell, T, B, H, grad, aten.onednn(cell, x.device, dtype)):
-            return None
+    asked = T > 1 and name == "auto" and outer == H
+    if asked and backends.loop_pays(cell, T, B, H, grad, aten.onednn(cell, x.device, dtype)):
+        return None
     how = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional, False)
     y, *final = aten.LAYERS[cell](x, states, weights, *how)  # type: ignore[operator]
     return y.transpose(0, 1) if module.batch_first else y, tuple(final)
