@@ -62,31 +62,22 @@ def layers(module: Any, x: Any, hx: Any, resets: Any = None) -> tuple[Tensor, tu
             return None
         if rows > 1 and not _fit(module, weights, count, rows_of, outer):
             return None
-    if hx is None:
-        zero = x.new_zeros(rows, B, outer)
-        states = zero if cell != "lstm" else (zero, zero if outer == H else x.new_zeros(rows, B, H))
-        grad = False
-    else:
-        given = hx if cell == "lstm" else (hx,)
-        if len(given) != (2 if cell == "lstm" else 1):
-            return None
-        for s, n in zip(given, (outer, H), strict=False):
-            if not isinstance(s, Tensor) or s.shape != (rows, B, n) or s.dtype != dtype or not s.is_cpu:
-                return None
-        states, grad = hx, any(s.requires_grad for s in given)
+    states: Any = _states(module, hx, B, x)
+    if states is None:
+        return None
     if resets is not None:
         begins = _begins(resets, (B, T) if module.batch_first else (T, B), x.device)
         if hx is not None and begins is not None:
             back = (False, True) * module.num_layers if module.bidirectional else ()
-            given = masks.cleared(given, begins.view(B, 1), back)
-            states = given if cell == "lstm" else given[0]
-    grad = torch.is_grad_enabled() and (grad or x.requires_grad or any(w.requires_grad for w in weights))
+            states = masks.cleared(states, begins.view(B, 1), back)
+    grad = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *states, *weights))
     # At one step torch's own is the fastest, and the question would take a while.
     asked = T > 1 and name == "auto" and outer == H
     if asked and backends.loop_pays(cell, T, B, H, grad, aten.onednn(cell, x.device, dtype)):
         return None
     how = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional, False)
-    y, *final = aten.LAYERS[cell](x, states, weights, *how)  # type: ignore[operator]
+    given = states if cell == "lstm" else states[0]
+    y, *final = aten.LAYERS[cell](x, given, weights, *how)  # type: ignore[operator]
     return y.transpose(0, 1) if module.batch_first else y, tuple(final)
 
 
@@ -94,6 +85,24 @@ def _weights(module: Any) -> list[Tensor]:
     """All parameters. nn.Module's __getattr__ is slow, and has to be asked for those that are computed only."""
     held = module._parameters
     return [held[name] if name in held else getattr(module, name) for of in module._all_weights for name in of]
+
+
+def _states(module: Any, hx: Any, batch: int, x: Tensor) -> tuple[Tensor, ...] | None:
+    """The states in hx, zeros like x where there is none; None where they are not what they should be."""
+    rows, H = len(module._all_weights), module.hidden_size
+    outer = module.proj_size or H
+    if hx is None:
+        zero = x.new_zeros(rows, batch, outer)
+        if module.cell != "lstm":
+            return (zero,)
+        return zero, zero if outer == H else x.new_zeros(rows, batch, H)
+    given = hx if module.cell == "lstm" else (hx,)
+    if not isinstance(given, (tuple, list)) or len(given) != (2 if module.cell == "lstm" else 1):
+        return None
+    for s, n in zip(given, (outer, H), strict=False):
+        if not isinstance(s, Tensor) or s.shape != (rows, batch, n) or s.dtype != x.dtype or not s.is_cpu:
+            return None
+    return tuple(given)
 
 
 def _begins(resets: Any, shape: tuple[int, int], device: torch.device) -> Tensor | None:
@@ -123,26 +132,19 @@ def packed(module: Any, x: PackedSequence, hx: Any) -> tuple[PackedSequence, tup
         return None
     weights = _weights(module)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *weights))
-    rows, B, H, dtype = len(module._all_weights), int(sizes[0]), module.hidden_size, data.dtype
-    if weights[0].dtype != dtype or not weights[0].is_cpu:
+    B, H = int(sizes[0]), module.hidden_size
+    if weights[0].dtype != data.dtype or not weights[0].is_cpu:
         return None
     if name == "auto" and backends.loop_pays(cell, len(sizes), B, H, grad, False, lengths=True):
         return None
-    outer = module.proj_size or H
-    if hx is None:
-        zero = data.new_zeros(rows, B, outer)
-        states: Any = zero if cell != "lstm" else (zero, zero if outer == H else data.new_zeros(rows, B, H))
-    else:
-        given = hx if cell == "lstm" else (hx,)
-        if len(given) != (2 if cell == "lstm" else 1):
-            return None
-        for s, n in zip(given, (outer, H), strict=False):
-            if not isinstance(s, Tensor) or s.shape != (rows, B, n) or s.dtype != dtype or not s.is_cpu:
-                return None
-        ordered = given if order is None else tuple(s.index_select(1, order) for s in given)
-        states = ordered if cell == "lstm" else ordered[0]
+    states = _states(module, hx, B, data)
+    if states is None:
+        return None
+    if hx is not None and order is not None:
+        states = tuple(s.index_select(1, order) for s in states)
     how = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional)
-    y, *final = aten.LAYERS[cell](data, sizes, states, weights, *how)  # type: ignore[operator]
+    given = states if cell == "lstm" else states[0]
+    y, *final = aten.LAYERS[cell](data, sizes, given, weights, *how)  # type: ignore[operator]
     ends = final if back is None else [s.index_select(1, back) for s in final]
     return PackedSequence(y, sizes, order, back), tuple(ends)
 
