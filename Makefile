@@ -29,7 +29,7 @@ test-slow: .venv/ready
 	$(BIN)/python -m pytest -n 2 -m slow
 
 test-integrations: .venv-integrations/ready
-	.venv-integrations/bin/python -m pytest -n 2 -m integrations
+	.venv-integrations/bin/python -m pytest -n 2 -m integrations tests/integrations
 
 lint: .venv/ready
 	$(BIN)/ruff check .
