@@ -82,7 +82,7 @@ class Derived:
         if split < len(self.gates):
             lines.append(f"second product, with {self.operand}: {' '.join(self.gates[split:])}")
         count = len(self.saved)
-        why = "the fewest from which, and the states before and after a step, backward can be computed"
+        why = "the fewest from which, with the states before and after it, backward follows"
         lines.append(f"saved for backward, {count} tile{'s' * (count != 1)} a step: " + (why if count else "nothing"))
         return "\n".join([*lines, *(f"  {s}" for s in self.saved)])
 

@@ -57,7 +57,7 @@ class Traced:
 
 class _Run:
     """What is noted while the step runs. operands: of the recurrent products, h first; products: for each gate that has
-    one, the number of its operand, and where."""
+    one, the number of its operand, and where; lines: of the operations, by their names in the graph."""
 
     def __init__(self, code: CodeType, gates: tuple[str, ...]) -> None:
         self.code, self.gates = code, gates
@@ -65,6 +65,7 @@ class _Run:
         self.operands: list[Tensor] = []
         self.products: dict[int, tuple[int, Line | None]] = {}
         self.names: list[str] = []
+        self.lines: dict[str, Line] = {}
 
     def line(self) -> Line | None:
         """The line of the step that is being run; None outside it."""
@@ -159,9 +160,7 @@ class _Watch(TorchFunctionMode):
                 "only U.k(v) takes something from other units",
                 line,
             )
-        for node in nodes:
-            if node.op == "call_function" and node.target not in OPERATIONS:
-                raise UnknownOperation(f"the kernels have no {_spoken(node.target)}; they have {known()}", line)
+        self.run.lines.update({node.name: line for node in nodes})
         return out
 
 
@@ -193,7 +192,7 @@ def trace(step: Callable[..., Any], gates: tuple[str, ...], states: tuple[str, .
         return [torch.rand(SHAPE, dtype=torch.float64) + 0.25 for _ in range(n)]
 
     try:
-        graph = make_fx(joint)(tiles(G), tiles(G), tiles(S), tiles(S), tiles(G)).graph
+        graph = make_fx(torch.func.functionalize(joint))(tiles(G), tiles(G), tiles(S), tiles(S), tiles(G)).graph
     finally:
         run.frame = None
     return _read(graph, run, G, S)
@@ -224,13 +223,14 @@ def _read(graph: Any, run: _Run, G: int, S: int) -> Traced:
     counts = {"gx": G, "hu": G, "before": S, "dstate": S, "dm": G}
     leaves = iter([values.make(kind, n) for kind, count in counts.items() for n in range(count)])
     outputs: list[Value] = []
+    graph.eliminate_dead_code()
     for node in graph.nodes:
         if node.op == "placeholder":
             made[node] = next(leaves)
         elif node.op == "output":
             outputs = [made[n] for n in node.args[0]]
         elif node.op == "call_function":
-            made[node] = _value(values, node, made)
+            made[node] = _value(values, node, made, run.lines.get(node.name))
     found = iter(outputs)
 
     def take(n: int) -> list[Value]:
@@ -259,10 +259,11 @@ def _check_levels(run: _Run, values: Graph, operands: list[Value]) -> None:
             raise NotYet("a second operand that is not h: today's kernels have one", line)
 
 
-def _value(values: Graph, node: Any, made: dict[Any, Value]) -> Value:
-    """The value of a node."""
+def _value(values: Graph, node: Any, made: dict[Any, Value], line: Line | None) -> Value:
+    """The value of a node. line: of the step's; autograd's have none."""
+    whose = "the kernels have no" if line else "the derivative of the step needs what the kernels do not have:"
     if node.target not in OPERATIONS:
-        raise UnknownOperation(f"the derivative of the step needs {_spoken(node.target)}; the kernels have {known()}")
+        raise UnknownOperation(f"{whose} {_spoken(node.target)}; they have {known()}", line)
 
     def operand(a: Any) -> Any:
         if isinstance(a, torch.fx.Node):
@@ -273,7 +274,7 @@ def _value(values: Graph, node: Any, made: dict[Any, Value]) -> Value:
     named = {k: operand(v) for k, v in node.kwargs.items()}
     found = OPERATIONS[node.target](values, *arguments, **named)
     if found is None:
-        raise UnknownOperation(f"the kernels have no {_spoken(node.target)} with {list(node.args[1:])}")
+        raise UnknownOperation(f"{whose} {_spoken(node.target)} with {list(node.args[1:])}; they have {known()}", line)
     return found
 
 
@@ -315,13 +316,18 @@ def _cast(g: Graph, a: Value, dtype: Any = None, **_: Any) -> Value | None:
     return g.as_number(a) if dtype == torch.float64 else None
 
 
+def _both(operation: Any, value: Callable[..., Value | None]) -> dict[Any, Callable[..., Value | None]]:
+    """An operation whose second operand may be a number."""
+    return {operation.Tensor: value, operation.Scalar: value}
+
+
 # What is known: aten's operations as values. A new one that is no combination of these is also to be printed (`emit`).
 OPERATIONS: dict[Any, Callable[..., Value | None]] = {
-    aten.add.Tensor: lambda g, a, b, alpha=None: g.sum(a, _scaled(g, b, alpha)),
-    aten.sub.Tensor: lambda g, a, b, alpha=None: g.difference(a, _scaled(g, b, alpha)),
-    aten.rsub.Scalar: lambda g, a, b, alpha=None: g.difference(b, _scaled(g, a, alpha)),
-    aten.mul.Tensor: lambda g, a, b: g.product(a, b),
-    aten.div.Tensor: lambda g, a, b: g.quotient(a, b),
+    **_both(aten.add, lambda g, a, b, alpha=None: g.sum(a, _scaled(g, b, alpha))),
+    **_both(aten.sub, lambda g, a, b, alpha=None: g.difference(a, _scaled(g, b, alpha))),
+    **_both(aten.rsub, lambda g, a, b, alpha=None: g.difference(b, _scaled(g, a, alpha))),
+    **_both(aten.mul, lambda g, a, b: g.product(a, b)),
+    **_both(aten.div, lambda g, a, b: g.quotient(a, b)),
     aten.neg.default: lambda g, a: g.negative(a),
     aten.reciprocal.default: lambda g, a: g.quotient(g.number(1), a),
     aten.pow.Tensor_Scalar: lambda g, a, n: g.power(a, constant(n)),
@@ -335,7 +341,7 @@ OPERATIONS: dict[Any, Callable[..., Value | None]] = {
     aten.clamp_min.default: _clamp,
     aten.clamp_max.default: lambda g, a, high: _clamp(g, a, None, high),
     aten.where.self: lambda g, c, a, b: g.choice(c, a, b),
-    **{getattr(getattr(aten, n), kind): _comparison(n) for n in COMPARISONS for kind in ("Tensor", "Scalar")},
+    **{k: v for n in COMPARISONS for k, v in _both(getattr(aten, n), _comparison(n)).items()},
     aten.logical_and.default: lambda g, a, b: g.make("and", a, b),
     aten.logical_or.default: lambda g, a, b: g.make("or", a, b),
     aten.logical_not.default: lambda g, a: g.make("not", a),
@@ -347,10 +353,13 @@ OPERATIONS: dict[Any, Callable[..., Value | None]] = {
     aten.zeros_like.default: lambda g, a, **_: g.number(0),
     aten.ones_like.default: lambda g, a, **_: g.number(1),
     aten.full_like.default: lambda g, a, x, **_: x,
+    aten.empty_like.default: lambda g, a, **_: g.number(float("nan")),  # it is filled next
+    aten.fill.Scalar: lambda g, a, x: x,
     aten.scalar_tensor.default: lambda g, x, **_: x,
     aten.zeros.default: lambda g, _size, **_: g.number(0),
     aten.new_zeros.default: lambda g, a, _size, **_: g.number(0),
     aten.full.default: lambda g, _size, x, **_: x,
+    aten.expand.default: lambda g, a, _size: a,  # of one number: all else has the shape already
     # Derivatives.
     aten.sigmoid_backward.default: lambda g, d, y: g.product(d, y, g.difference(g.number(1), y)),
     aten.tanh_backward.default: lambda g, d, y: g.product(d, g.difference(g.number(1), g.product(y, y))),
@@ -376,6 +385,19 @@ def _sign(g: Graph, a: Value) -> Value:
 
 def known() -> str:
     """The operations a step may use."""
-    inner = ("alias", "zeros_like", "ones_like", "_to_copy", "scalar_tensor", "full", "zeros", "new_zeros", "full_like")
+    inner = (
+        "alias",
+        "expand",
+        "empty_like",
+        "fill",
+        "zeros_like",
+        "ones_like",
+        "_to_copy",
+        "scalar_tensor",
+        "full",
+        "zeros",
+        "new_zeros",
+        "full_like",
+    )
     names = {_spoken(target) for target in OPERATIONS} - set(inner)
     return ", ".join(sorted(n for n in names if not n.endswith("_backward")))
