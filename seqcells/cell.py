@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import checks, reference
+from . import checks, fallback, reference
 from .derive import CellError, Derived, derive, kernels_of
 from .kernels import registry
 
@@ -113,6 +113,7 @@ def cell(*, gates: str, states: str) -> Callable[[Callable[..., Any]], Cell]:
             expected = f"{name}(x, U, {', '.join(state_names)})"
             raise TypeError(f"the step must take x, U and the states: {expected}, got {name}{inspect.signature(step)}")
         made = Cell(name, gate_names, state_names, step)
+        fallback.forget(name)
         reference.CELLS[name] = _Specification(made)
         registry.register_later(name, lambda: kernels_of(name, made._derived))
         return made

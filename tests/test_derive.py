@@ -9,7 +9,7 @@ from conftest import DEVICE
 from shapes import SAVES, SCHEDULES
 
 import seqcells
-from seqcells import derive, functional, reference
+from seqcells import derive, fallback, functional, reference
 from seqcells.cell import CellError
 from seqcells.check import Shape, errors, inputs, relative, run
 from seqcells.kernels import cells, registry
@@ -200,6 +200,15 @@ def test_a_name_defined_again():
         assert f"* {factor}" in again.source
 
 
+def test_a_name_defined_again_has_a_new_start(monkeypatch):
+    """Kernels of that name that failed on the device were other kernels."""
+    failed, others = (fallback.Kernel(n, "forward", torch.float32, 5, torch.device("cuda")) for n in ("mgu", "cifg"))
+    monkeypatch.setattr(fallback, "_failed", {(failed, "grid"), (others, "grid")})
+    monkeypatch.setattr(fallback, "_refused", {failed, others})
+    define(mgu, "f n")
+    assert fallback._failed == {(others, "grid")} and fallback._refused == {others}
+
+
 def test_a_transform_around_the_first_call():
     """The step is traced apart from what the caller is in the middle of."""
     tensors = inputs("mgu", Shape(3, 3, 2, 4), torch.float64, DEVICE)
@@ -359,7 +368,7 @@ NOT_YET = [
 def test_what_todays_kernels_cannot_run_says_so(step, gates, says):
     """And runs as the reference, which asks for no kernels."""
     made = define(step, gates)
-    with pytest.raises(derive.NotYet, match=says):
+    with pytest.raises(derive.NotYet, match=f"{says}.* backend='reference' runs it"):
         made.explain()
     found = errors(step.__name__, Shape(3, 3, 2, 5), torch.float64, "cpu", backend="reference")
     assert all(e == 0 for e in found.values())

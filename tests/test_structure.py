@@ -37,7 +37,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "reference_arguments": {"arguments", "checks"},
     "reference": {"checks", "reference_arguments"},
     "derive": {"kernels.cells", "kernels.math"},
-    "cell": {"checks", "derive", "reference", "kernels.registry"},
+    "cell": {"checks", "derive", "fallback", "reference", "kernels.registry"},
     "masks": {"kernels.buffers"},
     "autograd": {"backends", "masks", "reference", "kernels.buffers"},
     "batching": set(),

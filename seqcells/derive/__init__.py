@@ -34,7 +34,7 @@ from .errors import (
     UnknownOperation,
 )
 from .trace import Traced, trace
-from .values import Value, ancestors, share
+from .values import LEAVES, Value, ancestors, share
 
 __all__ = [
     "CapturedTensor",
@@ -121,7 +121,7 @@ def _derive(step: Callable[..., Any], gates: tuple[str, ...], states: tuple[str,
     free = [*before, *found.new]
     used = {v for value in ancestors(gradients, free) if value.gradient for v in value.inputs if not v.gradient}
     saved = smallest([*sorted(used, key=lambda v: v.index), *middle], free)
-    saved.sort(key=lambda v: v.index)
+    saved.sort(key=lambda v: (v.op in LEAVES, v.index))
 
     leaf = found.graph.make
     there = {leaf(kind, n): f"{kind}[{n}]" for kind in ("gx", "hu") for n in range(G)}
@@ -207,5 +207,5 @@ def _check_padding(step: Callable[..., Any], gates: tuple[str, ...], states: tup
     if not all(bool(t.isfinite().all()) for t in (value, *slopes) if t is not None):
         raise NotYet(
             "where x, U and the states are all zero the step or its derivative is not finite, as a / b with b zero: "
-            "today's kernels compute a tile's unused units from zeros, and would spread that. Add a small number to b"
+            "today's kernels compute a tile's unused units from zeros, and would spread that: add a small number to b"
         )

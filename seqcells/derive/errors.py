@@ -50,4 +50,7 @@ class CapturedTensor(CellError):
 
 
 class NotYet(CellError):
-    """A cell within the rules, which today's kernels cannot run."""
+    """A cell within the rules, which today's kernels cannot run. The reference can: backend="reference"."""
+
+    def __init__(self, what: str, line: Line | None = None) -> None:
+        super().__init__(f"{what}. Until they can, backend='reference' runs it", line)
