@@ -10,10 +10,12 @@ def mgu(x, U, h):
 from __future__ import annotations
 
 import inspect
+import keyword
+from collections import namedtuple
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cached_property
-from types import FunctionType, SimpleNamespace
+from functools import cached_property, partial
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor
@@ -125,7 +127,7 @@ def _names(argument: str, value: Any) -> tuple[str, ...]:
     if not isinstance(value, str):
         raise checks.wrong(argument, "a string of names, as 'f n'", value)
     names = tuple(value.split())
-    wrong = [n for n in names if not n.isidentifier()]
+    wrong = [n for n in names if not n.isidentifier() or n.startswith("_") or keyword.iskeyword(n)]
     if not names or wrong or len(set(names)) < len(names):
         problem = "no name" if not names else f"{wrong[0]!r} is no name" if wrong else "a name occurs twice"
         raise ValueError(f"{argument} must be different names, separated by spaces; in {value!r} {problem}")
@@ -135,27 +137,41 @@ def _names(argument: str, value: Any) -> tuple[str, ...]:
 class _Specification(reference.Cell):
     """A cell as `reference` has it; what only the step's derivation tells, when it is asked for."""
 
+    made: Cell
+
     def __init__(self, made: Cell) -> None:
         object.__setattr__(self, "step", _step(made))
         object.__setattr__(self, "gates", len(made.gates))
         object.__setattr__(self, "states", len(made.states))
-        object.__setattr__(self, "_made", made)
+        object.__setattr__(self, "made", made)
 
     @property
     def inner(self) -> int:
-        return self._made._derived.inner  # type: ignore[attr-defined]
+        return _facts(self.made.name)[0]
 
     @property
     def first(self) -> int | None:
-        return self._made._derived.first  # type: ignore[attr-defined]
+        return _facts(self.made.name)[1]
 
     @property
     def saves(self) -> bool:
-        return bool(self._made._derived.saved)  # type: ignore[attr-defined]
+        return _facts(self.made.name)[2]
+
+
+def _facts(name: str) -> tuple[int, int | None, bool]:
+    """inner, first and saves of the cell of that name."""
+    found = reference.CELLS[name].made._derived  # type: ignore[attr-defined]
+    return found.inner, found.first, bool(found.saved)
+
+
+# torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
+_facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _step(made: Cell) -> reference.Step:
     """The step on weights instead of products, as `reference` calls it."""
+
+    by_gate: Any = namedtuple("by_gate", made.gates)  # type: ignore[misc]  # x.k and U.k, which torch.compile follows
 
     def step(
         x: Tensor, states: tuple[Tensor, ...], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
@@ -163,12 +179,8 @@ def _step(made: Cell) -> reference.Step:
         G = len(made.gates)
         u, biases = w_hh.chunk(G), [None] * G if b_hh is None else b_hh.chunk(G)
 
-        def product(n: int) -> Callable[[Tensor], Tensor]:
-            return lambda v: linear(v, u[n], biases[n])
-
-        inputs = SimpleNamespace(**dict(zip(made.gates, linear(x, w_ih, b_ih).chunk(G, -1), strict=True)))
-        products = SimpleNamespace(**{gate: product(n) for n, gate in enumerate(made.gates)})
-        found = made.step(inputs, products, *states)
+        products = (partial(linear, weight=w, bias=b) for w, b in zip(u, biases, strict=True))
+        found = made.step(by_gate(*linear(x, w_ih, b_ih).chunk(G, -1)), by_gate(*products), *states)
         return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
     return step

@@ -1,7 +1,10 @@
 """A cell's kernels derived from its step: the built-in cells once more, as ten lines, and what is refused."""
 
 import inspect
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,7 +72,7 @@ def peculiar(x, U, h, c):
     """What no built-in cell has: an inner gate before a plain one, a product inside and outside, a state that is
     another before the step, steps that are not zero at zero, and functions of each kind."""
     a, b = x.a + 0.5 * U.a(h), torch.nn.functional.silu(x.b + U.b(h))
-    new = torch.cos(a) * b + torch.maximum(c, a) / (1.5 + a * a) + x.a.exp().clamp(max=2)
+    new = torch.exp(-a * a) * b + torch.maximum(c, a) / (1.5 + a * a) + x.a.exp().clamp(max=2)
     return torch.where(new > 0.3, new, 0.2 * new - c.abs()), h
 
 
@@ -155,7 +158,7 @@ def test_gradcheck(name, schedule):
         lambda a, b: a**3 - b**2 + (1 + a * a) ** -1 + (1 + b * b) ** 0.5,
         lambda a, b: torch.rsqrt(1 + a * a) + torch.reciprocal(2 + b.square()),
         lambda a, b: torch.where((a > 0) & ~(b > 0.2) | (a < -1), a * b, -b),
-        lambda a, b: (a > 0) * b + (b > a).to(a.dtype) - a.sign() * b,
+        lambda a, b: (0.3 * (a > 0).to(a.dtype)).exp() * b + (b > a).to(a.dtype) - a.sign() * b,
         lambda a, b: torch.nn.functional.silu(a) - torch.relu(b) + 2 - 0.25 * torch.sgn(b),
         lambda a, b: torch.sub(a, b, alpha=0.5) + a.detach() * torch.tanh(b) * torch.full_like(a, 0.3),
     ],
@@ -207,6 +210,45 @@ def test_a_name_defined_again_has_a_new_start(monkeypatch):
     monkeypatch.setattr(fallback, "_refused", {failed, others})
     define(mgu, "f n")
     assert fallback._failed == {(others, "grid")} and fallback._refused == {others}
+
+
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_compiled_without_a_break(backend):
+    """Also where the kernels are first wanted by the compiler."""
+    x, w_ih, w_hh, b_ih, b_hh, h = (t.requires_grad_() for t in inputs("mgu", Shape(3, 3, 2, 4), torch.float64, DEVICE))
+
+    def total(x):
+        return functional.scan("mgu", x, (h,), w_ih, w_hh, b_ih, b_hh, backend=backend)[0].square().sum()
+
+    torch._dynamo.reset()
+    (found,) = torch.autograd.grad(torch.compile(total, fullgraph=True, backend="aot_eager")(x), x)
+    (expected,) = torch.autograd.grad(total(x), x)
+    torch.testing.assert_close(found, expected)
+
+
+COMPILES = """
+import sys
+import seqcells
+from seqcells.kernels import report
+sys.path.insert(0, {folder!r})
+import test_derive
+test_derive.define(test_derive.peculiar, "a b")
+test_derive.define(test_derive.my_gru_before, "r z n")
+for cell, direction, dtype in (
+    ("peculiar", "train", "bf16"), ("peculiar", "backward", "bf16"), ("peculiar", "backward", "fp64"),
+    ("my_gru_before", "train", "bf16"), ("my_gru_before", "backward", "bf16"),
+):
+    (row,) = report.measure(report.Case(cell, direction, dtype, 8, 20, "sm_90", precision="ieee"))
+    print(row.good, row.spills)
+"""
+
+
+def test_the_kernels_compile():
+    """Here they are interpreted."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = COMPILES.format(folder=str(Path(__file__).parent))
+    found = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300)
+    assert found.stdout.splitlines() == ["True 0"] * 5, found.stdout + found.stderr
 
 
 def test_a_transform_around_the_first_call():
@@ -287,6 +329,15 @@ def two_operands(x, U, h):
     return x.a + U.a(h) + U.a(2 * h)
 
 
+def another_dtype(x, U, h):
+    return (x.a + U.a(h)).float()
+
+
+def a_boolean(x, U, h):
+    a = x.a + U.a(h)
+    return a + (a > 0) * 0.3
+
+
 def an_odd_power(x, U, h):
     return (x.a + U.a(h)) ** 1.7
 
@@ -305,6 +356,8 @@ WRONG = [
     (captured, "a", derive.CapturedTensor, "a tensor from outside", 1),
     (no_such_gate, "a", CellError, "no gate 'q'; gates are a", 1),
     (two_operands, "a", CellError, "one recurrent product", 1),
+    (another_dtype, "a", CellError, r"float32, whatever the states' dtype is.*\.to\(h.dtype\)", 1),
+    (a_boolean, "a", CellError, r"float32, whatever the states' dtype is.*\.to\(h.dtype\)", 2),
     (an_odd_power, "a", derive.UnknownOperation, "pow", 1),
 ]
 

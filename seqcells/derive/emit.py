@@ -45,7 +45,7 @@ class Function:
                 name = self._fresh(value)
                 self.lines.append(f"    {name} = {text}")
                 self.leaves[value] = name
-        shown = [self._tuple([self._result(v) for v in t]) if isinstance(t, list) else self._result(t) for t in tuples]
+        shown = [self._tuple([self._tile(v) for v in t]) if isinstance(t, list) else self._tile(t) for t in tuples]
         self.lines.append(f"    return {', '.join(shown)}")
 
     def source(self) -> str:
@@ -62,8 +62,8 @@ class Function:
     def _tuple(self, parts: list[str]) -> str:
         return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
-    def _result(self, value: Value) -> str:
-        """A result is a tile, also where it is a number."""
+    def _tile(self, value: Value) -> str:
+        """value as a tile, also where it is a number."""
         if (x := constant(value)) is None:
             return self.text(value)
         like = next(iter(self.leaves.values()))
@@ -80,7 +80,10 @@ class Function:
         elif value.op in _FUNCTIONS:
             text, mine = f"{_FUNCTIONS[value.op]}({self.text(value.inputs[0], 0)})", _ATOM
         elif value.op == "where":
-            text, mine = f"tl.where({', '.join(self.text(v, 0) for v in value.inputs)})", _ATOM
+            condition, a, b = value.inputs
+            # Of two numbers Triton would make float32, whatever the tiles are.
+            first = self.text(a) if constant(b) is None else self._tile(a)
+            text, mine = f"tl.where({self.text(condition)}, {first}, {self.text(b)})", _ATOM
         elif value.op in ("neg", "not"):
             text, mine = ("-" if value.op == "neg" else "~") + self.text(value.inputs[0], _UNARY), _UNARY
         else:
@@ -99,7 +102,6 @@ def _number(x: float) -> str:
 
 def functions(source: str, name: str) -> dict[str, Any]:
     """The functions of a source as Triton's own, by name. triton is imported here."""
-    import triton
     import triton.language as tl
 
     from ..kernels.math import sigmoid, tanh
@@ -110,4 +112,5 @@ def functions(source: str, name: str) -> dict[str, Any]:
     space: dict[str, Any] = {"__name__": __name__, "tl": tl, "sigmoid": sigmoid, "tanh": tanh}
     plain = dict(space)
     exec(compile(source, file, "exec"), space)
-    return {n: triton.jit(f) for n, f in space.items() if n not in plain and callable(f)}
+    jit: Any = type(sigmoid)  # and not triton.jit, which asks again whether kernels are compiled or interpreted
+    return {n: jit(f) for n, f in space.items() if n not in plain and callable(f)}

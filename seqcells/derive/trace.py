@@ -160,6 +160,12 @@ class _Watch(TorchFunctionMode):
                 "only U.k(v) takes something from other units",
                 line,
             )
+        if any(isinstance(r, Tensor) and r.is_floating_point() and r.dtype != torch.float64 for r in results):
+            raise CellError(
+                f"{name} gives {torch.get_default_dtype()}, whatever the states' dtype is: of a boolean take "
+                ".to(h.dtype), before it is multiplied",
+                line,
+            )
         self.run.lines.update({node.name: line for node in nodes})
         return out
 
