@@ -18,7 +18,8 @@ class Line(NamedTuple):
 
 
 class CellError(ValueError):
-    """A step that no kernels can be derived from. line: where in it, if that is known."""
+    """A step that no kernels can be derived from. what: what is wrong, and what to write instead. line: where in the
+    step, if that is known."""
 
     def __init__(self, what: str, line: Line | None = None) -> None:
         self.line = line
