@@ -78,7 +78,7 @@ def cell(*, gates: str, states: str) -> Callable[[Callable[..., Any]], Cell]:
     The step takes x, U and the states, by their names, and returns the states after it: one tensor, or a tuple.
     x.k is gate k's input product, with its bias b_ih. U.k(v) is its recurrent product with v, with its bias b_hh; v is
     the first state, or one other thing that the step computes. Everything is [B, H]. The rest is torch functions of one
-    value for each row and unit, and numbers.
+    value for each row and unit, and numbers. Numbers from outside the step are taken when its kernels are derived.
 
     The cell is known by the step's name to everything that takes one, until a cell of the same name takes its place:
 

@@ -1,10 +1,12 @@
 """A cell's kernels derived from its step: the built-in cells once more, as ten lines, and what is refused."""
 
 import inspect
+import itertools
 import os
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import pytest
 import torch
@@ -15,6 +17,8 @@ import seqcells
 from seqcells import derive, fallback, functional, reference
 from seqcells.cell import CellError
 from seqcells.check import Shape, errors, inputs, relative, run
+from seqcells.derive.cut import smallest
+from seqcells.derive.values import BOOLEAN, Graph, ancestors
 from seqcells.kernels import cells, registry
 
 cell_module = sys.modules["seqcells.cell"]  # seqcells.cell is the function
@@ -174,6 +178,65 @@ def test_every_operation(function, schedule):
     for resets in (False, True):
         found = errors("step", Shape(3, 3, 2, 5), torch.float64, DEVICE, backend=f"triton:{schedule}", resets=resets)
         assert max(found.values()) <= 1e-11, found  # a cosine of large numbers makes rounding larger
+
+
+def brute_force(needed, free):
+    """The least number of values from which, and from the free ones, the needed ones follow."""
+    values = [v for v in ancestors(needed) if v.op != "constant" and v not in free]
+    for count in range(len(values) + 1):
+        for saved in itertools.combinations([v for v in values if v.op not in BOOLEAN], count):
+            left = ancestors(needed, [*saved, *free])
+            if not any(v.op in ("gx", "hu") and v not in saved and v not in free for v in left):
+                return count
+    raise AssertionError
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_no_fewer_tiles_would_do(seed):
+    random, graph = Random(seed), Graph()
+    values = [graph.make(kind, n) for kind, n in (("gx", 0), ("hu", 0), ("hu", 1), ("before", 0))]
+    for _ in range(7):
+        op = random.choice(["div", "sub", "tanh", "where", "lt"])
+        count = {"tanh": 1, "where": 2}.get(op, 2)
+        chosen = random.sample(values, count)
+        if op == "where":
+            chosen.insert(0, graph.make("lt", *random.sample(values, 2)))
+        values.append(graph.make(op, *chosen))
+    numbers = [v for v in values if v.op not in BOOLEAN]
+    needed, free = random.sample(values, 3), [values[3], *random.sample(numbers[4:], 1)]
+    saved = smallest(needed, free)
+    assert len(saved) == brute_force(needed, free) and not any(v.op in BOOLEAN or v in free for v in saved)
+    assert all(v not in ancestors(needed, [*saved, *free]) or v in saved for v in values[:3] if v not in free)
+
+
+def test_values_are_simplified():
+    g = Graph()
+    d, e, a, b = g.make("dstate", 0), g.make("dstate", 1), g.make("hu", 0), g.make("hu", 1)
+    one = g.number(1)
+    assert g.sum(a, b) is g.sum(b, a) and g.product(d, a, b) is g.product(b, g.product(a, d))
+    assert g.difference(d, g.product(d, a)) is g.product(d, g.difference(one, a))
+    assert g.sum(g.product(d, a), g.product(b, d)) is g.product(d, g.sum(a, b))
+    assert g.sum(g.product(d, a), g.product(e, a)).op == "add", "what is shared is no gradient"
+    assert g.sum(a, g.negative(a)).op == "sub" and g.negative(g.difference(a, b)) is g.difference(b, a)
+    assert g.product(d, g.number(0)) is g.number(0) and g.product(a, one) is a and g.sum(a, g.number(0)) is a
+    assert g.product(g.negative(d), g.number(2), a) is g.negative(g.product(d, a, g.number(2)))
+    written = g.difference(a, g.product(a, b))
+    assert written.op == "sub", "forward is left as it was written"
+
+
+def test_names_that_the_source_cannot_have():
+    """Of the step's variables: those of the functions' arguments, of Triton, and of values that have one already."""
+
+    @seqcells.cell(gates="a b", states="h")
+    def step(x, U, h):
+        tl, saved = sigmoid(x.a + U.a(h)), tanh(x.b + U.b(h))
+        v0 = tl * saved
+        gx = states = v0 * v0 - saved
+        h = dm = gx * tl + states
+        return torch.exp(-h * dm) * saved
+
+    found = errors("step", Shape(3, 3, 2, 5), torch.float64, DEVICE, backend="triton")
+    assert max(found.values()) <= 1e-12 and "tl_0 = sigmoid(" in step.source
 
 
 def test_nothing_is_derived_before_it_is_wanted(monkeypatch):

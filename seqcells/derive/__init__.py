@@ -196,7 +196,8 @@ def _shape(found: Traced, gates: tuple[str, ...]) -> tuple[int, int | None]:
 
 def _check_padding(step: Callable[..., Any], gates: tuple[str, ...], states: tuple[str, ...]) -> None:
     """A tile's units beyond H are computed too, from zeros, and what they give is multiplied by zero: raise if it is
-    not finite, because the product with it is NaN for every unit."""
+    not finite, because the product with it is NaN for every unit. (One step is looked at: a state that grows without
+    end where its inputs are zero is not found.)"""
     leaves = [torch.zeros(1, 1, dtype=torch.float64, requires_grad=True) for _ in range(2 + len(states))]
     gx, hu, *before = leaves
     x = SimpleNamespace(**dict.fromkeys(gates, gx))

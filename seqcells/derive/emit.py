@@ -53,7 +53,7 @@ class Function:
 
     def _fresh(self, value: Value) -> str:
         name = self.names.get(value, "")
-        if not name or name in self.taken:
+        if not name or name in self.taken or not name.isascii():
             base = name + "_" if name else "v"
             name = next(n for n in (f"{base}{i}" for i in itertools.count()) if n not in self.taken)
         self.taken.add(name)
