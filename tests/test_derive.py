@@ -72,6 +72,13 @@ def cifg(x, U, h, c):
     return o * tanh(c), c
 
 
+def product_with_c(x, U, h, c):
+    """A second product whose operand is a state."""
+    f, g = sigmoid(x.f + U.f(h)), tanh(x.g + U.g(h))
+    o = sigmoid(x.o + U.o(c))
+    return o * tanh(f * c + g), f * c + g
+
+
 def peculiar(x, U, h, c):
     """What no built-in cell has: an inner gate before a plain one, a product inside and outside, a state that is
     another before the step, steps that are not zero at zero, and functions of each kind."""
@@ -90,6 +97,7 @@ STEPS = {
     mgu: ("f n", 2, None),
     ugrnn: ("c g", 2, None),
     cifg: ("f g o", 3, None),
+    product_with_c: ("f g o", 3, None),
     peculiar: ("a b", 3, None),
 }
 NAMES = [step.__name__ for step in STEPS]
@@ -162,6 +170,8 @@ def test_gradcheck(name, schedule):
         lambda a, b: a**3 - b**2 + (1 + a * a) ** -1 + (1 + b * b) ** 0.5,
         lambda a, b: torch.rsqrt(1 + a * a) + torch.reciprocal(2 + b.square()),
         lambda a, b: torch.where((a > 0) & ~(b > 0.2) | (a < -1), a * b, -b),
+        lambda a, b: torch.where((a > 0) * (b > 0), a, b) + torch.where((a < 0) + (b < 1) + (a > 2), b * b, a),
+        lambda a, b: torch.where((a > 0) == (b > 0), a, -b) * torch.logical_not(a + 9).logical_or(b > 0).to(a.dtype),
         lambda a, b: (0.3 * (a > 0).to(a.dtype)).exp() * b + (b > a).to(a.dtype) - a.sign() * b,
         lambda a, b: torch.nn.functional.silu(a) - torch.relu(b) + 2 - 0.25 * torch.sgn(b),
         lambda a, b: torch.sub(a, b, alpha=0.5) + a.detach() * torch.tanh(b) * torch.full_like(a, 0.3),

@@ -76,9 +76,9 @@ class Function:
         if (x := constant(value)) is not None:
             text, mine = _number(x), _ATOM if x >= 0 else _UNARY
         elif value.op in ("sigmoid", "tanh"):
-            text, mine = f"{value.op}({self.text(value.inputs[0], 0)}, FAST)", _ATOM
+            text, mine = f"{value.op}({self.text(value.inputs[0])}, FAST)", _ATOM
         elif value.op in _FUNCTIONS:
-            text, mine = f"{_FUNCTIONS[value.op]}({self.text(value.inputs[0], 0)})", _ATOM
+            text, mine = f"{_FUNCTIONS[value.op]}({self.text(value.inputs[0])})", _ATOM
         elif value.op == "where":
             condition, a, b = value.inputs
             # Of two numbers Triton would make float32, whatever the tiles are.
@@ -90,9 +90,7 @@ class Function:
             mine = _BINDS.get(value.op, _LOOSE)
             a, b = value.inputs
             # The right side of a sign of the same rank is in parentheses: the order of operations is the graph's.
-            text = f"{self.text(a, mine)} {_SIGNS[value.op]} {self.text(b, mine + 1)}"
-            if mine == _LOOSE:
-                text = f"{self.text(a, mine + 1)} {_SIGNS[value.op]} {self.text(b, mine + 1)}"
+            text = f"{self.text(a, mine + (mine == _LOOSE))} {_SIGNS[value.op]} {self.text(b, mine + 1)}"
         return f"({text})" if mine < binds else text
 
 

@@ -83,7 +83,7 @@ class _Run:
     def product(self, gate: int, v: Any) -> None:
         """Note U.gate(v)."""
         line, name = self.line(), self.gates[gate]
-        if not isinstance(v, Tensor):
+        if not isinstance(v, Tensor) or not v.is_floating_point():
             raise CellError(f"U.{name} takes a state, or something computed in the step; got {v!r}", line)
         known = [n for n, operand in enumerate(self.operands) if operand is v]
         number = known[0] if known else len(self.operands)
@@ -293,7 +293,7 @@ def _function(name: str) -> Callable[..., Value]:
 
 
 def _comparison(name: str) -> Callable[..., Value]:
-    return lambda g, a, b: g.make(name, a, b)
+    return lambda g, a, b: g.compared(name, a, b)
 
 
 def _scaled(g: Graph, b: Value, alpha: Value | None) -> Value:
@@ -348,12 +348,12 @@ OPERATIONS: dict[Any, Callable[..., Value | None]] = {
     aten.clamp_max.default: lambda g, a, high: _clamp(g, a, None, high),
     aten.where.self: lambda g, c, a, b: g.choice(c, a, b),
     **{k: v for n in COMPARISONS for k, v in _both(getattr(aten, n), _comparison(n)).items()},
-    aten.logical_and.default: lambda g, a, b: g.make("and", a, b),
-    aten.logical_or.default: lambda g, a, b: g.make("or", a, b),
-    aten.logical_not.default: lambda g, a: g.make("not", a),
-    aten.bitwise_and.Tensor: lambda g, a, b: g.make("and", a, b),
-    aten.bitwise_or.Tensor: lambda g, a, b: g.make("or", a, b),
-    aten.bitwise_not.default: lambda g, a: g.make("not", a),
+    aten.logical_and.default: lambda g, a, b: g.logical("and", a, b),
+    aten.logical_or.default: lambda g, a, b: g.logical("or", a, b),
+    aten.logical_not.default: lambda g, a: g.logical("not", a),
+    aten.bitwise_and.Tensor: lambda g, a, b: g.logical("and", a, b),
+    aten.bitwise_or.Tensor: lambda g, a, b: g.logical("or", a, b),
+    aten.bitwise_not.default: lambda g, a: g.logical("not", a),
     aten._to_copy.default: _cast,
     **dict.fromkeys((aten.detach.default, aten.alias.default, aten.clone.default), _same),
     aten.zeros_like.default: lambda g, a, **_: g.number(0),
@@ -389,21 +389,10 @@ def _sign(g: Graph, a: Value) -> Value:
     return g.choice(g.make("lt", a, zero), g.number(-1), above)
 
 
+_INNER = "alias expand empty_like fill zeros_like ones_like _to_copy scalar_tensor full zeros new_zeros full_like"
+
+
 def known() -> str:
-    """The operations a step may use."""
-    inner = (
-        "alias",
-        "expand",
-        "empty_like",
-        "fill",
-        "zeros_like",
-        "ones_like",
-        "_to_copy",
-        "scalar_tensor",
-        "full",
-        "zeros",
-        "new_zeros",
-        "full_like",
-    )
-    names = {_spoken(target) for target in OPERATIONS} - set(inner)
+    """The operations a step may use, but for those by which torch makes numbers."""
+    names = {_spoken(target) for target in OPERATIONS} - set(_INNER.split())
     return ", ".join(sorted(n for n in names if not n.endswith("_backward")))

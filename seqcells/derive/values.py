@@ -74,6 +74,16 @@ class Graph:
         """a; of a boolean, 1 or 0."""
         return self.make("where", a, self.number(1), self.number(0)) if a.op in BOOLEAN else a
 
+    def as_boolean(self, a: Value) -> Value:
+        """Whether a is not zero."""
+        return a if a.op in BOOLEAN else self.make("ne", a, self.number(0))
+
+    def compared(self, op: str, a: Value, b: Value) -> Value:
+        return self.make(op, self.as_number(a), self.as_number(b))
+
+    def logical(self, op: str, *parts: Value) -> Value:
+        return self.make(op, *map(self.as_boolean, parts))
+
     def negative(self, a: Value) -> Value:
         if (x := constant(a)) is not None:
             return self.number(-x)
@@ -84,6 +94,8 @@ class Graph:
         return self.make("neg", a)
 
     def sum(self, a: Value, b: Value) -> Value:
+        if a.op in BOOLEAN and b.op in BOOLEAN:  # as torch has it
+            return self.logical("or", a, b)
         a, b = self.as_number(a), self.as_number(b)
         x, y = constant(a), constant(b)
         if x is not None and y is not None:
@@ -121,6 +133,8 @@ class Graph:
 
     def product(self, *parts: Value) -> Value:
         """Of any number of values. Of a gradient: flat, in the order of the factors' indices."""
+        if all(p.op in BOOLEAN for p in parts):
+            return self.logical("and", *parts)
         coefficient, all_factors = 1.0, []
         gradient = any(p.gradient for p in parts)
         waiting = [self.as_number(p) for p in reversed(parts)]
@@ -158,7 +172,7 @@ class Graph:
 
     def choice(self, condition: Value, a: Value, b: Value) -> Value:
         a, b = self.as_number(a), self.as_number(b)
-        return a if a is b else self.make("where", condition, a, b)
+        return a if a is b else self.make("where", self.as_boolean(condition), a, b)
 
     def power(self, a: Value, n: float) -> Value | None:
         """a to the n, for the n that need no logarithm; else None."""
