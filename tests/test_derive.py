@@ -1,6 +1,5 @@
-"""A cell's kernels derived from its step: the built-in cells once more, as ten lines, and what is refused."""
+"""A cell's kernels derived from its step: as the reference, as those written by hand; and the compiler's parts."""
 
-import inspect
 import itertools
 import os
 import subprocess
@@ -12,107 +11,18 @@ import pytest
 import torch
 from conftest import DEVICE
 from shapes import SAVES, SCHEDULES
+from steps import NAMES, STEPS, cifg, define, mgu, registries  # noqa: F401  (a fixture)
 
 import seqcells
-from seqcells import derive, fallback, functional, reference
-from seqcells.cell import CellError
+from seqcells import fallback, functional
 from seqcells.check import Shape, errors, inputs, relative, run
 from seqcells.derive.cut import smallest
 from seqcells.derive.values import BOOLEAN, Graph, ancestors
-from seqcells.kernels import cells, registry
+from seqcells.kernels import cells
 
 cell_module = sys.modules["seqcells.cell"]  # seqcells.cell is the function
 sigmoid, tanh = torch.sigmoid, torch.tanh
-
-
-def my_lstm(x, U, h, c):
-    i, f = sigmoid(x.i + U.i(h)), sigmoid(x.f + U.f(h))
-    g, o = tanh(x.g + U.g(h)), sigmoid(x.o + U.o(h))
-    c = f * c + i * g
-    return o * tanh(c), c
-
-
-def my_gru(x, U, h):
-    r, z = sigmoid(x.r + U.r(h)), sigmoid(x.z + U.z(h))
-    n = tanh(x.n + r * U.n(h))
-    return (1 - z) * n + z * h
-
-
-def my_gru_before(x, U, h):
-    r, z = sigmoid(x.r + U.r(h)), sigmoid(x.z + U.z(h))
-    n = tanh(x.n + U.n(r * h))
-    return (1 - z) * n + z * h
-
-
-def my_rnn_tanh(x, U, h):
-    return tanh(x.n + U.n(h))
-
-
-def my_rnn_relu(x, U, h):
-    return torch.relu(x.n + U.n(h))
-
-
-def mgu(x, U, h):
-    """Zhou et al. 2016."""
-    f = sigmoid(x.f + U.f(h))
-    n = tanh(x.n + U.n(f * h))
-    return h + f * (n - h)
-
-
-def ugrnn(x, U, h):
-    """Collins et al. 2017."""
-    c, g = tanh(x.c + U.c(h)), sigmoid(x.g + U.g(h))
-    return g * h + (1 - g) * c
-
-
-def cifg(x, U, h, c):
-    """Greff et al. 2017."""
-    f, g, o = sigmoid(x.f + U.f(h)), tanh(x.g + U.g(h)), sigmoid(x.o + U.o(h))
-    c = f * c + (1 - f) * g
-    return o * tanh(c), c
-
-
-def product_with_c(x, U, h, c):
-    """A second product whose operand is a state."""
-    f, g = sigmoid(x.f + U.f(h)), tanh(x.g + U.g(h))
-    o = sigmoid(x.o + U.o(c))
-    return o * tanh(f * c + g), f * c + g
-
-
-def peculiar(x, U, h, c):
-    """What no built-in cell has: an inner gate before a plain one, a product inside and outside, a state that is
-    another before the step, steps that are not zero at zero, and functions of each kind."""
-    a, b = x.a + 0.5 * U.a(h), torch.nn.functional.silu(x.b + U.b(h))
-    new = torch.exp(-a * a) * b + torch.maximum(c, a) / (1.5 + a * a) + x.a.exp().clamp(max=2)
-    return torch.where(new > 0.3, new, 0.2 * new - c.abs()), h
-
-
-# step: its gates, and how many tiles it saves; and the hand-written cell that it is
-STEPS = {
-    my_lstm: ("i f g o", 4, "lstm"),
-    my_gru: ("r z n", 4, "gru"),
-    my_gru_before: ("r z n", 3, "gru_before"),
-    my_rnn_tanh: ("n", 0, "rnn_tanh"),
-    my_rnn_relu: ("n", 0, "rnn_relu"),
-    mgu: ("f n", 2, None),
-    ugrnn: ("c g", 2, None),
-    cifg: ("f g o", 3, None),
-    product_with_c: ("f g o", 3, None),
-    peculiar: ("a b", 3, None),
-}
-NAMES = [step.__name__ for step in STEPS]
-
-
-def define(step, gates):
-    return seqcells.cell(gates=gates, states=" ".join(list(inspect.signature(step).parameters)[2:]))(step)
-
-
-@pytest.fixture(autouse=True)
-def registries(monkeypatch):
-    """Cells of these tests are none of other tests'."""
-    for of, name in ((reference, "CELLS"), (registry, "_CELLS"), (registry, "_LATER")):
-        monkeypatch.setattr(of, name, dict(getattr(of, name)))
-    return {step.__name__: define(step, gates) for step, (gates, *_) in STEPS.items()}
+pytestmark = pytest.mark.usefixtures("registered")
 
 
 @pytest.mark.parametrize("save", SAVES)
@@ -138,9 +48,9 @@ def test_the_same_as_written_by_hand(step, known, schedule):
         assert getattr(derived, fact) == getattr(written, fact), fact
 
 
-def test_tiles_saved(registries):
+def test_tiles_saved(registered):
     for step, (_, saved, _) in STEPS.items():
-        assert len(registries[step.__name__].saved) == cells.get(step.__name__).saved == saved, step
+        assert len(registered[step.__name__].saved) == cells.get(step.__name__).saved == saved, step
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
@@ -304,9 +214,9 @@ import sys
 import seqcells
 from seqcells.kernels import report
 sys.path.insert(0, {folder!r})
-import test_derive
-test_derive.define(test_derive.peculiar, "a b")
-test_derive.define(test_derive.my_gru_before, "r z n")
+import steps
+steps.define(steps.peculiar, "a b")
+steps.define(steps.my_gru_before, "r z n")
 for cell, direction, dtype in (
     ("peculiar", "train", "bf16"), ("peculiar", "backward", "bf16"), ("peculiar", "backward", "fp64"),
     ("my_gru_before", "train", "bf16"), ("my_gru_before", "backward", "bf16"),
@@ -341,196 +251,8 @@ def test_a_transform_around_the_first_call():
     torch.testing.assert_close(found[0], expected)
 
 
-def unknown(x, U, h):
-    return torch.erfinv(x.a + U.a(h))
-
-
-def branch(x, U, h):
-    a = x.a + U.a(h)
-    if a > 0:
-        return a
-    return h
-
-
-def in_place(x, U, h):
-    a = x.a + U.a(h)
-    a += 1
-    return a
-
-
-def in_place_method(x, U, h):
-    return (x.a + U.a(h)).relu_()
-
-
-def an_element(x, U, h):
-    h = x.a + U.a(h)
-    h[0] = 0
-    return h
-
-
-def over_units(x, U, h):
-    a = x.a + U.a(h)
-    return a / a.sum(-1, keepdim=True)
-
-
-def softmax(x, U, h):
-    return torch.softmax(x.a + U.a(h), -1)
-
-
-def transposed(x, U, h):
-    return x.a + U.a(h).T
-
-
-def third_level(x, U, h):
-    a = x.a + U.a(h)
-    b = x.b + U.b(a * h)
-    return x.c + U.c(b * h)
-
-
-def captured(x, U, h):
-    return x.a + U.a(h) * TENSOR
-
-
-TENSOR = torch.ones(5, dtype=torch.float64)
-
-
-def no_such_gate(x, U, h):
-    return x.a + U.q(h)
-
-
-def two_operands(x, U, h):
-    return x.a + U.a(h) + U.a(2 * h)
-
-
-def another_dtype(x, U, h):
-    return (x.a + U.a(h)).float()
-
-
-def a_boolean(x, U, h):
-    a = x.a + U.a(h)
-    return a + (a > 0) * 0.3
-
-
-def an_odd_power(x, U, h):
-    return (x.a + U.a(h)) ** 1.7
-
-
-# What is wrong: the error, what its text says, and the line of the step (of its first, 0) that it names.
-WRONG = [
-    (unknown, "a", derive.UnknownOperation, "no erfinv; they have abs, add.* tanh, where", 1),
-    (branch, "a", derive.DataDependentBranch, r"torch\.where", 2),
-    (in_place, "a", derive.InPlaceChange, "make a new one", 2),
-    (in_place_method, "a", derive.InPlaceChange, "relu_", 1),
-    (an_element, "a", derive.InPlaceChange, r"torch\.where for a\[i\] = b", 2),
-    (over_units, "a", derive.MixesUnits, r"only U\.k\(v\) takes something from other units", 2),
-    (softmax, "a", derive.UnknownOperation, "no _?softmax", 1),
-    (transposed, "a", derive.MixesUnits, "one value for each row and unit", 1),
-    (third_level, "a b c", derive.TooManyProducts, r"computed from U\.b.* third", 3),
-    (captured, "a", derive.CapturedTensor, "a tensor from outside", 1),
-    (no_such_gate, "a", CellError, "no gate 'q'; gates are a", 1),
-    (two_operands, "a", CellError, "one recurrent product", 1),
-    (another_dtype, "a", CellError, r"float32, whatever the states' dtype is.*\.to\(h.dtype\)", 1),
-    (a_boolean, "a", CellError, r"float32, whatever the states' dtype is.*\.to\(h.dtype\)", 2),
-    (an_odd_power, "a", derive.UnknownOperation, "pow", 1),
-]
-
-
-@pytest.mark.parametrize(("step", "gates", "error", "says", "line"), WRONG, ids=[w[0].__name__ for w in WRONG])
-def test_a_wrong_step_names_its_line(step, gates, error, says, line):
-    made = define(step, gates)
-    with pytest.raises(error, match=says) as raised:
-        made.explain()
-    text, first = inspect.getsourcelines(step)
-    assert raised.value.line == (__file__, first + line)
-    assert text[line].strip() in str(raised.value)
-    with pytest.raises(error):  # and where the kernels are wanted, once more
-        cells.get(step.__name__)
-
-
-def no_product(x, U, h):
-    return tanh(x.a + U.a(h)) * sigmoid(x.b)
-
-
-def no_input(x, U, h):
-    return tanh(x.a + U.a(h)) * sigmoid(U.b(h))
-
-
-def two_others(x, U, h):
-    a = x.a + U.a(h)
-    return x.b + U.b(a * h) + x.c + U.c(a + h)
-
-
-def second_first(x, U, h):
-    b = x.b + U.b(h)
-    return x.a + U.a(b * h)
-
-
-def only_second(x, U, h):
-    return x.a + U.a(2 * h)
-
-
-def inner_and_second(x, U, h):
-    a = x.a * U.a(h)
-    return x.b + U.b(a * h)
-
-
-def not_finite_at_zero(x, U, h):
-    a = x.a + U.a(h)
-    return a / (a * a)
-
-
-NOT_YET = [
-    (no_product, "a b", r"gate b has no recurrent product, U\.b"),
-    (no_input, "a b", r"x\.b is not used"),
-    (two_others, "a b c", "a second operand that is not h"),
-    (second_first, "a b", "put a at the end of gates="),
-    (only_second, "a", "no gate's product is with h"),
-    (inner_and_second, "a b", "gate a whose U.a does more than add"),
-    (not_finite_at_zero, "a", "all zero .* not finite"),
-]
-
-
-@pytest.mark.parametrize(("step", "gates", "says"), NOT_YET, ids=[w[0].__name__ for w in NOT_YET])
-def test_what_todays_kernels_cannot_run_says_so(step, gates, says):
-    """And runs as the reference, which asks for no kernels."""
-    made = define(step, gates)
-    with pytest.raises(derive.NotYet, match=f"{says}.* backend='reference' runs it"):
-        made.explain()
-    found = errors(step.__name__, Shape(3, 3, 2, 5), torch.float64, "cpu", backend="reference")
-    assert all(e == 0 for e in found.values())
-
-
-def test_wrong_declarations():
-    decorate = seqcells.cell(gates="f n", states="h")
-    with pytest.raises(TypeError, match=r"mgu\(x, U, s\), got mgu\(x, U, h\)"):
-        seqcells.cell(gates="f n", states="s")(mgu)
-    with pytest.raises(TypeError, match="step must be a function, got a Linear"):
-        decorate(torch.nn.Linear(1, 1))
-
-    def lstm(x, U, h):
-        return h
-
-    with pytest.raises(ValueError, match="'lstm' is a cell of seqcells itself"):
-        decorate(lstm)
-    with pytest.raises(ValueError, match="'<lambda>' is no name"):
-        decorate(lambda x, U, h: h)
-    for gates, says in (("", "no name"), ("a a", "occurs twice"), ("a 1", "'1' is no name")):
-        with pytest.raises(ValueError, match=f"gates .*{says}"):
-            seqcells.cell(gates=gates, states="h")
-    with pytest.raises(TypeError, match="states must be a string of names"):
-        seqcells.cell(gates="a", states=["h"])
-    with pytest.raises(ValueError, match="one or two, got 3"):
-        seqcells.cell(gates="a", states="h c m")
-
-    def too_few(x, U, h, c):
-        return x.a + U.a(h)
-
-    with pytest.raises(CellError, match="gives 1 values for the states h c"):
-        define(too_few, "a").explain()
-
-
-def test_what_is_shown(registries):
-    shown = registries["my_gru_before"].explain()
+def test_what_is_shown(registered):
+    shown = registered["my_gru_before"].explain()
     assert shown.splitlines() == [
         "my_gru_before: gates r z n; states h, of which h is the output",
         "product with h: r z",
@@ -541,8 +263,8 @@ def test_what_is_shown(registries):
         "  z = sigmoid(x.z + U.z(h))",
         "  n = tanh(x.n + U.n(r * h))",
     ]
-    assert "used for more than adding to the input's: n" in registries["my_gru"].explain()
-    source = registries["mgu"].source
+    assert "used for more than adding to the input's: n" in registered["my_gru"].explain()
+    source = registered["mgu"].source
     assert [line[4 : line.index("(")] for line in source.splitlines() if line.startswith("def ")] == [
         "forward",
         "backward",
@@ -550,4 +272,4 @@ def test_what_is_shown(registries):
         "backward_middle",
     ]
     assert "    f = sigmoid(gx[0] + hu[0], FAST)\n" in source and "d_f = " in source
-    assert registries["mgu"].__doc__ == "Zhou et al. 2016."
+    assert registered["mgu"].__doc__ == "Zhou et al. 2016."
