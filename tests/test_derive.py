@@ -259,9 +259,9 @@ def test_what_is_shown(registered):
         "second product, with r * h: n",
         "saved for backward, 3 tiles a step: the fewest from which, with the states before and after it, backward "
         "follows",
-        "  r = sigmoid(x.r + U.r(h))",
-        "  z = sigmoid(x.z + U.z(h))",
-        "  n = tanh(x.n + U.n(r * h))",
+        "  r = sigmoid(x.r + U.r(h)): for the gradients of gate r, h, U.n's weight",
+        "  z = sigmoid(x.z + U.z(h)): for the gradients of gate z, gate n, h",
+        "  n = tanh(x.n + U.n(r * h)): for the gradients of gate z, gate n",
     ]
     assert "used for more than adding to the input's: n" in registered["my_gru"].explain()
     source = registered["mgu"].source

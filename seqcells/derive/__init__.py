@@ -55,13 +55,14 @@ __all__ = [
 class Derived:
     """What was found in a step.
 
-    saved: what forward saves for backward, a line each. inner, first: as in `kernels.cells.Cell`. operand: of the
-    second product, in words. source: the Triton functions.
+    saved: what forward saves for backward, a line each. uses: what each is for. inner, first: as in
+    `kernels.cells.Cell`. operand: of the second product, in words. source: the Triton functions.
     """
 
     gates: tuple[str, ...]
     states: tuple[str, ...]
     saved: tuple[str, ...]
+    uses: tuple[str, ...]
     inner: int
     first: int | None
     operand: str
@@ -84,7 +85,8 @@ class Derived:
         count = len(self.saved)
         why = "the fewest from which, with the states before and after it, backward follows"
         lines.append(f"saved for backward, {count} tile{'s' * (count != 1)} a step: " + (why if count else "nothing"))
-        return "\n".join([*lines, *(f"  {s}" for s in self.saved)])
+        lines += [f"  {s}: for the gradients of {use}" for s, use in zip(self.saved, self.uses, strict=True)]
+        return "\n".join(lines)
 
 
 def derive(step: Callable[..., Any], gates: tuple[str, ...], states: tuple[str, ...]) -> Derived:
@@ -155,7 +157,12 @@ def _derive(step: Callable[..., Any], gates: tuple[str, ...], states: tuple[str,
     operand = "" if found.operand is None else _described(found.operand, words, names)
     words |= {leaf("hu", n): f"U.{gate}({operand})" for n, gate in enumerate(gates) if found.second[n]}
     shown = tuple(_described(v, words, names) for v in saved)
-    return Derived(gates, states, shown, inner, first, operand, "\n\n".join(texts))
+    outputs = [(f"gate {g}", {dx, du}) for g, dx, du in zip(gates, dgx, dhu, strict=True)]
+    outputs += [(s, {d}) for s, d in zip(states, dbefore, strict=True)]
+    outputs += [(f"U.{g}'s weight", set(middle)) for n, g in enumerate(gates) if found.second[n]]
+    reached = [(name, set(ancestors(values, [*saved, *free]))) for name, values in outputs]
+    uses = tuple(", ".join(name for name, values in reached if v in values) for v in saved)
+    return Derived(gates, states, shown, uses, inner, first, operand, "\n\n".join(texts))
 
 
 def _described(value: Value, words: dict[Value, str], names: dict[Value, str]) -> str:
