@@ -154,6 +154,10 @@ def not_finite_at_zero(x, U, h):
     return a / (a * a)
 
 
+def grows(x, U, h):
+    return (1 + 2 * h) * torch.exp(-x.a * x.a) + U.a(h)
+
+
 NOT_YET = [
     (no_product, "a b", r"gate b has no recurrent product, U\.b"),
     (no_input, "a b", r"x\.b is not used"),
@@ -162,6 +166,7 @@ NOT_YET = [
     (only_second, "a", "no gate's product is with h"),
     (inner_and_second, "a b", "gate a whose U.a does more than add"),
     (not_finite_at_zero, "a", "all zero .* not finite"),
+    (grows, "a", "grow beyond float32's numbers in 1000 steps"),
 ]
 
 

@@ -99,6 +99,7 @@ def derive(step: Callable[..., Any], gates: tuple[str, ...], states: tuple[str, 
 
 
 _LOCK = threading.Lock()
+_STEPS = 1000  # for which `_check_padding` follows the states
 
 
 def kernels_of(name: str, derived: Derived) -> Any:
@@ -203,17 +204,25 @@ def _shape(found: Traced, gates: tuple[str, ...]) -> tuple[int, int | None]:
 
 def _check_padding(step: Callable[..., Any], gates: tuple[str, ...], states: tuple[str, ...]) -> None:
     """A tile's units beyond H are computed too, from zeros, and what they give is multiplied by zero: raise if it is
-    not finite, because the product with it is NaN for every unit. (One step is looked at: a state that grows without
-    end where its inputs are zero is not found.)"""
-    leaves = [torch.zeros(1, 1, dtype=torch.float64, requires_grad=True) for _ in range(2 + len(states))]
-    gx, hu, *before = leaves
-    x = SimpleNamespace(**dict.fromkeys(gates, gx))
-    U = SimpleNamespace(**dict.fromkeys(gates, lambda v: hu + 0 * v))
-    found = step(x, U, *before)
-    value = torch.stack(list(found) if isinstance(found, (tuple, list)) else [found]).sum()
-    slopes = torch.autograd.grad(value, leaves, allow_unused=True)
-    if not all(bool(t.isfinite().all()) for t in (value, *slopes) if t is not None):
+    not finite, or grows without end, because the product with it is then NaN for every unit."""
+    zero = torch.zeros(1, 1, dtype=torch.float64)
+
+    def run(gx: torch.Tensor, hu: torch.Tensor, *before: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        x = SimpleNamespace(**dict.fromkeys(gates, gx))
+        U = SimpleNamespace(**dict.fromkeys(gates, lambda v: hu + 0 * v))
+        found = step(x, U, *before)
+        return tuple(found) if isinstance(found, (tuple, list)) else (found,)
+
+    leaves = [zero.clone().requires_grad_() for _ in range(2 + len(states))]
+    now = run(*leaves)
+    slopes = torch.autograd.grad(torch.stack(now).sum(), leaves, allow_unused=True)
+    with torch.no_grad():
+        for _ in range(_STEPS):
+            now = run(zero, zero, *now)
+    most = torch.finfo(torch.float32).max
+    if not all(bool((t.abs() < most).all()) for t in (*now, *slopes) if t is not None):
         raise NotYet(
-            "where x, U and the states are all zero the step or its derivative is not finite, as a / b with b zero: "
-            "today's kernels compute a tile's unused units from zeros, and would spread that: add a small number to b"
+            "where x, U and the first states are all zero the step or its derivative is not finite, as a / b with b "
+            f"zero, or its states grow beyond float32's numbers in {_STEPS} steps: today's kernels compute a tile's "
+            "unused units from zeros, and would spread that. For a / b, add a small number to b"
         )
