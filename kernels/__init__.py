@@ -1,8 +1,8 @@
 """Fused Triton kernels for recurrent cells: cells x schedules, each written once. Tensors in, tensors out.
 
-Knows neither autograd nor nn; `seqcells` builds those on top. Its modules import triton, all but buffers and the plans.
-So `kernels.cells`, `kernels.scan` and `kernels.single` are imported where they are first used; importing this package
-imports nothing.
+Knows neither autograd nor nn; `seqcells` builds those on top. Its modules import triton, all but buffers, registry and
+the plans. So `kernels.cells`, `kernels.scan` and `kernels.single` are imported where they are first used; importing
+this package imports nothing.
 """
 
 from __future__ import annotations

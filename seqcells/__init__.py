@@ -2,6 +2,7 @@
 
 from . import backends, check, functional, init, interop, reference, subclasses
 from .backends import backend
+from .cell import Cell, CellError, cell
 from .cells import GRUCell, LSTMCell, RNNCell
 from .convert import Change, convert, revert
 from .explanation import explain
@@ -13,12 +14,15 @@ __all__ = [
     "GRU",
     "LSTM",
     "RNN",
+    "Cell",
+    "CellError",
     "Change",
     "GRUCell",
     "LSTMCell",
     "RNNCell",
     "backend",
     "backends",
+    "cell",
     "check",
     "convert",
     "explain",

@@ -340,7 +340,7 @@ def scan(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """A registered cell over all steps of x: (y, final states [B, H]). Shapes: see the module.
 
-    cell: "lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu", or one that was registered. w_ih, w_hh, b_ih, b_hh: its
+    cell: "lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu", or one's own (see `cell`). w_ih, w_hh, b_ih, b_hh: its
     weights and biases. states: (h0,) or (h0, c0); None, whole or in part, is zero. Options:
     resets: [T, B], bool or the numbers 0 and 1, or nested lists of them. Where set, an episode begins at that step: no
     state crosses from the step before it. (On a device other numbers than 0 count as 1; on the CPU they raise.)

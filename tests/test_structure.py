@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {  # room: the rooms of the project it may import
     "kernels.math": set(),
     "kernels.plan": set(),
-    "kernels.cells": {"kernels.math"},
+    "kernels.registry": {"kernels.cells"},  # its type alone
+    "kernels.cells": {"kernels.math", "kernels.registry"},
     "kernels.tiles": {"kernels.math"},
     "kernels.layout": set(),
     "kernels.resident": {"kernels.layout", "kernels.math", "kernels.tiles"},
@@ -35,6 +36,8 @@ ARROWS = {  # room: the rooms of the project it may import
     "arguments": {"backends", "checks", "precisions"},
     "reference_arguments": {"arguments", "checks"},
     "reference": {"checks", "reference_arguments"},
+    "derive": {"kernels.cells", "kernels.math"},
+    "cell": {"checks", "derive", "fallback", "reference", "kernels.registry"},
     "masks": {"kernels.buffers"},
     "autograd": {"backends", "masks", "reference", "kernels.buffers"},
     "batching": set(),

@@ -1,6 +1,7 @@
 """Cells: what one time step computes for one hidden unit, forward and backward.
 
-A cell is a pair of pointwise ``@triton.jit`` functions on tuples of tiles, and one frozen declaration. Every
+Functions as described here are derived from a step in PyTorch (`seqcells.cell`), or written by hand, as those in this
+folder. A cell is a pair of pointwise ``@triton.jit`` functions on tuples of tiles, and one frozen declaration. Every
 schedule (`resident`, `grid`, `stepwise`), dtype, mask and save mode then works for it. Gate order is torch's.
 
 ``forward(gx, hu, states, FAST) -> (new_states, saved)``
@@ -23,6 +24,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+from ..registry import get, names, register
 
 
 @dataclass(frozen=True)
@@ -54,24 +57,6 @@ class Cell:
         return self.gates if self.first is None else self.first
 
 
-_CELLS: dict[str, Cell] = {}
-
-
-def register(cell: Cell) -> Cell:
-    """Make a cell known by its name, to the kernels and to everything above them. Returns it."""
-    _CELLS[cell.name] = cell
-    return cell
-
-
-def get(name: str) -> Cell:
-    """The cell of that name. ValueError if there is none."""
-    if name not in _CELLS:
-        raise ValueError(f"unknown cell {name!r}: expected one of {', '.join(sorted(_CELLS))}")
-    return _CELLS[name]
-
-
-def names() -> list[str]:
-    return list(_CELLS)
-
+__all__ = ["Cell", "get", "names", "register"]
 
 from . import gru, gru_before, lstm, rnn  # noqa: E402, F401  (each registers its cells)

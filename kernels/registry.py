@@ -1,0 +1,42 @@
+"""Cells by name: a declaration, or a function that makes it when it is first asked for.
+
+Imports no triton: a cell whose kernels are derived can be registered where there is none, and nothing is derived before
+it is wanted. Everyone asks `kernels.cells`, where the built-in ones are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .cells import Cell
+
+_CELLS: dict[str, Cell] = {}
+_LATER: dict[str, Callable[[], Cell]] = {}
+
+
+def register(cell: Cell) -> Cell:
+    """Make a cell known by its name, in place of one of that name. Returns it."""
+    _LATER.pop(cell.name, None)
+    _CELLS[cell.name] = cell
+    return cell
+
+
+def register_later(name: str, make: Callable[[], Cell]) -> None:
+    """Make a cell known whose declaration make() gives, in place of one of that name."""
+    _CELLS.pop(name, None)
+    _LATER[name] = make
+
+
+def get(name: str) -> Cell:
+    """The cell of that name. ValueError if there is none."""
+    if name in _LATER:
+        register(_LATER[name]())
+    if name not in _CELLS:
+        raise ValueError(f"unknown cell {name!r}: expected one of {', '.join(sorted(names()))}")
+    return _CELLS[name]
+
+
+def names() -> list[str]:
+    return [*_CELLS, *_LATER]

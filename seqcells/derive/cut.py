@@ -1,0 +1,76 @@
+"""What forward saves for backward: as few tiles as possible.
+
+Backward has the states before and after the step. Everything else that it needs of forward must come from there, or
+from tiles that forward saves. Which: a minimum cut, by maximum flow, of the graph from the gates' products (which
+backward does not have) to the values that backward uses, where cutting a value, saving it, costs one tile. Of several
+such cuts the one nearest to backward, which leaves it the least to compute again.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Iterable
+
+from .values import BOOLEAN, Value, ancestors, constant
+
+Point = tuple[Value, str] | str
+_NEVER = 1 << 20  # more tiles than any step has values
+
+
+def smallest(needed: Iterable[Value], free: Iterable[Value]) -> list[Value]:
+    """The values to save so that the needed ones (none a gradient) can be computed from them and from the free ones."""
+    given = set(free)
+    needed = [v for v in needed if v not in given and constant(v) is None]
+    room: dict[Point, dict[Point, int]] = defaultdict(dict)
+
+    def connect(a: Point, b: Point, most: int) -> None:
+        room[a][b] = most
+        room[b].setdefault(a, 0)
+
+    values = [v for v in ancestors(needed, given) if v not in given]
+    for value in values:
+        # A boolean would take a tile as wide as a number's, and is a comparison away.
+        connect((value, "in"), (value, "out"), _NEVER if value.op in BOOLEAN else 1)
+        if value.op in ("gx", "hu"):
+            connect("products", (value, "in"), _NEVER)
+        for source in value.inputs:
+            if source not in given:
+                connect((source, "out"), (value, "in"), _NEVER)
+    for value in needed:
+        connect((value, "out"), "backward", _NEVER)
+
+    while path := _path(room):
+        for a, b in path:
+            room[a][b] -= 1
+            room[b][a] += 1
+
+    # Who still reaches backward is on its side.
+    side: set[Point] = {"backward"}
+    waiting: list[Point] = ["backward"]
+    while waiting:
+        b = waiting.pop()
+        for a in room[b]:
+            if a not in side and room[a][b] > 0:
+                side.add(a)
+                waiting.append(a)
+    return [v for v in values if (v, "out") in side and (v, "in") not in side]
+
+
+def _path(room: dict[Point, dict[Point, int]]) -> list[tuple[Point, Point]]:
+    """A shortest way for one more unit of flow; none if there is none."""
+    came: dict[Point, Point] = {"products": "products"}
+    waiting: deque[Point] = deque(["products"])
+    while waiting:
+        a = waiting.popleft()
+        for b, most in room[a].items():
+            if most > 0 and b not in came:
+                came[b] = a
+                waiting.append(b)
+    if "backward" not in came:
+        return []
+    found: list[tuple[Point, Point]] = []
+    at: Point = "backward"
+    while at != "products":
+        found.append((came[at], at))
+        at = came[at]
+    return found

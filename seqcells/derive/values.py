@@ -1,0 +1,239 @@
+"""The derived step as a graph of values: equal values are made once, and simplified as they are made.
+
+A value is an operation on other values, for one row and unit. A gradient is a value that depends on a gradient which
+came from outside; everything that is done to a gradient is linear in it. So a gradient is kept as a product, one flat
+list of factors, or as a sum of such products, with what they share factored out: a b - a c is a (b - c), and
+a - a b is a (1 - b). `share` then forms factors that occur together in several products once.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from itertools import combinations
+
+LEAVES = ("gx", "hu", "before", "dstate", "dm")  # a leaf's one argument is its number
+COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+BOOLEAN = (*COMPARISONS, "and", "or", "not")
+
+
+class Value:
+    """An operation on values. Two are the same if they are one object: only `Graph.make` makes them.
+
+    op "constant": args is one number. Else args are values, but for LEAVES. index: of two, the one that can be computed
+    first has the smaller.
+    """
+
+    __slots__ = ("args", "gradient", "index", "op")
+
+    def __init__(self, op: str, args: tuple[object, ...], index: int) -> None:
+        self.op, self.args, self.index = op, args, index
+        self.gradient: bool = op in ("dstate", "dm") or any(v.gradient for v in self.inputs)
+
+    @property
+    def inputs(self) -> tuple[Value, ...]:
+        return tuple(a for a in self.args if isinstance(a, Value))
+
+    def __repr__(self) -> str:
+        return f"{self.op}({', '.join(map(repr, self.args))})"
+
+
+def constant(value: Value) -> float | None:
+    """The number, if it is one."""
+    return value.args[0] if value.op == "constant" else None  # type: ignore[return-value]
+
+
+def ancestors(values: Iterable[Value], stop: Iterable[Value] = ()) -> list[Value]:
+    """The values and everything they are computed from, not beyond `stop`; in the order of computation."""
+    found: set[Value] = set()
+    ends, waiting = set(stop), list(values)
+    while waiting:
+        value = waiting.pop()
+        if value not in found:
+            found.add(value)
+            waiting.extend(() if value in ends else value.inputs)
+    return sorted(found, key=lambda v: v.index)
+
+
+class Graph:
+    """Makes values."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[object, ...], Value] = {}
+
+    def make(self, op: str, *args: object) -> Value:
+        key = (op, *args)
+        if key not in self._known:
+            self._known[key] = Value(op, args, len(self._known))
+        return self._known[key]
+
+    def number(self, x: float) -> Value:
+        return self.make("constant", float(x))
+
+    def as_number(self, a: Value) -> Value:
+        """a; of a boolean, 1 or 0."""
+        return self.make("where", a, self.number(1), self.number(0)) if a.op in BOOLEAN else a
+
+    def as_boolean(self, a: Value) -> Value:
+        """Whether a is not zero."""
+        return a if a.op in BOOLEAN else self.make("ne", a, self.number(0))
+
+    def compared(self, op: str, a: Value, b: Value) -> Value:
+        return self.make(op, self.as_number(a), self.as_number(b))
+
+    def logical(self, op: str, *parts: Value) -> Value:
+        return self.make(op, *map(self.as_boolean, parts))
+
+    def negative(self, a: Value) -> Value:
+        if (x := constant(a)) is not None:
+            return self.number(-x)
+        if a.op == "neg":
+            return a.inputs[0]
+        if a.op == "sub":
+            return self.difference(*reversed(a.inputs))
+        return self.make("neg", a)
+
+    def sum(self, a: Value, b: Value) -> Value:
+        if a.op in BOOLEAN and b.op in BOOLEAN:  # as torch has it
+            return self.logical("or", a, b)
+        a, b = self.as_number(a), self.as_number(b)
+        x, y = constant(a), constant(b)
+        if x is not None and y is not None:
+            return self.number(x + y)
+        if x == 0 or y == 0:
+            return b if x == 0 else a
+        if b.op == "neg":
+            return self.difference(a, b.inputs[0])
+        if a.op == "neg":
+            return self.difference(b, a.inputs[0])
+        return self._factored("add", a, b) or self.make("add", *sorted((a, b), key=lambda v: v.index))
+
+    def difference(self, a: Value, b: Value) -> Value:
+        a, b = self.as_number(a), self.as_number(b)
+        x, y = constant(a), constant(b)
+        if x is not None and y is not None:
+            return self.number(x - y)
+        if y == 0 or x == 0:
+            return a if y == 0 else self.negative(b)
+        if b.op == "neg":
+            return self.sum(a, b.inputs[0])
+        return self._factored("sub", a, b) or self.make("sub", a, b)
+
+    def _factored(self, op: str, a: Value, b: Value) -> Value | None:
+        """Of two gradients: with what they share as a factor, if that is all that is a gradient in them."""
+        if not (a.gradient and b.gradient):
+            return None
+        ours, theirs = Counter(factors(a)), Counter(factors(b))
+        shared = ours & theirs
+        mine, others = [list((c - shared).elements()) for c in (ours, theirs)]
+        if any(v.gradient for v in (*mine, *others)):
+            return None
+        rest = [self.product(*part) if part else self.number(1) for part in (mine, others)]
+        return self.product(*shared.elements(), self.sum(*rest) if op == "add" else self.difference(*rest))
+
+    def product(self, *parts: Value) -> Value:
+        """Of any number of values. Of a gradient: flat, in the order of the factors' indices."""
+        if all(p.op in BOOLEAN for p in parts):
+            return self.logical("and", *parts)
+        coefficient, all_factors = 1.0, []
+        gradient = any(p.gradient for p in parts)
+        waiting = [self.as_number(p) for p in reversed(parts)]
+        while waiting:
+            value = waiting.pop()
+            if (x := constant(value)) is not None:
+                coefficient *= x
+            elif value.op == "neg":
+                coefficient = -coefficient
+                waiting.append(value.inputs[0])
+            elif value.op == "product" and value.gradient:
+                waiting.extend(reversed(value.inputs))
+            else:
+                all_factors.append(value)
+        if coefficient == 0 or not all_factors:
+            return self.number(coefficient)
+        if coefficient not in (1.0, -1.0):
+            all_factors.append(self.number(abs(coefficient)))
+        if gradient:
+            all_factors.sort(key=lambda v: v.index)
+            found = all_factors[0] if len(all_factors) == 1 else self.make("product", *all_factors)
+        else:  # as it was written: two at a time
+            found = all_factors[0]
+            for value in all_factors[1:]:
+                found = self.make("product", found, value)
+        return self.negative(found) if coefficient < 0 else found
+
+    def quotient(self, a: Value, b: Value) -> Value:
+        a, b = self.as_number(a), self.as_number(b)
+        if constant(b) is not None:
+            return a if constant(b) == 1 else self.make("div", a, b)
+        if a.gradient and constant(a) is None:
+            return self.product(a, self.make("div", self.number(1), b))
+        return self.number(0) if constant(a) == 0 else self.make("div", a, b)
+
+    def choice(self, condition: Value, a: Value, b: Value) -> Value:
+        a, b = self.as_number(a), self.as_number(b)
+        return a if a is b else self.make("where", self.as_boolean(condition), a, b)
+
+    def power(self, a: Value, n: float) -> Value | None:
+        """a to the n, for the n that need no logarithm; else None."""
+        if n == 0.5:
+            return self.make("sqrt", a)
+        if n == -0.5:
+            return self.make("div", self.number(1), self.make("sqrt", a))
+        if n == 0:
+            return self.number(1)
+        if n != int(n) or abs(n) > 8:
+            return None
+        found = a
+        for _ in range(int(abs(n)) - 1):
+            found = self.product(found, a)
+        return found if n > 0 else self.quotient(self.number(1), found)
+
+
+def factors(value: Value) -> tuple[Value, ...]:
+    return value.inputs if value.op == "product" and value.gradient else (value,)
+
+
+def share(graph: Graph, outputs: list[Value]) -> list[Value]:
+    """The outputs, with every product of gradients as products of two: first of the pairs that most products have."""
+    lists = {v: list(v.inputs) for v in ancestors(outputs) if v.op == "product" and v.gradient}
+    while True:
+        counts = Counter(pair for parts in lists.values() for pair in _pairs(parts))
+        if not counts:
+            break
+        (a, b), most = max(counts.items(), key=lambda c: (c[1], c[0][0].gradient, -c[0][0].index, -c[0][1].index))
+        if most < 2:
+            break
+        node = graph.make("pair", a, b)
+        for parts in lists.values():
+            if (a, b) in _pairs(parts):
+                parts.remove(a)
+                parts.remove(b)
+                parts.append(node)
+        lists[node] = [a, b]
+    return _in_twos(graph, outputs, lists)
+
+
+def _pairs(parts: list[Value]) -> set[tuple[Value, Value]]:
+    # A list of two is its pair already, and may be another's: it counts.
+    return set(combinations(sorted(parts, key=lambda v: v.index), 2))
+
+
+def _in_twos(graph: Graph, outputs: list[Value], lists: dict[Value, list[Value]]) -> list[Value]:
+    """The outputs rebuilt, each product multiplied out two by two, gradients first."""
+    done: dict[Value, Value] = {}
+
+    def rebuilt(value: Value) -> Value:
+        if value not in done:
+            if value in lists:
+                first, *others = sorted(map(rebuilt, lists[value]), key=lambda v: (not v.gradient, v.index))
+                for other in others:
+                    first = graph.make("times", first, other)
+                done[value] = first
+            elif value.gradient and value.inputs:
+                done[value] = graph.make(value.op, *map(rebuilt, value.inputs))
+            else:
+                done[value] = value
+        return done[value]
+
+    return [rebuilt(v) for v in outputs]
