@@ -10,7 +10,7 @@ from random import Random
 import pytest
 import torch
 from conftest import DEVICE
-from shapes import SAVES, SCHEDULES
+from shapes import SAVES, SCHEDULES, spread
 from steps import NAMES, STEPS, cifg, define, mgu, registries  # noqa: F401  (a fixture)
 
 import seqcells
@@ -25,9 +25,7 @@ sigmoid, tanh = torch.sigmoid, torch.tanh
 pytestmark = pytest.mark.usefixtures("registered")
 
 
-@pytest.mark.parametrize("save", SAVES)
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("name", "save", "schedule"), spread(NAMES, SAVES, SCHEDULES, most=1))
 def test_parity(name, schedule, save, poison):
     """H smaller than any tile, and one that fills a tile in part; resets."""
     for H, resets in ((5, True), (20, False)):
@@ -37,7 +35,9 @@ def test_parity(name, schedule, save, poison):
         assert max(found.values()) <= 1e-12, found
 
 
-@pytest.mark.parametrize(("step", "known"), [(s, k) for s, (_, _, k) in STEPS.items() if k], ids=lambda s: str(s))
+@pytest.mark.parametrize(
+    ("step", "known"), [(s, k) for s, (_, _, k) in STEPS.items() if k], ids=lambda s: getattr(s, "__name__", s)
+)
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_the_same_as_written_by_hand(step, known, schedule):
     tensors = inputs(known, Shape(3, 3, 2, 20), torch.float64, DEVICE)
@@ -53,8 +53,7 @@ def test_tiles_saved(registered):
         assert len(registered[step.__name__].saved) == cells.get(step.__name__).saved == saved, step
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("name", ["mgu", "cifg", "peculiar"])
+@pytest.mark.parametrize(("name", "schedule"), spread(["mgu", "cifg", "peculiar"], SCHEDULES, most=1))
 def test_gradcheck(name, schedule):
     tensors = [t.requires_grad_() for t in inputs(name, Shape(2, 2, 1, 2), torch.float64, DEVICE)]
 

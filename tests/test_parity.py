@@ -100,13 +100,11 @@ def gradcheck_inputs(cell, T, B, I, H):  # noqa: E741
 
 
 @pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("cell", CELLS)
-def test_gradcheck(cell, schedule, fast):
+@pytest.mark.parametrize(("cell", "schedule", "save"), spread(CELLS, SCHEDULES, SAVES, most=1))
+def test_gradcheck(cell, schedule, save, fast):
     """By random projections; every element by `make test-slow`."""
     tensors, call = gradcheck_inputs(cell, 2, 2, 1, 2)
-    for save in SAVES:
-        assert torch.autograd.gradcheck(call(f"triton:{schedule}", save), tensors, fast_mode=fast)
+    assert torch.autograd.gradcheck(call(f"triton:{schedule}", save), tensors, fast_mode=fast)
 
 
 @pytest.mark.parametrize("cell", CELLS)
