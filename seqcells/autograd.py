@@ -382,7 +382,10 @@ class SeqcellsScan(SeqcellsScanCompiled):
 
 
 class SeqcellsLayer(torch.autograd.Function):
-    """A scan by an engine's `whole`, where nothing looks on: options, mask; the 7 inputs, to what `_visible` gives."""
+    """A scan by an engine's `whole`, where no compiler, mode or transform sees it: options, mask; the 7 inputs.
+
+    Gives what `_visible` gives.
+    """
 
     @staticmethod
     def forward(ctx: Any, options: Options, mask: Tensor | None, *inputs: Tensor | None) -> tuple[Tensor, ...]:
