@@ -1,0 +1,109 @@
+"""The form of a cell: what its step takes and gives, in numbers. No Triton here: every engine reads it.
+
+A step takes tiles of `gx` (a gate's input product, or a per-step input), the states before it and the trained vectors,
+and forms recurrent products with *operands*: a state, or anything computed in the step. Operands of level 1 need no
+product; those of level 2 need products of level 1. `products` are the gates that have one, in the kernels' order: by
+operand, those of level 1 first. Row block n of the kernels' U is product n's.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Operand:
+    """level: 1 or 2. products: how many gates are multiplied with it. state: the state (before the step) that it is;
+    None if it is computed."""
+
+    level: int
+    products: int
+    state: int | None = None
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Products that follow each other both in U and in the buffer that holds their gradients.
+
+    operand: of all of them. first: the first product. count. apart: whether the buffer is dhu (else dgx); column: of
+    the first in it, in units of H.
+    """
+
+    operand: int
+    first: int
+    count: int
+    apart: bool
+    column: int
+
+
+@dataclass(frozen=True)
+class Form:
+    """gates: tiles of gx, the gates whose x is read and then the per-step inputs. states, saved, params: how many
+    states, tiles saved for backward, trained vectors.
+
+    adds: for each product the tile of gx to which it only adds, so that both have one gradient; -1: it is apart, has a
+    gradient of its own (in dhu), and its bias is added in the kernel. late: tiles of gx whose gradient an operand's
+    gradient reaches (`finish`).
+    """
+
+    name: str
+    gates: int
+    states: int
+    saved: int
+    operands: tuple[Operand, ...]
+    adds: tuple[int, ...]
+    params: int = 0
+    late: tuple[int, ...] = ()
+
+    @property
+    def products(self) -> int:
+        """Row blocks of U."""
+        return len(self.adds)
+
+    @property
+    def first_products(self) -> int:
+        """Products of level 1."""
+        return sum(o.products for o in self.operands if o.level == 1)
+
+    @property
+    def apart(self) -> tuple[int, ...]:
+        """The products whose gradients are in dhu, in its order."""
+        return tuple(n for n, tile in enumerate(self.adds) if tile < 0)
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The operands that backward stores in m, in its order: those that are no state."""
+        return tuple(n for n, o in enumerate(self.operands) if o.state is None)
+
+    @property
+    def level(self) -> int:
+        """How many operands are of level 1."""
+        return sum(o.level == 1 for o in self.operands)
+
+    @property
+    def published(self) -> bool:
+        """Whether units that lie in different programs must hand each other the operands of level 1: always, but for
+        one that is the first state, which is in y."""
+        return self.level > 0 and [o.state for o in self.operands if o.level == 1] != [0]
+
+    @property
+    def finishes(self) -> bool:
+        """Whether some operand of level 1 is computed, so that its gradient has further to go."""
+        return any(o.level == 1 and o.state is None for o in self.operands)
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """The products as runs that one matrix product can take."""
+        found: list[Segment] = []
+        product = 0
+        for number, operand in enumerate(self.operands):
+            for n in range(product, product + operand.products):
+                apart = self.adds[n] < 0
+                column = self.apart.index(n) if apart else self.adds[n]
+                last = found[-1] if found else None
+                if last and (last.operand, last.apart, last.column + last.count) == (number, apart, column):
+                    found[-1] = Segment(number, last.first, last.count + 1, apart, last.column)
+                else:
+                    found.append(Segment(number, n, 1, apart, column))
+            product += operand.products
+        return tuple(found)
