@@ -81,11 +81,11 @@ ARROWS = {  # room: the rooms of the project it may import
     "marked": {"aten", "packing", "kernels.buffers"},
     "plain": {"arguments", "aten", "backends", "chosen", "masks"},
     "modules": set(),
-    "cells": {"arguments", "backends", "checks", "functional", "modules", "plain", "reference"},
+    "cell_modules": {"arguments", "backends", "checks", "functional", "modules", "plain", "reference"},
     "rnn_base": {"arguments", "checks", "functional", "modules", "packing", "plain", "reference"},
     "layers": {"checks", "functional", "rnn_base"},
-    "subclasses": {"cells", "layers"},
-    "convert": {"arguments", "cells", "checks", "layers", "modules", "subclasses"},
+    "subclasses": {"cell_modules", "layers"},
+    "convert": {"arguments", "cell_modules", "checks", "layers", "modules", "subclasses"},
     "weights": {"checks", "layers"},
     "init": {"checks", "weights"},
     "interop": {"checks", "weights"},
@@ -96,7 +96,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "progress": set(),
     "tasks": {"init", "layers", "training"},
     "suite": {"files", "progress", "tasks", "training"},
-    "integrations": {"cells", "layers"},
+    "integrations": {"cell_modules", "layers"},
 }
 TOP = {"__init__", "__main__"}  # these may import anything
 
