@@ -24,6 +24,7 @@ from torch.nn.functional import linear
 from . import checks, fallback, reference
 from .derive import CellError, Derived, derive, kernels_of
 from .kernels import registry
+from .kernels.form import Form
 
 __all__ = ["Cell", "CellError", "cell"]
 
@@ -140,32 +141,15 @@ class _Specification(reference.Cell):
     made: Cell
 
     def __init__(self, made: Cell) -> None:
-        object.__setattr__(self, "step", _step(made))
-        object.__setattr__(self, "gates", len(made.gates))
-        object.__setattr__(self, "states", len(made.states))
+        for name, value in (("key", made.name), ("step", _step(made)), ("gates", made.gates), ("states", made.states)):
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "made", made)
 
     @property
-    def inner(self) -> int:
-        return _facts(self.made.name)[0]
-
-    @property
-    def first(self) -> int | None:
-        return _facts(self.made.name)[1]
-
-    @property
-    def saves(self) -> bool:
-        return _facts(self.made.name)[2]
-
-
-def _facts(name: str) -> tuple[int, int | None, bool]:
-    """inner, first and saves of the cell of that name."""
-    found = reference.CELLS[name].made._derived  # type: ignore[attr-defined]
-    return found.inner, found.first, bool(found.saved)
-
-
-# torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
-_facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    def form(self) -> Form:  # type: ignore[override]
+        found = self.made._derived
+        sizes = len(self.gates), len(self.states), len(found.saved)
+        return reference._form(self.key, *sizes, found.inner, found.first)
 
 
 def _step(made: Cell) -> reference.Step:
@@ -183,4 +167,5 @@ def _step(made: Cell) -> reference.Step:
         found = made.step(by_gate(*linear(x, w_ih, b_ih).chunk(G, -1)), by_gate(*products), *states)
         return tuple(found) if isinstance(found, (tuple, list)) else (found,)
 
+    step.rows = (len(made.gates),) * 4  # type: ignore[attr-defined]
     return step
