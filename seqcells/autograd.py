@@ -78,8 +78,11 @@ def _projection(
 ) -> tuple[Tensor, Tensor | None]:
     """`products.input_projection` of w_ih, b_ih, b_hh, as the engine wants it."""
     if engine.exact and x.dtype.itemsize < 4:
-        x, *weights, inputs = (None if t is None else t.float() for t in (x, *weights, inputs))  # type: ignore[assignment]
-    return products.input_projection(at, x, *weights, inputs)  # type: ignore[arg-type]
+        x, inputs = x.float(), None if inputs is None else inputs.float()
+        weights = [None if t is None else t.float() for t in weights]
+    w_ih, b_ih, b_hh = weights
+    assert w_ih is not None
+    return products.input_projection(at, x, w_ih, b_ih, b_hh, inputs)
 
 
 def _grouped(*tensors: Tensor | None) -> list[Tensor | None]:

@@ -146,7 +146,7 @@ class _Specification(reference.Cell):
         object.__setattr__(self, "made", made)
 
     @property
-    def form(self) -> Form:  # type: ignore[override]
+    def form(self) -> Form:
         found = self.made._derived
         sizes = len(self.gates), len(self.states), len(found.saved)
         return reference._form(self.key, *sizes, found.inner, found.first)

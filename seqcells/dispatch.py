@@ -281,7 +281,7 @@ def _starts(
 
 def _projected(
     spec: reference.Cell, x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], how: How
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """An LSTM with a projection, by one without: see `projection`."""
     h0, c0 = given
     plain = projection.unprojected(groups)
@@ -290,7 +290,8 @@ def _projected(
         x, plain = projection.with_start(x, h0, groups, plain, how.reverse, how.resets, how.lengths)
     y, (m, c), every = _run(spec, x, (None, c0), plain, how, None, None, None)
     hn = projection.project_final(m, groups, h0, how.lengths)
-    return projection.project(y, groups), (hn, c), every
+    y = projection.project(y, groups)
+    return y, (hn, c), None if every is None else (y, *every[1:])
 
 
 def aten_packed(

@@ -24,7 +24,7 @@ Blocks = tuple[int, ...]  # -1 where there is none
 class Gemm(NamedTuple):
     """Part of the gradient of U: products whose gradients lie in a row, and their operand.
 
-    state: the operand, before the step; -1: it is column operand of m. apart, column, count: of the gradients, in dhu
+    state: the operand, before the step; -1: it is column operand of m. apart, column, width: of the gradients, in dhu
     or else dgx.
     """
 
@@ -32,7 +32,7 @@ class Gemm(NamedTuple):
     operand: int
     apart: bool
     column: int
-    count: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def recurrent_gradient(
     H = y.shape[3]
     operands: dict[tuple[int, int], Tensor] = {}
     parts = []
-    for state, operand, apart, column, count in at.gemms:
+    for state, operand, apart, column, width in at.gemms:
         if (state, operand) not in operands:
             if state < 0:
                 found = m[:, :, k, operand * H : (operand + 1) * H].reshape(-1, H)
@@ -223,6 +223,6 @@ def recurrent_gradient(
                 of = y if state == 0 else c.narrow(3, (state - 1) * H, H)
                 found = previous_outputs(of, mask, reversed, k).flatten(0, 1)
             operands[state, operand] = found
-        d = (dhu if apart else dgx)[:, :, k].narrow(2, column * H, count * H)
-        parts.append(d.reshape(-1, count * H).t() @ operands[state, operand])
+        d = (dhu if apart else dgx)[:, :, k].narrow(2, column * H, width * H)
+        parts.append(d.reshape(-1, width * H).t() @ operands[state, operand])
     return blocks(torch.cat(parts) if len(parts) > 1 else parts[0], at.w_hh, H, 0)

@@ -187,7 +187,7 @@ def scan_states(
         # Padding is masked before the step: were it NaN, masking the result would still leave NaN in the gradients.
         alive = None if lengths is None else (t < lengths)[:, None]
         now, *beside = (s[t] if alive is None else s[t].masked_fill(~alive, 0) for s in (x, *inputs))
-        output = step(now, states, *weights, *((params, tuple(beside)) if more else ()))  # type: ignore[call-arg]
+        output = step(now, states, *weights, *((params, tuple(beside)) if more else ()))
         new = output[len(output) - len(states) :]
         if alive is not None:
             output = tuple(n.masked_fill(~alive, 0) for n in output)

@@ -247,7 +247,8 @@ class _Layer(modules.Module):
             last = layer == self.num_layers - 1
             mine = None if states is None else tuple(s[layer * count : (layer + 1) * count] for s in states)
             options = How(how.resets, how.lengths, *own, cells and last, how.padded or layer > 0, fits=fits)
-            x, final, every = functional.run(self.cell, x, mine, directions, options)
+            x, final, states_after = functional.run(self.cell, x, mine, directions, options)
+            every = None if states_after is None else states_after[1]
             finals.append(final)
             if self.dropout and self.training and not last:
                 # Of a packed input only its rows: torch.nn draws as many random numbers.

@@ -15,7 +15,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import seqcells
-from seqcells import backends, check, dispatch, fallback, functional, plain
+from seqcells import backends, check, dispatch, fallback, plain
 from seqcells.check import Shape
 from seqcells.kernels import scan, single
 

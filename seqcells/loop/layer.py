@@ -156,10 +156,11 @@ def backward(
     dx, *others = zip(*each, strict=True)
     found = [None if dx[0] is None else sum(dx[1:], dx[0]) if x.dim() == 3 else torch.stack(dx, 1)]
     found += [None if of[0] is None else of[0] if K == 1 else torch.stack(of) for of in others]
+    found += [None, None]  # its cells have neither trained vectors nor inputs
     return tuple(
         d.reshape(t.shape) if n and d is not None and t is not None else None
-        for d, t, n in zip(found, inputs, need, strict=False)
-    ) + (None, None)
+        for d, t, n in zip(found, inputs, need, strict=True)
+    )
 
 
 def _group_back(group: _Group, need: tuple[bool, ...], of: Any, dys: Any) -> tuple[Tensor | None, ...]:

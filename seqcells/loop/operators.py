@@ -159,7 +159,7 @@ def backward(
                 buffer[:, :, k] = _put(w, into, rows).view(T, B, -1)
         for buffer, start in zip((out.dh0, out.dc0)[: part.states], starts, strict=False):
             buffer[k] = start
-    return *out, y.new_empty(0)  # type: ignore[return-value]
+    return *out, y.new_empty(0)
 
 
 def _allocate_gradients(u: Tensor, y: Tensor, cell: str, reversed: int) -> Gradients:
