@@ -62,7 +62,7 @@ def _cast(
     more: tuple[Any, Any] = (None, None),
     one_step: bool = False,
 ) -> tuple[Tensor, tuple[Tensor | None, ...], Sequence[aten.Weights], tuple[Any, Any]]:
-    """x, states, weights, and params and inputs (see `run`) in the dtype that torch's own cell answers in under autocast."""
+    """x, states, weights, and params and inputs (see `run`), in the dtype that torch's own cell answers in."""
     dtype, low = torch.get_autocast_dtype(x.device.type), (torch.float16, torch.bfloat16, torch.float32)
     if x.device.type == "cpu" and (cell in ("gru", "gru_before") or (cell == "lstm" and one_step)):
         # There torch has no fused kernel to cast for. It rounds the products' operands, and the state keeps its dtype.

@@ -230,8 +230,9 @@ def _single_forward(
     H = u.shape[2]
     chosen = single_plan(cell, x, H, precision, input_precision)
     how: Any = {"save": save, "plan": chosen, "precision": precision, "input_precision": input_precision}
+    how |= _with(params)
     given = (x, w_ih, u[0], *step_biases(at, b_ih, b_hh, H), h0, c0)
-    call = partial(kernels.single.forward, declared, *given, **how, **_with(params))
+    call = partial(kernels.single.forward, declared, *given, **how)
     if schedule != "auto":
         return tuple(call())  # type: ignore[return-value]
 
