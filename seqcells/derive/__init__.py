@@ -131,19 +131,15 @@ class Derived:
     def _uses(self) -> list[list[str]]:
         """For each saved tile, whose gradients it is for."""
         parts = self.parts
-        totals, more = parts.totals, parts.finished
+        totals = parts.totals
         outputs: dict[str, list[Value]] = {}
-        for tile, dx, late in zip(parts.tiles, totals.dgx, more.dgx, strict=True):
+        for tile, dx in zip(parts.tiles, totals.dgx, strict=True):
             kind = "gate" if tile in parts.x_gates else "input"
-            outputs.setdefault(f"{kind} {tile}", []).extend((dx, late))
+            outputs.setdefault(f"{kind} {tile}", []).append(dx)
         for gate, du in zip(parts.products, parts.dhu, strict=True):
             outputs.setdefault(f"gate {gate}", []).append(du)
-        for found, names, values in (
-            (totals.dbefore, parts.states, more.dbefore),
-            (totals.dparams, parts.names.params, more.dparams),
-        ):
-            for name, value, late in zip(names, found, values, strict=True):
-                outputs.setdefault(name, []).extend((value, late))
+        for name, value in zip((*parts.states, *parts.names.params), (*totals.dbefore, *totals.dparams), strict=True):
+            outputs.setdefault(name, []).append(value)
         for n, gate in enumerate(parts.products):
             if parts.form.operands[parts.operand(n)].state is None:
                 outputs[f"U.{gate}'s weight"] = [parts.operands[parts.operand(n)]]

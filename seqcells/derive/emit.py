@@ -150,7 +150,7 @@ def triton_source(parts: Parts) -> str:
 
 def _shared(parts: Parts) -> tuple[Totals, list[Value], Totals]:
     """Gradients with each product of factors that occurs twice formed once, in backward and in finish."""
-    found = _split(share(parts.graph, [*parts.totals.every, *parts.dhu]), parts)
+    found = _split(share(parts.graph, [*parts.early.every, *parts.dhu]), parts)
     return (*found, _split(share(parts.graph, parts.finished.every), parts)[0])
 
 

@@ -33,7 +33,8 @@ class Parts:
     """x_gates, u_gates: gates that have an input product, and a recurrent one, in the order of gates=. order: product n
     is u_gates[order[n]]. gx, hu, before, params: leaves. new, operands, saved, dhu and the rest: values.
 
-    totals: without what comes through computed operands of level 1. left: those of gradients that `finish` is given.
+    totals: gradients. early: without what comes through computed operands of level 1. given: leaves, those that
+    `finish` gets; finished: what it makes of them.
     """
 
     graph: Graph
@@ -50,6 +51,7 @@ class Parts:
     operands: list[Value]
     saved: list[Value]
     totals: Totals
+    early: Totals
     dhu: list[Value]
     given: Totals
     finished: Totals
@@ -115,7 +117,7 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
         for n in ordered
     )
     late, dhu = found.finish, [found.gradients.products[g] for g in kernel]
-    totals, through = (_totals(g, read) for g in (found.gradients, late))
+    early, through = (_totals(g, read) for g in (found.gradients, late))
     given = Totals(
         [make("dgx", n) for n in range(len(gx))],
         [make("dbefore", n) for n in range(states)],
@@ -126,21 +128,16 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
 
     zero = graph.number(0)
     if names.output:  # the states before do not have it
-        totals.dbefore.insert(0, zero)
+        early.dbefore.insert(0, zero)
         through.dbefore.insert(0, zero)
-    finished = Totals(
-        *(
-            [graph.sum(a, b) for a, b in zip(mine, theirs, strict=True)]
-            for mine, theirs in (
-                (given.dgx, through.dgx),
-                (given.dbefore, through.dbefore),
-                (given.dparams, through.dparams),
-            )
-        )
-    )
+
+    def sums(a: Totals, b: Totals) -> Totals:
+        pairs = ((a.dgx, b.dgx), (a.dbefore, b.dbefore), (a.dparams, b.dparams))
+        return Totals(*([graph.sum(*p) for p in zip(mine, theirs, strict=True)] for mine, theirs in pairs))
+
     stored = [v for v, o in zip(operands, described, strict=True) if o.state is None]
     free = [*before, *params, *found.new]
-    saved = _saved([*totals.every, *dhu, *through.every], stored, free)
+    saved = _saved([*early.every, *dhu, *through.every], stored, free)
     form = Form(
         name,
         gates=len(gx),
@@ -165,10 +162,11 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
         found.new,
         operands,
         saved,
-        totals,
+        sums(early, through),
+        early,
         dhu,
         given,
-        finished,
+        sums(given, through),
         [make("dm", n) for n in second],
         [make("dv", n) for n in computed],
         {v: n for v, n in found.names.items() if v.inputs},
