@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from . import arguments, backends, checks, functional, modules, plain, reference
+from . import arguments, backends, checks, functional, modules, plain
+from .cell import named
 
 # As torch's matrix product names dtypes in its errors.
 _NAMES = {
@@ -63,7 +64,7 @@ class _Cell(modules.Module, nn.RNNCellBase):
         self.bias = bias
         self.backend = backend
         self.precision = precision
-        rows = reference.get(self.cell).rows[1] * hidden_size
+        rows = named(self.cell).rows[1] * hidden_size
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight_ih = nn.Parameter(torch.empty(rows, input_size, **place))
         self.weight_hh = nn.Parameter(torch.empty(rows, hidden_size, **place))
@@ -91,7 +92,7 @@ class _Cell(modules.Module, nn.RNNCellBase):
 
     def _check(self, input: Any, states: Any) -> None:
         """Raise what is wrong with a call beside what `_step` sees itself."""
-        rows = reference.get(self.cell).rows[1] * self.hidden_size
+        rows = named(self.cell).rows[1] * self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, self.input_size)}
         shapes |= {"weight_hh": (rows, self.hidden_size)}
         arguments.step(self, shapes | ({"bias_ih": (rows,), "bias_hh": (rows,)} if self.bias else {}), input, states)

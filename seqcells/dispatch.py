@@ -29,6 +29,7 @@ from . import (
     reference,
 )
 from . import loop as loop  # its engine
+from .cell import Cell, named
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def _begins(x: Tensor) -> bool:
 
 
 def choose(
-    cell: str | reference.Cell,
+    cell: str | Cell,
     x: Tensor,
     tensors: Iterable[Tensor | None],
     how: How,
@@ -124,7 +125,7 @@ def choose(
 
 
 def run(
-    cell: str | reference.Cell,
+    cell: str | Cell,
     x: Tensor,
     states: tuple[Tensor | None, ...] | None,
     groups: Sequence[aten.Weights],
@@ -140,7 +141,7 @@ def run(
     K, if there is such a tensor already.
     x [T, B, I] or [T, B, K, I]; states [K, B, H] (of one group also [B, H]). params: of each group; inputs: see `scan`.
     """
-    spec = reference.get(cell)
+    spec = named(cell)
     arguments.options(how.backend, how.precision, how.save)
     given = (None,) * len(spec.states) if states is None else tuple(states)
     if len(given) != len(spec.states):
@@ -155,7 +156,7 @@ def run(
 
 
 def _run(
-    spec: reference.Cell,
+    spec: Cell,
     x: Tensor,
     given: tuple[Tensor | None, ...],
     groups: Sequence[aten.Weights],
@@ -280,7 +281,7 @@ def _starts(
 
 
 def _projected(
-    spec: reference.Cell, x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], how: How
+    spec: Cell, x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], how: How
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """An LSTM with a projection, by one without: see `projection`."""
     h0, c0 = given
@@ -306,7 +307,7 @@ def aten_packed(
     """All layers by torch's own over a PackedSequence's data; states [layers * directions, B, .] in its order. Shapes
     are not checked. groups: the weights of each layer's directions; how: num_layers, dropout, training, bidirectional.
     """
-    spec = reference.get(cell)
+    spec = named(cell)
     given: tuple[Tensor | None, ...] = (None,) * len(spec.states) if states is None else states
     if backends.autocasting(data.device):
         data, given, groups, _ = _cast(cell, data, given, groups)

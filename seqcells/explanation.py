@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from . import arguments, aten, backends, checks, fallback, precisions, reference
+from . import arguments, aten, backends, checks, fallback, precisions
+from .cell import named
 from .kernels.plan import KNOWN, Plan, known
 
 WIDTH = 80  # of a printed line
@@ -77,7 +78,7 @@ def explain(
         >>> print(seqcells.explain("gru", batch=16, hidden_size=64, device="cpu"))
         loop: the tensors are on the CPU, and it is faster than torch's own fused gru
     """
-    reference.get(cell)
+    named(cell)
     arguments.options(backend, precision)
     for name, size in (("batch", batch), ("hidden_size", hidden_size), ("groups", groups), ("steps", steps)):
         if size is not None or name != "steps":

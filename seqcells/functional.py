@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import arguments, batching, checks, reference
+from . import arguments, batching, checks
+from .cell import Cell, named
 from .dispatch import How as How
 from .dispatch import aten_packed as aten_packed
 from .dispatch import choose as choose
@@ -22,7 +23,7 @@ _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 
 def scan(
-    cell: str | reference.Cell,
+    cell: str | Cell,
     x: Tensor,
     states: tuple[Tensor | None, ...] | None,
     w_ih: Tensor,
@@ -65,7 +66,7 @@ def scan(
 
     Raises RuntimeError, ValueError or TypeError as torch.nn does for shapes, dtypes and devices that do not fit.
     """
-    spec = reference.get(cell)
+    spec = named(cell)
     arguments.types(x, states, dict(zip(_NAMES, (w_ih, w_hh, b_ih, b_hh), strict=True)), products=spec.rows[1] > 0)
     checks.boolean("return_states", return_states)
     masked = arguments.resets(resets, x.shape[:2], x.device), arguments.lengths(lengths, x.shape[:2], x.device)
@@ -77,7 +78,7 @@ def scan(
 
 
 def scan_groups(
-    cell: str | reference.Cell,
+    cell: str | Cell,
     x: Tensor,
     states: tuple[Tensor | None, ...] | None,
     w_ih: Tensor,
@@ -105,7 +106,7 @@ def scan_groups(
     params [K, H], scalars [K, 1], states [K, B, H]. reverse: for each group, whether it walks from the last step to the
     first; () is none.
     """
-    spec, weights = reference.get(cell), (w_ih, w_hh, b_ih, b_hh)
+    spec, weights = named(cell), (w_ih, w_hh, b_ih, b_hh)
     arguments.types(x, states, dict(zip(_NAMES, weights, strict=True)), rank=None, products=spec.rows[1] > 0)
     checks.boolean("return_states", return_states)
     if w_ih.dim() != 3 or (w_hh is not None and w_hh.dim() != 3):

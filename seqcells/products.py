@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import reference
+from .cell import Cell, get
 from .kernels.buffers import previous_outputs
 from .kernels.form import Form, Segment
 
@@ -71,7 +71,7 @@ _PLACES: dict[str, Places] = {}
 def places(key: str) -> Places:
     """Of the cell of that key."""
     if (found := _PLACES.get(key)) is None:
-        found = _PLACES[key] = _places(reference.get(key))
+        found = _PLACES[key] = _places(get(key))
     return found
 
 
@@ -79,7 +79,7 @@ def places(key: str) -> Places:
 places._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _places(cell: reference.Cell) -> Places:
+def _places(cell: Cell) -> Places:
     form, biased = cell.form, cell.biased
     of_x = [g for g in cell.x_gates if g in biased]
     of_u = [g for g in cell.u_gates if g in biased]

@@ -14,7 +14,8 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import arguments, checks, functional, modules, packing, plain, reference
+from . import arguments, checks, functional, modules, packing, plain
+from .cell import named
 from .functional import How
 
 
@@ -76,7 +77,7 @@ class _Layer(modules.Module):
 
     def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Of each parameter of that layer's directions."""
-        rows, out = reference.get(self.cell).rows[1] * self.hidden_size, self.proj_size or self.hidden_size
+        rows, out = named(self.cell).rows[1] * self.hidden_size, self.proj_size or self.hidden_size
         width = out * (2 if self.bidirectional else 1) if layer else self.input_size
         shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, width), "weight_hh": (rows, out)}
         shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)} if self.bias else {}

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from test_kernels import Guards
 
 from seqcells import check, reference
+from seqcells.cell import named
 from seqcells.check import TOLERANCE, Shape
 from seqcells.kernels import cells, scan, single
 from seqcells.kernels.plan import INTERPRETER, KNOWN, PRECISIONS, plan
@@ -57,7 +58,7 @@ def zeros(*size):
 
 def exact(name, tensors, weights):
     """The states after the step and the gradients of their weighted sum, by the reference in float64 on the CPU."""
-    spec = reference.get(name)
+    spec = named(name)
     leaves = [None if t is None else t.detach().cpu().double().clone().requires_grad_() for t in tensors]
     x, w_ih, w_hh, *biases, h0, c0 = leaves
     given = [zeros(x.shape[0], w_hh.shape[1]) if s is None else s for s in (h0, c0)][: len(spec.states)]
