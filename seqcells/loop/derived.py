@@ -352,24 +352,15 @@ class _Back:
         self.graph = part.found.graph
         self.lists: dict[Value, tuple[Value, list[Value], float]] = {}
         found, form = self.found, self.form
-        every = zip(found.totals.every, found.finished.every, found.given.every, strict=True)
-        totals = [self._total(*three) for three in every]
-        self.values: dict[Item, Value] = {("gx", t): totals[t] for t in range(form.gates)}
+        totals = found.totals
+        self.values: dict[Item, Value] = {("gx", t): v for t, v in enumerate(totals.dgx)}
         self.values |= {("hu", n): found.dhu[n] for n in form.apart}
-        self.dbefore = totals[form.gates : form.gates + form.states]
-        self.values |= {("param", n): v for n, v in enumerate(totals[form.gates + form.states :])}
-        self.results = [*self.values.values(), *self.dbefore]
+        self.values |= {("param", n): v for n, v in enumerate(totals.dparams)}
+        self.results = [*self.values.values(), *totals.dbefore]
 
     def dstate(self, s: int) -> Value:
         """The gradient of a state after the step."""
         return self.graph.make("dstate", s)
-
-    def _total(self, first: Value, finished: Value, given: Value) -> Value:
-        """A gradient with what comes through computed operands of level 1, too."""
-        if finished is given:
-            return first
-        (more,) = [v for v in finished.inputs if v is not given]
-        return self.graph.sum(first, more) if finished.op == "add" else self.graph.difference(first, more)
 
     # --- gradients as one gradient times coefficients -----------------------------------------------------------------
 
@@ -420,7 +411,7 @@ class _Back:
         """s (1 - s), and 1 - t t, as one factor."""
         left, found = list(factors), []
         for v in factors:
-            if v.op != "sub" or constant(v.inputs[0]) != 1 or v not in left:
+            if v.op != "sub" or constant(v.inputs[0]) != 1 or v not in left or v in self.found.saved:
                 continue
             y = v.inputs[1]
             if y in left:
@@ -518,7 +509,7 @@ class _Back:
 
         # Gates first, so that what they are is known before a state asks for it.
         targets = {item: again(v, item) for item, v in self.values.items()}
-        before = [again(v) for v in self.dbefore]
+        before = [again(v) for v in self.found.totals.dbefore]
         for item, value in targets.items():
             if value.gradient and value.inputs and value not in self.placed:
                 self.placed[value] = f"p{part.p.at[item]}"

@@ -152,8 +152,6 @@ class Code:
         op, args = value.op, value.args
         numbers = [constant(a) if isinstance(a, Value) else a for a in args]
         parts: list[Any] = [a if x is None else x for a, x in zip(args, numbers, strict=True)]
-        if op == "relu":
-            return "torch.relu", parts, ""
         if op in ("sigmoid_slope", "tanh_slope"):
             first = parts[0] if op == "sigmoid_slope" else self.number(1.0)
             return "torch.addcmul", [first, parts[0], parts[0]], ", value=-1"
@@ -180,7 +178,7 @@ class Code:
             if condition.op == "lt" and constant(a) == 0 and condition.args == (b, a) and self.uses[condition] == 1:
                 for v in (condition, b):
                     self.drop(v)
-                return "torch.relu", [b], ""
+                return "torch.clamp_min", [b, 0.0], ""
         if value.op in PRODUCTS:
             for a, b in (value.inputs, value.inputs[::-1]):
                 if self.single(b, ("sigmoid_slope", "tanh_slope")) and constant(a) is None:
