@@ -3,7 +3,7 @@
 from . import backends, check, functional, init, interop, reference, subclasses
 from .backends import backend
 from .cell import Cell, CellError, cell
-from .cells import GRUCell, LSTMCell, RNNCell
+from .cell_modules import GRUCell, LSTMCell, RNNCell
 from .convert import Change, convert, revert
 from .explanation import explain
 from .functional import gru, lstm, rnn

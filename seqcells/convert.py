@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import arguments, cells, checks, layers, modules, subclasses
+from . import arguments, cell_modules, checks, layers, modules, subclasses
 from .modules import spelled
 
 LOGGER = logging.getLogger("seqcells")
@@ -33,9 +33,9 @@ SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: subclasses.RNN,
 }
 CELLS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LSTMCell: cells.LSTMCell,
-    nn.GRUCell: cells.GRUCell,
-    nn.RNNCell: cells.RNNCell,
+    nn.LSTMCell: cell_modules.LSTMCell,
+    nn.GRUCell: cell_modules.GRUCell,
+    nn.RNNCell: cell_modules.RNNCell,
 }
 OURS = LAYERS | CELLS
 THEIRS = {ours: theirs for form in (LAYERS, SUBCLASSES, CELLS) for theirs, ours in form.items()}

@@ -76,7 +76,7 @@ class _Layer(modules.Module):
 
     def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Of each parameter of that layer's directions."""
-        rows, out = reference.get(self.cell).gates * self.hidden_size, self.proj_size or self.hidden_size
+        rows, out = reference.get(self.cell).rows[1] * self.hidden_size, self.proj_size or self.hidden_size
         width = out * (2 if self.bidirectional else 1) if layer else self.input_size
         shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, width), "weight_hh": (rows, out)}
         shapes |= {"bias_ih": (rows,), "bias_hh": (rows,)} if self.bias else {}
@@ -247,7 +247,8 @@ class _Layer(modules.Module):
             last = layer == self.num_layers - 1
             mine = None if states is None else tuple(s[layer * count : (layer + 1) * count] for s in states)
             options = How(how.resets, how.lengths, *own, cells and last, how.padded or layer > 0, fits=fits)
-            x, final, every = functional.run(self.cell, x, mine, directions, options)
+            x, final, states_after = functional.run(self.cell, x, mine, directions, options)
+            every = None if states_after is None else states_after[1]
             finals.append(final)
             if self.dropout and self.training and not last:
                 # Of a packed input only its rows: torch.nn draws as many random numbers.

@@ -63,7 +63,7 @@ class _Cell(modules.Module, nn.RNNCellBase):
         self.bias = bias
         self.backend = backend
         self.precision = precision
-        rows = reference.get(self.cell).gates * hidden_size
+        rows = reference.get(self.cell).rows[1] * hidden_size
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.weight_ih = nn.Parameter(torch.empty(rows, input_size, **place))
         self.weight_hh = nn.Parameter(torch.empty(rows, hidden_size, **place))
@@ -91,7 +91,7 @@ class _Cell(modules.Module, nn.RNNCellBase):
 
     def _check(self, input: Any, states: Any) -> None:
         """Raise what is wrong with a call beside what `_step` sees itself."""
-        rows = reference.get(self.cell).gates * self.hidden_size
+        rows = reference.get(self.cell).rows[1] * self.hidden_size
         shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, self.input_size)}
         shapes |= {"weight_hh": (rows, self.hidden_size)}
         arguments.step(self, shapes | ({"bias_ih": (rows,), "bias_hh": (rows,)} if self.bias else {}), input, states)
