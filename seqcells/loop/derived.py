@@ -314,6 +314,8 @@ class _Step:
             if o not in done:
                 done.add(o)
                 name = code.take(operands[o])
+                if operands[o] in code.vectors:
+                    name = f"{name}.expand_as(h0)"
                 code.lines.extend(f"{view}.addmm_({name}, {weight})" for view, weight in self.weights[o])
 
         for item, tile in part.tiles.items():
@@ -517,7 +519,10 @@ class _Back:
         return back, self._factors(vectors), spares
 
     def _vector(self, value: Value, vectors: set[Value]) -> bool:
-        return all(v in vectors for v in ancestors([value]) if not v.inputs and constant(v) is None)
+        """Whether it is computed from trained vectors alone."""
+        given = {*self.found.before, *self.found.new, *self.found.saved}
+        ends = [v for v in ancestors([value], given) if (v in given or not v.inputs) and constant(v) is None]
+        return all(v in vectors for v in ends)
 
     def _back(self, targets: dict[Item, Value], before: list[Value], vectors: set[Value]) -> tuple[str, int]:
         part, form, S = self.part, self.form, self.form.states
@@ -673,16 +678,15 @@ class _Back:
         for item, c in self.in_p.items():
             if c not in beside and c not in leaves:
                 places.setdefault(c, f"p{part.p.at[item]}")
-        results: list[str] = []
         own: list[Value] = []
         for c in beside:
             if c not in leaves and c.op not in BOOLEAN and not self._vector(c, vectors):
                 places[c] = f"r{len(own)}"
                 own.append(c)
         code = Code(leaves, wanted, places, vectors, like="y")
-        for c in (*self.others, *operands):
-            name = code.take(c)
-            results.append(f"{name}.expand(y.shape)" if c in operands and self._vector(c, vectors) else name)
+        results = [code.take(c) for c in self.others]
+        for c in operands:
+            results.append(f"{code.take(c)}.expand_as(y)" if self._vector(c, vectors) else code.take(c))
         for item, c in self.in_p.items():
             place = f"p{part.p.at[item]}"
             if (name := code.take(c)) != place:

@@ -153,8 +153,11 @@ class Code:
         numbers = [constant(a) if isinstance(a, Value) else a for a in args]
         parts: list[Any] = [a if x is None else x for a, x in zip(args, numbers, strict=True)]
         if op in ("sigmoid_slope", "tanh_slope"):
-            first = parts[0] if op == "sigmoid_slope" else self.number(1.0)
-            return "torch.addcmul", [first, parts[0], parts[0]], ", value=-1"
+            y = value.inputs[0]
+            first = y if op == "sigmoid_slope" else self.number(1.0)
+            found = [first, y, y]
+            self.uses[y] += found.count(y) - 1  # more often than the value itself says
+            return "torch.addcmul", found, ", value=-1"
         if op == "where":
             return "torch.where", [parts[0], *(self._tensor(p) for p in parts[1:])], ""
         if len(parts) == 2 and not isinstance(parts[0], Value):
