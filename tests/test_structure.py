@@ -44,7 +44,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "products": {"cell", "kernels.buffers", "kernels.form"},
     "autograd": {"backends", "masks", "products", "reference", "kernels.buffers"},
     "batching": set(),
-    "loop": {"autograd", "batching", "products", "kernels.buffers"},
+    "loop": {"autograd", "batching", "cell", "derive", "products", "kernels.buffers"},
     "fallback": set(),
     "flops": set(),
     "ops": {
