@@ -62,8 +62,8 @@ class RecurrentCell(modules.Module):
     All are drawn from U(-1/sqrt(H), 1/sqrt(H)).
 
     Raises:
-        TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell does, for arguments of a wrong type or value; so for an
-            unknown cell, for a constant that it has not, and for a parameter with a name that modules have.
+        TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell does, for arguments of a wrong type or value; so for
+            an unknown cell, for a constant that it has not, and for a parameter with a name that modules have.
 
     Example::
 
@@ -181,9 +181,9 @@ class RecurrentCell(modules.Module):
             TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell does, for types, shapes, dtypes and devices that
                 do not fit.
         """
-        if type(x) is not Tensor or inputs or not (state is None or type(state) in (Tensor, tuple)):
-            if (call := self._traced(x, state, **inputs)) is not None:
-                return call
+        known = type(x) is Tensor and not inputs and (state is None or type(state) in (Tensor, tuple))
+        if not known and (call := self._traced(x, state, **inputs)) is not None:
+            return call
         names = self.cell.states
         if len(names) > 1 and state is not None and not isinstance(state, (tuple, list)):
             raise checks.wrong("state", f"a tuple of {len(names)} tensors ({', '.join(names)}) or None", state)

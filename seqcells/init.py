@@ -1,11 +1,11 @@
 """Initialisers for gates. Like torch.nn.init's they work in place, without gradient, and return what they were given.
 
-All take seqcells' modules and torch.nn's, every layer and direction of them, and set only the gates' biases they name:
-the sum bias_ih + bias_hh, as all of it in bias_ih and zero in bias_hh. Weights and other biases stay. A gate is known by
-the name that its cell gives it: i f g o of an LSTM, r z n of a GRU; f is the forget gate, i the input gate, z what a
-GRU's is. A layer of any cell with such gates is taken. (That a gate keeps the state where it is near 1 is its author's
-to say: in a cell with h + f * (n - h) it is a negative bias of f that remembers.) All raise TypeError for a module of
-another kind, or whose cell has no such gate, and ValueError for one without bias. For a model:
+All take seqcells' modules and torch.nn's, every layer and direction of them, and set only the biases of the gates they
+name: the sum bias_ih + bias_hh, as all of it in bias_ih and zero in bias_hh. Weights and other biases stay. A gate is
+known by its name in the cell: i f g o of an LSTM, r z n of a GRU; modules of any cell with such gates are taken.
+(Whether a gate keeps the state near 1 or near 0 is up to the cell: with h + f * (n - h) it is a negative bias of f that
+remembers.) All raise TypeError for a module of another kind, or whose cell has no such gate, and ValueError for one
+without bias. For a model:
 
     for module in model.modules():
         if isinstance(module, seqcells.LSTM):
@@ -44,10 +44,10 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
 def chrono_(module: M, max_length: float, *, generator: torch.Generator | None = None) -> M:
     """Chrono initialisation: memories of module (LSTM, GRU) last from 1 to max_length steps, spread over the units.
 
-    LSTM: b_f = log(u), b_i = -b_f, with u from U(1, max_length - 1) for each unit; of another cell with a gate f, b_i if
-    it has a gate i. GRU, and another cell with a gate z and no f: b_z = log(u), since z, in torch's h' = (1 - z) n + z h,
-    keeps the state; the paper's z is 1 - z. max_length: the longest dependency expected, more than 2, else ValueError.
-    generator: on the module's device.
+    LSTM: b_f = log(u), b_i = -b_f, with u from U(1, max_length - 1) for each unit. GRU: b_z = log(u), since z, in
+    torch's h' = (1 - z) n + z h, keeps the state; the paper's z is 1 - z. Another cell: as an LSTM if it has a gate f,
+    with b_i only if it has a gate i; else as a GRU. max_length: the longest dependency expected, more than 2, else
+    ValueError. generator: on the module's device.
 
     Tallec and Ollivier 2018, "Can recurrent neural networks warp time?", arXiv:1804.11188.
     """

@@ -11,14 +11,14 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 
 from . import checks
-from .cell import Cell, get
+from .cell import Cell, named
 
 PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def cell_of(given: Any, constants: Mapping[str, Any]) -> Cell:
     """The cell that a module is made of: itself or its name, and the constants that are not to be its definition's."""
-    cell = get(given)
+    cell = named(given)
     for name, value in constants.items():
         if name not in cell.constants:
             there = f"the constants {', '.join(cell.constants)}" if cell.constants else "no constants"
@@ -41,7 +41,8 @@ def shapes(cell: Cell, hidden: int, width: int, outer: int, bias: bool) -> dict[
 
 def with_cell(cell: Cell, text: str) -> str:
     """What repr shows of a module whose class does not name the cell."""
-    return f"{cell.name}, {text}"
+    constants = "".join(f", {name}={value!r}" for name, value in dict(cell.constants).items())
+    return f"{cell.name}, {text}{constants}"
 
 
 def spelled(cls: type) -> str:
@@ -73,7 +74,9 @@ class Module(nn.Module):
     def qconfig(self, value: Any) -> None:
         # It replaces modules whose type is exactly torch.nn's and passes over all others without a word. It does so
         # with torch.nn.RNN, too, for which it has nothing.
-        if "qconfig" not in self.__dict__ and not getattr(self, "mode", "").startswith("RNN"):
+        # With others than LSTM, GRU and the cells it has nothing to do.
+        named = hasattr(self, "mode") or isinstance(self, nn.RNNCellBase)
+        if "qconfig" not in self.__dict__ and named and not getattr(self, "mode", "").startswith("RNN"):
             cls = parametrize.type_before_parametrizations(self)
             warnings.warn(
                 f"torch.ao.quantization leaves {spelled(cls)}({self.extra_repr()}) as it is: it replaces modules of "

@@ -247,9 +247,9 @@ class Recurrent(modules.Module):
                 are those of the packed batch: the output is zero beyond, the states are those after the last step, and
                 the padding may hold anything. Default: ``None``, all steps
             return_states: If ``True``, the states after every step are returned, too. Default: ``False``
-            inputs: The cell's per-step inputs, all of them, by name: [T, B], one value for all units, or [T, B, H]; laid
-                out as x is. For a PackedSequence: packed like x, or padded, in the order of the sequences. Every layer
-                and direction is given them. They are differentiable.
+            inputs: The cell's per-step inputs, all of them, by name: [T, B], one value for all units, or [T, B, H],
+                laid out as x is. For a PackedSequence: packed like x, or padded, in the order of the sequences. Every
+                layer and direction is given them. They are differentiable.
 
         Returns:
             ``output, state`` or ``output, state, states``. output: the last layer's after every step, [T, B, D*H], in
@@ -262,7 +262,8 @@ class Recurrent(modules.Module):
         """
         one = len(self.cell.states) == 1
         # Whether torch.fx traces.
-        if type(x) is not Tensor or inputs or not (state is None or type(state) in (Tensor, tuple)):
+        known = type(x) is Tensor and not inputs and (state is None or type(state) in (Tensor, tuple))
+        if not known:
             options = {"resets": resets, "lengths": lengths, "return_states": return_states}
             if (call := self._traced(x, state, **options, **inputs)) is not None:
                 return call
