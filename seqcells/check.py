@@ -84,8 +84,8 @@ def inputs(
     checks.number("scale", scale)
     checks.integer("seed", seed)
     spec, generator = reference.get(cell), torch.Generator().manual_seed(seed)
-    T, B, I, H, G = shape.T, shape.B, shape.I, shape.H, spec.gates  # noqa: E741
-    sizes = [(T, B, I), (G * H, I), (G * H, H), (G * H,), (G * H,), *[(B, H)] * spec.states]
+    T, B, I, H, G = shape.T, shape.B, shape.I, shape.H, spec.rows[1]  # noqa: E741
+    sizes = [(T, B, I), (G * H, I), (G * H, H), (G * H,), (G * H,), *[(B, H)] * len(spec.states)]
     scales = [1.0, I**-0.5, H**-0.5, 0.5, 0.5, 0.5, 0.5]
     made = [
         scale * s * torch.randn(n, generator=generator, dtype=torch.float64)
@@ -111,7 +111,7 @@ def run(
     leaves = [t.detach().requires_grad_() for t in tensors]
     x, w_ih, w_hh, b_ih, b_hh, *states = leaves
     if backend is None:
-        step = reference.get(cell).step
+        step = reference.step_of(cell)
         y, final = reference.scan(step, x, tuple(states), w_ih, w_hh, b_ih, b_hh, resets=resets)
     else:
         how: dict[str, Any] = {"resets": resets, "save": save, "backend": backend, "precision": precision}

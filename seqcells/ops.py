@@ -14,21 +14,29 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import batching, fallback, kernels, reference
-from .autograd import ENGINES, Engine, input_projection
+from . import batching, fallback, kernels
+from .autograd import ENGINES, Engine
 from .kernels.buffers import pack_saved, unpack_saved
 from .kernels.plan import Plan, plan
 from .kernels.plan_single import Single, plan_single, unfit
 from .loop import CELLS as LOOP_CELLS
 from .loop import operators as loop
+from .products import input_projection, places, recurrent, step_biases
 
 
 def plan_for(
-    cell: str, batch: int, u: Tensor, schedule: str, precision: str, backward: bool, avoid: tuple[str, ...] = ()
+    cell: str,
+    batch: int,
+    size: tuple[int, int],
+    like: Tensor,
+    schedule: str,
+    precision: str,
+    backward: bool,
+    avoid: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan of a scan with these recurrent weights [K, G*H, H]. schedule: "" chooses. Raises as `plan` does."""
-    options: Any = {"B": batch, "H": u.shape[2], "groups": u.shape[0], "itemsize": u.element_size(), "avoid": avoid}
-    options |= {"device": kernels.scan.device_facts(u.device), "schedule": schedule or None, "precision": precision}
+    """The plan of a scan of a size, K and H, in like's dtype. schedule: "" chooses. Raises as `plan` does."""
+    options: Any = {"B": batch, "H": size[1], "groups": size[0], "itemsize": like.element_size(), "avoid": avoid}
+    options |= {"device": kernels.scan.device_facts(like.device), "schedule": schedule or None, "precision": precision}
     return plan(kernels.cells.get(cell), backward=backward, **options)
 
 
@@ -53,6 +61,20 @@ def _attempts(planned: Callable[..., Plan], call: Callable[..., Any]) -> Iterato
 
 def _raise(error: Exception) -> None:
     raise error
+
+
+def _planner(cell: str, batch: int, u: Tensor, precision: str, backward: bool) -> Callable[..., Plan]:
+    """plan(schedule, avoid=()) of a scan with these recurrent weights [K, ., H]."""
+
+    def planned(schedule: str = "", avoid: tuple[str, ...] = ()) -> Plan:
+        return plan_for(cell, batch, (u.shape[0], u.shape[2]), u, schedule, precision, backward, avoid)
+
+    return planned
+
+
+def _with(params: Tensor | None) -> dict[str, Any]:
+    """The kernels' argument, where there is one."""
+    return {} if params is None else {"params": params}
 
 
 def _kernel(cell: str, direction: str, like: Tensor, u: Tensor) -> fallback.Kernel:
@@ -84,15 +106,16 @@ def _scan_forward(
     reversed: int,
     schedule: str,
     precision: str,
+    params: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See kernels.scan.forward."""
     declared = kernels.cells.get(cell)
     gx = gx.contiguous()  # vmap's rows and groups need not be
-    how: Any = {"save": save, "reversed": reversed, "precision": precision}
+    how: Any = {"save": save, "reversed": reversed, "precision": precision} | _with(params)
     call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **how)
-    planned = partial(plan_for, cell, gx.shape[1], u, "", precision, False)
+    planned = _planner(cell, gx.shape[1], u, precision, False)
     if schedule != "auto":
-        return tuple(call(plan=plan_for(cell, gx.shape[1], u, schedule, precision, False)))  # type: ignore[return-value]
+        return tuple(call(plan=planned(schedule)))  # type: ignore[return-value]
 
     def by_loop() -> Any:
         out = loop.forward(gx, u, bias, h0, c0, mask, cell, save, reversed, "", precision)
@@ -125,15 +148,16 @@ def _scan_backward(
     reversed: int,
     schedule: str,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    params: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See kernels.scan.backward."""
     declared = kernels.cells.get(cell)
     y, c, saved = y.contiguous(), c.contiguous(), saved.contiguous()
-    how: Any = {"reversed": reversed, "precision": precision} | ({} if dcs is None else {"dcs": dcs})
+    how: Any = {"reversed": reversed, "precision": precision} | ({} if dcs is None else {"dcs": dcs}) | _with(params)
     call = partial(kernels.scan.backward, declared, dy, dhn, dcn, u, y, c, saved, mask, **how)
-    planned = partial(plan_for, cell, y.shape[1], u, "", precision, True)
+    planned = _planner(cell, y.shape[1], u, precision, True)
     if schedule != "auto":
-        return tuple(call(plan=plan_for(cell, y.shape[1], u, schedule, precision, True)))  # type: ignore[return-value]
+        return _six(call(plan=planned(schedule)), y)
 
     def by_loop() -> Any:
         kept = _kept(cell, saved, y.dtype) if declared.saved else saved
@@ -141,12 +165,16 @@ def _scan_backward(
 
     otherwise = by_loop if cell in LOOP_CELLS else None
     kernel = _kernel(cell, "backward", y, u)
-    return tuple(fallback.first_that_runs(kernel, _attempts(planned, call), otherwise))
+    return _six(fallback.first_that_runs(kernel, _attempts(planned, call), otherwise), y)
+
+
+def _six(out: Any, y: Tensor) -> Any:
+    return (*out, y.new_empty(0)) if len(out) == 5 else tuple(out)
 
 
 def _scan_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     y, cell, reversed = arguments[5], *arguments[9:11]
-    return tuple(kernels.scan.allocate_gradients(kernels.cells.get(cell), y, reversed))
+    return _six(kernels.scan.allocate_gradients(kernels.cells.get(cell), y, reversed), y)
 
 
 def _recompute(
@@ -159,12 +187,13 @@ def _recompute(
     cell: str,
     reversed: int,
     schedule: str,
+    params: Tensor | None = None,
 ) -> Tensor:
     """See kernels.scan.recompute."""
     declared = kernels.cells.get(cell)
     gx, y, c = gx.contiguous(), y.contiguous(), c.contiguous()
-    chosen = plan_for(cell, y.shape[1], u, "", "ieee", False)
-    call = partial(kernels.scan.recompute, declared, gx, u, bias, y, c, mask, plan=chosen, reversed=reversed)
+    how: Any = {"plan": _planner(cell, y.shape[1], u, "ieee", False)(), "reversed": reversed} | _with(params)
+    call = partial(kernels.scan.recompute, declared, gx, u, bias, y, c, mask, **how)
     if schedule != "auto":
         return call()
     kernel = _kernel(cell, "recompute", y, u)
@@ -181,7 +210,7 @@ def _recompute_fake(gx: Tensor, *others: Any) -> Tensor:
 def _single_forward(
     x: Tensor,
     w_ih: Tensor,
-    w_hh: Tensor,
+    w_hh: Tensor | None,
     b_ih: Tensor | None,
     b_hh: Tensor | None,
     h0: Tensor | None,
@@ -191,37 +220,43 @@ def _single_forward(
     schedule: str,
     precision: str,
     input_precision: str,
+    params: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See kernels.single.forward: one step, x [B, I]; what scan_forward gives of one step, but all states [B, H]."""
-    declared = kernels.cells.get(cell)
-    chosen = single_plan(cell, x, w_hh, precision, input_precision)
+    """See kernels.single.forward: one step, x [B, I]; what scan_forward gives of one step, but all states [B, H].
+
+    Weights and biases in the cell's order."""
+    declared, at, w = kernels.cells.get(cell), places(cell), w_ih[None]
+    u = recurrent(at, None if w_hh is None else w_hh[None], w)
+    H = u.shape[2]
+    chosen = single_plan(cell, x, H, precision, input_precision)
     how: Any = {"save": save, "plan": chosen, "precision": precision, "input_precision": input_precision}
-    call = partial(kernels.single.forward, declared, x, w_ih, w_hh, b_ih, b_hh, h0, c0, **how)
+    given = (x, w_ih, u[0], *step_biases(at, b_ih, b_hh, H), h0, c0)
+    call = partial(kernels.single.forward, declared, *given, **how, **_with(params))
     if schedule != "auto":
         return tuple(call())  # type: ignore[return-value]
 
     def by_scan() -> Any:
-        bi, bh, h, c = (None if t is None else t[None] for t in (b_ih, b_hh, h0, c0))
-        gx, inner = input_projection(reference.get(cell), x[None], w_ih[None], bi, bh)
-        y, c, saved, hn, cn = _scan_forward(gx, w_hh[None], inner, h, c, None, cell, save, 0, schedule, precision)
+        bi, bh, h, c, vectors = (None if t is None else t[None] for t in (b_ih, b_hh, h0, c0, params))
+        gx, bias = input_projection(at, x[None], w, bi, bh)
+        y, c, saved, hn, cn = _scan_forward(gx, u, bias, h, c, None, cell, save, 0, schedule, precision, vectors)
         return y, c, saved, hn[0], cn[0] if cn.numel() else cn
 
     attempts = [("single", partial(call, launch=_launch))]
-    return tuple(fallback.first_that_runs(_kernel(cell, "step", x, w_hh), attempts, by_scan))
+    return tuple(fallback.first_that_runs(_kernel(cell, "step", x, u), attempts, by_scan))
 
 
-def single_plan(cell: str, x: Tensor, w_hh: Tensor, precision: str, input_precision: str) -> Single:
+def single_plan(cell: str, x: Tensor, H: int, precision: str, input_precision: str) -> Single:
     """The plan of one step of x [B, I]."""
     options: Any = {"itemsize": x.element_size(), "device": kernels.scan.device_facts(x.device), "precision": precision}
-    options |= {"B": x.shape[0], "I": x.shape[1], "H": w_hh.shape[1], "input_precision": input_precision}
+    options |= {"B": x.shape[0], "I": x.shape[1], "H": H, "input_precision": input_precision}
     return plan_single(kernels.cells.get(cell), **options)
 
 
-def one_launch(cell: str, x: Tensor, w_hh: Tensor, precision: str, input_precision: str) -> bool:
+def one_launch(cell: str, x: Tensor, H: int, precision: str, input_precision: str) -> bool:
     """Whether one step of x [B, I] is cheaper by single_forward than by a product and scan_forward."""
-    if unfit(kernels.cells.get(cell), x.shape[1], w_hh.shape[1]) is not None:
+    if unfit(kernels.cells.get(cell), x.shape[1], H) is not None:
         return False
-    return single_plan(cell, x, w_hh, precision, input_precision).cheaper
+    return single_plan(cell, x, H, precision, input_precision).cheaper
 
 
 scan_forward = torch.library.custom_op("seqcells::scan_forward", _scan_forward, mutates_args=())
@@ -235,8 +270,9 @@ single_forward = torch.library.custom_op("seqcells::single_forward", _single_for
 
 
 @single_forward.register_fake
-def _(x: Tensor, w_ih: Tensor, w_hh: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return tuple(kernels.single.allocate(kernels.cells.get(others[4]), x, w_hh.shape[1], others[5]))
+def _(x: Tensor, w_ih: Tensor, w_hh: Any, *others: Any) -> tuple[Tensor, ...]:
+    H = w_ih.shape[0] // places(others[4]).x
+    return tuple(kernels.single.allocate(kernels.cells.get(others[4]), x, H, others[5]))
 
 
 ENGINES["triton"] = Engine(scan_forward, scan_backward, recompute, single_forward)

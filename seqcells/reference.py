@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from . import checks, reference_arguments
+from .kernels.form import Form, Operand
 
 States = tuple[Tensor, ...]
-Step = Callable[[Tensor, States, Tensor, Tensor, "Tensor | None", "Tensor | None"], States]
+Step = Callable[..., States]  # (x, states, w_ih, w_hh, b_ih, b_hh), and params and inputs, if there are any
 
 
 @reference_arguments.explained(gates=4, count=2)
@@ -80,40 +81,73 @@ def rnn_relu_cell(
 
 @dataclass(frozen=True)
 class Cell:
-    """A cell's specification. gates: G, the rows of its weights in units of H; states: 1 (h) or 2 (h and c).
+    """The facts about a cell. step: on weights. gates, states, inputs: their names. form: see kernels.form."""
 
-    inner: trailing gates whose recurrent product does more than add to the input's. first: gates whose recurrent
-    product is with h, where the others' is with something else (the reset-before GRU's with r*h); None: all.
-    saves: whether backward wants more of a step than the states before and after it.
-    """
-
+    key: str
     step: Step
-    gates: int
-    states: int
-    inner: int = 0
-    first: int | None = None
-    saves: bool = True
+    form: Form
+    gates: tuple[str, ...]
+    states: tuple[str, ...]
+    params: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
 
     @property
-    def split(self) -> int:
-        """Gates of the first recurrent product."""
-        return self.gates if self.first is None else self.first
+    def x_gates(self) -> tuple[str, ...]:
+        return self.gates
+
+    @property
+    def u_gates(self) -> tuple[str, ...]:
+        return self.gates
+
+    @property
+    def biased(self) -> tuple[str, ...]:
+        return self.gates
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        return tuple(range(len(self.gates)))
+
+    @property
+    def rows(self) -> tuple[int, int, int, int]:
+        """Blocks of H rows in w_ih, w_hh, b_ih and b_hh."""
+        G = len(self.gates)
+        return G, G, G, G
+
+
+def _form(name: str, gates: int, states: int, saved: int, inner: int = 0, first: int | None = None) -> Form:
+    """inner: trailing gates whose products are apart. first: gates multiplied with h, where the others are not."""
+    first = gates if first is None else first
+    operands = (Operand(1, first, 0), Operand(2, gates - first))[: 2 if first < gates else 1]
+    return Form(name, gates, states, saved, operands, (*range(gates - inner), *(-1,) * inner))
 
 
 # By the names the kernels know the cells by.
 CELLS: dict[str, Cell] = {
-    "lstm": Cell(lstm_cell, 4, 2),
-    "gru": Cell(gru_cell, 3, 1, inner=1),
-    "gru_before": Cell(gru_before_cell, 3, 1, first=2),
-    "rnn_tanh": Cell(rnn_tanh_cell, 1, 1, saves=False),
-    "rnn_relu": Cell(rnn_relu_cell, 1, 1, saves=False),
+    name: Cell(
+        name, step, _form(name, len(gates.split()), len(states.split()), *sizes), (*gates.split(),), (*states.split(),)
+    )
+    for name, step, gates, states, *sizes in (
+        ("lstm", lstm_cell, "i f g o", "h c", 4),
+        ("gru", gru_cell, "r z n", "h", 4, 1),
+        ("gru_before", gru_before_cell, "r z n", "h", 3, 0, 2),
+        ("rnn_tanh", rnn_tanh_cell, "n", "h", 0),
+        ("rnn_relu", rnn_relu_cell, "n", "h", 0),
+    )
 }
 
 
-def get(name: str) -> Cell:
+def get(cell: str | Cell) -> Cell:
     """The specification of the cell of that name. ValueError if there is none."""
-    checks.one_of("cell", name, CELLS)
-    return CELLS[name]
+    if isinstance(cell, Cell):
+        return cell
+    checks.one_of("cell", cell, CELLS)
+    return CELLS[cell]
+
+
+def step_of(cell: str | Cell) -> Step:
+    """The step of a cell on weights, as `scan` takes it."""
+    return get(cell).step
 
 
 def scan_states(
@@ -121,21 +155,28 @@ def scan_states(
     x: Tensor,
     states: States,
     w_ih: Tensor,
-    w_hh: Tensor,
+    w_hh: Tensor | None,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
+    params: States = (),
+    inputs: States = (),
     resets: Tensor | None = None,
     lengths: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[States, States]:
     """step over all of x [T, B, I]: every state after each step, [T, B, H] each, and the final states [B, H].
 
+    A step may return one tensor more than there are states: its output, as the first.
+    params, inputs: further arguments of the step, if there are any: trained vectors [H], and of inputs [T, B, H] each
+    its step.
     resets: where set, an episode begins at that step: no state crosses from the step before it, in either direction.
     lengths: from step lengths[b] on, row b keeps its states and outputs zero. reverse: walk from the last step to the
     first.
     """
-    resets, lengths = reference_arguments.scan(step, x, states, (w_ih, w_hh, b_ih, b_hh), resets, lengths, reverse)
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    resets, lengths = reference_arguments.scan(step, x, states, weights, params, inputs, resets, lengths, reverse)
+    more = params or inputs
     T = x.shape[0]
     outputs: list[States] = []
     for t in range(T - 1, -1, -1) if reverse else range(T):
@@ -145,10 +186,11 @@ def scan_states(
             states = tuple(s.masked_fill(crossing[:, None], 0) for s in states)
         # Padding is masked before the step: were it NaN, masking the result would still leave NaN in the gradients.
         alive = None if lengths is None else (t < lengths)[:, None]
-        now = x[t] if alive is None else x[t].masked_fill(~alive, 0)
-        new = output = step(now, states, w_ih, w_hh, b_ih, b_hh)
+        now, *beside = (s[t] if alive is None else s[t].masked_fill(~alive, 0) for s in (x, *inputs))
+        output = step(now, states, *weights, *((params, tuple(beside)) if more else ()))
+        new = output[len(output) - len(states) :]
         if alive is not None:
-            output = tuple(n.masked_fill(~alive, 0) for n in new)
+            output = tuple(n.masked_fill(~alive, 0) for n in output)
             new = tuple(torch.where(alive, n, s) for n, s in zip(new, states, strict=True))
         states = new
         outputs.append(output)
@@ -158,7 +200,7 @@ def scan_states(
 
 
 def scan(step: Step, x: Tensor, states: States, *weights: Tensor | None, **options: Any) -> tuple[Tensor, States]:
-    """Outputs [T, B, H] and the final states: `scan_states`, of which the first state is the output."""
+    """Outputs [T, B, H] and the final states: `scan_states`, of which the first is the output."""
     every, final = scan_states(step, x, states, *weights, **options)  # type: ignore[arg-type]
     return every[0], final
 
@@ -168,38 +210,39 @@ def scan_groups(
     x: Tensor,
     states: States,
     w_ih: Tensor,
-    w_hh: Tensor,
+    w_hh: Tensor | None,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
+    params: States = (),
+    inputs: States = (),
     resets: Tensor | None = None,
     lengths: Tensor | None = None,
     reversed: int = 0,
 ) -> tuple[States, States]:
     """K scans side by side: every state after each step [T, B, K*H], and the final states [K, B, H].
 
-    w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H], states [K, B, H] (of one group also without K); x [T, B, I]
-    for all groups or [T, B, K, I] for each. Group k walks from the last step to the first if bit k of reversed is set.
-    Half precision is computed in float32, and rounded in the end.
+    w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H], params [K, H], states [K, B, H] (of one group also without
+    K); x [T, B, I] for all groups or [T, B, K, I] for each; inputs [T, B, H] for all. Group k walks from the last step
+    to the first if bit k of reversed is set. Half precision is computed in float32, and rounded in the end.
     """
     reference_arguments.groups(step, x, states, (w_ih, w_hh, b_ih, b_hh), reversed)
-    dtype = x.dtype
+    dtype, alone = x.dtype, w_ih.dim() == 2
     exact = torch.float32 if dtype.itemsize < 4 else dtype
-    x, w_ih, w_hh = (t.to(exact) for t in (x, w_ih, w_hh))
-    b_ih, b_hh = (None if b is None else b.to(exact) for b in (b_ih, b_hh))
-    if w_hh.dim() == 2:
-        w_ih, w_hh = w_ih[None], w_hh[None]
-        b_ih, b_hh = (None if b is None else b[None] for b in (b_ih, b_hh))
-    K, H = w_hh.shape[0], w_hh.shape[2]
+    x, inputs = x.to(exact), tuple(t.to(exact) for t in inputs)
+    weights = [None if t is None else t.to(exact)[None] if alone else t.to(exact) for t in (w_ih, w_hh, b_ih, b_hh)]
+    vectors = [t.to(exact)[None] if alone else t.to(exact) for t in params]
+    K, H = 1 if alone else w_ih.shape[0], states[0].shape[-1]
     states = tuple(s.to(exact).reshape(K, -1, H) for s in states)
     outputs, finals = [], []
     for k in range(K):
-        weights = (None if w is None else w[k] for w in (w_ih, w_hh, b_ih, b_hh))
         every, final = scan_states(
             step,
             x if x.dim() == 3 else x[:, :, k],
             tuple(s[k] for s in states),
-            *weights,  # type: ignore[arg-type]
+            *(None if w is None else w[k] for w in weights),  # type: ignore[arg-type]
+            params=tuple(v[k] for v in vectors),
+            inputs=inputs,
             resets=resets,
             lengths=lengths,
             reverse=bool(reversed >> k & 1),

@@ -60,10 +60,10 @@ def exact(name, tensors, weights):
     spec = reference.get(name)
     leaves = [None if t is None else t.detach().cpu().double().clone().requires_grad_() for t in tensors]
     x, w_ih, w_hh, *biases, h0, c0 = leaves
-    given = [zeros(x.shape[0], w_hh.shape[1]) if s is None else s for s in (h0, c0)][: spec.states]
+    given = [zeros(x.shape[0], w_hh.shape[1]) if s is None else s for s in (h0, c0)][: len(spec.states)]
     wanted = [x, w_ih, w_hh, *(zeros(len(w_hh)) if b is None else b for b in biases)]
-    final = spec.step(x, tuple(given), w_ih, w_hh, *wanted[3:])
-    outer = [w.cpu().double() for w in weights[: spec.states]]
+    final = reference.step_of(name)(x, tuple(given), w_ih, w_hh, *wanted[3:])
+    outer = [w.cpu().double() for w in weights[: len(spec.states)]]
     return [s.detach() for s in final], torch.autograd.grad(final, [*wanted, *given], outer)
 
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import Options, input_biases
+from ..autograd import Options
 from ..kernels.buffers import is_reversed
-from ..reference import get
+from ..products import input_biases, places
 from . import steps
 from .cells import CELLS, first_last, last_first
 from .stretches import Walk, walk
@@ -25,7 +25,7 @@ class _Group:
     def __init__(
         self, options: Options, inputs: tuple[Tensor | None, ...], mask: Tensor | None, k: int, w: Walk | None = None
     ) -> None:
-        x, _, _, *weights = inputs
+        x, _, _, *weights = inputs[:7]
         u = weights[1]
         assert x is not None and u is not None
         exact = steps.computed_in(u.dtype)
@@ -39,7 +39,7 @@ class _Group:
             w = walk(mask, is_reversed(k, options.reversed), T, B, x.device, steps.most_rows(H, x.device))
         self.w = w
         self.x = (x if x.dim() == 3 else x[:, :, k]).flatten(0, 1)
-        bias, self.inner = input_biases(get(options.cell), b_ih, b_hh)
+        bias, self.inner = input_biases(places(options.cell), b_ih, b_hh, H)
         if self.part.turned:
             w_ih, bias = last_first(w_ih, H), None if bias is None else last_first(bias, H)
         self.u, self.w_ih, self.bias = u, w_ih, bias
@@ -111,7 +111,7 @@ def forward(
         else torch.stack([w.final(s) for s, w in zip(of, walks, strict=True)])
         for of in states
     ]
-    shown = [_shown(of, walks, T, B) for of in (states if options.cells else states[:1])]
+    shown = [_shown(of, walks, T, B) for of in (states if options.states else states[:1])]
     if len(states) == 1:
         states.append(x.new_empty(0))
     return (shown[0], *finals, *shown[1:]), (*states, x.new_empty(0) if gates is None else gates), walks  # type: ignore[return-value]
@@ -141,7 +141,7 @@ def backward(
     need: tuple[bool, ...],
     walks: list[Walk] | None,
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of the 7 inputs, in their shapes; None where `need` says so. kept: gates None are recomputed."""
+    """The gradients of the 9 inputs, in their shapes; None where `need` says so. kept: gates None are recomputed."""
     x, _, _, _, u = inputs[:5]
     assert x is not None and u is not None
     K = 1 if u.dim() == 2 else u.shape[0]
@@ -156,6 +156,7 @@ def backward(
     dx, *others = zip(*each, strict=True)
     found = [None if dx[0] is None else sum(dx[1:], dx[0]) if x.dim() == 3 else torch.stack(dx, 1)]
     found += [None if of[0] is None else of[0] if K == 1 else torch.stack(of) for of in others]
+    found += [None, None]  # its cells have neither trained vectors nor inputs
     return tuple(
         d.reshape(t.shape) if n and d is not None and t is not None else None
         for d, t, n in zip(found, inputs, need, strict=True)

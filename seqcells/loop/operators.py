@@ -50,6 +50,7 @@ def forward(
     reversed: int,
     schedule: str,
     precision: str,
+    params: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See autograd.Engine. schedule and precision are the kernels'."""
     part, out = CELLS[cell], _allocate(gx, u, cell, save, reversed)
@@ -114,7 +115,8 @@ def backward(
     reversed: int,
     schedule: str,
     precision: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    params: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See autograd.Engine."""
     part, out = CELLS[cell], _allocate_gradients(u, y, cell, reversed)
     T, B, K, H = steps(y, reversed), *y.shape[1:]
@@ -157,7 +159,7 @@ def backward(
                 buffer[:, :, k] = _put(w, into, rows).view(T, B, -1)
         for buffer, start in zip((out.dh0, out.dc0)[: part.states], starts, strict=False):
             buffer[k] = start
-    return tuple(out)  # type: ignore[return-value]
+    return *out, y.new_empty(0)
 
 
 def _allocate_gradients(u: Tensor, y: Tensor, cell: str, reversed: int) -> Gradients:
@@ -183,6 +185,7 @@ def recompute_saved(
     cell: str,
     reversed: int,
     schedule: str = "",
+    params: Tensor | None = None,
 ) -> Tensor:
     """The saved gates of all steps, from the states."""
     part, (T, B, K), H, u = CELLS[cell], gx.shape[:3], u.shape[2], u.to(computed_in(u.dtype))
@@ -212,7 +215,7 @@ def _(gx: Tensor, u: Tensor, *others: Any) -> tuple[Tensor, ...]:
 @scan_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
     u, y, cell, reversed = *arguments[4:6], *arguments[9:11]
-    return tuple(_allocate_gradients(u, y, cell, reversed))
+    return *_allocate_gradients(u, y, cell, reversed), y.new_empty(0)
 
 
 @recompute.register_fake
