@@ -149,15 +149,15 @@ def _all_forward(gx, hu, states, params, FAST: tl.constexpr):
 
 @triton.jit
 def _all_backward_2(dstates, saved, before, after, params, FAST: tl.constexpr):
-    a, b, r, g, k, d, q = saved
+    a, b, _, g, k, _, _ = saved
     through = (dstates[0] + dstates[2]) * (1.0 - b)
     return (through * k * (1.0 - g * g), through * g * k * (1.0 - k)), (a * before[1], b * before[0])
 
 
 @triton.jit
 def _all_backward(dstates, dm, saved, before, after, params, FAST: tl.constexpr):
-    a, b, r, g, k, d, q = saved
-    h, c, s = before
+    a, b, r, g, k, d, _ = saved
+    h, c, _ = before
     dh = dstates[0] + dstates[2]
     through = dh * (1.0 - b)
     da = (dstates[1] * r + dm[0] * c) * (1.0 - a * a)
@@ -243,9 +243,9 @@ def arguments(kind, T, B, H, K=1, dtype=torch.float64, device="cpu", seed=0):
 
 
 def exact(kind, gx, u, bias, h0, c0, params, mask=None, reversed=0):
-    """The states after each step, a tuple of [T, B, K, H] with held rows' as they were, and the final ones [K, B, H]."""
+    """The states after each step, each [T, B, K, H], held rows' as they were; and the final ones, each [K, B, H]."""
     cell, step = KINDS[kind].cell, KINDS[kind].step
-    T, B, K, H = *gx.shape[:3], u.shape[2]
+    T, K, H = gx.shape[0], *u.shape[::2]
     every, final = [], []
     for k in range(K):
         back = buffers.is_reversed(k, reversed)
