@@ -16,7 +16,7 @@ import seqcells
 
 from . import backends, explanation, precisions
 from .cell import keys
-from .kernels.plan import KNOWN
+from .kernels.devices import KNOWN
 from .tasks import TASKS
 from .tasks.base import CELLS
 

@@ -105,9 +105,7 @@ class LSTM(Tuned):
         return h, c
 
     @staticmethod
-    def factors(
-        p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands
-    ) -> Operands:
+    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         (o, i, f, g), (of_o, of_i, of_f, of_g) = kept.chunk(4, 1), p.chunk(4, 1)
         tc = torch.tanh(after)
         _sigmoid_backward(tc, o, grad_input=of_o)
@@ -178,9 +176,7 @@ class GRU(Tuned):
         return h, c
 
     @staticmethod
-    def factors(
-        p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands
-    ) -> Operands:
+    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         (n, r, z, q), (of_n, of_r, of_z, of_q) = kept.chunk(4, 1), p.chunk(4, 1)
         _tanh_backward(1 - z, n, grad_input=of_n)
         torch.mul(of_n, r, out=of_q)
@@ -239,9 +235,7 @@ class GRUBefore(Tuned):
         return h, c
 
     @staticmethod
-    def factors(
-        p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands
-    ) -> Operands:
+    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         (r, z, n), (of_r, of_z, of_n) = kept.chunk(3, 1), p.chunk(3, 1)
         _tanh_backward(1 - z, n, grad_input=of_n)
         _sigmoid_backward(h - n, z, grad_input=of_z)
@@ -301,9 +295,7 @@ class Tanh(Tuned):
         return h, c
 
     @staticmethod
-    def factors(
-        p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands
-    ) -> Operands:
+    def factors(p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         torch.addcmul(torch.ones((), dtype=y.dtype, device=y.device), y, y, value=-1, out=p)
         return ()
 
@@ -328,9 +320,7 @@ class Relu(Tanh):
     bend = torch.relu_
 
     @staticmethod
-    def factors(
-        p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands
-    ) -> Operands:
+    def factors(p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         return (y,)
 
     @staticmethod
