@@ -16,7 +16,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from torch.compiler import is_compiling
 
 from . import checks
 from .derive import CellError, Derived, Names, derive
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "CellError", "cell"]
 
+T = TypeVar("T")
 _BY_KEY: dict[str, Cell] = {}
 _BY_NAME: dict[str, Cell] = {}  # the latest of each name
 # What arguments of the step cannot be called, and why.
@@ -39,6 +42,32 @@ _TAKEN = {
         ("input", "state", "hx", "resets", "lengths", "return_states"), "a layer's call has an argument of that name"
     ),
 }
+
+
+class _Found(Generic[T]):
+    """An attribute of a cell that is found, with the others, when one is first asked for; from then on it is there."""
+
+    def __init__(self, find: Callable[[Any], T]) -> None:
+        self.find, self.name, self.__doc__ = find, find.__name__, find.__doc__
+
+    def __get__(self, made: Cell | None, owner: Any = None) -> T:
+        if made is None:
+            return self  # type: ignore[return-value]
+        _find(made.key)
+        value = made._facts[self.name]
+        if not is_compiling():  # Dynamo does not like an object to change that it has seen
+            made.__dict__[self.name] = value
+        return value
+
+
+def _find(key: str) -> None:
+    made = _BY_KEY[key]
+    if not made._facts:
+        made._facts.update({n: f.find(made) for n, f in vars(Cell).items() if isinstance(f, _Found)})
+
+
+# torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
+_find._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +96,7 @@ class Cell:
     step: FunctionType = field(repr=False)
     base: Cell | None = field(default=None, repr=False)  # with other constants
     _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, repr=False)
+    _facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.step.__doc__)
@@ -79,30 +109,30 @@ class Cell:
         names = Names(self.gates, self.states, self.params, self.inputs, " ".join(self.outputs))
         return derive(self.key, self.step, names, self.constants)
 
-    @cached_property
+    @_Found
     def form(self) -> Form:
         """What the kernels take and give, in numbers."""
-        return _fact(self.key, "form")
+        return self._derived.parts.form
 
-    @cached_property
+    @_Found
     def x_gates(self) -> tuple[str, ...]:
         """The gates that have an input product, in the order of `gates`: the rows of weight_ih."""
-        return _fact(self.key, "x_gates")
+        return self._derived.parts.x_gates
 
-    @cached_property
+    @_Found
     def u_gates(self) -> tuple[str, ...]:
         """The gates that have a recurrent product, in the order of `gates`: the rows of weight_hh."""
-        return _fact(self.key, "u_gates")
+        return self._derived.parts.u_gates
 
-    @cached_property
+    @_Found
     def order(self) -> tuple[int, ...]:
         """The kernels' product n is u_gates[order[n]]."""
-        return _fact(self.key, "order")
+        return self._derived.parts.order
 
-    @cached_property
+    @_Found
     def rows(self) -> tuple[int, int, int, int]:
         """Of weight_ih, weight_hh, bias_ih and bias_hh, in blocks of hidden_size."""
-        x, u = self.x_gates, self.u_gates
+        x, u = self._derived.parts.x_gates, self._derived.parts.u_gates
         return len(x), len(u), sum(g in self.biased for g in x), sum(g in self.biased for g in u)
 
     @property
@@ -134,7 +164,7 @@ class Cell:
         numbers = tuple(values.values())
         if numbers not in base._variants:
             key = f"{base.key}({', '.join(f'{n}={v!r}' for n, v in values.items())})"
-            facts = {n: getattr(base, n) for n in base.__dataclass_fields__ if n != "_variants"}
+            facts = {n: getattr(base, n) for n in base.__dataclass_fields__ if not n.startswith("_")}
             base._variants[numbers] = Cell(**{**facts, "key": key, "constants": values, "base": base})
         return base._variants[numbers]
 
@@ -149,14 +179,6 @@ class Cell:
 
 def _with_constants(base: Cell, constants: dict[str, float]) -> Cell:
     return base.with_constants(**constants)
-
-
-def _fact(key: str, name: str) -> Any:
-    return getattr(_BY_KEY[key]._derived.parts, name)
-
-
-# torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
-_fact._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def get(key: str | Cell) -> Cell:
