@@ -15,7 +15,7 @@ import torch
 import seqcells
 
 from . import backends, explanation, precisions, reference
-from .kernels.plan import KNOWN
+from .kernels.devices import KNOWN
 from .tasks import TASKS
 from .tasks.base import CELLS
 
