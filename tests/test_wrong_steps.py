@@ -204,10 +204,6 @@ def lstm(x, U, h):
     return h
 
 
-def reserved(x, U, x_):
-    return x_
-
-
 def with_a_param(x, U, h, p):
     return x.a + U.a(h) * p
 
@@ -217,6 +213,7 @@ DECLARATIONS = [
     (lambda: seqcells.cell(gates="a", states="h")(with_a_param), TypeError, r"then params, inputs and constants"),
     (lambda: seqcells.cell(gates="a", states="h")(torch.nn.Linear(1, 1)), TypeError, "a function, got a Linear"),
     (lambda: seqcells.cell(gates="a", states="h")(lambda x, U, h: h), ValueError, "'<lambda>' is no name"),
+    (lambda: seqcells.cell(gates="a", states="h")(lstm), ValueError, "'lstm' is a cell of seqcells itself"),
     (lambda: seqcells.cell(gates="", states="h"), ValueError, "gates .*no name"),
     (lambda: seqcells.cell(gates="a a", states="h"), ValueError, "gates .*occurs twice"),
     (lambda: seqcells.cell(gates="a 1", states="h"), ValueError, "gates .*'1' is no name"),
