@@ -17,9 +17,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
+from torch.compiler import is_compiling
 
 from . import checks
 from .derive import CellError, Derived, Names, derive
@@ -30,8 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "CellError", "cell"]
 
+T = TypeVar("T")
 _BY_KEY: dict[str, Cell] = {}
 _BY_NAME: dict[str, Cell] = {}  # the latest of each name
+_BUILT_IN = ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")  # names that layers of seqcells rely on
 # What arguments of the step cannot be called, and why.
 _TAKEN = {
     **dict.fromkeys(("x", "U"), "the step's first two arguments are x and U"),
@@ -42,6 +45,32 @@ _TAKEN = {
         ("input", "state", "hx", "resets", "lengths", "return_states"), "a layer's call has an argument of that name"
     ),
 }
+
+
+class _Found(Generic[T]):
+    """An attribute of a cell that is found when it is first asked for; from then on it is there."""
+
+    def __init__(self, find: Callable[[Any], T]) -> None:
+        self.find, self.name, self.__doc__ = find, find.__name__, find.__doc__
+
+    def __get__(self, made: Cell | None, owner: Any = None) -> T:
+        if made is None:
+            return self  # type: ignore[return-value]
+        _find(made.key, self.name)
+        value = made._facts[self.name]
+        if not is_compiling():  # Dynamo does not like an object to change that it has seen
+            made.__dict__[self.name] = value
+        return value
+
+
+def _find(key: str, name: str) -> None:
+    made = _BY_KEY[key]
+    if name not in made._facts:
+        made._facts[name] = vars(Cell)[name].find(made)
+
+
+# torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
+_find._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,6 +99,7 @@ class Cell:
     step: FunctionType = field(repr=False)
     base: Cell | None = field(default=None, repr=False)  # with other constants
     _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, repr=False)
+    _facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.step.__doc__)
@@ -83,39 +113,54 @@ class Cell:
         return derive(self.key, self.step, names, self.constants)
 
     @cached_property
+    def _gates(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
+        """x_gates, u_gates and multiplies: by running the step once, for the derivation takes longer, and may fail.
+
+        Where that does not go well the derivation says what is wrong.
+        """
+        with ThreadPoolExecutor(1) as apart:  # what the caller is in the middle of (a transform, a mode) stays out
+            found = apart.submit(_seen, self).result()
+        parts = None if found else self._derived.parts
+        return found or (parts.x_gates, parts.u_gates, (-1,) * len(parts.u_gates))  # type: ignore[union-attr]
+
+    @_Found
     def form(self) -> Form:
         """What the kernels take and give, in numbers."""
-        return _fact(self.key, "form")
+        return self._derived.parts.form
 
-    @cached_property
+    @_Found
     def x_gates(self) -> tuple[str, ...]:
         """The gates that have an input product, in the order of `gates`: the rows of weight_ih."""
-        return _gates(self.key)[0]
+        return self._gates[0]
 
-    @cached_property
+    @_Found
     def u_gates(self) -> tuple[str, ...]:
         """The gates that have a recurrent product, in the order of `gates`: the rows of weight_hh."""
-        return _gates(self.key)[1]
+        return self._gates[1]
 
-    @cached_property
+    @_Found
     def multiplies(self) -> tuple[int, ...]:
         """Of each of u_gates the state it is multiplied with; -1: something that the step computes."""
-        return _gates(self.key)[2]
+        return self._gates[2]
 
-    @cached_property
+    @_Found
     def problem(self) -> str:
         """Why no kernels can be derived from the step; "" where they can."""
-        return _problem(self.key)
+        try:
+            self._derived
+        except CellError as error:
+            return str(error)
+        return ""
 
-    @cached_property
+    @_Found
     def order(self) -> tuple[int, ...]:
         """The kernels' product n is u_gates[order[n]]."""
-        return _fact(self.key, "order")
+        return self._derived.parts.order
 
-    @cached_property
+    @_Found
     def rows(self) -> tuple[int, int, int, int]:
         """Of weight_ih, weight_hh, bias_ih and bias_hh, in blocks of hidden_size."""
-        x, u = self.x_gates, self.u_gates
+        x, u = self._gates[:2]
         return len(x), len(u), sum(g in self.biased for g in x), sum(g in self.biased for g in u)
 
     @property
@@ -147,7 +192,7 @@ class Cell:
         numbers = tuple(values.values())
         if numbers not in base._variants:
             key = f"{base.key}({', '.join(f'{n}={v!r}' for n, v in values.items())})"
-            facts = {n: getattr(base, n) for n in base.__dataclass_fields__ if n != "_variants"}
+            facts = {n: getattr(base, n) for n in base.__dataclass_fields__ if not n.startswith("_")}
             base._variants[numbers] = Cell(**{**facts, "key": key, "constants": values, "base": base})
         return base._variants[numbers]
 
@@ -162,32 +207,6 @@ class Cell:
 
 def _with_constants(base: Cell, constants: dict[str, float]) -> Cell:
     return base.with_constants(**constants)
-
-
-def _fact(key: str, name: str) -> Any:
-    return getattr(_BY_KEY[key]._derived.parts, name)
-
-
-def _problem(key: str) -> str:
-    try:
-        _fact(key, "form")
-    except CellError as error:
-        return str(error)
-    return ""
-
-
-def _gates(key: str) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
-    """x_gates, u_gates and multiplies: by running the step once, for the derivation takes long.
-
-    Where that does not go well the derivation says what is wrong.
-    """
-    cell = _BY_KEY[key]
-    with ThreadPoolExecutor(1) as apart:  # what the caller is in the middle of (a transform, a mode) stays out of it
-        found = apart.submit(_seen, cell).result()
-    if found is None:
-        u_gates = _fact(key, "u_gates")
-        found = _fact(key, "x_gates"), u_gates, (-1,) * len(u_gates)
-    return found
 
 
 def _seen(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]] | None:
@@ -227,12 +246,6 @@ class _Seen:
             raise AttributeError(name)
         self.found[name] = -1
         return self.give(name)
-
-
-# torch.compile asks while it traces, and traces neither the step nor the derivation: what
-# torch.compiler.assume_constant_result does, which imports the compiler.
-for _function in (_fact, _gates, _problem):
-    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def get(key: str | Cell) -> Cell:
@@ -319,8 +332,7 @@ def cell(
         if not isinstance(step, FunctionType):
             raise checks.wrong("step", "a function", step)
         name = step.__name__
-        before = _BY_NAME.get(name)
-        own = before is not None and _own(before.step) and not _own(step)
+        own = name in _BUILT_IN and not step.__module__.startswith("seqcells.")
         if own or not name.isidentifier():
             reason = "is a cell of seqcells itself" if own else "is no name"
             raise ValueError(f"the step's name is the cell's, and {name!r} {reason}: give it another")
@@ -339,10 +351,6 @@ def cell(
         return _BY_NAME[name]
 
     return make
-
-
-def _own(step: FunctionType) -> bool:
-    return step.__module__.startswith("seqcells.")
 
 
 def _names(argument: str, value: Any, none: bool = False) -> tuple[str, ...]:

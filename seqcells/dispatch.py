@@ -29,7 +29,7 @@ from . import (
     reference,
 )
 from . import loop as loop  # its engine
-from .cell import Cell, named
+from .cell import Cell, get, named
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ def choose(
 ) -> backends.Choice:
     """The backend for a scan of x. tensors: states and weights; hidden: H; packed: T and B of a PackedSequence whose
     data is x; projected: whether an LSTM has a projection. Raises as backends.choose does."""
+    spec = get(cell)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
-    key = cell if isinstance(cell, str) else cell.key
+    key = spec.key
     onednn = x.numel() > 0 and aten.onednn(key, x.device, x.dtype) and (x.dim() == 3 or packed is not None)
     T, B = packed or x.shape[:2]
     compiling, rows = torch.compiler.is_compiling(), x.shape[0]
@@ -120,6 +121,7 @@ def choose(
         lean=how.save == "states",
         projected=projected,
         exported=backends.exporting(T),
+        problem="" if key in backends.ATEN_CELLS else spec.problem,  # those have kernels
     )
     return backends.choose(key, x.device, x.dtype, request, how.backend)
 
@@ -148,6 +150,9 @@ def run(
         count = len(spec.states)
         raise RuntimeError(f"states: {spec.key} has {count} state{'s' * (count > 1)}, got {len(given)}")
     more = (params, inputs)
+    if not spec.rows[0]:
+        groups = [(x.new_empty(0, x.shape[-1]), *weights[1:]) for weights in groups]
+        stacked = None
     if backends.autocasting(x.device):
         x, given, groups, more = _cast(spec.key, x, given, groups, more, how.one_step)
         with torch.autocast(x.device.type, enabled=False):
@@ -171,7 +176,9 @@ def _run(
         flops.register()
     if not how.fits:
         _fit(x, given, groups, spec.rows)
-    B, H = x.shape[1], groups[0][0].shape[0] // spec.rows[0]  # type: ignore[union-attr]
+    B, H = x.shape[1], _hidden_size(spec, groups[0], given, params, inputs)
+    if not spec.rows[0] and groups[0][1] is None:  # nothing but states says what H is
+        given = _starts(x, given, groups, H)
     past = None if how.lengths is None or not spec.inputs else masks.ended(how.lengths, x.shape[0])
     vectors, beside = extras.params(spec, params, x, H), extras.inputs(spec, inputs, x, H, past)
     tensors = (*given, vectors, beside, *(t for weights in groups for t in weights))
@@ -225,6 +232,19 @@ def _run(
         options["inputs"] = beside.split(H, -1)
     states, final = reference.scan_groups(reference.step_of(spec), x, full, *weights, **options)  # type: ignore[arg-type]
     return states[0], final, states[len(spec.outputs) :] if how.cells else None
+
+
+def _hidden_size(spec: Cell, weights: aten.Weights, given: Sequence[Tensor | None], params: Any, inputs: Any) -> int:
+    """H, by the first of these that has it."""
+    w_ih, w_hh, *_ = weights
+    if spec.rows[0]:
+        return w_ih.shape[0] // spec.rows[0]  # type: ignore[union-attr]
+    vectors = [t for n, t in ((params or ({},))[0] or {}).items() if n not in spec.scalars]
+    wide = [t for t in (inputs or {}).values() if isinstance(t, Tensor) and t.dim() == 3]
+    known = next((t for t in (w_hh, *given, *vectors, *wide) if t is not None), None)
+    if known is None:
+        raise ValueError(f"states must be given: nothing else says what the hidden size of {spec.key} is")
+    return known.shape[-1]
 
 
 def _stacked(

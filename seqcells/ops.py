@@ -22,7 +22,7 @@ from .kernels.plan import Plan, plan
 from .kernels.plan_single import Single, plan_single, unfit
 from .loop import operators as loop
 from .loop import part_of
-from .products import input_projection, places, recurrent, step_biases
+from .products import hidden_size, input_projection, places, recurrent, step_biases
 
 
 def plan_for(
@@ -215,8 +215,8 @@ def _single_forward(
 
     Weights and biases in the cell's order."""
     declared, at, w = kernels.cells.get(cell), places(cell), w_ih[None]
-    u = recurrent(at, None if w_hh is None else w_hh[None], w)
-    H = u.shape[2]
+    H = hidden_size(at, w_ih, w_hh, h0, c0)
+    u = recurrent(at, None if w_hh is None else w_hh[None], w, H)
     chosen = single_plan(cell, x, H, precision, input_precision)
     how: Any = {"save": save, "plan": chosen, "params": params}
     how |= {"precision": precision, "input_precision": input_precision}
@@ -227,7 +227,7 @@ def _single_forward(
 
     def by_scan() -> Any:
         bi, bh, h, c, vectors = (None if t is None else t[None] for t in (b_ih, b_hh, h0, c0, params))
-        gx, bias = input_projection(at, x[None], w, bi, bh)
+        gx, bias = input_projection(at, x[None], w, bi, bh, H)
         y, c, saved, hn, cn = _scan_forward(gx, u, bias, h, c, None, cell, save, 0, schedule, precision, vectors)
         return y, c, saved, hn[0], cn[0] if cn.numel() else cn
 
@@ -260,9 +260,9 @@ single_forward = torch.library.custom_op("seqcells::single_forward", _single_for
 
 
 @single_forward.register_fake
-def _(x: Tensor, w_ih: Tensor, w_hh: Any, *others: Any) -> tuple[Tensor, ...]:
-    H = w_ih.shape[0] // places(others[4]).x
-    return tuple(kernels.single.allocate(kernels.cells.get(others[4]), x, H, others[5]))
+def _(x: Tensor, w_ih: Tensor, w_hh: Any, b_ih: Any, b_hh: Any, h0: Any, c0: Any, *others: Any) -> tuple[Tensor, ...]:
+    H = hidden_size(places(others[0]), w_ih, w_hh, h0, c0)
+    return tuple(kernels.single.allocate(kernels.cells.get(others[0]), x, H, others[1]))
 
 
 ENGINES["triton"] = Engine(scan_forward, scan_backward, recompute, single_forward)
