@@ -418,8 +418,7 @@ def backward_kernel(
                 store_tiles(m_ptr + FIRST_M * H, at_m, mask, operands_2, 0, SECOND, H)
                 for n in tl.static_range(FIRST_PRODUCTS, PRODUCTS):
                     if ADDS[n] >= 0:
-                        m = n - FIRST_PRODUCTS
-                        store_tiles(dgx_ptr + ADDS[n] * H, at_g, mask, dhu_2, m, m + 1, 0)
+                        tl.store(dgx_ptr + at_g + ADDS[n] * H, dhu_2[n - FIRST_PRODUCTS].to(TYPE), mask=mask)
                 _store_apart(dhu_ptr, at_i, mask, dhu_2, FIRST_PRODUCTS, PRODUCTS, ADDS, H)
             if WAITS:
                 arrive(counter_ptr)
