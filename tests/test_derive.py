@@ -42,6 +42,14 @@ def test_an_exponential_gate_far_out(registered):
     assert max(found.values()) <= 1e-12, found
 
 
+def test_what_rounding_would_ruin_is_saved(registered):
+    """Tiles and states are stored in the data's type: no exponential is formed again of a rounded sum."""
+    made = registered["slstm"]
+    errors = [differences(made, functions(made), stored=torch.bfloat16, scale=s) for s in (1.0, 5.0, 15.0)]
+    assert max(max(found.values()) for found in errors) <= 0.03, errors
+    assert sum("= exp(" in tile for tile in made.saved) == 2 and any(tile.startswith("where(") for tile in made.saved)
+
+
 @pytest.mark.parametrize("mine", KNOWN)
 def test_the_form_that_is_written_by_hand(registered, mine):
     derived, written = registered[mine].form, cells.get(KNOWN[mine])
