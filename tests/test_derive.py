@@ -358,6 +358,7 @@ CONTEXTS = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu"),
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
     "default device": lambda: torch.device("meta"),
     "vmap": None,
     "grad": None,
