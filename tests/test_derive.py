@@ -17,7 +17,7 @@ import triton.language as tl
 from conftest import DEVICE
 from steps import KNOWN, NAMES, STEPS, cifg, define, euler, mgu, registries, slstm  # noqa: F401  (a fixture)
 from torch.nn import functional as F
-from walk import differences, functions
+from walk import differences, drawn, functions
 
 import seqcells
 from seqcells.derive.cut import smallest
@@ -35,6 +35,14 @@ def test_all_gradients(registered, name):
     for resets in (False, True):
         found = differences(registered[name], functions(registered[name]), resets)
         assert max(found.values()) <= 1e-13, found
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_steps_drawn_at_random(seed):
+    step, declared, source = drawn(seed)
+    made = seqcells.cell(**declared)(step)
+    found = differences(made, functions(made), resets=True)
+    assert max(found.values()) <= 1e-11 and not made.form.problems(), (source, found)
 
 
 def test_an_exponential_gate_far_out(registered):
