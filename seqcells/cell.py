@@ -23,7 +23,16 @@ import torch
 from torch.compiler import is_compiling
 
 from . import checks
-from .derive import CellError, Derived, Names, derive
+from .derive import (
+    CellError,
+    DataDependentBranch,
+    Derived,
+    MixesUnits,
+    Names,
+    TooManyProducts,
+    UnknownOperation,
+    derive,
+)
 from .kernels import registry
 
 if TYPE_CHECKING:
@@ -158,10 +167,11 @@ class Cell:
 
     @_Found
     def problem(self) -> str:
-        """Why no kernels can be derived from the step; "" where they can."""
+        """Why no kernels can be derived from the step, which runs all the same; "" where they can. CellError for a step
+        that would run wrongly."""
         try:
             assert self._derived
-        except CellError as error:
+        except (UnknownOperation, DataDependentBranch, MixesUnits, TooManyProducts) as error:
             return str(error)
         return ""
 
