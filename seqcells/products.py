@@ -125,7 +125,7 @@ def blocks(t: Tensor, which: Sequence[int], H: int, dim: int = -1) -> Tensor:
         return t.narrow(dim, 0, 0)
     runs: list[list[int]] = []  # first, count
     for n in which:
-        if runs and (n == runs[-1][0] + runs[-1][1] if n >= 0 else runs[-1][0] < 0):
+        if runs and (runs[-1][0] >= 0 and n == runs[-1][0] + runs[-1][1] if n >= 0 else runs[-1][0] < 0):
             runs[-1][1] += 1
         else:
             runs.append([n, 1])
