@@ -71,12 +71,14 @@ class Graph:
     """Makes values.
 
     fragile: those that are another's number entirely once what they are computed from has been rounded, as tiles that
-    forward saves are, and states: the exponential of a sum, and which of two values is larger.
+    forward saves are, and states: the exponential of a sum, and which of two values is larger. orders: the latter, with
+    the two.
     """
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], Value] = {}
         self.fragile: set[Value] = set()
+        self.orders: dict[Value, tuple[Value, Value]] = {}
 
     def make(self, op: str, *args: object) -> Value:
         key = (op, *args)
@@ -128,6 +130,7 @@ class Graph:
         below = self.choice(self.compared("lt", a, b), self.number(-1), self.number(0))
         found = self.choice(self.compared("gt", a, b), self.number(1), below)
         self._rounding_ruins(found)
+        self.orders[found] = a, b
         return found
 
     def logical(self, op: str, *parts: Value) -> Value:
