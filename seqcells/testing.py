@@ -341,23 +341,23 @@ def check(
     with poisoned():
         results = list(sweep(device, [cell], dtypes, backends))
         if torch.float64 in chosen:
-            for backend in backends:
-                _check_derivatives(cell, backend, device)
+            derivatives(cell, device, backends)
     wrong = [r for r in results if not r.good]
     if wrong:
         raise AssertionError(f"{len(wrong)} of {len(results)} are not within tolerance:\n\n{table(results)}")
     return results
 
 
-def _check_derivatives(cell: str | Cell, backend: str, device: str) -> None:
-    """gradcheck and gradgradcheck; AssertionError if they fail."""
+def derivatives(cell: str | Cell, device: str, backends: Sequence[str] = BACKENDS) -> None:
+    """torch.autograd.gradcheck and gradgradcheck of each backend in float64. AssertionError if one fails."""
     tensors = [t.requires_grad_() for t in inputs(cell, Shape(2, 2, 1, 2), torch.float64, device)]
+    for backend in backends:
 
-    def function(*given: Tensor) -> tuple[Tensor, ...]:
-        return scan(cell, given, backend=backend)
+        def function(*given: Tensor, backend: str = backend) -> tuple[Tensor, ...]:
+            return scan(cell, given, backend=backend)
 
-    try:
-        torch.autograd.gradcheck(function, tensors, fast_mode=True)
-        torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
-    except RuntimeError as error:  # torch.autograd.gradcheck.GradcheckError is one
-        raise AssertionError(f"{get(cell).name}, {backend}: {error}") from error
+        try:
+            torch.autograd.gradcheck(function, tensors, fast_mode=True)
+            torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+        except RuntimeError as error:  # torch.autograd.gradcheck.GradcheckError is one
+            raise AssertionError(f"{get(cell).name}, {backend}: {error}") from error
