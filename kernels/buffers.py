@@ -1,7 +1,7 @@
 """What a scan leaves behind, and how to read it. No Triton here: every engine that runs scans shares these shapes.
 
-Legend: B batch, T steps, K groups, H hidden units; time-major and contiguous. reversed: an integer; group k walks from
-the last step to the first if its bit k is set.
+Legend: B batch, T steps, K groups, H hidden units, G tiles of gx, S states, P trained vectors (see `form`); time-major
+and contiguous. reversed: an integer; group k walks from the last step to the first if its bit k is set.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ RESET_REVERSED = 4  # as RESET, for reversed groups
 
 
 class Scanned(NamedTuple):
-    """y [T+1, B, K, H]: states, row t+1 after step t, row 0 before the first; with reversed groups [T+2, B, K, H]:
-    theirs start in row T+1. c like y, or [1, B, K, H], or [0]; saved: what the engine's backward wants;
-    hn, cn [K, B, H] (cn [0])."""
+    """y [T+1, B, K, H]: the first state, row t+1 after step t, row 0 before the first; with reversed groups
+    [T+2, B, K, H]: theirs start in row T+1. c: the other states side by side, [T+1, B, K, (S-1)*H] or with one row more
+    as y, or the first row only, or [0] without any; saved: what the engine's backward wants; hn [K, B, H],
+    cn [K, B, (S-1)*H] or [0]."""
 
     y: Tensor
     c: Tensor
@@ -48,13 +49,15 @@ def unpack_saved(words: Tensor, count: int, dtype: torch.dtype) -> Tensor:
 
 
 class Gradients(NamedTuple):
-    """dgx [T, B, K, G*H]; dhu [T, B, K, inner*H] or [0]; m [T, B, K, H] or [0]; dh0, dc0 [K, B, H] (dc0 [0])."""
+    """dgx [T, B, K, G*H]; dhu [T, B, K, .*H], of the products apart; m [T, B, K, .*H], the operands stored; dh0
+    [K, B, H], dc0 [K, B, (S-1)*H]; dparams [K, P*H] in the accumulation type. Where there is none, [0]."""
 
     dgx: Tensor
     dhu: Tensor
     m: Tensor
     dh0: Tensor
     dc0: Tensor
+    dparams: Tensor
 
 
 def steps(y: Tensor, reversed: int) -> int:
@@ -82,7 +85,8 @@ def held(mask: Tensor) -> Tensor | None:
 
 
 def previous_outputs(y: Tensor, mask: Tensor | None, reversed: int, group: int) -> Tensor:
-    """A group's h before each step as the recurrent product saw it: zero where reset. [T, B, H]"""
+    """A group's state before each step as the step saw it: zero where reset. y: of one state, or of several side by
+    side. [T, B, H]"""
     back = is_reversed(group, reversed)
     T, first = steps(y, reversed), 2 if back else 0
     h = y[first : first + T, :, group]

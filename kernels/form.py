@@ -107,3 +107,29 @@ class Form:
                     found.append(Segment(number, n, 1, apart, column))
             product += operand.products
         return tuple(found)
+
+    def problems(self) -> list[str]:
+        """What is wrong with the numbers, in words; nothing if they fit together."""
+        levels = [o.level for o in self.operands]
+        computed = [o.state is None for o in self.operands]
+        first = [n for n, o in enumerate(self.operands) if o.state == 0]
+        late = set(self.late)
+        checks = (
+            (self.states >= 1, f"a cell has a state, not {self.states}"),
+            (self.gates >= 1, f"a step reads a tile of gx, not {self.gates}"),
+            (min(self.saved, self.params) >= 0, "saved and params are counts"),
+            (levels == sorted(levels) and set(levels) <= {1, 2}, "operands are of level 1, then of level 2"),
+            (not levels or levels[0] == 1, "an operand of level 2 needs a product of level 1"),
+            (all(o.products >= 1 for o in self.operands), "an operand has a product"),
+            (
+                all(o.state is None or (o.level == 1 and 0 <= o.state < self.states) for o in self.operands),
+                "an operand that is a state is of level 1, and one of the states",
+            ),
+            (first in ([], [0]), "the operand that is the first state comes first, and once"),
+            (sum(o.products for o in self.operands) == self.products, "adds has an entry for each product"),
+            (all(-1 <= tile < self.gates for tile in self.adds), "adds names tiles of gx, or -1"),
+            (late <= set(range(self.gates)), "late names tiles of gx"),
+            (not late or any(c and level == 1 for c, level in zip(computed, levels, strict=True)), "nothing is late"),
+            (not late & set(self.adds), "a tile of gx that is late has no product's gradient: that product is apart"),
+        )
+        return [problem for fine, problem in checks if not fine]

@@ -1,17 +1,20 @@
 """Schedule `resident`: one program keeps all of U on chip and walks the whole sequence for BLOCK_B batch rows.
 
-Shapes (time-major, contiguous; T steps, B batch, K groups, H hidden, G gates, S saved tiles):
-    gx     [T, B, K, G*H]  input projection
-    saved  [T, B, K, W, H] the S saved tiles in W words (see `tiles`)
-    u      [K, G*H, H]     weight_hh          bias [K, INNER*H]  b_hh of the inner gates, or None
-    y, c   [T+1, B, K, H]  states: row t+1 after step t, row 0 before the first (h0, c0: given). With reversed groups
-                           [T+2, B, K, H]: theirs start in row T+1. c [1, B, K, H], the start, where nothing is saved.
-                           Zero after a step that holds the row (but see `tiles.after_step`)
+Shapes (time-major, contiguous; T steps, B batch, K groups, H hidden, G tiles of gx, S states, P trained vectors; c is
+the states but the first side by side):
+    gx     [T, B, K, G*H]  input products, and the per-step inputs
+    saved  [T, B, K, W, H] the saved tiles in W words (see `tiles`)
+    u      [K, products*H, H] weight_hh       bias [K, .*H]  b_hh of the products apart, or None
+    params [K, P*H]        the trained vectors, or None
+    y, c   [T+1, B, K, H], [T+1, B, K, (S-1)*H]  states: row t+1 after step t, row 0 before the first (h0, c0: given).
+                           With reversed groups [T+2, ...]: theirs start in row T+1. c [1, ...], the start, where
+                           nothing is saved. Zero after a step that holds the row (but see `tiles.after_step`)
     mask   [T, B] uint8 codes (see `buffers`), or None
-    hn, cn [K, B, H]       final states;  dhn, dcn their gradients, or None
-    dy     [T, B, K, H]    or None;  dcs [T, B, K, H], of every step's c, or None
-    dgx    [T, B, K, G*H];  dhu [T, B, K, INNER*H];  m [T, B, K, H] (two products)
-    dh0, dc0 [K, B, H]
+    hn, cn [K, B, H], [K, B, (S-1)*H]  final states;  dhn, dcn their gradients, or None
+    dy     [T, B, K, H]    or None;  dcs [T, B, K, (S-1)*H], of every step's c, or None
+    dgx    [T, B, K, G*H];  dhu [T, B, K, .*H], of the products apart;  m [T, B, K, .*H], the operands that are no state
+    dh0, dc0 [K, B, H], [K, B, (S-1)*H];  dparams [batch tiles, K, P*H] in the accumulation type, each program's share
+A tile's units beyond H are computed from zeros, whatever that gives; a product's operand is selected to zero there.
 """
 
 import triton
@@ -21,33 +24,43 @@ from .layout import load_weights, memory_rows, memory_units, read_tiles, unit_or
 from .math import product
 from .tiles import (
     add_outer,
+    add_params,
     after_step,
+    apart_before,
     before_step,
     biases,
     cast_tiles,
-    join_tuples,
+    computed_before,
+    finish_step,
+    first_product,
+    inside,
+    inside_all,
+    is_in,
     keep_rows,
     kept,
     live,
     load_mask,
+    load_params,
     load_tiles,
     operands,
     pack_tiles,
     products,
-    replace_first,
+    replace_tile,
     unpack_tiles,
     walk,
+    zeros,
 )
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def forward_kernel(
-    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, hn_ptr, cn_ptr, T, B,
+    gx_ptr, u_ptr, bias_ptr, params_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, hn_ptr, cn_ptr, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
-    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
-    PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, HOLDS: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr,
+    G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
+    LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
+    PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr,
+    HOLDS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
     units = unit_order(BLOCK_H, W)
@@ -66,8 +79,13 @@ def forward_kernel(
     at_h = rows * (GROUPS * H) + tile_units
     from_h = from_rows * (GROUPS * H) + tile_units
     from_g = from_rows * (GROUPS * G * H) + tile_units
+    C: tl.constexpr = STATES - 1
+    at_c = rows * (GROUPS * C * H) + tile_units
+    from_c = from_rows * (GROUPS * C * H) + tile_units
     at_state = rows * H + tile_units
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
+    PRODUCTS: tl.constexpr = len(ADDS)
+    OPERANDS: tl.constexpr = len(GATES)
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
     word_units = memory_units(BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
@@ -81,24 +99,27 @@ def forward_kernel(
     forth = sign * per_step
     gx_ptr += begin * G
     y_ptr += begin + per_step - forth  # row step+1 is after the step, and the one it came from before it
-    u_ptr += group * (G * H * H)
+    u_ptr += group * (PRODUCTS * H * H)
     if bias_ptr is not None:
-        bias_ptr += group * (INNER * H)
+        bias_ptr += group * (apart_before(ADDS, PRODUCTS) * H)
 
     if U_IN_REGISTERS:
-        U = load_weights(u_ptr, G, H, BLOCK_H, W, False)
+        U = load_weights(u_ptr, PRODUCTS, H, BLOCK_H, W, False)
     else:
         square = units[:, None] * H + units[None, :]
-        U = load_tiles(u_ptr, square, (units[:, None] < H) & (units[None, :] < H), G, H * H, TYPE)
-    U = operands(U, G, TYPE, PRECISION)
-    start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
+        U = load_tiles(u_ptr, square, (units[:, None] < H) & (units[None, :] < H), PRODUCTS, H * H, TYPE)
+    U = operands(U, PRODUCTS, TYPE, PRECISION)
+    start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), ADDS, H)
+    params = ()
+    if PARAMS > 0:
+        params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
 
     states = read_tiles(y_ptr, from_h, readable, 1, 0)
-    if STATES == 2:
-        c_ptr += line
+    if STATES > 1:
+        c_ptr += line * C
         if SAVE:
-            c_ptr += step * per_step + per_step - forth
-        states = states + read_tiles(c_ptr, from_h, readable, 1, 0)
+            c_ptr += (step * per_step + per_step - forth) * C
+        states = states + read_tiles(c_ptr, from_c, readable, C, H)
     states = cast_tiles(states, STATES, ACC)
     if SAVED > 0:
         saved_ptr += begin * WORDS
@@ -119,17 +140,26 @@ def forward_kernel(
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, HOLDS)
             states = keep_rows(states, kept(code, HOLDS), STATES)
         gx = cast_tiles(loaded, G, ACC)
-        hu = products(U, states[0], start, 0, SPLIT, PRECISION)
-        if SPLIT < G:
-            m = MIDDLE(gx, hu, states, FAST)
-            hu = join_tuples(hu, products(U, m, start, SPLIT, G, PRECISION), 0, G - SPLIT)
-        new, saved = STEP(gx, hu, states, FAST)
+        hu = ()
+        if OPERANDS > 0:
+            v = states
+            if PUBLISHED:
+                v = OPERANDS_1(gx, states, params, FAST)
+            for n in tl.static_range(LEVEL):
+                x = inside(v[n], units, H)
+                hu = hu + products(U, x, start, first_product(GATES, n), first_product(GATES, n + 1), PRECISION)
+            if LEVEL < OPERANDS:
+                m = OPERANDS_2(gx, hu, states, params, FAST)
+                for n in tl.static_range(LEVEL, OPERANDS):
+                    x = inside(m[n - LEVEL], units, H)
+                    hu = hu + products(U, x, start, first_product(GATES, n), first_product(GATES, n + 1), PRECISION)
+        new, saved = STEP(gx, hu, states, params, FAST)
         states, stored = after_step(new, states, code, group, STATES, REVERSED, HOLDS)
         y_ptr += forth
         write_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
-        if SAVE and STATES == 2:
-            c_ptr += forth
-            write_tiles(c_ptr, at_h, mask, stored, 1, 2, 0)
+        if SAVE and STATES > 1:
+            c_ptr += forth * C
+            write_tiles(c_ptr, at_c, mask, stored, 1, STATES, H)
         if SAVED > 0:
             words = pack_tiles(saved, SAVED, SAVED_PACK, TYPE)
             write_tiles(saved_ptr, at_s, word_mask, words, 0, WORDS, H)
@@ -139,39 +169,40 @@ def forward_kernel(
             code = code_next
 
     write_tiles(hn_ptr + state0, at_state, mask, states, 0, 1, 0)
-    if STATES == 2:
-        write_tiles(cn_ptr + state0, at_state, mask, states, 1, 2, 0)
+    if STATES > 1:
+        write_tiles(cn_ptr + state0 * C, rows * (C * H) + tile_units, mask, states, 1, STATES, H)
 
 
 @triton.jit
 def _load_step(
-    dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words,
+    dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, readable, readable_words,
     H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """What a step of backward reads: the states before it, saved words, and dy and dcs (if any).
 
-    A cell that does not look at h, as the LSTM, does not load it.
+    What a cell does not look at, as the LSTM's h, is not loaded.
     """
     before = read_tiles(y_ptr, from_h, readable, 1, 0)
-    if STATES == 2:
-        before = before + read_tiles(c_ptr, from_h, readable, 1, 0)
+    if STATES > 1:
+        before = before + read_tiles(c_ptr, from_c, readable, STATES - 1, H)
     dy = ()
     if dy_ptr is not None:
         dy = read_tiles(dy_ptr, from_h, readable, 1, 0)
     dcs = ()
     if dcs_ptr is not None:
-        dcs = read_tiles(dcs_ptr, from_h, readable, 1, 0)
+        dcs = read_tiles(dcs_ptr, from_c, readable, STATES - 1, H)
     return before, read_tiles(saved_ptr, from_s, readable_words, WORDS, H), dy, dcs
 
 
 @triton.jit(do_not_specialize=["T", "B"])
 def backward_kernel(
-    dy_ptr, dcs_ptr, dhn_ptr, dcn_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr,
-    dgx_ptr, dhu_ptr, m_ptr, dh0_ptr, dc0_ptr, T, B,
+    dy_ptr, dcs_ptr, dhn_ptr, dcn_ptr, u_ptr, params_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr,
+    dgx_ptr, dhu_ptr, m_ptr, dparams_ptr, dh0_ptr, dc0_ptr, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
-    G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
-    PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr, HOLDS: tl.constexpr,
+    G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
+    LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
+    PACK: tl.constexpr, STEP: tl.constexpr, BACKWARD_2: tl.constexpr, FINISH: tl.constexpr, HOLDS: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
@@ -188,16 +219,24 @@ def backward_kernel(
     mask = (tile_units < H) & row_mask
     group = tl.program_id(1).to(tl.int64)
     from_h = from_rows * (GROUPS * H) + tile_units
-    at_h = rows * (GROUPS * H) + tile_units
     at_g = rows * (GROUPS * G * H) + tile_units
     from_state = from_rows * H + tile_units
+    C: tl.constexpr = STATES - 1
+    from_c = from_rows * (GROUPS * C * H) + tile_units
+    PRODUCTS: tl.constexpr = len(ADDS)
+    OPERANDS: tl.constexpr = len(GATES)
+    FIRST: tl.constexpr = first_product(GATES, LEVEL)  # products of level 1
+    APART: tl.constexpr = apart_before(ADDS, PRODUCTS)
+    COMPUTED: tl.constexpr = computed_before(STATE_OF, LEVEL)  # operands of level 1 that are no state
+    STORED: tl.constexpr = COMPUTED + OPERANDS - LEVEL
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
     word_units = memory_units(BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
     readable_words = None if H == BLOCK_H else tl.broadcast_to(word_units < H, (rows + word_units).shape)
     from_s = from_rows * (GROUPS * WORDS * H) + word_units
-    at_i = rows * (GROUPS * INNER * H) + tile_units
+    at_i = rows * (GROUPS * APART * H) + tile_units
+    at_m = rows * (GROUPS * STORED * H) + tile_units
     state0 = (group * B + row0) * H
     step, sign = walk(group, T - 1, T, REVERSED)
     per_step = B.to(tl.int64) * (GROUPS * H)
@@ -210,44 +249,48 @@ def backward_kernel(
     if dy_ptr is not None:
         dy_ptr += begin
     if dcs_ptr is not None:
-        dcs_ptr += begin
-    if STATES == 2:
-        c_ptr += begin + per_step
+        dcs_ptr += begin * C
+    if STATES > 1:
+        c_ptr += (begin + per_step) * C
     if SAVED > 0:
         saved_ptr += begin * WORDS
-    if INNER > 0:
-        dhu_ptr += begin * INNER
-    if SPLIT < G:
-        m_ptr += begin
+    if APART > 0:
+        dhu_ptr += begin * APART
+    if STORED > 0:
+        m_ptr += begin * STORED
     code = valid
     if mask_ptr is not None:
         mask_ptr += step * B.to(tl.int64) + row0
         code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
-    u_ptr += group * (G * H * H)
+    u_ptr += group * (PRODUCTS * H * H)
 
     if U_IN_REGISTERS:
-        UT = load_weights(u_ptr, G, H, BLOCK_H, W, True)
+        UT = load_weights(u_ptr, PRODUCTS, H, BLOCK_H, W, True)
     else:
         transposed = units[None, :] * H + units[:, None]
-        UT = load_tiles(u_ptr, transposed, (units[:, None] < H) & (units[None, :] < H), G, H * H, TYPE)
-    UT = operands(UT, G, TYPE, PRECISION)
+        UT = load_tiles(u_ptr, transposed, (units[:, None] < H) & (units[None, :] < H), PRODUCTS, H * H, TYPE)
+    UT = operands(UT, PRODUCTS, TYPE, PRECISION)
+    params = ()
+    if PARAMS > 0:
+        params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
+    sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)  # of the trained vectors' gradients over the steps
     zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     dstates = (zero,)
     if dhn_ptr is not None:
         dstates = read_tiles(dhn_ptr + state0, from_state, readable, 1, 0)
     after = read_tiles(y_ptr, from_h, readable, 1, 0)
     y_ptr -= forth
-    if STATES == 2:
+    if STATES > 1:
         if dcn_ptr is not None:
-            dstates = dstates + read_tiles(dcn_ptr + state0, from_state, readable, 1, 0)
+            dstates = dstates + read_tiles(dcn_ptr + state0 * C, from_rows * (C * H) + tile_units, readable, C, H)
         else:
-            dstates = dstates + (zero,)
-        after = after + read_tiles(c_ptr, from_h, readable, 1, 0)
-        c_ptr -= forth
+            dstates = dstates + zeros(C, BLOCK_H, BLOCK_B, ACC)
+        after = after + read_tiles(c_ptr, from_c, readable, C, H)
+        c_ptr -= forth * C
     dstates = cast_tiles(dstates, STATES, ACC)
     after = cast_tiles(after, STATES, ACC)
     loaded, words, dy, dcs = _load_step(
-        dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS
+        dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, readable, readable_words, H, STATES, WORDS
     )
 
     for t in range(T):
@@ -256,13 +299,13 @@ def backward_kernel(
         if dy_ptr is not None:
             dy_ptr -= back
         if dcs_ptr is not None:
-            dcs_ptr -= back
-        if STATES == 2:
-            c_ptr -= back
+            dcs_ptr -= back * C
+        if STATES > 1:
+            c_ptr -= back * C
         if SAVED > 0:
             saved_ptr -= back * WORDS
         loaded_next, words_next, dy_next, dcs_next = _load_step(
-            dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_s, readable, readable_words, H, STATES, WORDS
+            dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, readable, readable_words, H, STATES, WORDS
         )
         before = cast_tiles(loaded, STATES, ACC)
         saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
@@ -274,29 +317,55 @@ def backward_kernel(
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, HOLDS)
             came = keep_rows(before, kept(code, HOLDS), STATES)
         dstates = add_outer(dstates, dy, dcs, code, HOLDS)
-        dm = None
-        if SPLIT < G:
-            d_second, m = MIDDLE(dstates, saved, came, after, FAST)
+        dm = ()
+        if LEVEL < OPERANDS:
+            d_second, m = BACKWARD_2(dstates, saved, came, after, params, FAST)
             if HOLDS:  # what d_second makes of a held row ends in before_step
-                m = tl.where(live(code)[None, :], m, 0.0)
-            write_tiles(m_ptr, at_h, mask, (m,), 0, 1, 0)
-            m_ptr -= forth
-            dm = zero
-            d_second = operands(d_second, G - SPLIT, TYPE, PRECISION)
-            for n in tl.static_range(SPLIT, G):
-                dm = product(UT[n], d_second[n - SPLIT], dm, PRECISION)
-        dgx, dhu, new = STEP(dstates, dm, saved, came, after, FAST)
-        dgx, dhu, dstates = before_step(dgx, dhu, new, dstates, code, G, STATES, HOLDS)
-        write_tiles(dgx_ptr, at_g, mask, dgx, 0, G, H)
+                m = keep_rows(m, live(code), OPERANDS - LEVEL)
+            write_tiles(m_ptr + COMPUTED * H, at_m, mask, m, 0, OPERANDS - LEVEL, H)
+            d_second = inside_all(d_second, units, PRODUCTS - FIRST, H)
+            d_second = operands(d_second, PRODUCTS - FIRST, TYPE, PRECISION)
+            for n in tl.static_range(LEVEL, OPERANDS):
+                d = zero
+                for i in tl.static_range(first_product(GATES, n), first_product(GATES, n + 1)):
+                    d = product(UT[i], d_second[i - FIRST], d, PRECISION)
+                dm = dm + (d,)
+        dgx, dhu, new, dparams, computed = STEP(dstates, dm, saved, came, after, params, FAST)
+        dgx, dhu, dstates, computed = before_step(dgx, dhu, new, computed, dstates, code, HOLDS)
+        for n in tl.static_range(G):
+            if not is_in(n, LATE):
+                write_tiles(dgx_ptr + n * H, at_g, mask, dgx, n, n + 1, H)
+        for n in tl.static_range(PRODUCTS):
+            if ADDS[n] < 0:
+                write_tiles(dhu_ptr + apart_before(ADDS, n) * H, at_i, mask, dhu, n, n + 1, H)
+        if COMPUTED > 0:
+            write_tiles(m_ptr, at_m, mask, computed, 0, COMPUTED, H)
+        dhu = inside_all(dhu, units, FIRST, H)
+        dhu = operands(dhu, FIRST, TYPE, PRECISION)  # all before the first product: one barrier for them
+        dv = ()
+        for n in tl.static_range(LEVEL):
+            d = zero
+            if STATE_OF[n] >= 0:
+                d = dstates[STATE_OF[n]]
+            for i in tl.static_range(first_product(GATES, n), first_product(GATES, n + 1)):
+                d = product(UT[i], dhu[i], d, PRECISION)
+            if STATE_OF[n] >= 0:
+                dstates = replace_tile(dstates, STATE_OF[n], d)
+            else:
+                dv = dv + (d,)
+        if FINISH is not None:
+            dgx, dstates, dparams = finish_step(
+                FINISH, dgx, dstates, dparams, dv, saved, came, after, params, code, FAST, HOLDS
+            )
+            for n in tl.static_range(len(LATE)):
+                write_tiles(dgx_ptr + LATE[n] * H, at_g, mask, dgx, LATE[n], LATE[n] + 1, H)
+        if PARAMS > 0:
+            sums = add_params(sums, dparams, valid, code, HOLDS)
         dgx_ptr -= forth * G
-        if INNER > 0:
-            write_tiles(dhu_ptr, at_i, mask, dhu, G - INNER, G, H)
-            dhu_ptr -= forth * INNER
-        dh = dstates[0]
-        dhu = operands(dhu, SPLIT, TYPE, PRECISION)  # all before the first product: one barrier for them
-        for n in tl.static_range(SPLIT):
-            dh = product(UT[n], dhu[n], dh, PRECISION)
-        dstates = replace_first(dstates, dh, STATES)
+        if APART > 0:
+            dhu_ptr -= forth * APART
+        if STORED > 0:
+            m_ptr -= forth * STORED
         if mask_ptr is not None:
             dstates = keep_rows(dstates, kept(code, HOLDS), STATES)
         after = before
@@ -309,5 +378,8 @@ def backward_kernel(
 
     at_state = rows * H + tile_units
     write_tiles(dh0_ptr + state0, at_state, mask, dstates, 0, 1, 0)
-    if STATES == 2:
-        write_tiles(dc0_ptr + state0, at_state, mask, dstates, 1, 2, 0)
+    if STATES > 1:
+        write_tiles(dc0_ptr + state0 * C, rows * (C * H) + tile_units, mask, dstates, 1, STATES, H)
+    dparams_at = (tl.program_id(0).to(tl.int64) * GROUPS + group) * (PARAMS * H)
+    for n in tl.static_range(PARAMS):
+        tl.store(dparams_ptr + dparams_at + n * H + units, tl.sum(sums[n], 1), mask=units < H)

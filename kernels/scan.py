@@ -1,9 +1,9 @@
 """The scan over time: allocates, and launches the kernels of the planned schedule. Tensors in, tensors out.
 
-Legend: B batch, T steps, K groups (see `tiles`), H hidden units, G gates, S saved tiles (see `cells`); time-major and
-contiguous throughout. reversed: an integer; group k walks from the last step to the first if its bit k is set.
-mask: [T, B], bool (where set, the states before that step are zero) or uint8 codes (see `buffers`; a row may also end
-before T), or None.
+Legend: B batch, T steps, K groups (see `tiles`), H hidden units, G tiles of gx, S states, P trained vectors (see
+`form`); time-major and contiguous throughout. reversed: an integer; group k walks from the last step to the first if
+its bit k is set. mask: [T, B], bool (where set, the states before that step are zero) or uint8 codes (see `buffers`; a
+row may also end before T), or None.
 """
 
 from __future__ import annotations
@@ -112,10 +112,20 @@ def _constants(cell: Cell, plan: Plan, u: Tensor, mask: Tensor | None, reversed:
     """The constexprs all kernels share. precision: tl.dot's input_precision for float32."""
     tiles = {"GROUPS": u.shape[0], "REVERSED": reversed, "H": u.shape[2]}
     tiles |= {"BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b, "ACC": ACCUMULATE[u.dtype]}
-    shape = {"G": cell.gates, "SPLIT": cell.split, "INNER": cell.inner, "STATES": cell.states, "SAVED": cell.saved}
+    # The tuples have an entry for each operand (STATE_OF: of level 1; -1 for one that is no state) or product.
+    states = tuple(-1 if o.state is None else o.state for o in cell.operands if o.level == 1)
+    shape = {"G": cell.gates, "GATES": tuple(o.products for o in cell.operands), "LEVEL": cell.level}
+    shape |= {"STATE_OF": states, "ADDS": cell.adds, "LATE": cell.late, "PUBLISHED": cell.published}
+    shape |= {"STATES": cell.states, "SAVED": cell.saved, "PARAMS": cell.params}
     fast = u.dtype in (torch.float16, torch.bfloat16) and plan.nvidia
     modes = {"PRECISION": precision, "FAST": fast, "HOLDS": _has_holds(mask)}
     return {**tiles, **shape, "PACK": 8 // u.element_size(), **modes}
+
+
+def _segments(cell: Cell) -> dict[str, tuple[int, ...]]:
+    """The cell's segments (see `form`), five numbers each."""
+    flat = [(s.operand, s.first, s.count, int(s.apart), s.column) for s in cell.segments]
+    return {"SEGMENTS": tuple(number for segment in flat for number in segment)}
 
 
 def _resident_constants(plan: Plan) -> dict[str, Any]:
@@ -135,7 +145,7 @@ def _fill(state: Tensor, start: Tensor | None) -> None:
 
 
 def _start(rows: Tensor, start: Tensor | None, reversed: int) -> None:
-    """start [K, B, H] into the row of the buffer [., B, K, H] where each group begins; zero where none does."""
+    """start [K, B, .] into the row of the buffer [., B, K, .] where each group begins; zero where none does."""
     if not reversed:
         _fill(rows[0].transpose(0, 1), start)
         return
@@ -155,14 +165,14 @@ def allocate_saved(cell: Cell, gx: Tensor) -> Tensor:
 def allocate(cell: Cell, gx: Tensor, save: str, reversed: int = 0) -> Scanned:
     """The uninitialised outputs of `forward`."""
     T, B, K, H = *gx.shape[:3], gx.shape[3] // cell.gates
-    two = cell.states == 2
+    others = (cell.states - 1) * H
     rows = T + (2 if reversed else 1)
     return Scanned(
         gx.new_empty(rows, B, K, H),
-        gx.new_empty(1 if save == "none" else rows, B, K, H) if two else gx.new_empty(0),
+        gx.new_empty(1 if save == "none" else rows, B, K, others) if others else gx.new_empty(0),
         allocate_saved(cell, gx) if save == "gates" else gx.new_empty(0),
         gx.new_empty(K, B, H),
-        gx.new_empty(K, B, H) if two else gx.new_empty(0),
+        gx.new_empty(K, B, others) if others else gx.new_empty(0),
     )
 
 
@@ -172,10 +182,11 @@ def _grid(plan: Plan, B: int, K: int, H: int) -> tuple[int, ...]:
     return (tiles, K) if plan.schedule == "resident" else (triton.cdiv(H, plan.block_h), tiles, K)
 
 
-def _chunks(cell: Cell, H: int, plan: Plan, backward: bool) -> dict[str, int]:
-    """How the `grid` kernels cut the columns of their slices of U: by how many (the last chunk may be smaller)."""
-    sizes = [chunks(columns, rows, plan.block_k)[0] for rows, columns in slices(cell, H, plan.block_h, backward)]
-    return {"CHUNK": sizes[0], "CHUNK_2": sizes[-1]}
+def _chunks(cell: Cell, H: int, plan: Plan, backward: bool) -> dict[str, tuple[int, ...]]:
+    """How the `grid` kernels cut the columns of each of their slices of U (of an operand; backward, of a segment): by
+    how many (the last chunk may be smaller)."""
+    held = slices(cell, H, plan.block_h, backward)
+    return {"CHUNKS": tuple(chunks(columns, rows, plan.block_k)[0] for rows, columns in held)}
 
 
 def _walk(
@@ -211,27 +222,29 @@ def forward(
     *,
     save: str,
     plan: Plan,
+    params: Tensor | None = None,
     reversed: int = 0,
     precision: str = "ieee",
     launch: Callable[[Launch], None] = run,
 ) -> Scanned:
     """All steps forward.
 
-    gx [T, B, K, G*H] (contiguous), u [K, G*H, H], bias [K, inner*H] (b_hh of the inner gates), h0, c0 [K, B, H],
-    mask [T, B] or None. Where a row is held, y and c are zero; a reversed group's are the states it begins from.
+    gx [T, B, K, G*H] (contiguous), u [K, products*H, H], bias (b_hh of the products apart) [K, apart*H], h0 [K, B, H],
+    c0 (the other states side by side) [K, B, (S-1)*H], mask [T, B] or None, params [K, P*H] or None. Where a row is
+    held, y and c are zero; a reversed group's are the states it begins from.
     save: "none"; "states" keeps c beside y; "gates" all that backward wants.
     """
     T, B, K, H = *gx.shape[:3], u.shape[2]
     out = allocate(cell, gx, save, reversed)
     _start(out.y, h0, reversed)
-    if cell.states == 2 and (save != "none" or plan.schedule == "resident"):
+    if cell.states > 1 and (save != "none" or plan.schedule == "resident"):
         _start(out.c, c0, reversed if save != "none" else 0)
     constants = _constants(cell, plan, u, mask, reversed, precision)
     constants |= {"SAVE": save != "none", "SAVED": cell.saved if save == "gates" else 0}
-    constants |= {"STEP": cell.forward, "MIDDLE": cell.middle}
+    constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
     arguments = {
-        "gx_ptr": gx, "u_ptr": _weights(u, plan, precision), "bias_ptr": _aligned(bias), "y_ptr": out.y, "c_ptr": out.c,
-        "saved_ptr": out.saved, "mask_ptr": _bytes(mask), "T": T, "B": B, **constants,
+        "gx_ptr": gx, "u_ptr": _weights(u, plan, precision), "bias_ptr": _aligned(bias), "params_ptr": _aligned(params),
+        "y_ptr": out.y, "c_ptr": out.c, "saved_ptr": out.saved, "mask_ptr": _bytes(mask), "T": T, "B": B, **constants,
     }  # fmt: skip
     programs = _grid(plan, B, K, H)
     if plan.schedule == "resident":
@@ -242,20 +255,21 @@ def forward(
     sh, sc = _scratch(gx, K, B, H), _scratch(gx, *out.cn.shape)
     _fill(sh, h0)
     _fill(sc, c0)
-    second = cell.split < cell.gates
+    second = len(cell.operands) - cell.level
     arguments |= {
         "sh_ptr": sh,
         "sc_ptr": sc,
-        "hu_first_ptr": _scratch(gx, K, B, cell.split * H) if second else None,
-        "m_ptr": gx.new_empty(B, K, H) if second else None,
+        "v_ptr": gx.new_empty(2, B, K, cell.level * H) if cell.published else None,
+        "hu_first_ptr": _scratch(gx, K, B, cell.first_products * H) if second else None,
+        "m_ptr": gx.new_empty(B, K, second * H) if second else None,
     }
-    phases = (0, 1) if second else (0,)
+    phases = (0,) * cell.published + (1, 2)[: 2 if second else 1]
     if plan.schedule == "grid":
         arguments |= _chunks(cell, H, plan, False)
         _walk(grid.forward_kernel, arguments, phases, programs, plan, T, launch)
     else:
         h: list[Tensor | None] = [None, None]
-        if _rounds_before(plan, precision, u.dtype):
+        if _rounds_before(plan, precision, u.dtype) and cell.operands and not cell.published:
             h = [_rounded(sh.transpose(0, 1).contiguous()), gx.new_empty(B, K, H)]
         for t in range(T):
             for phase in phases:
@@ -270,12 +284,17 @@ def forward(
 def allocate_gradients(cell: Cell, y: Tensor, reversed: int = 0) -> Gradients:
     """The uninitialised outputs of `backward`."""
     T, B, K, H = steps(y, reversed), *y.shape[1:]
+
+    def some(count: int, *shape: int) -> Tensor:
+        return y.new_empty(*shape, count * H) if count else y.new_empty(0)
+
     return Gradients(
         y.new_empty(T, B, K, cell.gates * H),
-        y.new_empty(T, B, K, cell.inner * H) if cell.inner else y.new_empty(0),
-        y.new_empty(T, B, K, H) if cell.split < cell.gates else y.new_empty(0),
+        some(len(cell.apart), T, B, K),
+        some(len(cell.stored), T, B, K),
         y.new_empty(K, B, H),
-        y.new_empty(K, B, H) if cell.states == 2 else y.new_empty(0),
+        some(cell.states - 1, K, B),
+        _scratch(y, K, cell.params * H) if cell.params else _scratch(y, 0),
     )
 
 
@@ -291,6 +310,7 @@ def backward(
     mask: Tensor | None,
     *,
     plan: Plan,
+    params: Tensor | None = None,
     dcs: Tensor | None = None,
     reversed: int = 0,
     precision: str = "ieee",
@@ -298,41 +318,43 @@ def backward(
 ) -> Gradients:
     """All steps backward.
 
-    dy [T, B, K, H], dhn, dcn [K, B, H], dcs [T, B, K, H] of the c after every step (None: zero); y, c, saved from
-    `forward`. Where a row is held dy and dcs are not looked at, and dgx, dhu and m are zero.
+    dy [T, B, K, H], dhn [K, B, H], dcn [K, B, (S-1)*H], dcs [T, B, K, (S-1)*H] of the c after every step (None: zero);
+    y, c, saved from `forward`. Where a row is held dy and dcs are not looked at, and dgx, dhu and m are zero.
     """
     T, B, K, H = steps(y, reversed), *y.shape[1:]
     out = allocate_gradients(cell, y, reversed)
-    constants = _constants(cell, plan, u, mask, reversed, precision)
-    constants |= {"STEP": cell.backward, "MIDDLE": cell.backward_middle}
-    arguments = {
-        "dy_ptr": _aligned(dy), "dcs_ptr": _aligned(dcs), "u_ptr": _weights(u, plan, precision), "y_ptr": y, "c_ptr": c,
-        "saved_ptr": saved, "mask_ptr": _bytes(mask), "dgx_ptr": out.dgx, "dhu_ptr": out.dhu, "m_ptr": out.m,
-        "T": T, "B": B, **constants,
-    }  # fmt: skip
     programs = _grid(plan, B, K, H)
+    # A program adds for its own rows, in a fixed order: two runs give the same bits.
+    shares = _scratch(y, triton.cdiv(B, plan.block_b), *out.dparams.shape).zero_() if cell.params else None
+    constants = _constants(cell, plan, u, mask, reversed, precision)
+    constants |= {"STEP": cell.backward, "BACKWARD_2": cell.backward_2, "FINISH": cell.finish}
+    arguments = {
+        "dy_ptr": _aligned(dy), "dcs_ptr": _aligned(dcs), "u_ptr": _weights(u, plan, precision),
+        "params_ptr": _aligned(params), "y_ptr": y, "c_ptr": c, "saved_ptr": saved, "mask_ptr": _bytes(mask),
+        "dgx_ptr": out.dgx, "dhu_ptr": out.dhu, "m_ptr": out.m, "dparams_ptr": shares, "T": T, "B": B, **constants,
+    }  # fmt: skip
     if plan.schedule == "resident":
         arguments |= {"dhn_ptr": _aligned(dhn), "dcn_ptr": _aligned(dcn), "dh0_ptr": out.dh0, "dc0_ptr": out.dc0}
         arguments |= _resident_constants(plan)
         launch(Launch(resident.backward_kernel, programs, arguments, plan))
-        return out
+        return out if shares is None else out._replace(dparams=shares.sum(0))
 
     dsh, dsc = _scratch(y, K, B, H), _scratch(y, *out.dc0.shape)
     _fill(dsh, dhn)
     _fill(dsc, dcn)
-    arguments |= {"dsh_ptr": dsh, "dsc_ptr": dsc}
-    second = cell.split < cell.gates
+    arguments |= {"dsh_ptr": dsh, "dsc_ptr": dsc, **_segments(cell)}
+    phases = (0, 1) if cell.level < len(cell.operands) else (1,)
     if plan.schedule == "grid":
         arguments |= _chunks(cell, H, plan, True)
-        _walk(grid.backward_kernel, arguments, (0, 1, 2) if second else (1, 2), programs, plan, T, launch)
+        _walk(grid.backward_kernel, arguments, phases + (2,) * bool(cell.operands), programs, plan, T, launch)
     else:
         for t in range(T - 1, -2, -1):
-            for phase in (0, 1) if second and t >= 0 else (0,):
+            for phase in phases if t >= 0 else phases[:1]:
                 varying = {"t": t, "PHASE": phase, "FIRST": t == T - 1, "LAST": t < 0, "BLOCK_K": plan.block_k}
                 launch(Launch(stepwise.backward_kernel, programs, {**arguments, **varying}, plan))
     out.dh0.copy_(dsh)
     out.dc0.copy_(dsc)
-    return out
+    return out if shares is None else out._replace(dparams=shares.sum(0))
 
 
 def recompute(
@@ -345,6 +367,7 @@ def recompute(
     mask: Tensor | None,
     *,
     plan: Plan,
+    params: Tensor | None = None,
     reversed: int = 0,
     launch: Callable[[Launch], None] = run,
 ) -> Tensor:
@@ -353,28 +376,38 @@ def recompute(
     saved = allocate_saved(cell, gx)
     if not cell.saved:
         return saved
-    split = cell.split * H
-    hu = gx.new_empty(T * B, K, cell.gates * H)
-    m = gx.new_empty(T * B, K, H) if cell.split < cell.gates else None
+    N, second = T * B, len(cell.operands) - cell.level
+    hu = gx.new_empty(N, K, cell.products * H)
+    v = gx.new_empty(N, K, cell.level * H) if cell.published else None
+    m = gx.new_empty(N, K, second * H) if second else None
     constants = _constants(cell, plan, u, mask, reversed, "ieee")
     # Pointwise over T*B rows: any tile will do, and this one keeps loads whole.
-    constants |= {
-        "BLOCK_H": min(128, triton.next_power_of_2(H)),
-        "BLOCK_B": 8,
-        "STEP": cell.forward,
-        "MIDDLE": cell.middle,
-    }
+    constants |= {"BLOCK_H": min(128, triton.next_power_of_2(H)), "BLOCK_B": 8}
+    constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
     del constants["PRECISION"]
     arguments = {
-        "gx_ptr": gx, "hu_ptr": hu, "bias_ptr": _aligned(bias), "y_ptr": y, "c_ptr": c, "saved_ptr": saved,
-        "mask_ptr": _bytes(mask), "m_ptr": m, "N": T * B, "B": B,
+        "gx_ptr": gx, "hu_ptr": hu, "bias_ptr": _aligned(bias), "params_ptr": _aligned(params), "y_ptr": y, "c_ptr": c,
+        "saved_ptr": saved, "mask_ptr": _bytes(mask), "v_ptr": v, "m_ptr": m, "N": N, "B": B,
     }  # fmt: skip
-    programs = (triton.cdiv(T * B, constants["BLOCK_B"]), triton.cdiv(H, constants["BLOCK_H"]), K)
-    for k in range(K):
-        hu[:, k, :split] = previous_outputs(y, mask, reversed, k).flatten(0, 1) @ u[k, :split].t()
-    if m is not None:
-        launch(Launch(recompute_schedule.kernel, programs, {**arguments, **constants, "PHASE": 0}, plan))
+    programs = (triton.cdiv(N, constants["BLOCK_B"]), triton.cdiv(H, constants["BLOCK_H"]), K)
+
+    def run_phase(phase: int) -> None:
+        launch(Launch(recompute_schedule.kernel, programs, {**arguments, **constants, "PHASE": phase}, plan))
+
+    if cell.published:
+        run_phase(0)
+    row = 0
+    for n, operand in enumerate(cell.operands):
+        if n == cell.level:
+            run_phase(1)
+        rows = slice(row, row := row + operand.products * H)
         for k in range(K):
-            hu[:, k, split:] = m[:, k] @ u[k, split:].t()
-    launch(Launch(recompute_schedule.kernel, programs, {**arguments, **constants, "PHASE": 1}, plan))
+            if n >= cell.level:
+                x = m[:, k].unflatten(1, (second, H))[:, n - cell.level]  # type: ignore[index]
+            elif v is not None:
+                x = v[:, k].unflatten(1, (cell.level, H))[:, n]
+            else:
+                x = previous_outputs(y, mask, reversed, k).flatten(0, 1)
+            hu[:, k, rows] = x @ u[k, rows].t()
+    run_phase(2)
     return saved

@@ -20,6 +20,31 @@ import triton.language as tl
 from .math import operand, product
 
 
+@triton.constexpr_function
+def first_product(gates, n):
+    """The first product of the n-th operand; of one more than there are, how many products there are. gates: the
+    products of each operand."""
+    return sum(gates[:n])
+
+
+@triton.constexpr_function
+def apart_before(adds, n):
+    """How many of the first n products are apart (see `form`)."""
+    return sum(tile < 0 for tile in adds[:n])
+
+
+@triton.constexpr_function
+def computed_before(state_of, n):
+    """How many of the first n operands of level 1 are no state."""
+    return sum(state < 0 for state in state_of[:n])
+
+
+@triton.constexpr_function
+def is_in(n, numbers, first=0):
+    """Whether n is among the numbers from the first on."""
+    return n in tuple(numbers)[first:]
+
+
 @triton.jit
 def walk(group, n, T, REVERSED: tl.constexpr):
     """The n-th step a group takes, and +1 or -1, where the next one lies: from the first step to the last, or, for the
@@ -75,17 +100,30 @@ def products(U, x, start, FROM: tl.constexpr, TO: tl.constexpr, PRECISION: tl.co
 
 
 @triton.jit
-def join_tuples(a, b, FROM: tl.constexpr, TO: tl.constexpr):
-    """a with b[FROM:TO] behind it."""
-    for n in tl.static_range(FROM, TO):
-        a = a + (b[n],)
-    return a
+def inside(tile, units, H: tl.constexpr):
+    """The tile with its units beyond H set to zero."""
+    if tile.shape[0] == H:
+        return tile
+    else:
+        return tl.where((units < H)[:, None], tile, 0.0)
 
 
 @triton.jit
-def replace_first(tiles, first, N: tl.constexpr):
-    out = (first,)
-    return join_tuples(out, tiles, 1, N)
+def inside_all(tiles, units, N: tl.constexpr, H: tl.constexpr):
+    """`inside` of the first N tiles."""
+    out = ()
+    for n in tl.static_range(N):
+        out = out + (inside(tiles[n], units, H),)
+    return out
+
+
+@triton.jit
+def replace_tile(tiles, at: tl.constexpr, tile):
+    """The tiles with another in the place of one."""
+    out = ()
+    for n in tl.static_range(len(tiles)):
+        out = out + (tile if n == at else tiles[n],)
+    return out
 
 
 @triton.jit
@@ -154,39 +192,84 @@ def after_step(new, old, code, group, STATES: tl.constexpr, REVERSED: tl.constex
 
 @triton.jit
 def add_outer(dstates, dy, dcs, code, HOLDS: tl.constexpr):
-    """dstates with what reaches the states after a step from outside the scan. dy, dcs: of one tile, or empty."""
+    """dstates with what reaches the states after a step from outside the scan. dy: of the first, or empty; dcs: of the
+    others, or empty."""
     out = ()
     for n in tl.static_range(len(dstates)):
         outer = dy if n == 0 else dcs
         if len(outer) == 0:
             out = out + (dstates[n],)
         elif HOLDS:
-            out = out + (dstates[n] + tl.where(live(code)[None, :], outer[0].to(dstates[n].dtype), 0.0),)
+            out = out + (
+                dstates[n] + tl.where(live(code)[None, :], outer[n - 1 if n > 0 else 0].to(dstates[n].dtype), 0.0),
+            )
         else:
-            out = out + (dstates[n] + outer[0].to(dstates[n].dtype),)
+            out = out + (dstates[n] + outer[n - 1 if n > 0 else 0].to(dstates[n].dtype),)
     return out
 
 
 @triton.jit
-def before_step(dgx, dhu, new, old, code, G: tl.constexpr, STATES: tl.constexpr, HOLDS: tl.constexpr):
-    """What a step of backward gives: a held row's dgx and dhu are zero, and its dstates what they were."""
+def before_step(dgx, dhu, new, computed, old, code, HOLDS: tl.constexpr):
+    """What a step of backward gives: a held row's dgx, dhu and operands are zero, and its dstates what they were."""
     if HOLDS:
-        dgx = keep_rows(dgx, live(code), G)
-        dhu = keep_rows(dhu, live(code), G)
-        return dgx, dhu, _select_rows(new, old, live(code), STATES)
+        dgx = keep_rows(dgx, live(code), len(dgx))
+        dhu = keep_rows(dhu, live(code), len(dhu))
+        computed = keep_rows(computed, live(code), len(computed))
+        return dgx, dhu, _select_rows(new, old, live(code), len(new)), computed
     else:
-        return dgx, dhu, new
+        return dgx, dhu, new, computed
 
 
 @triton.jit
-def biases(bias_ptr, units, zero, G: tl.constexpr, INNER: tl.constexpr, H: tl.constexpr):
-    """What the recurrent product of each gate starts from: zero, or b_hh for the INNER last gates (bias [INNER*H])."""
+def finish_step(
+    FINISH: tl.constexpr, dgx, dbefore, dparams, dv, saved, before, after, params, code, FAST: tl.constexpr,
+    HOLDS: tl.constexpr,
+):  # fmt: skip
+    """FINISH, but nothing changes for a held row."""
+    dgx_2, dbefore_2, dparams = FINISH(dgx, dbefore, dparams, dv, saved, before, after, params, FAST)
+    if HOLDS:
+        dgx_2 = _select_rows(dgx_2, dgx, live(code), len(dgx))
+        dbefore_2 = _select_rows(dbefore_2, dbefore, live(code), len(dbefore))
+    return dgx_2, dbefore_2, dparams
+
+
+@triton.jit
+def add_params(total, dparams, valid, code, HOLDS: tl.constexpr):
+    """total + dparams, tile by tile, of the rows that exist and take the step."""
+    keep = valid & live(code) if HOLDS else valid
     out = ()
-    for n in tl.static_range(G):
-        if bias_ptr is None or n < G - INNER:
+    for n in tl.static_range(len(total)):
+        out = out + (total[n] + tl.where(keep[None, :], dparams[n], 0.0),)
+    return out
+
+
+@triton.jit
+def load_params(params_ptr, units, PARAMS: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr):
+    """The trained vectors of a group, as tiles [units, 1]. params_ptr: where the group's begin."""
+    out = ()
+    for n in tl.static_range(PARAMS):
+        out = out + (tl.load(params_ptr + n * H + units, mask=units < H, other=0.0).to(ACC)[:, None],)
+    return out
+
+
+@triton.jit
+def zeros(N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr):
+    """N tiles of zeros."""
+    out = ()
+    for _ in tl.static_range(N):
+        out = out + (tl.zeros([BLOCK_H, BLOCK_B], ACC),)
+    return out
+
+
+@triton.jit
+def biases(bias_ptr, units, zero, ADDS: tl.constexpr, H: tl.constexpr):
+    """What each recurrent product starts from: zero, or b_hh of those that are apart (bias [apart*H])."""
+    out = ()
+    for n in tl.static_range(len(ADDS)):
+        if bias_ptr is None or ADDS[n] >= 0:
             out = out + (zero,)
         else:
-            b = tl.load(bias_ptr + (n - (G - INNER)) * H + units, mask=units < H, other=0.0)
+            b = tl.load(bias_ptr + apart_before(ADDS, n) * H + units, mask=units < H, other=0.0)
             out = out + (zero + b.to(zero.dtype)[:, None],)
     return out
 
@@ -257,3 +340,8 @@ def unpack_tiles(words, N: tl.constexpr, PACK: tl.constexpr, TYPE: tl.constexpr,
             bits = (words[n // PACK] >> (n % PACK * 32)).to(tl.uint32)
             tiles = tiles + (bits.to(TYPE, bitcast=True).to(ACC),)
     return tiles
+
+
+@triton.jit
+def replace_first(tiles, first, N: tl.constexpr):  # until `grid` uses replace_tile
+    return replace_tile(tiles, 0, first)

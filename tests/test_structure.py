@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 ARROWS = {  # room: the rooms of the project it may import
+    "kernels.form": set(),
     "kernels.math": set(),
     "kernels.plan": set(),
     "kernels.registry": {"kernels.cells"},  # its type alone
@@ -36,8 +37,8 @@ ARROWS = {  # room: the rooms of the project it may import
     "arguments": {"backends", "checks", "precisions"},
     "reference_arguments": {"arguments", "checks"},
     "reference": {"checks", "reference_arguments"},
-    "derive": {"kernels.cells", "kernels.math"},
-    "cell": {"checks", "derive", "fallback", "reference", "kernels.registry"},
+    "derive": {"kernels.cells", "kernels.form", "kernels.math"},
+    "cell": {"checks", "derive", "kernels.form", "kernels.registry"},
     "masks": {"kernels.buffers"},
     "autograd": {"backends", "masks", "reference", "kernels.buffers"},
     "batching": set(),

@@ -1,60 +1,82 @@
 """Cells: what one time step computes for one hidden unit, forward and backward.
 
-Functions as described here are derived from a step in PyTorch (`seqcells.cell`), or written by hand, as those in this
-folder. A cell is a pair of pointwise ``@triton.jit`` functions on tuples of tiles, and one frozen declaration. Every
-schedule (`resident`, `grid`, `stepwise`), dtype, mask and save mode then works for it. Gate order is torch's.
+A cell is a form (`kernels.form`) and pointwise ``@triton.jit`` functions on tuples of tiles [units, rows], in the
+accumulation type. They are derived from a step in PyTorch (`seqcells.cell`), or written by hand, as those in this
+folder. Every schedule (`resident`, `grid`, `stepwise`), dtype, mask and save mode then works for the cell.
 
-``forward(gx, hu, states, FAST) -> (new_states, saved)``
-    gx: G tiles, the input projection with the biases that only add. hu: G tiles, the recurrent product; the last
-    ``inner`` of them include their b_hh. states: (h,) or (h, c) before the step. saved: ``saved`` tiles for backward.
-``backward(dstates, dm, saved, states_prev, states, FAST) -> (dgx, dhu, dstates_prev)``
-    dstates: gradients of the states after the step. dgx, dhu: G tiles each, gradients of gx and hu (they may differ
-    only in the last ``inner``). dstates_prev: what reaches the states before the step without passing through U.
-
-A cell whose later gates multiply U with something other than h (the reset-before GRU: r*h) has a second product:
-``first`` gates use h, the others use the result of
-
-``middle(gx, hu, states, FAST) -> m`` (hu: the first product only), and
-``backward_middle(dstates, saved, states_prev, states, FAST) -> (d, m)``
-    d: gradients of the second product's gates; m again, for the weight gradient. The schedule multiplies d by U^T and
-    hands it to ``backward`` as ``dm`` (None for a cell with one product).
+``operands_1(gx, states, params, FAST) -> operands``
+    All operands of level 1, also those that are a state. None where the form is not published: there is no operand, or
+    only the first state, and the schedules take it themselves.
+``operands_2(gx, hu, states, params, FAST) -> operands``
+    The operands of level 2. hu: the products of level 1. None where there is no level 2.
+``forward(gx, hu, states, params, FAST) -> (new_states, saved)``
+    gx: G tiles, the input products with the biases that only add, and the per-step inputs. hu: all products; those that
+    are apart include their b_hh. states: before the step, zero where it is reset. saved: tiles for backward.
+    params: the trained vectors, as tiles [units, 1].
+``backward_2(dstates, saved, before, after, params, FAST) -> (dhu, operands)``
+    The gradients of the products of level 2, and the operands of level 2 again. None where there is no level 2.
+    dstates: gradients of the states after the step. before, after: the states.
+``backward(dstates, dm, saved, before, after, params, FAST) -> (dgx, dhu, dbefore, dparams, operands)``
+    dm: gradients of the operands of level 2. dgx: gradients of gx, the late tiles' still without what comes through the
+    operands of level 1. dhu: gradients of all products. dbefore: what reaches the states before the step without
+    passing through U; the schedule adds what reaches a state that is itself an operand. dparams: tiles [units, rows],
+    which the schedule sums over rows. operands: those of level 1 that are no state, again.
+``finish(dgx, dbefore, dparams, dv, saved, before, after, params, FAST) -> (dgx, dbefore, dparams)``
+    With what comes through the operands of level 1 that are no state, whose gradients are dv. None where there is none.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
+from ..form import Form
 from ..registry import get, names, register
 
 
 @dataclass(frozen=True)
-class Cell:
-    """The declaration of a cell. forward, backward, middle, backward_middle: @triton.jit functions (see the module)."""
+class Cell(Form):
+    """A form with its functions (see the module)."""
 
-    name: str
-    gates: int  # G: weight_ih and weight_hh have G*H rows
-    states: int  # 1: h; 2: h and c
-    saved: int  # tiles kept for backward
+    _: KW_ONLY
     forward: Any
     backward: Any
-    inner: int = 0  # trailing gates whose recurrent product does more than add to gx
-    first: int | None = None  # gates of the first product; None: all
-    middle: Any = None
-    backward_middle: Any = None
+    operands_1: Any = None
+    operands_2: Any = None
+    backward_2: Any = None
+    finish: Any = None
 
     def __post_init__(self) -> None:
-        if self.states not in (1, 2):
-            raise ValueError(f"cell {self.name!r}: states must be 1 (h) or 2 (h and c), got {self.states}")
-        if (self.first is None) != (self.middle is None) or (self.middle is None) != (self.backward_middle is None):
-            raise ValueError(f"cell {self.name!r}: first, middle and backward_middle go together")
-        if self.inner and self.first is not None:
-            raise ValueError(f"cell {self.name!r}: inner gates and a second product exclude each other")
+        problems = self.problems()
+        two = self.level < len(self.operands)
+        for name, wanted in (
+            ("operands_1", self.published),
+            ("operands_2", two),
+            ("backward_2", two),
+            ("finish", self.finishes),
+        ):
+            if (getattr(self, name) is not None) != wanted:
+                problems.append(f"{name} {'is missing' if wanted else 'is not asked for'}")
+        if problems:
+            raise ValueError(f"cell {self.name!r}: {'; '.join(problems)}")
+
+    # What is left of an older form, for the modules that do not know the new one yet: plan, plan_single, single, report
+    # and some tests.
 
     @property
     def split(self) -> int:
-        """Gates of the first product."""
-        return self.gates if self.first is None else self.first
+        """Products of level 1."""
+        return self.first_products
+
+    @property
+    def inner(self) -> int:
+        """Products that are apart."""
+        return len(self.apart)
+
+    @property
+    def first(self) -> int | None:
+        """Products of level 1; None without level 2."""
+        return self.first_products if self.level < len(self.operands) else None
 
 
 __all__ = ["Cell", "get", "names", "register"]

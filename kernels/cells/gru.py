@@ -6,12 +6,13 @@ r, z = sigmoid(gx + h U^T)     q = h U_n^T + b_hn     n = tanh(gx_n + r q)     h
 import triton
 import triton.language as tl
 
+from ..form import Operand
 from ..math import sigmoid, tanh
 from . import Cell, register
 
 
 @triton.jit
-def forward(gx, hu, states, FAST: tl.constexpr):
+def forward(gx, hu, states, params, FAST: tl.constexpr):
     r = sigmoid(gx[0] + hu[0], FAST)
     z = sigmoid(gx[1] + hu[1], FAST)
     n = tanh(gx[2] + r * hu[2], FAST)
@@ -19,7 +20,7 @@ def forward(gx, hu, states, FAST: tl.constexpr):
 
 
 @triton.jit
-def backward(dstates, dm, saved, states_prev, states, FAST: tl.constexpr):
+def backward(dstates, dm, saved, before, after, params, FAST: tl.constexpr):
     r, z, n, q = saved
     dh = dstates[0]
     # Products that occur twice are formed once.
@@ -27,8 +28,8 @@ def backward(dstates, dm, saved, states_prev, states, FAST: tl.constexpr):
     dn = through * (1.0 - n * n)
     dq = dn * r
     dr = dq * q * (1.0 - r)
-    dz = through * z * (states_prev[0] - n)
-    return (dr, dz, dn), (dr, dz, dq), (dh * z,)
+    dz = through * z * (before[0] - n)
+    return (dr, dz, dn), (dr, dz, dq), (dh * z,), (), ()
 
 
-GRU = register(Cell("gru", gates=3, states=1, saved=4, inner=1, forward=forward, backward=backward))
+GRU = register(Cell("gru", 3, 1, 4, (Operand(1, 3, 0),), (0, 1, -1), forward=forward, backward=backward))

@@ -7,12 +7,13 @@ c' = f c + i g                    h' = o tanh(c')
 import triton
 import triton.language as tl
 
+from ..form import Operand
 from ..math import sigmoid, tanh
 from . import Cell, register
 
 
 @triton.jit
-def forward(gx, hu, states, FAST: tl.constexpr):
+def forward(gx, hu, states, params, FAST: tl.constexpr):
     i = sigmoid(gx[0] + hu[0], FAST)
     f = sigmoid(gx[1] + hu[1], FAST)
     g = tanh(gx[2] + hu[2], FAST)
@@ -22,10 +23,10 @@ def forward(gx, hu, states, FAST: tl.constexpr):
 
 
 @triton.jit
-def backward(dstates, dm, saved, states_prev, states, FAST: tl.constexpr):
+def backward(dstates, dm, saved, before, after, params, FAST: tl.constexpr):
     i, f, g, o = saved
     dh = dstates[0]
-    tc = tanh(states[1], FAST)
+    tc = tanh(after[1], FAST)
     # Products that occur twice are formed once.
     dtc = dh * o
     dc = dstates[1] + dtc * (1.0 - tc * tc)
@@ -33,11 +34,11 @@ def backward(dstates, dm, saved, states_prev, states, FAST: tl.constexpr):
     dcf = dc * f
     d = (
         dci * g * (1.0 - i),
-        dcf * states_prev[1] * (1.0 - f),
+        dcf * before[1] * (1.0 - f),
         dci * (1.0 - g * g),
         dtc * tc * (1.0 - o),
     )
-    return d, d, (tl.zeros_like(dh), dcf)
+    return d, d, (tl.zeros_like(dh), dcf), (), ()
 
 
-LSTM = register(Cell("lstm", gates=4, states=2, saved=4, forward=forward, backward=backward))
+LSTM = register(Cell("lstm", 4, 2, 4, (Operand(1, 4, 0),), (0, 1, 2, 3), forward=forward, backward=backward))

@@ -12,7 +12,11 @@ from collections import Counter
 from collections.abc import Iterable
 from itertools import combinations
 
-LEAVES = ("gx", "hu", "before", "dstate", "dm")  # a leaf's one argument is its number
+# A leaf's one argument is its number. The first three backward does not have, the next two it has; the others are
+# gradients: of the states after a step, of operands, and (for `finish`) those that are not complete yet.
+FORWARD = ("gx", "input", "hu")
+OUTER = ("dstate", "dm", "dv", "dgx", "dinput", "dbefore", "dparam")
+LEAVES = (*FORWARD, "before", "param", *OUTER)
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 BOOLEAN = (*COMPARISONS, "and", "or", "not")
 
@@ -28,7 +32,7 @@ class Value:
 
     def __init__(self, op: str, args: tuple[object, ...], index: int) -> None:
         self.op, self.args, self.index = op, args, index
-        self.gradient: bool = op in ("dstate", "dm") or any(v.gradient for v in self.inputs)
+        self.gradient: bool = op in OUTER or any(v.gradient for v in self.inputs)
 
     @property
     def inputs(self) -> tuple[Value, ...]:
