@@ -17,8 +17,8 @@ import torch
 import seqcells
 
 from . import backends, explanation, precisions, reference
-from .cell import Cell, get
-from .kernels.plan import KNOWN
+from .cell import Cell, named
+from .kernels.devices import KNOWN
 from .tasks import TASKS
 from .tasks.base import CELLS
 
@@ -132,7 +132,7 @@ def _found(name: str) -> Cell:
     """The cell of that name; of FILE.py:NAME or MODULE:NAME, the one defined there."""
     where, _, name = name.rpartition(":")
     if not where:
-        return get(name.replace("-", "_"))
+        return named(name.replace("-", "_"))
     made = runpy.run_path(where) if where.endswith(".py") else vars(importlib.import_module(where))
     if not isinstance(made.get(name), Cell):
         raise ValueError(f"--cell {where}:{name}: there is no cell {name!r} in {where}")

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from . import arguments, aten, backends, checks, fallback, precisions, reference
-from .kernels.plan import KNOWN, Plan, known
+from .kernels.devices import KNOWN, known
+from .kernels.plan import Plan
 
 WIDTH = 80  # of a printed line
 
@@ -70,7 +71,7 @@ def explain(
 
     cell, batch, hidden_size, dtype, resets, backend: of the scan.
     device: a torch device, or a GPU that need not be present by its name or architecture, in any case: "H100", "sm_90",
-    "RTX 4090" (kernels.plan.KNOWN has all).
+    "RTX 4090" (kernels.devices.KNOWN has all).
     groups: of `scan_groups`. steps: None, many. lengths: of a batch with little padding. grad: in training. precision:
     as in `scan`. Raises as `scan` does, and ValueError for an unknown device.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, explanation, functional, reference
-from .cell import Cell, get
+from .cell import Cell, named
 
 # Largest relative error ||a - b|| / ||b|| against float64 on the same (rounded) inputs. Half precision: a few roundings
 # of 2^-8 (bfloat16) or 2^-11 (float16) a value, gathered over the steps. "tf32": products rounded to 2^-11. "tf32x3":
@@ -43,7 +43,7 @@ def tolerance(cell: str | Cell, dtype: torch.dtype | str, shape: Shape) -> float
     _check_shape(cell, shape)
     if not isinstance(dtype, (str, torch.dtype)) or dtype not in TOLERANCE:
         raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(map(str, TOLERANCE))}")
-    if dtype in (torch.float64, "tf32x3") or not _ROUGH & get(cell).operations:
+    if dtype in (torch.float64, "tf32x3") or not _ROUGH & named(cell).operations:
         return TOLERANCE[dtype]
     # float16 rounds as TF32 does.
     low = torch.float16 if dtype == "tf32" else dtype
@@ -72,7 +72,7 @@ LARGE = (
 
 
 def _check_shape(cell: str | Cell, shape: Shape) -> None:
-    get(cell)
+    named(cell)
     if not isinstance(shape, Shape):
         raise checks.wrong("shape", "a Shape", shape)
 
@@ -80,7 +80,7 @@ def _check_shape(cell: str | Cell, shape: Shape) -> None:
 def names(cell: str | Cell) -> list[str]:
     """What `inputs` makes: x, w_ih, w_hh, b_ih, b_hh (those that the cell has), the states before the first step as h0,
     then trained vectors and per-step inputs by their own names."""
-    known = get(cell)
+    known = named(cell)
     weights = {"w_ih": known.x_gates, "w_hh": known.u_gates}
     weights |= {"b_ih": _biased(known, known.x_gates), "b_hh": _biased(known, known.u_gates)}
     starts = [f"{state}0" for state in known.states]
@@ -93,7 +93,7 @@ def _biased(cell: Cell, gates: tuple[str, ...]) -> tuple[str, ...]:
 
 def outputs(cell: str | Cell) -> list[str]:
     """y, and each final state as h_n."""
-    return ["y", *(f"{state}_n" for state in get(cell).states)]
+    return ["y", *(f"{state}_n" for state in named(cell).states)]
 
 
 def inputs(
@@ -110,7 +110,7 @@ def inputs(
     checks.device(device)
     checks.number("scale", scale)
     checks.integer("seed", seed)
-    known, generator = get(cell), torch.Generator().manual_seed(seed)
+    known, generator = named(cell), torch.Generator().manual_seed(seed)
     T, B, I, H = shape.T, shape.B, shape.I, shape.H  # noqa: E741
     sizes: dict[str, tuple[float, tuple[int, ...]]] = {
         "x": (1.0, (T, B, I)),
@@ -134,7 +134,7 @@ def scan(cell: str | Cell, tensors: Sequence[Tensor], *, backend: str | None, **
 
     backend: None is the reference with every operation rounded to the tensors' dtype. options: of functional.scan.
     """
-    known, given = get(cell), dict(zip(names(cell), tensors, strict=True))
+    known, given = named(cell), dict(zip(names(cell), tensors, strict=True))
     states = tuple(given[f"{state}0"] for state in known.states)
     weights = [given.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
     extras: Any = {"params": {n: given[n] for n in known.params}, "inputs": {n: given[n] for n in known.inputs}}
@@ -281,7 +281,7 @@ def _worst(
             how: dict[str, Any] = {"save": save, "precision": precision, **masked}
             found = errors(cell, shape, dtype, device, backend=backend, **how)
             worst = {n: max(e, worst.get(n, 0.0)) for n, e in found.items()}
-    return Result(get(cell).name, backend, str(kind).removeprefix("torch."), worst, allowed)
+    return Result(named(cell).name, backend, str(kind).removeprefix("torch."), worst, allowed)
 
 
 def table(results: Sequence[Result]) -> str:
@@ -360,4 +360,4 @@ def derivatives(cell: str | Cell, device: str, backends: Sequence[str] = BACKEND
             torch.autograd.gradcheck(function, tensors, fast_mode=True)
             torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
         except RuntimeError as error:  # torch.autograd.gradcheck.GradcheckError is one
-            raise AssertionError(f"{get(cell).name}, {backend}: {error}") from error
+            raise AssertionError(f"{named(cell).name}, {backend}: {error}") from error

@@ -12,7 +12,8 @@ from shapes import CELLS, SCHEDULES, spread
 from seqcells import check, functional
 from seqcells.check import Shape, errors, relative, tolerance
 from seqcells.kernels import cells, grid, scan, stepwise
-from seqcells.kernels.plan import KNOWN, plan
+from seqcells.kernels.devices import KNOWN
+from seqcells.kernels.plan import plan
 
 # Three programs a batch tile at least and two tiles; H that fills its last program and that does not.
 SHAPES = [

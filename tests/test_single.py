@@ -12,7 +12,8 @@ from test_kernels import Guards
 from seqcells import check, reference
 from seqcells.check import TOLERANCE, Shape
 from seqcells.kernels import cells, scan, single
-from seqcells.kernels.plan import INTERPRETER, KNOWN, PRECISIONS, plan
+from seqcells.kernels.devices import INTERPRETER, KNOWN
+from seqcells.kernels.plan import PRECISIONS, plan
 from seqcells.kernels.plan_single import plan_single, shared_bytes, slots, unfit
 
 NAMES = ["lstm", "gru", "rnn_tanh", "rnn_relu"]
