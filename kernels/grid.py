@@ -1,7 +1,10 @@
 """Schedule `grid`: one launch walks the whole sequence with U spread over the device, a barrier a step.
 
-Each program owns BLOCK_H hidden units with all their gates, of BLOCK_B batch rows and one group, and keeps its slice of
-U on chip. What the others need of a step (h forward, the gates' gradients backward) goes through global memory and L2.
+Each program owns BLOCK_H hidden units with all their gates, of BLOCK_B batch rows and one group, and keeps its slices
+of U on chip (see `slices`). What the others need of a step goes through global memory and L2, with a barrier before it
+is read: forward the operands of level 1 through v (where that is h alone, it is in y), then those of level 2 through m;
+backward the gradients of the products of level 2, then of level 1, in dgx and dhu, where they belong anyhow. A cell
+without a product has no barrier: its units are spread, and know nothing of each other.
 
 The barrier
 -----------
@@ -13,8 +16,12 @@ writer's release by the block barrier in `arrive` (Triton up to 3.8 puts none th
 what its own thread knows of), (3) made visible to the device by the release, which is cumulative, (4) seen by the
 reader's one polling thread, whose acquire reads a counter that includes that release, (5) handed to the reader's other
 warps by the block barrier in `wait`, and (6) read with `.cg`, from L2: an older copy in the first-level cache is
-never looked at. Each location is written once a launch (y has a row a step), but the operand of a second product, which
-is rewritten a step later: between a program's reads of it and any program's next write lies the barrier after y.
+never looked at.
+
+No write is early. y, dgx and dhu have a row a step, and each location of them is written once a launch (which part of
+a backward step stores a tile of dgx says `_stored_in`). v is rewritten two steps later (it is two, used in turn) and
+forward's m one step later: in between lies another barrier, at which a program arrives when it has read them, and after
+which they are written. All else that is stored no other program reads.
 
 No program waits for ever. All are on the device at once, or the cooperative launch fails and none starts; between two
 waits a program does finite work and then arrives; so the counter reaches every target. Launches do not share counters:
@@ -24,13 +31,17 @@ Without a device the interpreter runs programs one after another and a barrier w
 of a step between two barriers, and a launch does that part of one step only. Parts hand each other what registers
 would hold through `sh`, `sc` and `hu_first`; the code is the same.
 
-Shapes are those of `resident`; scratch is that of `stepwise`; counter [groups * batch tiles] int32, zero.
+Shapes are those of `resident`; scratch is that of `stepwise`, but
+    v            [2, B, K, .*H]  the operands of level 1 (forward), in the data's type; of step t in v[t % 2]
+    m            [B, K, .*H]     the operands of level 2 (forward)
+    dparams      [batch tiles, K, P*H]  added to at the end of a launch
+    counter      [groups * batch tiles] int32, zero
 """
 
 import triton
 import triton.language as tl
 
-from .slices import operand_products, operand_slice, segment_slices, through_u
+from .slices import operand_products, operand_slices, segment_slices, through_u
 from .tiles import (
     add_outer,
     add_params,
@@ -65,11 +76,13 @@ def arrive(counter_ptr):
 
 @triton.jit
 def wait(counter_ptr, target):
-    """Until the counter reaches target; then every load sees what was published. See the module's docstring."""
+    """Until the counter reaches target; then every load sees what was published. See the module's docstring. Returns
+    the next target."""
     # An atomic that adds nothing is the portable acquiring load.
     while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < target:
         pass
     tl.debug_barrier()
+    return target + tl.num_programs(0)
 
 
 @triton.constexpr_function
@@ -118,6 +131,7 @@ def forward_kernel(
     SECOND: tl.constexpr = OPERANDS - LEVEL
     FIRST_PRODUCTS: tl.constexpr = first_product(GATES, LEVEL)
     WAITS: tl.constexpr = PHASE == -1 and OPERANDS > 0
+    LAST: tl.constexpr = 2 if SECOND > 0 else 1  # the part that ends the step
     # The next step's input is asked for before a wait: for the operands of others, which needs this step's; or for y.
     EARLY: tl.constexpr = PUBLISHED or OPERANDS == 0
     if OPERANDS > 0:
@@ -161,9 +175,7 @@ def forward_kernel(
     if bias_ptr is not None:
         bias_ptr += group * (apart_before(ADDS, len(ADDS)) * H)
 
-    U = ()
-    for n in tl.static_range(OPERANDS):
-        U = U + (operand_slice(u_ptr, unit0, first_product(GATES, n), GATES[n], H, BLOCK_H, CHUNKS[n], PRECISION),)
+    U = operand_slices(u_ptr, unit0, GATES, H, BLOCK_H, CHUNKS, PRECISION)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), ADDS, H)
     if PARAMS > 0:
         params_ptr += group * (PARAMS * H)
@@ -196,21 +208,19 @@ def forward_kernel(
                 REVERSED, HOLDS,
             )  # fmt: skip
         if PUBLISHED and WAITS:
-            wait(counter_ptr, target)
-            target += tl.num_programs(0)
+            target = wait(counter_ptr, target)
         hu = ()
         if PHASE == -1 or PHASE == 1:
-            for n in tl.static_range(LEVEL):
-                if PUBLISHED:
-                    hu = hu + operand_products(
-                        U[n], v_ptr + (i % 2) * (per_step * LEVEL) + n * H, row * (GROUPS * LEVEL * H), valid, start,
-                        first_product(GATES, n), GATES[n], ACC, BLOCK_H, BLOCK_B, H, CHUNKS[n], False, PRECISION,
-                    )  # fmt: skip
-                else:
-                    hu = hu + operand_products(
-                        U[n], y_ptr, row * (GROUPS * H), kept(code_now, HOLDS), start,
-                        first_product(GATES, n), GATES[n], ACC, BLOCK_H, BLOCK_B, H, CHUNKS[n], mask_ptr is not None, PRECISION,
-                    )  # fmt: skip
+            if PUBLISHED:
+                hu = operand_products(
+                    U, v_ptr + (i % 2) * (per_step * LEVEL), row * (GROUPS * LEVEL * H), valid, start, GATES, 0, LEVEL,
+                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, PRECISION,
+                )  # fmt: skip
+            else:
+                hu = operand_products(
+                    U, y_ptr, row * (GROUPS * H), kept(code_now, HOLDS), start, GATES, 0, LEVEL,
+                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, mask_ptr is not None, PRECISION,
+                )  # fmt: skip
         if PHASE == 2:
             hu = load_tiles(hu_first_ptr, at_first, mask, FIRST_PRODUCTS, H, ACC)
         if SECOND > 0:
@@ -221,15 +231,13 @@ def forward_kernel(
                 store_tiles(hu_first_ptr, at_first, mask, hu, 0, FIRST_PRODUCTS, H)
             if WAITS:
                 arrive(counter_ptr)
-                wait(counter_ptr, target)
-                target += tl.num_programs(0)
+                target = wait(counter_ptr, target)
             if PHASE == -1 or PHASE == 2:
-                for n in tl.static_range(LEVEL, OPERANDS):
-                    hu = hu + operand_products(
-                        U[n], m_ptr + (n - LEVEL) * H, row * (GROUPS * SECOND * H), valid, start,
-                        first_product(GATES, n), GATES[n], ACC, BLOCK_H, BLOCK_B, H, CHUNKS[n], False, PRECISION,
-                    )  # fmt: skip
-        if PHASE == -1 or PHASE == (2 if SECOND > 0 else 1):
+                hu = hu + operand_products(
+                    U, m_ptr, row * (GROUPS * SECOND * H), valid, start, GATES, LEVEL, OPERANDS,
+                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, PRECISION,
+                )  # fmt: skip
+        if PHASE == -1 or PHASE == LAST:
             new, saved = STEP(gx, hu, states, params, FAST)
             states, stored = after_step(new, states, code_now, group, STATES, REVERSED, HOLDS)
             y_ptr += forth
@@ -253,8 +261,7 @@ def forward_kernel(
                     TYPE, REVERSED, HOLDS,
                 )  # fmt: skip
             if WAITS and not PUBLISHED:
-                wait(counter_ptr, target)
-                target += tl.num_programs(0)
+                target = wait(counter_ptr, target)
 
     tl.debug_barrier()  # sh and sc are in place (see `stepwise`), and a launch may be less than a step
     store_tiles(sh_ptr, at_state, mask, states, 0, 1, 0)
@@ -327,6 +334,7 @@ def backward_kernel(
     M: tl.constexpr = FIRST_M + SECOND
     APART: tl.constexpr = apart_before(ADDS, len(ADDS))
     WAITS: tl.constexpr = PHASE == -1 and OPERANDS > 0
+    LAST: tl.constexpr = 1 if FINISH is None else 2  # the part that knows all gradients of the trained vectors
     STEPS: tl.constexpr = (PHASE == -1 or PHASE == 1) or (PHASE == 2 and FINISH is not None)
     if OPERANDS > 0:
         counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
@@ -384,8 +392,7 @@ def backward_kernel(
     after = load_tiles(y_ptr - forth, at_h, mask, 1, 0, ACC)
     if STATES > 1:
         dstates = dstates + load_tiles(dsc_ptr, at_others, mask, STATES - 1, H, ACC)
-        others = load_tiles(c_ptr - forth * (STATES - 1), at_c, mask, STATES - 1, H, ACC)
-        after = after + others
+        after = after + load_tiles(c_ptr - forth * (STATES - 1), at_c, mask, STATES - 1, H, ACC)
     dy, dcs, loaded, words = _load_step(
         dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_c, at_s, mask, H, STATES, WORDS
     )
@@ -411,12 +418,11 @@ def backward_kernel(
                 store_tiles(m_ptr + FIRST_M * H, at_m, mask, operands_2, 0, SECOND, H)
                 for n in tl.static_range(FIRST_PRODUCTS, PRODUCTS):
                     if ADDS[n] >= 0:
-                        store_tiles(dgx_ptr + ADDS[n] * H, at_g, mask, dhu_2, n - FIRST_PRODUCTS, n - FIRST_PRODUCTS + 1, 0)
+                        tl.store(dgx_ptr + at_g + ADDS[n] * H, dhu_2[n - FIRST_PRODUCTS].to(TYPE), mask=mask)
                 _store_apart(dhu_ptr, at_i, mask, dhu_2, FIRST_PRODUCTS, PRODUCTS, ADDS, H)
             if WAITS:
                 arrive(counter_ptr)
-                wait(counter_ptr, target)
-                target += tl.num_programs(0)
+                target = wait(counter_ptr, target)
             if STEPS:
                 for n in tl.static_range(LEVEL, OPERANDS):
                     dm = dm + (through_u(
@@ -448,8 +454,7 @@ def backward_kernel(
             dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_c, at_s, ahead, H, STATES, WORDS
         )
         if WAITS:
-            wait(counter_ptr, target)
-            target += tl.num_programs(0)
+            target = wait(counter_ptr, target)
         if PHASE == -1 or PHASE == 2:
             dv = ()
             for n in tl.static_range(LEVEL):
@@ -470,11 +475,10 @@ def backward_kernel(
                         SEGMENTS, CHUNKS, PRECISION,
                     )  # fmt: skip
                     dstates = replace_tile(dstates, STATE_OF[n], d)
-        if PHASE == -1 or PHASE == (1 if FINISH is None else 2):
+        if PHASE == -1 or PHASE == LAST:
             sums = add_params(sums, dparams, valid, code, HOLDS)
-        if mask_ptr is not None:
-            if PHASE == -1 or PHASE == 2:
-                dstates = keep_rows(dstates, kept(code, HOLDS), STATES)
+        if mask_ptr is not None and (PHASE == -1 or PHASE == 2):
+            dstates = keep_rows(dstates, kept(code, HOLDS), STATES)
         dgx_ptr += forth * G
         if APART > 0:
             dhu_ptr += forth * APART

@@ -101,9 +101,9 @@ def chunks(columns: int, rows: int, most: int) -> tuple[int, ...]:
 
 
 def slices(cell: Form, H: int, block_h: int, backward: bool) -> list[tuple[int, int]]:
-    """(rows, columns) of the slices of U that a `grid` program holds. Forward one for each operand: a product is a row a
-    unit, padded to a power of two. Backward one for each segment: the units are the rows, and the products lie side by
-    side."""
+    """(rows, columns) of the slices of U that a `grid` program holds. Forward one for each operand: a product is a row
+    a unit, padded to a power of two. Backward one for each segment: the units are the rows, and the products lie side
+    by side."""
     if backward:
         return [(block_h, segment.count * H) for segment in cell.segments]
     return [(block_h * _power_of_2(operand.products, 1, 1 << 10), H) for operand in cell.operands]
@@ -330,9 +330,9 @@ class _Problem:
             return self._spread()
         floor, chosen, needed = min(self._grids(), key=lambda found: found[0].total)
         why = (
-            f"U ({self.products}x{self.H}x{self.H}) is spread over {chosen.programs} programs of {GRID_UNITS} units and "
-            f"{chosen.block_b} rows, {needed // KB} KB of {self.device.shared // KB} KB of shared memory each, with a "
-            f"barrier a step; {floor}"
+            f"U ({self.products}x{self.H}x{self.H}) is spread over {chosen.programs} programs of {GRID_UNITS} units "
+            f"and {chosen.block_b} rows, {needed // KB} KB of {self.device.shared // KB} KB of shared memory each, "
+            f"with a barrier a step; {floor}"
         )
         return replace(chosen, why=why, waits=True)
 
@@ -351,8 +351,8 @@ class _Problem:
         floor = self.floor(0, SHARED_RATE, block_b, block_h, 0, 0, 0.0)
         us = max(floor.total, _ceil(programs(), device.processors) * (floor.total - floor.chain))
         why = (
-            f"without a product no unit needs another: {programs()} programs of {block_h} units and {block_b} rows walk all "
-            f"steps by themselves; {floor}"
+            f"without a product no unit needs another: {programs()} programs of {block_h} units and {block_b} rows "
+            f"walk all steps by themselves; {floor}"
         )
         num_warps = max(1, min(4, block_h * block_b // 128))
         return self.made("grid", (block_h, block_b, 16), num_warps, 1, programs(), why, us)

@@ -128,7 +128,8 @@ def launches(case: Case) -> list[scan.Launch]:
     params = empty(K, cell.params * H) if cell.params else None
     others = empty(K, B, (cell.states - 1) * H) if cell.states > 1 else None
     back = 2 if K == 2 else 0  # two groups: a layer's directions
-    options: dict[str, Any] = {"plan": chosen, "precision": case.precision, "launch": note, "reversed": back, "params": params}
+    options: dict[str, Any] = {"plan": chosen, "precision": case.precision, "launch": note, "reversed": back}
+    options["params"] = params
     if case.direction in STEPS:
         assert isinstance(chosen, plan_single.Single)
         x, w, b = empty(B, inputs(case)), empty(cell.gates * H, inputs(case)), empty(cell.gates * H)

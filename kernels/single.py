@@ -195,7 +195,7 @@ def kernel(
             with_w = _add_bias(b_hh_ptr, units, with_w, H, _product_in(n, G, ADDS))
         gx = gx + (with_w,)
     for n in tl.static_range(len(ADDS)):
-        if ADDS[n] >= 0:
+        if ADDS[n] >= 0:  # noqa: SIM108  (Triton takes one of two expressions for the other's type, too)
             hu = hu + (zero,)
         else:
             hu = hu + (_add_bias(b_hh_ptr, units, sums[_slot_of(n, G, ADDS)], H, n),)
@@ -270,12 +270,12 @@ def forward(
     through = input_precision or precision
     # Together, rows of different alignment would both be loaded as the worse allows.
     fused = through == precision and gcd(I * size, 16) == gcd(H * size, 16)
-    two = cell.states > 1
     arguments: dict[str, Any] = {
         "x_ptr": _aligned(x), "w_ptr": _aligned(w_ih), "u_ptr": _aligned(w_hh), "b_ih_ptr": _aligned(b_ih),
         "b_hh_ptr": _aligned(b_hh), "params_ptr": _aligned(params), "h0_ptr": _aligned(h0),
-        "c0_ptr": _aligned(c0) if two else None, "y_ptr": out.y, "c_ptr": out.c, "saved_ptr": out.saved, "hn_ptr": out.hn, "cn_ptr": out.cn, "B": B, "I": I,
-        "H": H, "BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b, "BLOCK_K": plan.block_k,
+        "c0_ptr": _aligned(c0) if cell.states > 1 else None, "y_ptr": out.y, "c_ptr": out.c, "saved_ptr": out.saved,
+        "hn_ptr": out.hn, "cn_ptr": out.cn, "B": B, "I": I, "H": H, "BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b,
+        "BLOCK_K": plan.block_k,
     }  # fmt: skip
     arguments |= {"FUSED": fused, "ACC": ACCUMULATE[x.dtype], "INPUT_PRECISION": through, "PRECISION": precision}
     arguments |= {"G": cell.gates, "ADDS": cell.adds, "OPERAND": cell.operands[0].state if cell.operands else -1}

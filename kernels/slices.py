@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .math import operand, product
-from .tiles import gate_rows, split_gates
+from .tiles import first_product, gate_rows, split_gates
 
 
 @triton.jit
@@ -110,7 +110,7 @@ def _product(
 
 
 @triton.jit
-def operand_slice(
+def _operand_slice(
     u_ptr, unit0, FROM: tl.constexpr, COUNT: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
     CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -121,17 +121,46 @@ def operand_slice(
 
 
 @triton.jit
-def operand_products(
+def operand_slices(
+    u_ptr, unit0, GATES: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, CHUNKS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program's rows of U, a slice an operand. GATES: the products of each."""
+    out = ()
+    for n in tl.static_range(len(GATES)):
+        first = first_product(GATES, n)
+        out = out + (_operand_slice(u_ptr, unit0, first, GATES[n], H, BLOCK_H, CHUNKS[n], PRECISION),)
+    return out
+
+
+@triton.jit
+def _operand_products(
     U, x_ptr, at_row, keep, start, FROM: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr, BLOCK_H: tl.constexpr,
     BLOCK_B: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """start + its products, as a tuple."""
+    """start + the COUNT products of one operand, as a tuple."""
     PADDED: tl.constexpr = triton.next_power_of_2(COUNT)
     acc = _product(U, x_ptr, at_row, keep, ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK, MASKED, PRECISION)
     sums = split_gates(acc, COUNT, PADDED, BLOCK_H, BLOCK_B)
     out = ()
     for n in tl.static_range(COUNT):
         out = out + (sums[n] + start[FROM + n],)
+    return out
+
+
+@triton.jit
+def operand_products(
+    U, x_ptr, at_row, keep, start, GATES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, H: tl.constexpr, CHUNKS: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """start + the products of the operands FROM..TO, as a tuple; the operands lie side by side at x_ptr + at_row."""
+    out = ()
+    for n in tl.static_range(FROM, TO):
+        out = out + _operand_products(
+            U[n], x_ptr + (n - FROM) * H, at_row, keep, start, first_product(GATES, n), GATES[n], ACC, BLOCK_H, BLOCK_B,
+            H, CHUNKS[n], MASKED, PRECISION,
+        )  # fmt: skip
     return out
 
 

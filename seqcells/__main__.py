@@ -16,8 +16,8 @@ import torch
 
 import seqcells
 
-from . import backends, explanation, precisions, reference
-from .cell import Cell, named
+from . import backends, explanation, precisions
+from .cell import BUILT_IN, Cell, named
 from .kernels.devices import KNOWN
 from .tasks import TASKS
 from .tasks.base import CELLS
@@ -87,7 +87,7 @@ def info(_: argparse.Namespace) -> int:
         print("triton not installed: pip install triton (Linux)")
     print(f"device {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}")
     device = torch.device(_default_device())
-    for cell in reference.CELLS:
+    for cell in BUILT_IN:
         chosen = explanation.explain(cell, batch=32, hidden_size=128, device=device)
         print(f"{cell:<11} {chosen.backend:<9} because {chosen.why}")
     return 0
@@ -113,7 +113,7 @@ def check(options: argparse.Namespace) -> int:
     kinds = testing.kinds(device, options.dtype)
     print(f"largest relative errors against the float64 reference ({where}):\n")
     results = []
-    cells = [_found(name) for name in options.cell or reference.CELLS]
+    cells = [_found(name) for name in options.cell or BUILT_IN]
     with bar(total=len(cells) * len(testing.BACKENDS) * len(kinds), desc="check") as progress, testing.poisoned():
         for result in testing.sweep(device, cells, options.dtype):
             results.append(result)
@@ -260,7 +260,7 @@ def main(argv: list[str] | None = None) -> int:
 
     p = commands.add_parser("check", help=check.__doc__)
     p.add_argument("--device", help="cpu (Triton's interpreter) or cuda; default: cuda if there is one")
-    named = [n.replace("_", "-") for n in reference.CELLS]
+    named = [n.replace("_", "-") for n in BUILT_IN]
     where = "only this cell, by its name or as FILE.py:NAME or MODULE:NAME (may be repeated); with gradcheck"
     p.add_argument("--cell", action="append", help=where)
     p.add_argument("--dtype", action="append", type=_dtype(*DTYPES), help="only this one (may be repeated)")

@@ -130,28 +130,31 @@ def _listed(given: Any) -> Tensor:
 # Functions
 
 
-def types(x: Any, states: Any, weights: dict[str, Any], rank: int | None = 3) -> None:
-    """x, states and weights (by name) of a scan: tensors where they must be, x of that rank if one is given."""
+def types(x: Any, states: Any, weights: dict[str, Any], rank: int | None = 3, missing: Sequence[str] = ()) -> None:
+    """x, states and weights (by name) of a scan: tensors where they must be, x of that rank if one is given.
+
+    missing: of the weights, those that the cell has not."""
     checks.tensor("x", x)
     if rank is not None and x.dim() != rank:
         raise RuntimeError(f"input must have {rank} dimensions, got {x.dim()}")
     if states is not None:
         checks.tensors("states", states, "a tuple of tensors or None", optional=True)
     for name, weight in weights.items():
-        checks.tensor(name, weight, optional=name.startswith("b_"))
+        checks.tensor(name, weight, optional=name.startswith("b_") or name in missing)
 
 
 def fit(
     x: Tensor,
     states: Sequence[Tensor | None],
     weights: Sequence[Tensor | None],
-    gates: int,
-) -> None:
+    rows: Sequence[int],
+) -> tuple[int, int]:
     """Raise what torch.nn raises, in its words where it has some, where shapes, dtypes and devices do not fit.
 
-    x [T, B, I]; states [B, .]; weights: w_ih, w_hh, b_ih, b_hh (and w_hr).
+    x [T, B, I]; states [B, .]; weights: w_ih, w_hh, b_ih, b_hh (and w_hr). rows: of the four in units of H.
+    Gives H and the size of h.
     """
-    inner, outer = _fit_weights(weights, gates)
+    inner, outer = _fit_weights(weights, rows)
     w_ih = weights[0]
     assert w_ih is not None
     if x.dtype != w_ih.dtype:
@@ -165,25 +168,35 @@ def fit(
     together(x, states, weights)
     for i, s in enumerate(states):
         expected = (x.shape[1], inner if i else outer)
-        if s is not None and s.shape != expected:
+        if s is not None and s.shape != expected and (inner or s.dim() != 2 or s.shape[0] != expected[0]):
             raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(s.shape)}")
+    return inner, outer
 
 
-def _fit_weights(weights: Sequence[Tensor | None], gates: int) -> tuple[int, int]:
+def _fit_weights(weights: Sequence[Tensor | None], rows: Sequence[int]) -> tuple[int, int]:
     """H and the size of h, by the weights; RuntimeError where those do not fit one another."""
     w_ih, w_hh, b_ih, b_hh, *projection = weights
-    if w_ih is None or w_hh is None:
+    of_x, of_u, *of_biases = rows
+    if w_ih is None or (w_hh is None and of_u):
         raise checks.wrong("w_ih and w_hh", "tensors", None)
-    outer = inner = w_hh.shape[-1] if w_hh.dim() else 0
-    if projection and projection[0] is not None:
-        outer, inner = projection[0].shape
-    if w_hh.dim() != 2 or w_hh.shape != (gates * inner, outer) or inner == 0:
-        raise RuntimeError(f"w_hh must have shape ({gates}*H, {'P' if projection else 'H'}), got {tuple(w_hh.shape)}")
-    if w_ih.dim() != 2 or w_ih.shape[0] != gates * inner:
-        raise RuntimeError(f"w_ih must have shape ({gates * inner}, input_size), got {tuple(w_ih.shape)}")
-    for name, b in (("b_ih", b_ih), ("b_hh", b_hh)):
-        if b is not None and b.shape != (gates * inner,):
-            raise RuntimeError(f"{name} must have shape ({gates * inner},), got {tuple(b.shape)}")
+    if w_hh is None:
+        outer = inner = w_ih.shape[0] // of_x if w_ih.dim() and of_x else 0
+    else:
+        if not of_u:
+            raise RuntimeError(f"w_hh must be None: the cell has no recurrent product, got {list(w_hh.shape)}")
+        outer = inner = w_hh.shape[-1] if w_hh.dim() else 0
+        if projection and projection[0] is not None:
+            outer, inner = projection[0].shape
+        if w_hh.dim() != 2 or w_hh.shape != (of_u * inner, outer) or inner == 0:
+            raise RuntimeError(
+                f"w_hh must have shape ({of_u}*H, {'P' if projection else 'H'}), got {tuple(w_hh.shape)}"
+            )
+    if w_ih.dim() != 2 or w_ih.shape[0] != of_x * inner or (inner == 0 and of_x):
+        known = of_x * inner if of_u else f"{of_x}*H"
+        raise RuntimeError(f"w_ih must have shape ({known}, input_size), got {tuple(w_ih.shape)}")
+    for name, b, n in zip(("b_ih", "b_hh"), (b_ih, b_hh), of_biases, strict=True):
+        if b is not None and b.shape != (n * inner,):
+            raise RuntimeError(f"{name} must have shape ({n * inner},), got {tuple(b.shape)}")
     return inner, outer
 
 

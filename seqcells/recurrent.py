@@ -18,7 +18,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import arguments, checks, functional, layer_arguments, masks, modules, packing, plain
+from . import arguments, checks, functional, layer_arguments, modules, packing, plain
 from .cell import Cell, get
 from .functional import How
 
@@ -326,9 +326,6 @@ class Recurrent(modules.Module):
             x = x.transpose(0, 1)
             resets = None if resets is None else resets.t()
             more = {name: t.transpose(0, 1) for name, t in more.items()}
-        if lengths is not None and more:  # each layer is given them, and a layer above the first has no padding to mask
-            past = masks.ended(lengths, x.shape[0])
-            more = {n: t.masked_fill(past.reshape(*past.shape, *(1,) * (t.dim() - 2)), 0) for n, t in more.items()}
         y, final, every = self._layers(layers, x, given, How(resets=resets, lengths=lengths), states, more)
         if not batched:
             return y[:, 0], tuple(s[:, 0] for s in final), None if every is None else tuple(s[:, 0] for s in every)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, explanation, functional, reference
-from .cell import Cell, named
+from .cell import BUILT_IN, Cell, named
 
 # Largest relative error ||a - b|| / ||b|| against float64 on the same (rounded) inputs. Half precision: a few roundings
 # of 2^-8 (bfloat16) or 2^-11 (float16) a value, gathered over the steps. "tf32": products rounded to 2^-11. "tf32x3":
@@ -137,11 +137,14 @@ def scan(cell: str | Cell, tensors: Sequence[Tensor], *, backend: str | None, **
     known, given = named(cell), dict(zip(names(cell), tensors, strict=True))
     states = tuple(given[f"{state}0"] for state in known.states)
     weights = [given.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
-    extras: Any = {"params": {n: given[n] for n in known.params}, "inputs": {n: given[n] for n in known.inputs}}
+    params, steps = ({n: given[n] for n in wanted} for wanted in (known.params, known.inputs))
     if backend is None:
-        rounded: Any = {n: options[n] for n in ("resets", "lengths") if n in options}
-        y, final = reference.scan_rounded(known, given["x"], states, *weights, **extras, **rounded)
+        wide = (t if t.dim() == 3 else t[..., None].expand(*t.shape, states[0].shape[-1]) for t in steps.values())
+        rounded: Any = {n: options.get(n) for n in ("resets", "lengths")}
+        rounded |= {"params": tuple(params.values()), "inputs": tuple(wide)}
+        y, final = reference.scan(reference.step_of(known), given["x"], states, *weights, **rounded)
     else:
+        extras: Any = {"params": params, "inputs": steps}
         y, final = functional.scan(known, given["x"], states, *weights, **extras, backend=backend, **options)
     return y, *final
 
@@ -257,7 +260,7 @@ def sweep(
     a cell gives no result.
     """
     shapes = LARGE if torch.device(device).type == "cuda" else SMALL
-    for cell in cells or list(reference.CELLS):
+    for cell in cells or BUILT_IN:
         for backend in backends:
             for kind in kinds(device, dtypes):
                 if (found := _worst(cell, backend, kind, device, shapes)).errors:

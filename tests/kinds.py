@@ -149,15 +149,15 @@ def _all_forward(gx, hu, states, params, FAST: tl.constexpr):
 
 @triton.jit
 def _all_backward_2(dstates, saved, before, after, params, FAST: tl.constexpr):
-    a, b, r, g, k, d, q = saved
+    a, b, _, g, k, _, _ = saved
     through = (dstates[0] + dstates[2]) * (1.0 - b)
     return (through * k * (1.0 - g * g), through * g * k * (1.0 - k)), (a * before[1], b * before[0])
 
 
 @triton.jit
 def _all_backward(dstates, dm, saved, before, after, params, FAST: tl.constexpr):
-    a, b, r, g, k, d, q = saved
-    h, c, s = before
+    a, b, r, g, k, d, _ = saved
+    h, c, _ = before
     dh = dstates[0] + dstates[2]
     through = dh * (1.0 - b)
     da = (dstates[1] * r + dm[0] * c) * (1.0 - a * a)
@@ -186,6 +186,26 @@ def _all_step(gx, product, states, params):
     return h, a * r + 0.5 * c, 0.5 * s + h
 
 
+@triton.jit
+def _apart_forward(gx, hu, states, params, FAST: tl.constexpr):
+    a, b, k = tanh(gx[0] + hu[2], FAST), sigmoid(gx[1] + hu[1], FAST), sigmoid(hu[0], FAST)
+    return (a * k + params[0] * states[1], b * states[1] + gx[2]), (a, b, k)
+
+
+@triton.jit
+def _apart_backward(dstates, dm, saved, before, after, params, FAST: tl.constexpr):
+    a, b, k = saved
+    dh, dc = dstates
+    da, db, dk = dh * k * (1.0 - a * a), dc * before[1] * b * (1.0 - b), dh * a * k * (1.0 - k)
+    return (da, db, dc), (dk, db, da), (tl.zeros_like(dh), dh * params[0] + dc * b), (dh * before[1],), ()
+
+
+def _apart_step(gx, product, states, params):
+    h, c = states
+    a, b = torch.tanh(gx[0] + product(2, h)), torch.sigmoid(gx[1] + product(1, h))
+    return a * torch.sigmoid(product(0, h)) + params[0] * c, b * c + gx[2]
+
+
 KINDS = {
     # two states as operands, whose products add to one tile of gx; a trained vector
     "two operands": Kind(
@@ -205,6 +225,14 @@ KINDS = {
     ),
     "no product": Kind(
         Cell("kind_alone", 2, 2, 2, (), (), params=1, forward=_alone_forward, backward=_alone_backward), _alone_step
+    ),
+    # one operand, its products in another order than the tiles of gx; one without a tile, one tile without a product
+    "apart first": Kind(
+        Cell(
+            "kind_apart", 3, 2, 3, (Operand(1, 3, 0),), (-1, 1, 0), params=1,
+            forward=_apart_forward, backward=_apart_backward,
+        ),
+        _apart_step,
     ),
     # eight gates, three states, a product apart between others
     "eight gates": Kind(
@@ -243,9 +271,9 @@ def arguments(kind, T, B, H, K=1, dtype=torch.float64, device="cpu", seed=0):
 
 
 def exact(kind, gx, u, bias, h0, c0, params, mask=None, reversed=0):
-    """The states after each step, a tuple of [T, B, K, H] with held rows' as they were, and the final ones [K, B, H]."""
+    """The states after each step, each [T, B, K, H], held rows' as they were; and the final ones, each [K, B, H]."""
     cell, step = KINDS[kind].cell, KINDS[kind].step
-    T, B, K, H = *gx.shape[:3], u.shape[2]
+    T, K, H = gx.shape[0], *u.shape[::2]
     every, final = [], []
     for k in range(K):
         back = buffers.is_reversed(k, reversed)

@@ -54,7 +54,7 @@ class Problem:
             b_hh = torch.cat([u.new_zeros(self.K, (G - self.cell.inner) * H), bias], 1)
         weights = (torch.eye(G * H, dtype=torch.float64).expand(self.K, -1, -1), u, None, b_hh)
         how = {"resets": self.resets, "lengths": torch.tensor(self.lengths), "reversed": self.reversed}
-        step = reference.get(self.cell.name).step
+        step = reference.step_of(self.cell.name)
         every, finals = reference.scan_groups(step, gx, tuple(states), *weights, **how)
         every = [s.unflatten(2, (self.K, H)) for s in every]
         outputs, outer = [every[0], *finals], [self.dy, *self.dfinal]

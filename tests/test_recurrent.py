@@ -8,7 +8,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from torch import nn
-from torch.nn.functional import linear, silu, softplus
+from torch.nn.functional import linear, silu
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -38,7 +38,7 @@ def coupled(x, U, h, c):
 def four(x, U, h, c, n, m, p, q, w, leak):
     """Four states; a vector, a scalar, an input for each step and a constant; a gate without product, one without x."""
     a = silu(x.a + U.a(h) + p * c)
-    b = softplus(x.b - q * n)
+    b = torch.log(1 + torch.exp(x.b - q * n))  # softplus
     d = w * sigmoid(U.d(h))
     c = (1 - leak) * c * d + a
     n = leak * n + b
@@ -56,7 +56,7 @@ def independent(x, U, h, u):
 def shown(x, U, c, w):
     """Its output is no state."""
     c = tanh(x.g + U.g(c)) + w * c
-    return sigmoid(x.r) * c, c
+    return c, sigmoid(x.r) * c
 
 
 CELLS = {cell.name: cell for cell in (minimal, coupled, four, independent, shown)}
@@ -109,7 +109,7 @@ def one_step(layer, suffix, x, states, inputs):
     params = {name: getattr(layer, name + suffix).expand(H) for name in cell.params}
     found = cell.step(of_x, of_u, *states, **params, **inputs, **cell.constants)
     found = found if isinstance(found, tuple) else (found,)
-    return (found[0], found[1:]) if cell.outputs else (found[0], found)
+    return (found[-1], found[:-1]) if cell.outputs else (found[0], found)
 
 
 def parts(cell):
@@ -460,13 +460,22 @@ def test_compile(name):
 @pytest.mark.parametrize("name", CELLS)
 def test_export(name):
     cell = CELLS[name]
-    layer = made(cell, bidirectional=True).eval()
+    layer = made(cell, bidirectional=True)
     x, inputs = torch.randn(T, B, I, dtype=torch.float64), given_to(cell, T, B)
+
+    class Model(nn.Module):  # torch.export knows no dynamic shapes of arguments that have no name in the signature
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, x, w=None):
+            return self.layer(x, **({} if w is None else {"w": w}))
+
     batch = torch.export.Dim("batch", min=2)
-    dynamic = {"x": {1: batch}} | ({"inputs": {i: {1: batch} for i in inputs}} if inputs else {})
-    program = torch.export.export(layer, (x,), inputs, dynamic_shapes=dynamic)
+    model, dynamic = Model(), {name: {1: batch} for name in ("x", *inputs)}
+    program = torch.export.export(model, (x,), inputs, dynamic_shapes=dynamic)
     x, inputs = torch.randn(T, B + 2, I, dtype=torch.float64), given_to(cell, T, B + 2)
-    torch.testing.assert_close(program.module()(x, **inputs), layer(x, **inputs), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(program.module()(x, **inputs), model(x, **inputs), rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", CELLS)
@@ -629,5 +638,5 @@ def test_a_parameter_that_modules_have():
         return tanh(x.n + training * h)
 
     assert seqcells.Recurrent(named, I, H).training_l0.shape == (H,)
-    with pytest.raises(ValueError, match="cell named: modules have something named 'training'"):
+    with pytest.raises(ValueError, match="cell named: its parameter 'training' has a name that modules have"):
         seqcells.RecurrentCell(named, I, H)
