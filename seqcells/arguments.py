@@ -130,17 +130,17 @@ def _listed(given: Any) -> Tensor:
 # Functions
 
 
-def types(x: Any, states: Any, weights: dict[str, Any], rank: int | None = 3, products: bool = True) -> None:
+def types(x: Any, states: Any, weights: dict[str, Any], rank: int | None = 3, missing: Sequence[str] = ()) -> None:
     """x, states and weights (by name) of a scan: tensors where they must be, x of that rank if one is given.
 
-    products: whether the cell has recurrent products, and so w_hh."""
+    missing: of the weights, those that the cell has not."""
     checks.tensor("x", x)
     if rank is not None and x.dim() != rank:
         raise RuntimeError(f"input must have {rank} dimensions, got {x.dim()}")
     if states is not None:
         checks.tensors("states", states, "a tuple of tensors or None", optional=True)
     for name, weight in weights.items():
-        checks.tensor(name, weight, optional=name.startswith("b_") or (name == "w_hh" and not products))
+        checks.tensor(name, weight, optional=name.startswith("b_") or name in missing)
 
 
 def fit(
@@ -168,7 +168,7 @@ def fit(
     together(x, states, weights)
     for i, s in enumerate(states):
         expected = (x.shape[1], inner if i else outer)
-        if s is not None and s.shape != expected:
+        if s is not None and s.shape != expected and (inner or s.dim() != 2 or s.shape[0] != expected[0]):
             raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(s.shape)}")
     return inner, outer
 
@@ -180,7 +180,7 @@ def _fit_weights(weights: Sequence[Tensor | None], rows: Sequence[int]) -> tuple
     if w_ih is None or (w_hh is None and of_u):
         raise checks.wrong("w_ih and w_hh", "tensors", None)
     if w_hh is None:
-        outer = inner = w_ih.shape[0] // of_x if w_ih.dim() else 0
+        outer = inner = w_ih.shape[0] // of_x if w_ih.dim() and of_x else 0
     else:
         if not of_u:
             raise RuntimeError(f"w_hh must be None: the cell has no recurrent product, got {list(w_hh.shape)}")
@@ -191,7 +191,7 @@ def _fit_weights(weights: Sequence[Tensor | None], rows: Sequence[int]) -> tuple
             raise RuntimeError(
                 f"w_hh must have shape ({of_u}*H, {'P' if projection else 'H'}), got {tuple(w_hh.shape)}"
             )
-    if w_ih.dim() != 2 or w_ih.shape[0] != of_x * inner or inner == 0:
+    if w_ih.dim() != 2 or w_ih.shape[0] != of_x * inner or (inner == 0 and of_x):
         known = of_x * inner if of_u else f"{of_x}*H"
         raise RuntimeError(f"w_ih must have shape ({known}, input_size), got {tuple(w_ih.shape)}")
     for name, b, n in zip(("b_ih", "b_hh"), (b_ih, b_hh), of_biases, strict=True):

@@ -15,21 +15,24 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {  # room: the rooms of the project it may import
     "kernels.form": set(),
     "kernels.math": set(),
-    "kernels.plan": set(),
+    "kernels.devices": set(),
+    "kernels.plan": {"kernels.devices", "kernels.form"},
     "kernels.registry": {"kernels.cells"},  # its type alone
-    "kernels.cells": {"kernels.math", "kernels.registry"},
+    "kernels.cells": {"kernels.form", "kernels.math", "kernels.registry"},
     "kernels.tiles": {"kernels.math"},
     "kernels.layout": set(),
     "kernels.resident": {"kernels.layout", "kernels.math", "kernels.tiles"},
-    "kernels.grid": {"kernels.math", "kernels.tiles"},
+    "kernels.slices": {"kernels.math", "kernels.tiles"},
+    "kernels.grid": {"kernels.slices", "kernels.tiles"},
     "kernels.stepwise": {"kernels.math", "kernels.tiles"},
     "kernels.recompute": {"kernels.tiles"},
     "kernels.buffers": set(),
-    "kernels.form": set(),
-    "kernels.scan": {f"kernels.{n}" for n in ("buffers", "cells", "plan", "recompute", "resident", "grid", "stepwise")},
-    "kernels.plan_single": {"kernels.plan"},
+    "kernels.scan": {
+        f"kernels.{n}" for n in ("buffers", "cells", "devices", "plan", "recompute", "resident", "grid", "stepwise")
+    },
+    "kernels.plan_single": {f"kernels.{n}" for n in ("devices", "form", "plan")},
     "kernels.single": {f"kernels.{n}" for n in ("cells", "math", "plan", "plan_single", "scan", "tiles")},
-    "kernels.report": {f"kernels.{n}" for n in ("cells", "plan", "plan_single", "scan", "single")},
+    "kernels.report": {f"kernels.{n}" for n in ("cells", "devices", "plan", "plan_single", "scan", "single")},
     "kernels": {"kernels.cells", "kernels.scan", "kernels.single"},
     "chosen": set(),
     "backends": {"chosen"},
@@ -37,15 +40,16 @@ ARROWS = {  # room: the rooms of the project it may import
     "precisions": set(),
     "arguments": {"backends", "checks", "precisions"},
     "reference_arguments": {"arguments", "checks"},
-    "reference": {"checks", "reference_arguments", "kernels.form"},
+    "reference": {"cell", "cells", "reference_arguments"},
     "derive": {"kernels.cells", "kernels.form", "kernels.math"},
     "cell": {"checks", "derive", "kernels.form", "kernels.registry"},
+    "cells": {"cell"},
     "layer_arguments": {"arguments", "backends", "checks"},
     "masks": {"kernels.buffers"},
-    "products": {"reference", "kernels.buffers", "kernels.form"},
+    "products": {"cell", "kernels.buffers", "kernels.form"},
     "autograd": {"backends", "masks", "products", "reference", "kernels.buffers"},
     "batching": set(),
-    "loop": {"autograd", "batching", "products", "kernels.buffers"},
+    "loop": {"autograd", "batching", "cell", "derive", "products", "kernels.buffers"},
     "fallback": set(),
     "flops": set(),
     "ops": {
@@ -80,7 +84,7 @@ ARROWS = {  # room: the rooms of the project it may import
         "fallback",
         "precisions",
         "reference",
-        *(f"kernels.{n}" for n in ("cells", "plan", "scan")),
+        *(f"kernels.{n}" for n in ("cells", "devices", "plan", "scan")),
     },
     "packing": set(),
     "marked": {"aten", "packing", "kernels.buffers"},
@@ -160,12 +164,13 @@ def test_imports_run_one_way():
     assert ("ops", "kernels.scan") in seen and ("tasks", "layers") in seen and ("kernels.cells", "kernels.math") in seen
 
 
-@pytest.mark.parametrize("file", ["plan.py", "plan_single.py"])
+@pytest.mark.parametrize("file", ["devices.py", "form.py", "plan.py", "plan_single.py"])
 def test_plan_is_pure(file):
     source = (ROOT / "kernels" / file).read_text()
     modules = {n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)}
     assert (
-        modules <= {"__future__", "collections.abc", "dataclasses", "functools", "itertools", "typing", "plan"}
+        modules - {"devices", "form", "plan"}
+        <= {"__future__", "collections.abc", "dataclasses", "functools", "itertools", "typing"}
         and "import torch" not in source
     )
 

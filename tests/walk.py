@@ -9,20 +9,23 @@ from types import SimpleNamespace
 import torch
 from torch.nn.functional import linear
 
-from seqcells.derive import emit
+from seqcells.derive.values import FROM_MATH, FROM_TRITON
 
 
 class Language:
     """What the Triton source says to triton.language, said to torch."""
 
     constexpr = bool
-    exp, log, sqrt, abs, sin, cos = torch.exp, torch.log, torch.sqrt, torch.abs, torch.sin, torch.cos
     where, zeros_like = torch.where, torch.zeros_like
 
 
-def triton_text(cell):
+for name in FROM_TRITON:
+    setattr(Language, name, staticmethod(getattr(torch, name)))
+
+
+def functions(cell):
     """The Triton functions of a cell as functions on tensors; params [H]."""
-    space = {"tl": Language, **{n: (lambda f: lambda x, FAST: f(x))(getattr(torch, n)) for n in emit.IN_MATH}}
+    space = {"tl": Language, **{n: (lambda f: lambda x, *_: f(x))(getattr(torch, n)) for n in FROM_MATH}}
     exec(cell.source, space)
 
     def call(name):

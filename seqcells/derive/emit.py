@@ -9,15 +9,13 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from .parts import Parts, Totals
-from .values import COMPARISONS, Value, ancestors, constant, share
+from .values import COMPARISONS, FROM_MATH, FROM_TRITON, Value, ancestors, constant, share
 
 _numbers = itertools.count(1)  # of sources: a cell defined again has another file's name
-IN_MATH = ("sigmoid", "tanh")  # functions of kernels.math that take FAST
 _RESERVED = {
     *("gx", "hu", "states", "saved", "before", "after", "params", "dstates", "dm", "dv", "dgx", "dbefore", "dparams"),
-    *("FAST", "tl", *IN_MATH),
+    *("FAST", "tl", *FROM_MATH),
 }
-_FUNCTIONS = ("exp", "log", "sqrt", "abs", "sin", "cos")  # of tl
 _SIGNS = {**COMPARISONS, "add": "+", "sub": "-", "product": "*", "times": "*", "div": "/", "and": "&", "or": "|"}
 _BINDS = {"add": 3, "sub": 3, "product": 4, "times": 4, "div": 4}  # how tightly; comparisons, & and | in parentheses
 _LOOSE, _UNARY, _ATOM = 1, 5, 6
@@ -89,10 +87,10 @@ class Function:
             return self.leaves[value]
         if (x := constant(value)) is not None:
             text, mine = _number(x), _ATOM if x >= 0 else _UNARY
-        elif value.op in IN_MATH:
-            inner = self.text(value.inputs[0])
-            text, mine = f"{value.op}({inner}, FAST)", _ATOM
-        elif value.op in _FUNCTIONS:
+        elif value.op in FROM_MATH:
+            fast = ", FAST" if value.op in FROM_MATH[:2] else ""
+            text, mine = f"{value.op}({self.text(value.inputs[0])}{fast})", _ATOM
+        elif value.op in FROM_TRITON:
             text, mine = f"tl.{value.op}({self.text(value.inputs[0])})", _ATOM
         elif value.op == "where":
             condition, a, b = value.inputs
@@ -188,13 +186,13 @@ def triton_functions(source: str, name: str) -> dict[str, Any]:
     """The functions of a source as Triton's own, by name. triton is imported here."""
     import triton.language as tl
 
-    from ..kernels.math import sigmoid, tanh
+    from ..kernels import math
 
-    jit: Any = type(sigmoid)  # and not triton.jit, which asks again whether kernels are compiled or interpreted
+    jit: Any = type(math.sigmoid)  # and not triton.jit, which asks again whether kernels are compiled or interpreted
     file = f"<seqcells cell {name} {next(_numbers)}>"
     # Triton reads a function's source from its file; Python, of one that has none, from here.
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    space: dict[str, Any] = {"__name__": __name__, "tl": tl, "sigmoid": sigmoid, "tanh": tanh}
+    space: dict[str, Any] = {"__name__": __name__, "tl": tl, **{n: getattr(math, n) for n in FROM_MATH}}
     plain = dict(space)
     exec(compile(source, file, "exec"), space)
     return {n: jit(f) for n, f in space.items() if n not in plain and callable(f)}

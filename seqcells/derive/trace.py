@@ -30,7 +30,7 @@ from .errors import (
     UnknownOperation,
 )
 from .operations import OPERATIONS, aten, known, spoken
-from .values import Graph, Value, ancestors, constant
+from .values import COMPARISONS, Graph, Value, ancestors, constant
 
 SHAPE = (3, 5)  # rows and units of the tensors it is run on
 
@@ -82,7 +82,8 @@ class _Run:
     """What is noted while the step runs.
 
     values: of the tensors, by where their elements are, so that what autograd saves and views is found again; tensors:
-    keeps them there. operands: (tensor, value, line); at: the line whose derivative is being run.
+    keeps them there. operands: (tensor, value, line). extremes: pairs of which the larger or smaller is taken. at: the
+    line whose derivative is being run.
     """
 
     def __init__(self, code: CodeType, gates: tuple[str, ...]) -> None:
@@ -92,6 +93,7 @@ class _Run:
         self.values: dict[int, Value] = {}
         self.tensors: list[Tensor] = []
         self.read: set[int] = set()
+        self.extremes: set[tuple[Value, Value]] = set()
         self.operands: list[tuple[Tensor, Value, Line | None]] = []
         self.products: dict[int, int] = {}
 
@@ -212,12 +214,6 @@ class _Watch(TorchFunctionMode):
                 continue
             if result.shape != SHAPE and not (result.dim() == 0 and self.run.knows(result)):
                 raise _mixes(name, line)
-            if result.is_floating_point() and result.dtype != torch.float64:
-                raise CellError(
-                    f"{name} gives {torch.get_default_dtype()}, whatever the states' dtype is: of a boolean take "
-                    ".to(h.dtype), before it is multiplied",
-                    line,
-                )
             if result.grad_fn is not None:
                 result.grad_fn.register_prehook(partial(self._enter, line))
         return out
@@ -233,18 +229,20 @@ class _Recorder:
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         run, line, kwargs = self.run, self.run.line(), kwargs or {}
+        if func is aten._efficientzerotensor.default:
+            func = aten.zeros.default  # whose result is somewhere
         out = func(*args, **kwargs)
-        if not isinstance(out, Tensor):
-            if not any(isinstance(t, Tensor) for t in (out if isinstance(out, (tuple, list)) else [])):
-                return out  # a number, which `_Watch` refuses
-            raise self.unknown(func, line)
+        results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
+        if not results:
+            return out  # a number, which `_Watch` refuses
         if func is aten.lift_fresh.default and out.dim() == 0:  # torch.tensor(2.0) in the step
             run.note(out, run.graph.number(float(out)))
             return out
+        shapes = {t.shape for t in results}
         # What changes a tensor, autograd's own: the result takes its place.
         target = func if func in OPERATIONS else _functional(func)
         if target not in OPERATIONS:
-            raise _mixes(spoken(func), line) if line and out.shape != SHAPE else self.unknown(func, line)
+            raise _mixes(spoken(func), line) if line and shapes != {SHAPE} else self.unknown(func, line)
 
         def operand(a: Any) -> Any:
             if isinstance(a, Tensor):
@@ -253,18 +251,33 @@ class _Recorder:
                 return run.value(a)
             return run.graph.number(a) if isinstance(a, (bool, int, float)) else a
 
-        value = OPERATIONS[target](run.graph, *(operand(a) for a in args), **{k: operand(v) for k, v in kwargs.items()})
+        values = [operand(a) for a in args]
+        value = OPERATIONS[target](run.graph, *values, **{k: operand(v) for k, v in kwargs.items()})
+        if spoken(func) in ("maximum", "minimum"):
+            run.extremes.add((values[0], values[1]))
+        elif line is None and spoken(func) in COMPARISONS and tuple(values) in run.extremes:
+            # The derivative asks which of two was larger. It has neither, and one tile says it exactly.
+            value = run.graph.compared(spoken(func), run.graph.order(*values), run.graph.number(0))
+        if line and any(t.shape == SHAPE and t.is_floating_point() and t.dtype != torch.float64 for t in results):
+            raise CellError(
+                f"{spoken(func)} gives {results[0].dtype}, whatever the states' dtype is: of a boolean take "
+                ".to(h.dtype), before it is multiplied",
+                line,
+            )
         if value is None:
             raise self.unknown(func, line, f" with {', '.join(repr(a) for a in args[1:] if not isinstance(a, Tensor))}")
-        if out.shape != SHAPE and constant(value) is None:
-            raise _mixes(spoken(func), line or run.at)
-        run.note(out, value)
+        for t, v in zip(results, value if isinstance(value, tuple) else [value], strict=True):
+            if t.shape != SHAPE and constant(v) is None:
+                raise _mixes(spoken(func), line or run.at)
+            run.note(t, v)
         return out
 
     def unknown(self, func: Any, line: Line | None, how: str = "") -> UnknownOperation:
-        whose = "the kernels have no" if line else "the derivative of this line needs what the kernels do not have:"
+        of = "this line" if self.run.at else "the step"
+        whose = "the kernels have no" if line else f"the derivative of {of} needs what the kernels do not have:"
         return UnknownOperation(
-            f"{whose} {spoken(func)}{how}; write it with what they have: {known()}", line or self.run.at
+            f"{whose} {spoken(func)}{how}; write it with what they have: {known()}",
+            line or self.run.at or self.run.start,
         )
 
 
@@ -316,7 +329,7 @@ def trace(step: Callable[..., Any], names: Names, constants: Mapping[str, float]
         new = _results(found, run, names)
         variables = {} if run.frame is None else dict(run.frame.f_locals)
         run.frame = None
-        _check_gates(run)
+        _check_gates(run, names)
         levels = _levels(run)
 
         def back(results: list[tuple[Tensor, Value]]) -> Gradients:
@@ -371,7 +384,11 @@ def _results(found: Any, run: _Run, names: Names) -> list[Tensor]:
     return [*new[len(names.states) :], *new[: len(names.states)]]
 
 
-def _check_gates(run: _Run) -> None:
+def _check_gates(run: _Run, names: Names) -> None:
+    if not run.read and not names.inputs:
+        raise CellError(
+            "the step reads no x.k and no per-step input: what it computes is the same at each step; add x.k", run.start
+        )
     for n, gate in enumerate(run.gates):
         if n not in run.read and n not in run.products:
             raise CellError(
