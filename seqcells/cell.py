@@ -153,6 +153,11 @@ class Cell:
         return ""
 
     @_Found
+    def operations(self) -> frozenset[str]:
+        """What is computed in the step and in its gradients, as `derive.values` names it; none where nothing is derived."""
+        return frozenset() if self.problem else self._derived.parts.operations
+
+    @_Found
     def order(self) -> tuple[int, ...]:
         """The kernels' product n is u_gates[order[n]]."""
         return self._derived.parts.order

@@ -6,7 +6,7 @@ from conftest import DEVICE
 from kinds import KINDS, arguments, mask_of, run, wanted
 from shapes import SCHEDULES, spread
 
-from seqcells.check import TOLERANCE, relative
+from seqcells.testing import TOLERANCE, relative
 from seqcells.kernels import buffers
 
 # T, B, H: three programs of units and two of rows, whole tiles and not; one of each.

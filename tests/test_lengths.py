@@ -9,7 +9,7 @@ from conftest import DEVICE
 from shapes import CELLS, SCHEDULES
 
 from seqcells import masks, reference
-from seqcells.check import TOLERANCE, relative
+from seqcells.testing import TOLERANCE, relative
 from seqcells.kernels import buffers, cells, scan
 from seqcells.kernels.plan import plan
 
