@@ -23,13 +23,13 @@ def my_lstm(x, U, h, c):
 def my_gru(x, U, h):
     r, z = sigmoid(x.r + U.r(h)), sigmoid(x.z + U.z(h))
     n = tanh(x.n + r * U.n(h))
-    return (1 - z) * n + z * h
+    return n + z * (h - n)
 
 
 def my_gru_before(x, U, h):
     r, z = sigmoid(x.r + U.r(h)), sigmoid(x.z + U.z(h))
     n = tanh(x.n + U.n(r * h))
-    return (1 - z) * n + z * h
+    return n + z * (h - n)
 
 
 def my_rnn_tanh(x, U, h):
