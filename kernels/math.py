@@ -55,6 +55,21 @@ def sigmoid(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def log1p(x):
+    """log(1 + x), accurate near 0: what is lost by rounding 1 + x is put right to first order."""
+    u = 1.0 + x
+    d = u - 1.0
+    return tl.where(u == 1.0, x, tl.where(d == x, tl.log(u), tl.log(u) * (x / d)))
+
+
+@triton.jit
+def expm1(x):
+    """exp(x) - 1, accurate near 0."""
+    t = tanh(0.5 * x, False)
+    return tl.where(tl.abs(x) <= 0.5, 2.0 * t / (1.0 - t), tl.exp(x) - 1.0)
+
+
+@triton.jit
 def operand(x, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """x as an operand of `product`: in TYPE, and for a TF32 product such that cutting off its last 13 bits, which the
     tensor cores do, rounds it to nearest (ties away from zero, as PTX's cvt.rna.tf32.f32)."""

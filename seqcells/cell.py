@@ -11,50 +11,134 @@ from __future__ import annotations
 
 import inspect
 import keyword
-from collections import namedtuple
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from types import FunctionType
-from typing import Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from torch import Tensor
-from torch.nn.functional import linear
+from torch.compiler import is_compiling
 
-from . import checks, fallback, reference
-from .derive import CellError, Derived, derive, kernels_of
+from . import checks
+from .derive import CellError, Derived, Names, derive
 from .kernels import registry
+
+if TYPE_CHECKING:
+    from .kernels.form import Form
 
 __all__ = ["Cell", "CellError", "cell"]
 
-_BUILT_IN = tuple(reference.CELLS)
+T = TypeVar("T")
+_BY_KEY: dict[str, Cell] = {}
+_BY_NAME: dict[str, Cell] = {}  # the latest of each name
+_BUILT_IN = ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")  # names that layers of seqcells rely on
+# What arguments of the step cannot be called, and why.
+_TAKEN = {
+    **dict.fromkeys(("x", "U"), "the step's first two arguments are x and U"),
+    **dict.fromkeys(
+        ("weight_ih", "weight_hh", "weight_hr", "bias_ih", "bias_hh"), "a layer's own parameters are called so"
+    ),
+    **dict.fromkeys(
+        ("input", "state", "hx", "resets", "lengths", "return_states"), "a layer's call has an argument of that name"
+    ),
+}
+
+
+class _Found(Generic[T]):
+    """An attribute of a cell that is found, with the others, when one is first asked for; from then on it is there."""
+
+    def __init__(self, find: Callable[[Any], T]) -> None:
+        self.find, self.name, self.__doc__ = find, find.__name__, find.__doc__
+
+    def __get__(self, made: Cell | None, owner: Any = None) -> T:
+        if made is None:
+            return self  # type: ignore[return-value]
+        _find(made.key)
+        value = made._facts[self.name]
+        if not is_compiling():  # Dynamo does not like an object to change that it has seen
+            made.__dict__[self.name] = value
+        return value
+
+
+def _find(key: str) -> None:
+    made = _BY_KEY[key]
+    if not made._facts:
+        made._facts.update({n: f.find(made) for n, f in vars(Cell).items() if isinstance(f, _Found)})
+
+
+# torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
+_find._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
     """A cell as its author wrote it; `cell` makes one.
 
-    name: what functions know it by. gates, states: their names, in order. step: the function. The kernels are derived
-    when they, or what is said here about them, are first wanted; that raises CellError for a step that they cannot be
-    derived from.
+    name: what functions know it by. key: what operators and registries do; a cell defined again under the same name has
+    another. gates, states, params, inputs: their names, in order. scalars: those params that are one number. constants:
+    {name: number}. outputs: () or the name of a result that is the output in place of the first state. biased: the
+    gates that have biases. step: the function.
+
+    What is derived from the step (form, x_gates and the rest) is found when it is first wanted; that raises CellError
+    for a step that no kernels can be derived from.
     """
 
     name: str
+    key: str
     gates: tuple[str, ...]
     states: tuple[str, ...]
+    params: tuple[str, ...]
+    scalars: tuple[str, ...]
+    inputs: tuple[str, ...]
+    constants: Mapping[str, float]
+    outputs: tuple[str, ...]
+    biased: tuple[str, ...]
     step: FunctionType = field(repr=False)
+    base: Cell | None = field(default=None, repr=False)  # with other constants
+    _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, repr=False)
+    _facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.step.__doc__)
+        object.__setattr__(self, "__module__", self.step.__module__)
+        _BY_KEY[self.key] = self
+        registry.register_later(self.key, lambda: self._derived.kernels())
 
     @cached_property
     def _derived(self) -> Derived:
-        return derive(self.step, self.gates, self.states)
+        names = Names(self.gates, self.states, self.params, self.inputs, " ".join(self.outputs))
+        return derive(self.key, self.step, names, self.constants)
+
+    @_Found
+    def form(self) -> Form:
+        """What the kernels take and give, in numbers."""
+        return self._derived.parts.form
+
+    @_Found
+    def x_gates(self) -> tuple[str, ...]:
+        """The gates that have an input product, in the order of `gates`: the rows of weight_ih."""
+        return self._derived.parts.x_gates
+
+    @_Found
+    def u_gates(self) -> tuple[str, ...]:
+        """The gates that have a recurrent product, in the order of `gates`: the rows of weight_hh."""
+        return self._derived.parts.u_gates
+
+    @_Found
+    def order(self) -> tuple[int, ...]:
+        """The kernels' product n is u_gates[order[n]]."""
+        return self._derived.parts.order
+
+    @_Found
+    def rows(self) -> tuple[int, int, int, int]:
+        """Of weight_ih, weight_hh, bias_ih and bias_hh, in blocks of hidden_size."""
+        x, u = self._derived.parts.x_gates, self._derived.parts.u_gates
+        return len(x), len(u), sum(g in self.biased for g in x), sum(g in self.biased for g in u)
 
     @property
     def source(self) -> str:
-        """The Triton functions: forward and backward; and, of a cell with a second product, middle and backward_middle.
-        seqcells.kernels.cells says what they take and give."""
+        """The Triton functions, as seqcells.kernels.cells describes them."""
         return self._derived.source
 
     @property
@@ -64,21 +148,86 @@ class Cell:
 
     def explain(self) -> str:
         """What was found in the step: gates and products, and what is saved for backward; a few lines."""
-        return f"{self.name}: {self._derived.explain()}"
+        return f"{self.key}: {self._derived.explain()}"
 
-    def __call__(self, *arguments: Any) -> Any:
-        """The step itself: x, U, and the states before."""
-        return self.step(*arguments)
+    def with_constants(self, **constants: float) -> Cell:
+        """The same cell with other constants, by name; always the same object for the same numbers."""
+        base = self.base or self
+        if unknown := sorted(set(constants) - set(self.constants)):
+            has = f"has {', '.join(self.constants)}" if self.constants else "has none (constants= of seqcells.cell)"
+            raise TypeError(f"cell {self.name!r} has no constant {unknown[0]!r}: it {has}")
+        for name, value in constants.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)):
+                raise checks.wrong(name, "a number", value)
+        values = {n: float(v) for n, v in {**self.constants, **constants}.items()}
+        if values == base.constants:
+            return base
+        numbers = tuple(values.values())
+        if numbers not in base._variants:
+            key = f"{base.key}({', '.join(f'{n}={v!r}' for n, v in values.items())})"
+            facts = {n: getattr(base, n) for n in base.__dataclass_fields__ if not n.startswith("_")}
+            base._variants[numbers] = Cell(**{**facts, "key": key, "constants": values, "base": base})
+        return base._variants[numbers]
+
+    def __call__(self, x: Any, U: Any, *arguments: Any) -> Any:
+        """The step itself: x, U, the states before, and then the params and inputs; the constants are the cell's."""
+        return self.step(x, U, *arguments, *self.constants.values())
+
+    def __reduce__(self) -> Any:
+        """By reference, as functions are: a cell is copied and unpickled as the one object that it is."""
+        return self.step.__qualname__ if self.base is None else (_with_constants, (self.base, dict(self.constants)))
 
 
-def cell(*, gates: str, states: str) -> Callable[[Callable[..., Any]], Cell]:
+def _with_constants(base: Cell, constants: dict[str, float]) -> Cell:
+    return base.with_constants(**constants)
+
+
+def get(key: str | Cell) -> Cell:
+    """The cell of that key, which stays the same when its name is defined again; a Cell itself. ValueError if there is
+    none."""
+    if isinstance(key, Cell):
+        return key
+    checks.one_of("cell", key, _BY_KEY)
+    return _BY_KEY[key]
+
+
+def named(cell: str | Cell) -> Cell:
+    """What a user means: the cell last defined under that name, or that of a key; a Cell itself. ValueError if there is
+    none, TypeError if cell is neither."""
+    return _BY_NAME[cell] if isinstance(cell, str) and cell in _BY_NAME else get(cell)
+
+
+def keys() -> list[str]:
+    """Of all cells, those too whose names were defined again."""
+    return list(_BY_KEY)
+
+
+def cell(
+    *,
+    gates: str,
+    states: str,
+    params: str = "",
+    inputs: str = "",
+    constants: str = "",
+    outputs: str = "",
+    bias: str | None = None,
+) -> Callable[[Callable[..., Any]], Cell]:
     """Make a cell of a step written in PyTorch: a decorator.
 
     gates: the gates' names, in the order of the weights' rows. states: the states' names; the first is the output.
     The step takes x, U and the states, by their names, and returns the states after it: one tensor, or a tuple.
     x.k is gate k's input product, with its bias b_ih. U.k(v) is its recurrent product with v, with its bias b_hh; v is
-    the first state, or one other thing that the step computes. Everything is [B, H]. The rest is torch functions of one
-    value for each row and unit, and numbers. Numbers from outside the step are taken when its kernels are derived.
+    a state, or anything of a state's shape that the step computes, with other products too: in two levels at most. A
+    gate may have one of both alone. Everything is [B, H]. The rest is torch functions of one value for each row and
+    unit, and numbers. Numbers from outside the step are taken when its kernels are derived.
+
+    After the states the step takes, by their names and in this order,
+    params: trained vectors, one number a unit [H]; "alpha:1" is one number for all units.
+    inputs: what is given at each step besides x, [B, H]; layers take it as [T, B] or [T, B, H].
+    constants: numbers that a layer may set, as "dt=0.042 gamma=2.7".
+
+    outputs: the name of one more result, returned after the states, that is the output in place of the first state.
+    bias: the names of the gates that have biases; None: all.
 
     The cell is known by the step's name to everything that takes one, until a cell of the same name takes its place:
 
@@ -88,99 +237,95 @@ def cell(*, gates: str, states: str) -> Callable[[Callable[..., Any]], Cell]:
         ...     n = torch.tanh(x.n + U.n(f * h))
         ...     return h + f * (n - h)
         >>> x, w_ih, w_hh = torch.randn(5, 3, 10), torch.randn(2 * 20, 10), torch.randn(2 * 20, 20)
-        >>> y, (h_n,) = seqcells.functional.scan("mgu", x, None, w_ih, w_hh)
+        >>> y, (h_n,) = seqcells.functional.scan(mgu, x, None, w_ih, w_hh)
         >>> y.shape, h_n.shape
         (torch.Size([5, 3, 20]), torch.Size([3, 20]))
 
-    Backends: reference, which is the step itself and differentiated by autograd, and triton, whose kernels are derived
-    from it at their first launch; "auto" is triton on CUDA and reference on the CPU.
-
-    TypeError or ValueError for names, or a step, that do not fit. CellError, at the first launch and with the line, for
-    a step that no kernels can be derived from.
+    TypeError or ValueError for names, or a step, that do not fit. CellError, at the first use and with the line, for a
+    step that no kernels can be derived from.
     """
     gate_names, state_names = _names("gates", gates), _names("states", states)
-    if len(state_names) > 2:
-        raise ValueError(f"states: a cell has one or two, got {len(state_names)}: {states}")
+    param_names, scalars = _params(params)
+    input_names, numbers = _names("inputs", inputs, none=True), _constants(constants)
+    output_names = _names("outputs", outputs, none=True)
+    if len(output_names) > 1:
+        raise ValueError(f"outputs: a cell has one output, got {len(output_names)}: {outputs}")
+    biased = gate_names if bias is None else _names("bias", bias, none=True)
+    if unknown := [g for g in biased if g not in gate_names]:
+        raise ValueError(f"bias= names {unknown[0]!r}, which is none of gates={gates!r}")
+    arguments = (*state_names, *param_names, *input_names, *numbers)
+    for name in arguments:
+        if name in _TAKEN:
+            raise ValueError(f"{name!r} cannot be the name of a state, param, input or constant: {_TAKEN[name]}")
+        if arguments.count(name) > 1:
+            raise ValueError(f"{name!r} is named twice among states, params, inputs and constants")
+    if output_names and output_names[0] in state_names:
+        raise ValueError(f"outputs: {outputs!r} is a state; to output it put it first in states=, or give a new name")
 
     def make(step: Callable[..., Any]) -> Cell:
         if not isinstance(step, FunctionType):
             raise checks.wrong("step", "a function", step)
         name = step.__name__
-        if name in _BUILT_IN or not name.isidentifier():
-            reason = "is a cell of seqcells itself" if name in _BUILT_IN else "is no name"
+        own = name in _BUILT_IN and not step.__module__.startswith("seqcells.")
+        if own or not name.isidentifier():
+            reason = "is a cell of seqcells itself" if own else "is no name"
             raise ValueError(f"the step's name is the cell's, and {name!r} {reason}: give it another")
         taken = list(inspect.signature(step).parameters.values())
         plain = all(p.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD for p in taken)
-        if not plain or tuple(p.name for p in taken)[2:] != state_names or len(taken) < 3:
-            expected = f"{name}(x, U, {', '.join(state_names)})"
-            raise TypeError(f"the step must take x, U and the states: {expected}, got {name}{inspect.signature(step)}")
-        made = Cell(name, gate_names, state_names, step)
-        fallback.forget(name)
-        reference.CELLS[name] = _Specification(made)
-        registry.register_later(name, lambda: kernels_of(name, made._derived))
-        return made
+        if not plain or tuple(p.name for p in taken)[2:] != arguments or len(taken) < 2:
+            expected = f"{name}({', '.join(('x', 'U', *arguments))})"
+            raise TypeError(
+                "the step must take x, U, the states, and then params, inputs and constants: "
+                f"{expected}, got {name}{inspect.signature(step)}"
+            )
+        keys = (name, *(f"{name}#{n}" for n in range(2, len(_BY_KEY) + 2)))
+        key = next(k for k in keys if k not in _BY_KEY)
+        facts = (gate_names, state_names, param_names, scalars, input_names, numbers, output_names, biased)
+        _BY_NAME[name] = Cell(name, key, *facts, step)
+        return _BY_NAME[name]
 
     return make
 
 
-def _names(argument: str, value: Any) -> tuple[str, ...]:
+def _names(argument: str, value: Any, none: bool = False) -> tuple[str, ...]:
     if not isinstance(value, str):
         raise checks.wrong(argument, "a string of names, as 'f n'", value)
     names = tuple(value.split())
     wrong = [n for n in names if not n.isidentifier() or n.startswith("_") or keyword.iskeyword(n)]
-    if not names or wrong or len(set(names)) < len(names):
+    if not (names or none) or wrong or len(set(names)) < len(names):
         problem = "no name" if not names else f"{wrong[0]!r} is no name" if wrong else "a name occurs twice"
         raise ValueError(f"{argument} must be different names, separated by spaces; in {value!r} {problem}")
     return names
 
 
-class _Specification(reference.Cell):
-    """A cell as `reference` has it; what only the step's derivation tells, when it is asked for."""
-
-    made: Cell
-
-    def __init__(self, made: Cell) -> None:
-        object.__setattr__(self, "step", _step(made))
-        object.__setattr__(self, "gates", len(made.gates))
-        object.__setattr__(self, "states", len(made.states))
-        object.__setattr__(self, "made", made)
-
-    @property
-    def inner(self) -> int:
-        return _facts(self.made.name)[0]
-
-    @property
-    def first(self) -> int | None:
-        return _facts(self.made.name)[1]
-
-    @property
-    def saves(self) -> bool:
-        return _facts(self.made.name)[2]
+def _params(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names, and those of them that are one number."""
+    if not isinstance(value, str):
+        raise checks.wrong("params", "a string of names, as 'p q alpha:1'", value)
+    parts = [part.partition(":") for part in value.split()]
+    for name, colon, size in parts:
+        if colon and size != "1":
+            raise ValueError(
+                f"params: {name}:{size} is neither {name}, one number a unit, nor {name}:1, one for all units"
+            )
+    return _names("params", " ".join(p[0] for p in parts), none=True), tuple(p[0] for p in parts if p[1])
 
 
-def _facts(name: str) -> tuple[int, int | None, bool]:
-    """inner, first and saves of the cell of that name."""
-    found = reference.CELLS[name].made._derived  # type: ignore[attr-defined]
-    return found.inner, found.first, bool(found.saved)
-
-
-# torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
-_facts._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-def _step(made: Cell) -> reference.Step:
-    """The step on weights instead of products, as `reference` calls it."""
-
-    by_gate: Any = namedtuple("by_gate", made.gates)  # type: ignore[misc]  # x.k and U.k, which torch.compile follows
-
-    def step(
-        x: Tensor, states: tuple[Tensor, ...], w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
-    ) -> tuple[Tensor, ...]:
-        G = len(made.gates)
-        u, biases = w_hh.chunk(G), [None] * G if b_hh is None else b_hh.chunk(G)
-
-        products = (partial(linear, weight=w, bias=b) for w, b in zip(u, biases, strict=True))
-        found = made.step(by_gate(*linear(x, w_ih, b_ih).chunk(G, -1)), by_gate(*products), *states)
-        return tuple(found) if isinstance(found, (tuple, list)) else (found,)
-
-    return step
+def _constants(value: Any) -> dict[str, float]:
+    if not isinstance(value, str):
+        raise checks.wrong("constants", "a string of names and numbers, as 'dt=0.042'", value)
+    found: dict[str, float] = {}
+    for part in value.split():
+        name, equals, number = part.partition("=")
+        try:
+            found[name] = float(number)
+        except ValueError:
+            equals = ""
+        if not equals or not math.isfinite(found[name]):
+            raise ValueError(
+                f"constants must be names with numbers, as 'dt=0.042 gamma=2.7'; in {value!r} {part!r} is none"
+            )
+    if len(found) < len(value.split()):
+        raise ValueError(f"constants must be different names; in {value!r} a name occurs twice")
+    _names("constants", " ".join(found), none=True)
+    return found

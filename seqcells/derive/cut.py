@@ -1,9 +1,9 @@
 """What forward saves for backward: as few tiles as possible.
 
-Backward has the states before and after the step. Everything else that it needs of forward must come from there, or
-from tiles that forward saves. Which: a minimum cut, by maximum flow, of the graph from the gates' products (which
-backward does not have) to the values that backward uses, where cutting a value, saving it, costs one tile. Of several
-such cuts the one nearest to backward, which leaves it the least to compute again.
+Backward has the states before and after the step, and the trained vectors. Everything else that it needs of forward
+must come from there, or from tiles that forward saves. Which: a minimum cut, by maximum flow, of the graph from the
+products and inputs (which backward does not have) to the values that backward uses, where cutting a value, saving it,
+costs one tile. Of several such cuts the one nearest to backward, which leaves it the least to compute again.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Iterable
 
-from .values import BOOLEAN, Value, ancestors, constant
+from .values import BOOLEAN, FORWARD, Value, ancestors, constant
 
 Point = tuple[Value, str] | str
 _NEVER = 1 << 20  # more tiles than any step has values
@@ -31,7 +31,7 @@ def smallest(needed: Iterable[Value], free: Iterable[Value]) -> list[Value]:
     for value in values:
         # A boolean would take a tile as wide as a number's, and is a comparison away.
         connect((value, "in"), (value, "out"), _NEVER if value.op in BOOLEAN else 1)
-        if value.op in ("gx", "hu"):
+        if value.op in FORWARD:
             connect("products", (value, "in"), _NEVER)
         for source in value.inputs:
             if source not in given:

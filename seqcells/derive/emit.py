@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import linecache
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-from .values import COMPARISONS, Value, ancestors, constant
+from .parts import Parts, Totals
+from .values import COMPARISONS, FROM_MATH, FROM_TRITON, Value, ancestors, constant, share
 
 _numbers = itertools.count(1)  # of sources: a cell defined again has another file's name
-_RESERVED = {"gx", "hu", "states", "saved", "states_prev", "dstates", "dm", "FAST", "tl", "sigmoid", "tanh"}
-_FUNCTIONS = {n: f"tl.{n}" for n in ("exp", "log", "sqrt", "abs", "sin", "cos")}
+_RESERVED = {
+    *("gx", "hu", "states", "saved", "before", "after", "params", "dstates", "dm", "dv", "dgx", "dbefore", "dparams"),
+    *("FAST", "tl", *FROM_MATH),
+}
 _SIGNS = {**COMPARISONS, "add": "+", "sub": "-", "product": "*", "times": "*", "div": "/", "and": "&", "or": "|"}
 _BINDS = {"add": 3, "sub": 3, "product": 4, "times": 4, "div": 4}  # how tightly; comparisons, & and | in parentheses
 _LOOSE, _UNARY, _ATOM = 1, 5, 6
@@ -22,10 +25,12 @@ class Function:
     """One generated function.
 
     leaves: how to spell the values that it is given. names: what to call those it computes, where there is a name.
+    like: a tile of full size.
     """
 
-    def __init__(self, head: str, leaves: Mapping[Value, str], names: Mapping[Value, str]) -> None:
+    def __init__(self, head: str, leaves: Mapping[Value, str], names: Mapping[Value, str], like: str = "") -> None:
         self.lines, self.leaves, self.names = [head], dict(leaves), names
+        self.like = like
         self.taken = {s for s in leaves.values() if s.isidentifier()} | _RESERVED
 
     def unpack(self, values: list[Value], source: str) -> None:
@@ -34,9 +39,9 @@ class Function:
         self.leaves.update(zip(values, fresh, strict=True))
         self.lines.append(f"    {', '.join(fresh)}{',' if len(fresh) == 1 else ''} = {source}")
 
-    def give(self, *tuples: list[Value] | Value) -> None:
-        """Lines for what the results need, and the return. A result: a tuple of values, or one value."""
-        results = [v for t in tuples for v in (t if isinstance(t, list) else [t])]
+    def give(self, *tuples: list[Value]) -> None:
+        """Lines for what the results need, and the return of tuples of values: of one as it is."""
+        results = [v for t in tuples for v in t]
         order = [v for v in ancestors(results, self.leaves) if v not in self.leaves and constant(v) is None]
         uses = Counter(v for value in order for v in value.inputs) + Counter(results)
         for value in order:
@@ -45,7 +50,7 @@ class Function:
                 name = self._fresh(value)
                 self.lines.append(f"    {name} = {text}")
                 self.leaves[value] = name
-        shown = [self._tuple([self._tile(v) for v in t]) if isinstance(t, list) else self._tile(t) for t in tuples]
+        shown = [self._tuple([self._full(v) for v in t]) for t in tuples]
         self.lines.append(f"    return {', '.join(shown)}")
 
     def source(self) -> str:
@@ -62,12 +67,19 @@ class Function:
     def _tuple(self, parts: list[str]) -> str:
         return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
+    def _full(self, value: Value) -> str:
+        """value as a tile of full size, also where it is computed from trained vectors alone."""
+        if constant(value) is not None or any(
+            not v.inputs and v.op not in ("param", "constant") for v in ancestors([value])
+        ):
+            return self._tile(value)
+        return f"{self.text(value, _BINDS['add'])} + tl.zeros_like({self.like})"
+
     def _tile(self, value: Value) -> str:
         """value as a tile, also where it is a number."""
         if (x := constant(value)) is None:
             return self.text(value)
-        like = next(iter(self.leaves.values()))
-        return f"tl.zeros_like({like})" + (f" + {_number(x)}" if x else "")
+        return f"tl.zeros_like({self.like})" + (f" + {_number(x)}" if x else "")
 
     def text(self, value: Value, binds: int = 0) -> str:
         """value as an expression, in parentheses if it binds less tightly than what it stands in."""
@@ -75,10 +87,11 @@ class Function:
             return self.leaves[value]
         if (x := constant(value)) is not None:
             text, mine = _number(x), _ATOM if x >= 0 else _UNARY
-        elif value.op in ("sigmoid", "tanh"):
-            text, mine = f"{value.op}({self.text(value.inputs[0])}, FAST)", _ATOM
-        elif value.op in _FUNCTIONS:
-            text, mine = f"{_FUNCTIONS[value.op]}({self.text(value.inputs[0])})", _ATOM
+        elif value.op in FROM_MATH:
+            fast = ", FAST" if value.op in FROM_MATH[:2] else ""
+            text, mine = f"{value.op}({self.text(value.inputs[0])}{fast})", _ATOM
+        elif value.op in FROM_TRITON:
+            text, mine = f"tl.{value.op}({self.text(value.inputs[0])})", _ATOM
         elif value.op == "where":
             condition, a, b = value.inputs
             # Of two numbers Triton would make float32, whatever the tiles are.
@@ -98,17 +111,88 @@ def _number(x: float) -> str:
     return repr(x) if x - x == 0 else f'float("{x}")'
 
 
-def functions(source: str, name: str) -> dict[str, Any]:
+def triton_source(parts: Parts) -> str:
+    """The functions of `kernels.cells`."""
+    form, first = parts.form, parts.form.level
+    totals, dhu, finished = _shared(parts)
+    texts: list[str] = []
+
+    def function(head: str, leaves: Mapping[Value, str], like: str, *results: list[Value]) -> None:
+        backward = "saved" in head
+        names = _gradient_names(parts, totals, dhu) if backward else parts.called
+        made = Function(f"def {head}, FAST: tl.constexpr):", leaves, names, like)
+        if backward and parts.saved:
+            made.unpack(parts.saved, "saved")
+        made.give(*results)
+        texts.append(made.source())
+
+    stored = [v for v, o in zip(parts.operands, form.operands, strict=True) if o.state is None]
+    second = len(parts.operands) - first
+    computed = stored[: len(stored) - second]
+    ahead, back = forward_leaves(parts), backward_leaves(parts)
+    if form.published:
+        function("operands_1(gx, states, params", ahead, "states[0]", parts.operands[:first])
+    if second:
+        function("operands_2(gx, hu, states, params", ahead, "states[0]", parts.operands[first:])
+    function("forward(gx, hu, states, params", ahead, "states[0]", parts.new, parts.saved)
+    if second:
+        head, late = "backward_2(dstates, saved, before, after, params", dhu[form.first_products :]
+        function(head, back, "dstates[0]", late, parts.operands[first:])
+    head = "backward(dstates, dm, saved, before, after, params"
+    function(head, back, "dstates[0]", totals.dgx, dhu, totals.dbefore, totals.dparams, computed)
+    if form.finishes:
+        head = "finish(dgx, dbefore, dparams, dv, saved, before, after, params"
+        function(head, back, "dbefore[0]", finished.dgx, finished.dbefore, finished.dparams)
+    return "\n\n".join(texts)
+
+
+def _shared(parts: Parts) -> tuple[Totals, list[Value], Totals]:
+    """Gradients with each product of factors that occurs twice formed once, in backward and in finish."""
+    found = _split(share(parts.graph, [*parts.early.every, *parts.dhu]), parts)
+    return (*found, _split(share(parts.graph, parts.finished.every), parts)[0])
+
+
+def _split(values: Iterable[Value], parts: Parts) -> tuple[Totals, list[Value]]:
+    found = iter(values)
+    counts = (len(parts.gx), len(parts.before), len(parts.params))
+    return Totals(*(list(itertools.islice(found, n)) for n in counts)), list(found)
+
+
+def _gradient_names(parts: Parts, totals: Totals, dhu: list[Value]) -> dict[Value, str]:
+    names = dict(parts.called)
+    for tile, value in zip(parts.tiles, totals.dgx, strict=True):
+        names.setdefault(value, f"d_{tile}")
+    for gate, value in zip(parts.products, dhu, strict=True):
+        names.setdefault(value, f"d_{gate}_product")
+    return names
+
+
+def forward_leaves(parts: Parts) -> dict[Value, str]:
+    """How functions of forward spell what they are given."""
+    given = (("gx", parts.gx), ("hu", parts.hu), ("states", parts.before), ("params", parts.params))
+    return {v: f"{name}[{n}]" for name, values in given for n, v in enumerate(values)}
+
+
+def backward_leaves(parts: Parts) -> dict[Value, str]:
+    """How functions of backward do, what forward saves apart."""
+    dstates = [parts.graph.make("dstate", n) for n in range(len(parts.new))]
+    given = [("dstates", dstates), ("dm", parts.dm), ("dv", parts.dv), ("dgx", parts.given.dgx)]
+    given += [("dbefore", parts.given.dbefore), ("dparams", parts.given.dparams)]
+    given += [("after", parts.new), ("before", parts.before), ("params", parts.params)]
+    return {v: f"{name}[{n}]" for name, values in given for n, v in enumerate(values) if constant(v) is None}
+
+
+def triton_functions(source: str, name: str) -> dict[str, Any]:
     """The functions of a source as Triton's own, by name. triton is imported here."""
     import triton.language as tl
 
-    from ..kernels.math import sigmoid, tanh
+    from ..kernels import math
 
+    jit: Any = type(math.sigmoid)  # and not triton.jit, which asks again whether kernels are compiled or interpreted
     file = f"<seqcells cell {name} {next(_numbers)}>"
     # Triton reads a function's source from its file; Python, of one that has none, from here.
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    space: dict[str, Any] = {"__name__": __name__, "tl": tl, "sigmoid": sigmoid, "tanh": tanh}
+    space: dict[str, Any] = {"__name__": __name__, "tl": tl, **{n: getattr(math, n) for n in FROM_MATH}}
     plain = dict(space)
     exec(compile(source, file, "exec"), space)
-    jit: Any = type(sigmoid)  # and not triton.jit, which asks again whether kernels are compiled or interpreted
     return {n: jit(f) for n, f in space.items() if n not in plain and callable(f)}

@@ -48,10 +48,3 @@ class TooManyProducts(CellError):
 
 class CapturedTensor(CellError):
     """A tensor from outside the step."""
-
-
-class NotYet(CellError):
-    """A cell within the rules, which today's kernels cannot run. The reference can: backend="reference"."""
-
-    def __init__(self, what: str, line: Line | None = None) -> None:
-        super().__init__(f"{what}. Until they can, backend='reference' runs it", line)

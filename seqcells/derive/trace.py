@@ -1,23 +1,23 @@
-"""The step, run once on small tensors: one graph with its forward and its backward.
+"""The step, run once on small tensors: what it does, and its derivative, as one graph of values.
 
-`make_fx` over `torch.func.vjp` lists the operations of both, decomposed to what autograd itself calls. The recurrent
-products are not in the list: the step's U.k(v) gives an input `hu` and notes the operand v, which is one more output.
-
-Everything of torch.fx that is used is in this file.
+A dispatch mode sees each of aten's operations, those of the step and then those by which autograd differentiates it,
+and writes down its value. The recurrent products are leaves: the step's U.k(v) gives a tensor `hu` and notes the
+operand v, which is one more result. Operands get gradients from outside, as new states do.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import CodeType, FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from .errors import (
     CapturedTensor,
@@ -26,46 +26,80 @@ from .errors import (
     InPlaceChange,
     Line,
     MixesUnits,
-    NotYet,
     TooManyProducts,
     UnknownOperation,
 )
+from .operations import OPERATIONS, aten, known, spoken
 from .values import COMPARISONS, Graph, Value, ancestors, constant
 
-aten = torch.ops.aten
 SHAPE = (3, 5)  # rows and units of the tensors it is run on
 
 
-@dataclass
+@dataclass(frozen=True)
+class Names:
+    """What the step's arguments are called. output: of a result that is no state; "" where the first state is it."""
+
+    gates: tuple[str, ...]
+    states: tuple[str, ...]
+    params: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
+    output: str = ""
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Of what a step takes, in the order of `Names`: a value each, of every gate too (zero where there is none)."""
+
+    x: list[Value]
+    inputs: list[Value]
+    products: list[Value]
+    before: list[Value]
+    params: list[Value]
+
+
+@dataclass(frozen=True)
 class Traced:
     """What a step does, as values.
 
-    new: the states after the step. operand: of the second product; None where there is none. second: for each gate that
-    has a recurrent product, whether it is the second one. dgx, dhu, dbefore: gradients of the gates' input products and
-    recurrent products, and of the states before the step. names: what the step calls its values.
+    new: the states after the step, an output that is no state before them. read: the gates whose x is read. operands:
+    of the recurrent products, in the order in which they are first used. products: for each gate that has one, the
+    number of its operand. levels: of the operands, 1 or 2. gradients: of `new` and the operands of level 2. finish: of
+    the operands of level 1. names: what the step calls its values. lines: where a gate's product is.
     """
 
     graph: Graph
     new: list[Value]
-    operand: Value | None
-    second: dict[int, bool]
-    dgx: list[Value]
-    dhu: list[Value]
-    dbefore: list[Value]
+    read: set[int]
+    operands: list[Value]
+    products: dict[int, int]
+    levels: list[int]
+    gradients: Gradients
+    finish: Gradients
     names: dict[Value, str]
 
 
 class _Run:
-    """What is noted while the step runs. operands: of the recurrent products, h first; products: for each gate that has
-    one, the number of its operand, and where; lines: of the operations, by their names in the graph."""
+    """What is noted while the step runs.
+
+    values: of the tensors, by where their elements are, so that what autograd saves and views is found again; tensors:
+    keeps them there. operands: (tensor, value, line). extremes: pairs of which the larger or smaller is taken. at: the
+    line whose derivative is being run.
+    """
 
     def __init__(self, code: CodeType, gates: tuple[str, ...]) -> None:
-        self.code, self.gates = code, gates
+        self.code, self.gates, self.graph = code, gates, Graph()
         self.frame: FrameType | None = None
-        self.operands: list[Tensor] = []
-        self.products: dict[int, tuple[int, Line | None]] = {}
-        self.names: list[str] = []
-        self.lines: dict[str, Line] = {}
+        self.at: Line | None = None
+        self.values: dict[int, Value] = {}
+        self.tensors: list[Tensor] = []
+        self.read: set[int] = set()
+        self.extremes: set[tuple[Value, Value]] = set()
+        self.operands: list[tuple[Tensor, Value, Line | None]] = []
+        self.products: dict[int, int] = {}
+
+    @property
+    def start(self) -> Line:
+        return Line(self.code.co_filename, self.code.co_firstlineno)
 
     def line(self) -> Line | None:
         """The line of the step that is being run; None outside it."""
@@ -75,22 +109,49 @@ class _Run:
         self.frame = frame or self.frame
         return None if frame is None else Line(self.code.co_filename, frame.f_lineno)
 
+    def tile(self, leaf: Value) -> Tensor:
+        """A tensor that stands for a leaf."""
+        found = torch.full(SHAPE, 0.5, dtype=torch.float64)
+        self.note(found, leaf)
+        return found if leaf.gradient else found.requires_grad_()
+
+    def note(self, t: Tensor, value: Value) -> None:
+        self.tensors.append(t)
+        self.values[t.untyped_storage().data_ptr()] = value
+
+    def value(self, t: Tensor | None) -> Value:
+        """Of a tensor that was seen; of no gradient, zero."""
+        return self.graph.number(0) if t is None else self.values[t.untyped_storage().data_ptr()]
+
+    def knows(self, t: Tensor) -> bool:
+        return t.untyped_storage().data_ptr() in self.values
+
     def gate(self, of: str, name: str) -> int:
         if name not in self.gates:
-            raise CellError(f"{of}.{name}: there is no gate {name!r}; gates are {' '.join(self.gates)}", self.line())
+            raise CellError(f"{of}.{name}: there is no gate {name!r}; gates= has {' '.join(self.gates)}", self.line())
         return self.gates.index(name)
 
     def product(self, gate: int, v: Any) -> None:
         """Note U.gate(v)."""
         line, name = self.line(), self.gates[gate]
-        if not isinstance(v, Tensor) or not v.is_floating_point():
-            raise CellError(f"U.{name} takes a state, or something computed in the step; got {v!r}", line)
-        known = [n for n, operand in enumerate(self.operands) if operand is v]
+        if not isinstance(v, Tensor) or v.shape != SHAPE or not v.is_floating_point():
+            shown = f"a tensor of shape {tuple(v.shape)}, {v.dtype}" if isinstance(v, Tensor) else repr(v)
+            raise CellError(
+                f"U.{name} takes a state, or something of a state's shape computed in the step; got {shown}", line
+            )
+        if not self.knows(v):
+            raise _captured(line)
+        value = self.value(v)
+        known = [n for n, (_, operand, _) in enumerate(self.operands) if operand is value]
         number = known[0] if known else len(self.operands)
         if not known:
-            self.operands.append(v)
-        if self.products.setdefault(gate, (number, line))[0] != number:
-            raise CellError(f"U.{name} is used with two operands: a gate has one recurrent product", line)
+            self.operands.append((v, value, line))
+        if self.products.setdefault(gate, number) != number:
+            raise CellError(
+                f"U.{name} is used with two operands, and a gate has one recurrent product: name another gate in "
+                "gates= for the second",
+                line,
+            )
 
 
 class _Inputs:
@@ -100,7 +161,9 @@ class _Inputs:
         self._run, self._tiles = run, tiles
 
     def __getattr__(self, gate: str) -> Tensor:
-        return self._tiles[self._run.gate("x", gate)]
+        number = self._run.gate("x", gate)
+        self._run.read.add(number)
+        return self._tiles[number]
 
 
 class _Products:
@@ -127,7 +190,7 @@ class _Watch(TorchFunctionMode):
     """Sees each torch function of the step while its line is known, and refuses what cannot be derived."""
 
     def __init__(self, run: _Run) -> None:
-        self.run, self.seen = run, len(_nodes())
+        self.run = run
         super().__init__()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -146,253 +209,207 @@ class _Watch(TorchFunctionMode):
                 line,
             )
         out = func(*args, **kwargs)
-        nodes, self.seen = _nodes()[self.seen :], len(_nodes())
-        if any(node.op == "get_attr" for node in nodes):
-            raise CapturedTensor(
-                "a tensor from outside the step: the kernels have none but x, U and the states. Of a tensor with one "
-                "element use its number, float(t), taken outside the step",
-                line,
-            )
-        results = out if isinstance(out, (tuple, list)) else [out]
-        if any(isinstance(r, Tensor) and r.shape != SHAPE for r in results):
-            raise MixesUnits(
-                f"{name} gives no tensor of the states' shape: a step computes one value for each row and unit, and "
-                "only U.k(v) takes something from other units",
-                line,
-            )
-        if any(isinstance(r, Tensor) and r.is_floating_point() and r.dtype != torch.float64 for r in results):
+        for result in out if isinstance(out, (tuple, list)) else [out]:
+            if not isinstance(result, Tensor):
+                continue
+            if result.shape != SHAPE and not (result.dim() == 0 and self.run.knows(result)):
+                raise _mixes(name, line)
+            if result.grad_fn is not None:
+                result.grad_fn.register_prehook(partial(self._enter, line))
+        return out
+
+    def _enter(self, line: Line, *_: Any) -> None:
+        self.run.at = line
+
+
+class _Recorder:
+    """Writes down the value of each operation."""
+
+    run: _Run
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        run, line, kwargs = self.run, self.run.line(), kwargs or {}
+        if func is aten._efficientzerotensor.default:
+            func = aten.zeros.default  # whose result is somewhere
+        out = func(*args, **kwargs)
+        results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
+        if not results:
+            return out  # a number, which `_Watch` refuses
+        if func is aten.lift_fresh.default and out.dim() == 0:  # torch.tensor(2.0) in the step
+            run.note(out, run.graph.number(float(out)))
+            return out
+        shapes = {t.shape for t in results}
+        # What changes a tensor, autograd's own: the result takes its place.
+        target = func if func in OPERATIONS else _functional(func)
+        if target not in OPERATIONS:
+            raise _mixes(spoken(func), line) if line and shapes != {SHAPE} else self.unknown(func, line)
+
+        def operand(a: Any) -> Any:
+            if isinstance(a, Tensor):
+                if not run.knows(a):
+                    raise _captured(line or run.at)
+                return run.value(a)
+            return run.graph.number(a) if isinstance(a, (bool, int, float)) else a
+
+        values = [operand(a) for a in args]
+        value = OPERATIONS[target](run.graph, *values, **{k: operand(v) for k, v in kwargs.items()})
+        if spoken(func) in ("maximum", "minimum"):
+            run.extremes.add((values[0], values[1]))
+        elif line is None and spoken(func) in COMPARISONS and tuple(values) in run.extremes:
+            # The derivative asks which of two was larger. It has neither, and one tile says it exactly.
+            value = run.graph.compared(spoken(func), run.graph.order(*values), run.graph.number(0))
+        if line and any(t.shape == SHAPE and t.is_floating_point() and t.dtype != torch.float64 for t in results):
             raise CellError(
-                f"{name} gives {torch.get_default_dtype()}, whatever the states' dtype is: of a boolean take "
+                f"{spoken(func)} gives {results[0].dtype}, whatever the states' dtype is: of a boolean take "
                 ".to(h.dtype), before it is multiplied",
                 line,
             )
-        self.run.lines.update({node.name: line for node in nodes})
+        if value is None:
+            raise self.unknown(func, line, f" with {', '.join(repr(a) for a in args[1:] if not isinstance(a, Tensor))}")
+        for t, v in zip(results, value if isinstance(value, tuple) else [value], strict=True):
+            if t.shape != SHAPE and constant(v) is None:
+                raise _mixes(spoken(func), line or run.at)
+            run.note(t, v)
         return out
 
+    def unknown(self, func: Any, line: Line | None, how: str = "") -> UnknownOperation:
+        of = "this line" if self.run.at else "the step"
+        whose = "the kernels have no" if line else f"the derivative of {of} needs what the kernels do not have:"
+        return UnknownOperation(
+            f"{whose} {spoken(func)}{how}; write it with what they have: {known()}",
+            line or self.run.at or self.run.start,
+        )
 
-def _nodes() -> list[Any]:
-    mode = get_proxy_mode()
-    assert mode is not None
-    return list(mode.tracer.graph.nodes)
+
+class _Record(_Recorder, TorchDispatchMode):
+    # A method of this class itself would be wrapped so that Dynamo skips it, and importing that takes a second or two.
+    def __init__(self, run: _Run) -> None:
+        self.run = run
+        super().__init__()
 
 
-def trace(step: Callable[..., Any], gates: tuple[str, ...], states: tuple[str, ...]) -> Traced:
+def _functional(func: Any) -> Any:
+    """The operation that gives what this one, which ends in _, changes its first argument to; else itself."""
+    name = spoken(func)
+    packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
+    return func if packet is None else getattr(packet, func._overloadname, func)
+
+
+def _mixes(name: str, line: Line | None) -> MixesUnits:
+    return MixesUnits(
+        f"{name} gives no tensor of the states' shape: a step computes one value for each row and unit, and "
+        "only U.k(v) takes something from other units",
+        line,
+    )
+
+
+def _captured(line: Line | None) -> CapturedTensor:
+    return CapturedTensor(
+        "a tensor from outside the step: name it in params= if it is trained, one number for each unit, or in inputs= "
+        "if it is given at each step. Of a tensor with one element that stays as it is use its number, float(t), "
+        "taken outside the step",
+        line,
+    )
+
+
+def trace(step: Callable[..., Any], names: Names, constants: Mapping[str, float]) -> Traced:
     """Run the step on small tensors. CellError, with the line, for what cannot be derived."""
-    run, G, S = _Run(step.__code__, gates), len(gates), len(states)
+    run = _Run(step.__code__, names.gates)
+    make, first = run.graph.make, len(names.output.split())  # the output is a state that is never read
 
-    def joint(gx: list[Tensor], hu: list[Tensor], before: list[Tensor], dnew: list[Tensor], dm: list[Tensor]) -> Any:
-        def forward(gx: list[Tensor], hu: list[Tensor], before: list[Tensor]) -> Any:
-            run.operands, run.products = [before[0]], {}
-            with _Watch(run):
-                found = step(_Inputs(run, gx), _Products(run, hu), *before)
-            new = list(found) if isinstance(found, (tuple, list)) else [found]
-            _check_states(new, run, states)
-            results = [*new, *run.operands[1:]]
-            return results, [*results, *_locals(run).values()]
+    def tiles(kind: str, count: int, start: int = 0) -> list[Tensor]:
+        return [run.tile(make(kind, start + n)) for n in range(count)]
 
-        results, back, outputs = torch.func.vjp(forward, gx, hu, before, has_aux=True)  # type: ignore[misc]
-        gradients = back([*dnew, *dm[: len(results) - S]])
-        return [*outputs, *(g for part in gradients for g in part)]
-
-    def tiles(n: int) -> list[Tensor]:
-        return [torch.rand(SHAPE, dtype=torch.float64) + 0.25 for _ in range(n)]
-
-    try:
-        graph = make_fx(torch.func.functionalize(joint))(tiles(G), tiles(G), tiles(S), tiles(S), tiles(G)).graph
-    finally:
+    G = len(names.gates)
+    x, inputs, hu = tiles("gx", G), tiles("input", len(names.inputs)), tiles("hu", G)
+    before, params = tiles("before", len(names.states), first), tiles("param", len(names.params))
+    with _Record(run):
+        with _Watch(run):
+            found = step(_Inputs(run, x), _Products(run, hu), *before, *params, *inputs, *constants.values())
+        new = _results(found, run, names)
+        variables = {} if run.frame is None else dict(run.frame.f_locals)
         run.frame = None
-    return _read(graph, run, G, S)
+        _check_gates(run, names)
+        levels = _levels(run)
+
+        def back(results: list[tuple[Tensor, Value]]) -> Gradients:
+            """Gradients of all that the step takes, from those of results, which are leaves."""
+            given = [(t, run.tile(leaf)) for t, leaf in results if t.requires_grad]
+            every = [*x, *inputs, *hu, *before, *params]
+            gradients: Any = [None] * len(every)
+            if given:
+                outputs, outer = zip(*given, strict=True)
+                # create_graph: so autograd makes each sum anew, and changes none.
+                gradients = torch.autograd.grad(outputs, every, outer, create_graph=True, allow_unused=True)
+            values = iter([run.value(g) for g in gradients])
+            parts = [[next(values) for _ in part] for part in (x, inputs, hu, before, params)]
+            return Gradients(*parts)
+
+        second = [(t, make("dm", n)) for n, (t, _, _) in enumerate(run.operands) if levels[n] == 2]
+        gradients = back([*((t, make("dstate", n)) for n, t in enumerate(new)), *second])
+        finish = back(
+            [(t, make("dv", n)) for n, (t, v, _) in enumerate(run.operands) if v.op != "before" and levels[n] == 1]
+        )
+    called = {run.value(t): n for n, t in reversed(variables.items()) if isinstance(t, Tensor) and run.knows(t)}
+    operands = [v for _, v, _ in run.operands]
+    values = [run.value(t) for t in new]
+    return Traced(run.graph, values, run.read, operands, run.products, levels, gradients, finish, called)
 
 
-def _check_states(new: list[Any], run: _Run, states: tuple[str, ...]) -> None:
-    where = Line(run.code.co_filename, run.code.co_firstlineno)
-    if len(new) != len(states):
-        raise CellError(f"the step gives {len(new)} values for the states {' '.join(states)}", where)
-    for name, value in zip(states, new, strict=True):
+def _results(found: Any, run: _Run, names: Names) -> list[Tensor]:
+    """The states after the step, an output that is none before them."""
+    new = list(found) if isinstance(found, (tuple, list)) else [found]
+    expected = (*names.states, *names.output.split())
+    frame = run.frame
+    where = run.start if frame is None else Line(run.code.co_filename, frame.f_lineno)
+    if len(new) != len(expected):
+        what = f"the states {' '.join(names.states)}" + (f" and the output {names.output}" if names.output else "")
+        raise CellError(
+            f"the step gives {len(new)} value{'s' * (len(new) != 1)} for {what}: return {len(expected)}, in this order",
+            where,
+        )
+    for name, value in zip(expected, new, strict=True):
         if not isinstance(value, Tensor):
-            raise CellError(f"the new {name} must be a tensor, got {value!r}", where)
-        if value.shape != SHAPE or not value.is_floating_point():
-            raise MixesUnits(f"the new {name} must be one number for each row and unit", where)
-
-
-def _locals(run: _Run) -> dict[str, Tensor]:
-    """The step's variables, {name: tensor}: names for the source."""
-    variables = {} if run.frame is None else run.frame.f_locals
-    found = {n: t for n, t in variables.items() if isinstance(t, Tensor) and t.shape == SHAPE}
-    run.names = list(found)
-    return found
-
-
-def _read(graph: Any, run: _Run, G: int, S: int) -> Traced:
-    """The nodes as values."""
-    values, made = Graph(), {}
-    counts = {"gx": G, "hu": G, "before": S, "dstate": S, "dm": G}
-    leaves = iter([values.make(kind, n) for kind, count in counts.items() for n in range(count)])
-    outputs: list[Value] = []
-    graph.eliminate_dead_code()
-    for node in graph.nodes:
-        if node.op == "placeholder":
-            made[node] = next(leaves)
-        elif node.op == "output":
-            outputs = [made[n] for n in node.args[0]]
-        elif node.op == "call_function":
-            made[node] = _value(values, node, made, run.lines.get(node.name))
-    found = iter(outputs)
-
-    def take(n: int) -> list[Value]:
-        return [next(found) for _ in range(n)]
-
-    new, operands = take(S), take(len(run.operands) - 1)
-    names = dict(zip(reversed(take(len(run.names))), reversed(run.names), strict=True))
-    dgx, dhu, dbefore = take(G), take(G), take(S)
-    _check_levels(run, values, operands)
-    second = {gate: number > 0 for gate, (number, _) in sorted(run.products.items())}
-    return Traced(values, new, operands[0] if operands else None, second, dgx, dhu, dbefore, names)
-
-
-def _check_levels(run: _Run, values: Graph, operands: list[Value]) -> None:
-    """Raise unless all operands but h are one, computed from no product but those with h."""
-    late = {values.make("hu", gate): gate for gate, (number, _) in run.products.items() if number > 0}
-    for number, operand in enumerate(operands, 1):
-        line = next(line for n, line in run.products.values() if n == number)
-        for inner in (late[v] for v in ancestors([operand]) if v in late):
-            raise TooManyProducts(
-                f"the operand of this product is computed from U.{run.gates[inner]}, whose own is not "
-                "h: products may depend on each other in two levels, this is a third",
-                line,
+            raise CellError(
+                f"the new {name} must be a tensor, got {value!r}: for a number torch.full_like(h, 1.0)", where
             )
-        if number > 1:
-            raise NotYet("a second operand that is not h: today's kernels have one", line)
+        if value.shape != SHAPE:
+            raise _mixes(f"the new {name}", where)
+        if not value.is_floating_point():
+            raise CellError(
+                f"the new {name} is of {value.dtype}: choose numbers with torch.where, or .to(h.dtype)", where
+            )
+        if not run.knows(value):
+            raise _captured(where)
+    return [*new[len(names.states) :], *new[: len(names.states)]]
 
 
-def _value(values: Graph, node: Any, made: dict[Any, Value], line: Line | None) -> Value:
-    """The value of a node. line: of the step's; autograd's have none."""
-    whose = "the kernels have no" if line else "the derivative of the step needs what the kernels do not have:"
-    if node.target not in OPERATIONS:
-        raise UnknownOperation(f"{whose} {_spoken(node.target)}; they have {known()}", line)
-
-    def operand(a: Any) -> Any:
-        if isinstance(a, torch.fx.Node):
-            return made[a]
-        return values.number(a) if isinstance(a, (bool, int, float)) else a
-
-    arguments = [operand(a) for a in node.args]
-    named = {k: operand(v) for k, v in node.kwargs.items()}
-    found = OPERATIONS[node.target](values, *arguments, **named)
-    if found is None:
-        raise UnknownOperation(f"{whose} {_spoken(node.target)} with {list(node.args[1:])}; they have {known()}", line)
-    return found
+def _check_gates(run: _Run, names: Names) -> None:
+    if not run.read and not names.inputs:
+        raise CellError(
+            "the step reads no x.k and no per-step input: what it computes is the same at each step; add x.k", run.start
+        )
+    for n, gate in enumerate(run.gates):
+        if n not in run.read and n not in run.products:
+            raise CellError(
+                f"gate {gate}: the step has neither x.{gate} nor U.{gate}; take it out of gates=, or use it", run.start
+            )
 
 
-def _spoken(target: Any) -> str:
-    return str(target).removeprefix("aten.").partition(".")[0]
-
-
-def _function(name: str) -> Callable[..., Value]:
-    return lambda g, a: g.make(name, g.as_number(a))
-
-
-def _comparison(name: str) -> Callable[..., Value]:
-    return lambda g, a, b: g.compared(name, a, b)
-
-
-def _scaled(g: Graph, b: Value, alpha: Value | None) -> Value:
-    return b if alpha is None else g.product(b, alpha)
-
-
-def _clamp(g: Graph, a: Value, low: Value | None = None, high: Value | None = None) -> Value:
-    for limit, op in ((low, "lt"), (high, "gt")):
-        if limit is not None:
-            a = g.choice(g.make(op, a, limit), limit, a)
-    return a
-
-
-def _larger(g: Graph, a: Value, b: Value, op: str = "lt") -> Value:
-    # Of a NaN, NaN, as in torch: no comparison with it holds, and the second asks for b's.
-    found = g.choice(g.make(op, a, b), b, a)
-    return g.choice(g.make("ne", b, b), b, found) if constant(b) is None else found
-
-
-def _same(g: Graph, a: Value, **_: Any) -> Value:
-    return a
-
-
-def _cast(g: Graph, a: Value, dtype: Any = None, **_: Any) -> Value | None:
-    """A boolean as a number; a number stays what it is."""
-    return g.as_number(a) if dtype == torch.float64 else None
-
-
-def _both(operation: Any, value: Callable[..., Value | None]) -> dict[Any, Callable[..., Value | None]]:
-    """An operation whose second operand may be a number."""
-    return {operation.Tensor: value, operation.Scalar: value}
-
-
-# What is known: aten's operations as values. A new one that is no combination of these is also to be printed (`emit`).
-OPERATIONS: dict[Any, Callable[..., Value | None]] = {
-    **_both(aten.add, lambda g, a, b, alpha=None: g.sum(a, _scaled(g, b, alpha))),
-    **_both(aten.sub, lambda g, a, b, alpha=None: g.difference(a, _scaled(g, b, alpha))),
-    **_both(aten.rsub, lambda g, a, b, alpha=None: g.difference(b, _scaled(g, a, alpha))),
-    **_both(aten.mul, lambda g, a, b: g.product(a, b)),
-    **_both(aten.div, lambda g, a, b: g.quotient(a, b)),
-    aten.neg.default: lambda g, a: g.negative(a),
-    aten.reciprocal.default: lambda g, a: g.quotient(g.number(1), a),
-    aten.pow.Tensor_Scalar: lambda g, a, n: g.power(a, constant(n)),
-    **{getattr(aten, n).default: _function(n) for n in ("sigmoid", "tanh", "exp", "log", "sqrt", "abs", "sin", "cos")},
-    aten.rsqrt.default: lambda g, a: g.power(a, -0.5),
-    aten.relu.default: lambda g, a: g.choice(g.make("lt", a, g.number(0)), g.number(0), a),
-    aten.silu.default: lambda g, a: g.product(a, g.make("sigmoid", a)),
-    aten.maximum.default: _larger,
-    aten.minimum.default: lambda g, a, b: _larger(g, a, b, "gt"),
-    aten.clamp.default: _clamp,
-    aten.clamp_min.default: _clamp,
-    aten.clamp_max.default: lambda g, a, high: _clamp(g, a, None, high),
-    aten.where.self: lambda g, c, a, b: g.choice(c, a, b),
-    **{k: v for n in COMPARISONS for k, v in _both(getattr(aten, n), _comparison(n)).items()},
-    aten.logical_and.default: lambda g, a, b: g.logical("and", a, b),
-    aten.logical_or.default: lambda g, a, b: g.logical("or", a, b),
-    aten.logical_not.default: lambda g, a: g.logical("not", a),
-    aten.bitwise_and.Tensor: lambda g, a, b: g.logical("and", a, b),
-    aten.bitwise_or.Tensor: lambda g, a, b: g.logical("or", a, b),
-    aten.bitwise_not.default: lambda g, a: g.logical("not", a),
-    aten._to_copy.default: _cast,
-    **dict.fromkeys((aten.detach.default, aten.alias.default, aten.clone.default), _same),
-    aten.zeros_like.default: lambda g, a, **_: g.number(0),
-    aten.ones_like.default: lambda g, a, **_: g.number(1),
-    aten.full_like.default: lambda g, a, x, **_: x,
-    aten.empty_like.default: lambda g, a, **_: g.number(float("nan")),  # it is filled next
-    aten.fill.Scalar: lambda g, a, x: x,
-    aten.scalar_tensor.default: lambda g, x, **_: x,
-    aten.zeros.default: lambda g, _size, **_: g.number(0),
-    aten.new_zeros.default: lambda g, a, _size, **_: g.number(0),
-    aten.full.default: lambda g, _size, x, **_: x,
-    aten.expand.default: lambda g, a, _size: a,  # of one number: all else has the shape already
-    # Derivatives.
-    aten.sigmoid_backward.default: lambda g, d, y: g.product(d, y, g.difference(g.number(1), y)),
-    aten.tanh_backward.default: lambda g, d, y: g.product(d, g.difference(g.number(1), g.product(y, y))),
-    aten.threshold_backward.default: lambda g, d, y, limit: g.choice(g.make("le", y, limit), g.number(0), d),
-    aten.silu_backward.default: lambda g, d, x: _silu_backward(g, d, x),
-    aten.masked_fill.Scalar: lambda g, a, c, x: g.choice(c, x, a),
-    aten.masked_fill.Tensor: lambda g, a, c, x: g.choice(c, x, a),
-    aten.sgn.default: lambda g, a: _sign(g, a),
-    aten.sign.default: lambda g, a: _sign(g, a),
-}
-
-
-def _silu_backward(g: Graph, d: Value, x: Value) -> Value:
-    s, one = g.make("sigmoid", x), g.number(1)
-    return g.product(d, s, g.sum(one, g.product(x, g.difference(one, s))))
-
-
-def _sign(g: Graph, a: Value) -> Value:
-    zero = g.number(0)
-    above = g.choice(g.make("gt", a, zero), g.number(1), zero)
-    return g.choice(g.make("lt", a, zero), g.number(-1), above)
-
-
-_INNER = "alias expand empty_like fill zeros_like ones_like _to_copy scalar_tensor full zeros new_zeros full_like"
-
-
-def known() -> str:
-    """The operations a step may use, but for those by which torch makes numbers."""
-    names = {_spoken(target) for target in OPERATIONS} - set(_INNER.split())
-    return ", ".join(sorted(n for n in names if not n.endswith("_backward")))
+def _levels(run: _Run) -> list[int]:
+    """Of the operands: 1 if it needs no recurrent product, 2 if it needs some of level 1."""
+    depends = [
+        {v.args[0] for v in ancestors([operand]) if v.op == "hu"} for _, operand, _ in run.operands
+    ]  # the gates whose products an operand is computed from
+    levels = [2 if gates else 1 for gates in depends]
+    for gates, (_, _, line) in zip(depends, run.operands, strict=True):
+        for gate in gates:
+            if levels[run.products[gate]] == 2:  # type: ignore[index]
+                name = run.gates[gate]  # type: ignore[call-overload]
+                raise TooManyProducts(
+                    f"the operand of this product is computed from U.{name}, whose own operand is computed from "
+                    "another product: products may depend on each other in two levels, and this is a third. Take an "
+                    "operand that needs fewer, or hand the result to the next step as a state",
+                    line,
+                )
+    return levels

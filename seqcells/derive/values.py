@@ -8,12 +8,24 @@ a - a b is a (1 - b). `share` then forms factors that occur together in several 
 
 from __future__ import annotations
 
+import math
+import operator
 from collections import Counter
 from collections.abc import Iterable
 from itertools import combinations
 
-LEAVES = ("gx", "hu", "before", "dstate", "dm")  # a leaf's one argument is its number
+import torch
+
+# A leaf's one argument is its number. The first three backward does not have, the next two it has; the others are
+# gradients: of the states after a step, of operands, and (for `finish`) those that are not complete yet.
+FORWARD = ("gx", "input", "hu")
+OUTER = ("dstate", "dm", "dv", "dgx", "dinput", "dbefore", "dparam")
+LEAVES = (*FORWARD, "before", "param", *OUTER)
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
+# Of one number: of triton.language, and of kernels.math, where the first two take FAST.
+FROM_TRITON = ("exp", "exp2", "log", "log2", "sqrt", "abs", "sin", "cos", "erf")
+FROM_MATH = ("sigmoid", "tanh", "log1p", "expm1")
+FUNCTIONS = (*FROM_MATH, *FROM_TRITON)
 BOOLEAN = (*COMPARISONS, "and", "or", "not")
 
 
@@ -28,7 +40,7 @@ class Value:
 
     def __init__(self, op: str, args: tuple[object, ...], index: int) -> None:
         self.op, self.args, self.index = op, args, index
-        self.gradient: bool = op in ("dstate", "dm") or any(v.gradient for v in self.inputs)
+        self.gradient: bool = op in OUTER or any(v.gradient for v in self.inputs)
 
     @property
     def inputs(self) -> tuple[Value, ...]:
@@ -70,19 +82,45 @@ class Graph:
     def number(self, x: float) -> Value:
         return self.make("constant", float(x))
 
+    def function(self, name: str, a: Value) -> Value:
+        """One of FUNCTIONS."""
+        a = self.as_number(a)
+        if (x := constant(a)) is not None:
+            return self.number(float(getattr(torch, name)(torch.tensor(x, dtype=torch.float64))))
+        return self.make(name, a)
+
     def as_number(self, a: Value) -> Value:
         """a; of a boolean, 1 or 0."""
         return self.make("where", a, self.number(1), self.number(0)) if a.op in BOOLEAN else a
 
     def as_boolean(self, a: Value) -> Value:
         """Whether a is not zero."""
-        return a if a.op in BOOLEAN else self.make("ne", a, self.number(0))
+        return a if a.op in BOOLEAN else self.compared("ne", a, self.number(0))
 
     def compared(self, op: str, a: Value, b: Value) -> Value:
-        return self.make(op, self.as_number(a), self.as_number(b))
+        """A boolean; of two numbers, as everywhere, 1 or 0."""
+        a, b = self.as_number(a), self.as_number(b)
+        x, y = constant(a), constant(b)
+        if x is not None and y is not None:
+            return self.number(getattr(operator, op)(x, y))
+        return self.make(op, a, b)
+
+    def order(self, a: Value, b: Value) -> Value:
+        """1 where a is larger, -1 where b is, 0 where neither."""
+        below = self.choice(self.compared("lt", a, b), self.number(-1), self.number(0))
+        return self.choice(self.compared("gt", a, b), self.number(1), below)
 
     def logical(self, op: str, *parts: Value) -> Value:
-        return self.make(op, *map(self.as_boolean, parts))
+        found = [self.as_boolean(p) for p in parts]
+        numbers = [v for v in found if constant(v) is not None]
+        if not numbers:
+            return self.make(op, *found)
+        if op == "not":
+            return self.number(not constant(numbers[0]))
+        decides = op == "or"
+        if any(bool(constant(v)) == decides for v in numbers):
+            return self.number(decides)
+        return next((v for v in found if constant(v) is None), found[0])
 
     def negative(self, a: Value) -> Value:
         if (x := constant(a)) is not None:
@@ -172,22 +210,28 @@ class Graph:
 
     def choice(self, condition: Value, a: Value, b: Value) -> Value:
         a, b = self.as_number(a), self.as_number(b)
-        return a if a is b else self.make("where", self.as_boolean(condition), a, b)
+        condition = self.as_boolean(condition)
+        if (x := constant(condition)) is not None:
+            return a if x else b
+        return a if a is b else self.make("where", condition, a, b)
 
-    def power(self, a: Value, n: float) -> Value | None:
-        """a to the n, for the n that need no logarithm; else None."""
-        if n == 0.5:
-            return self.make("sqrt", a)
-        if n == -0.5:
-            return self.make("div", self.number(1), self.make("sqrt", a))
+    def power(self, a: Value, n: float) -> Value:
+        """a to the n."""
         if n == 0:
             return self.number(1)
-        if n != int(n) or abs(n) > 8:
-            return None
-        found = a
-        for _ in range(int(abs(n)) - 1):
-            found = self.product(found, a)
-        return found if n > 0 else self.quotient(self.number(1), found)
+        if n < 0:
+            return self.quotient(self.number(1), self.power(a, -n))
+        if n == 0.5:
+            return self.function("sqrt", a)
+        if n != int(n):  # as torch: NaN of a negative a
+            return self.function("exp", self.product(self.function("log", a), self.number(n)))
+        half = self.power(a, n // 2)
+        found = self.product(half, half) if n > 1 else half
+        return self.product(found, a) if n % 2 else found
+
+    def exponential(self, x: float, a: Value) -> Value | None:
+        """x to the a, for a positive x."""
+        return self.function("exp", self.product(a, self.number(math.log(x)))) if x > 0 else None
 
 
 def factors(value: Value) -> tuple[Value, ...]:

@@ -1,0 +1,227 @@
+"""A derived cell's functions walked over time in plain torch: a schedule that anybody can check, for any form.
+
+`walk` gives outputs and all gradients by the functions; `autograd` the same of the step itself.
+"""
+
+from functools import partial
+from types import SimpleNamespace
+
+import torch
+from torch.nn.functional import linear
+
+from seqcells.derive.values import FROM_MATH, FROM_TRITON
+
+
+class Language:
+    """What the Triton source says to triton.language, said to torch."""
+
+    constexpr = bool
+    where, zeros_like = torch.where, torch.zeros_like
+
+
+for name in FROM_TRITON:
+    setattr(Language, name, staticmethod(getattr(torch, name)))
+
+
+def functions(cell):
+    """The Triton functions of a cell as functions on tensors; params [H]."""
+    space = {"tl": Language, **{n: (lambda f: lambda x, *_: f(x))(getattr(torch, n)) for n in FROM_MATH}}
+    exec(cell.source, space)
+
+    def call(name):
+        return None if name not in space else lambda *a: space[name](*a, False)
+
+    names = ("operands_1", "operands_2", "forward", "backward_2", "backward", "finish")
+    return SimpleNamespace(**{n: call(n) for n in names})
+
+
+def inputs(cell, T=4, B=3, I=2, H=5, scale=1.0):  # noqa: E741
+    """x, states, w_ih, w_hh, b_ih, b_hh, params, per-step inputs: random, all with gradients."""
+    torch.manual_seed(sum(map(ord, cell.key)))
+
+    def random(*shape, by=scale):
+        return (torch.randn(*shape, dtype=torch.float64) * by).requires_grad_()
+
+    gx, gu = len(cell.x_gates), len(cell.u_gates)
+    return {
+        "x": random(T, B, I),
+        **{f"state {n}": random(B, H) for n in cell.states},
+        "w_ih": random(gx * H, I),
+        "w_hh": random(gu * H, H, by=H**-0.5),
+        "b_ih": random(gx * H),
+        "b_hh": random(gu * H),
+        **{f"param {n}": random(1 if n in cell.scalars else H) for n in cell.params},
+        **{f"input {n}": random(T, B, H) for n in cell.inputs},
+    }
+
+
+def of_kind(given, kind, names):
+    return [given[f"{kind} {n}"] for n in names]
+
+
+def blocks(t, H):
+    """Its row blocks of H."""
+    return [t[n : n + H] for n in range(0, t.shape[0], H)]
+
+
+def by_step(cell, given, resets=None):
+    """Outputs and final states by the step."""
+    states = of_kind(given, "state", cell.states)
+    ys, H = [], states[0].shape[-1]
+    for t, x in enumerate(given["x"]):
+        if resets is not None:
+            states = [s.masked_fill(resets[t, :, None], 0) for s in states]
+        gx = dict(zip(cell.x_gates, blocks(linear(x, given["w_ih"], given["b_ih"]).T, H), strict=True))
+        us = zip(cell.u_gates, blocks(given["w_hh"], H), blocks(given["b_hh"], H), strict=True)
+        U = SimpleNamespace(**{k: partial(linear, weight=w, bias=b) for k, w, b in us})
+        extras = [p.expand(states[0].shape[-1:]) for p in of_kind(given, "param", cell.params)]
+        found = cell(
+            SimpleNamespace(**{k: g.T for k, g in gx.items()}),
+            U,
+            *states,
+            *extras,
+            *(i[t] for i in of_kind(given, "input", cell.inputs)),
+        )
+        found = list(found) if isinstance(found, tuple) else [found]
+        states = found[: len(cell.states)]
+        ys.append(found[-1] if cell.outputs else states[0])
+    return torch.stack(ys), states
+
+
+def walk(cell, functions, given, dy, dfinal, resets=None):
+    """y, the final states, and gradients of all that is given, by the functions."""
+    form, f = cell.form, functions
+    given = {n: t.detach() for n, t in given.items()}
+    x, w_ih, w_hh, b_ih, b_hh = (given[n] for n in ("x", "w_ih", "w_hh", "b_ih", "b_hh"))
+    T, B, H = x.shape[0], x.shape[1], of_kind(given, "state", cell.states)[0].shape[-1]
+    extra, gates = len(cell.outputs), len(cell.x_gates)
+    order = list(cell.order)
+    u = torch.stack([w_hh[n * H : n * H + H] for n in order]) if order else torch.zeros(0, H, H).double()
+    b = torch.stack([b_hh[n * H : n * H + H] for n in order]) if order else torch.zeros(0, H).double()
+    gx = list(linear(x, w_ih, b_ih).split(H, -1))[:gates] if gates else []
+    for n, tile in enumerate(form.adds):
+        if tile >= 0:
+            gx[tile] = gx[tile] + b[n]
+    gx += of_kind(given, "input", cell.inputs)
+    params = tuple(p.expand(H) for p in of_kind(given, "param", cell.params))
+    ends = [sum(o.products for o in form.operands[: n + 1]) for n in range(len(form.operands))]
+    of_operand = [range(e - o.products, e) for e, o in zip(ends, form.operands, strict=True)]
+
+    def first_operands(gxs, states):
+        if f.operands_1 is not None:
+            return f.operands_1(gxs, states, params)
+        return states[:1] if form.level else ()
+
+    def multiply(operands, start):
+        products = [(v, n) for i, v in enumerate(operands, start) for n in of_operand[i]]
+        return [v @ u[n].T + (b[n] if form.adds[n] < 0 else 0) for v, n in products]
+
+    def masked(states, t):
+        return states if resets is None else tuple(s.masked_fill(resets[t, :, None], 0) for s in states)
+
+    states = (*[torch.full((B, H), float("nan")).double()] * extra, *of_kind(given, "state", cell.states))
+    past, ys = [], []
+    for t in range(T):
+        before, gxs = masked(states, t), tuple(g[t] for g in gx)
+        operands = first_operands(gxs, before)
+        hu = multiply(operands, 0)
+        if f.operands_2 is not None:
+            second = f.operands_2(gxs, tuple(hu), before, params)
+            hu += multiply(second, form.level)
+            operands = (*operands, *second)
+        states, saved = f.forward(gxs, tuple(hu), before, params)
+        assert len(states) == form.states and len(saved) == form.saved
+        assert all(t.shape == (B, H) and t.dtype == x.dtype for t in (*states, *saved, *operands, *hu))
+        past.append((before, states, saved, operands))
+        ys.append(states[0])
+
+    dstates = (*[torch.zeros(B, H).double()] * extra, *dfinal)
+    dgxs, dhus = [], []
+    dparams = [torch.zeros(H).double() for _ in params]
+    for t in range(T - 1, -1, -1):
+        before, after, saved, operands = past[t]
+        have = (saved, before, after, params)
+        dstates = (dstates[0] + dy[t], *dstates[1:])
+        dm, again = (), ()
+        if f.backward_2 is not None:
+            dhu_2, again = f.backward_2(dstates, *have)
+            starts = [r.start - form.first_products for r in of_operand[form.level :]]
+            dm = tuple(
+                sum(dhu_2[s + i] @ u[n] for i, n in enumerate(r))
+                for s, r in zip(starts, of_operand[form.level :], strict=True)
+            )
+        dgx, dhu, dbefore, dp, computed = f.backward(dstates, dm, *have)
+        if f.backward_2 is not None:
+            assert all(torch.allclose(a, c, atol=1e-13) for a, c in zip(dhu_2, dhu[form.first_products :], strict=True))
+        m = [operands[n] for n in form.stored]
+        assert all(torch.allclose(a, c, atol=1e-13) for a, c in zip((*computed, *again), m, strict=True))
+        through = [sum(dhu[n] @ u[n] for n in r) for r in of_operand[: form.level]]
+        dv = tuple(d for d, o in zip(through, form.operands, strict=False) if o.state is None)
+        early = dgx
+        if f.finish is not None:
+            dgx, dbefore, dp = f.finish(dgx, dbefore, dp, dv, *have)
+        assert all(n in form.late or torch.equal(a, c) for n, (a, c) in enumerate(zip(early, dgx, strict=True)))
+        for tile, d in zip(form.adds, dhu, strict=True):
+            assert tile < 0 or (tile not in form.late and torch.equal(d, dgx[tile]))
+        dbefore = list(dbefore)
+        for d, o in zip(through, form.operands, strict=False):
+            if o.state is not None:
+                dbefore[o.state] = dbefore[o.state] + d
+        assert not extra or not dbefore[0].any()
+        assert all(d.shape == (B, H) for d in (*dgx, *dhu, *dbefore, *dp))
+        dparams = [a + c.sum(0) for a, c in zip(dparams, dp, strict=True)]
+        dstates = masked(tuple(dbefore), t)
+        dgxs.insert(0, torch.stack(dgx) if dgx else torch.zeros(0, B, H).double())
+        dhus.insert(0, torch.stack(dhu) if dhu else torch.zeros(0, B, H).double())
+
+    dgx, dhu = torch.stack(dgxs), torch.stack(dhus)  # [T, tiles, B, H]
+    dw_hh, db_hh = torch.zeros_like(w_hh), torch.zeros_like(b_hh)
+    for operand, r in enumerate(of_operand):
+        v = torch.stack([p[3][operand] for p in past])
+        for n in r:
+            rows = slice(order[n] * H, order[n] * H + H)
+            dw_hh[rows], db_hh[rows] = torch.einsum("tbo,tbi->oi", dhu[:, n], v), dhu[:, n].sum((0, 1))
+    flat = dgx[:, :gates].transpose(1, 2).reshape(T, B, gates * H)
+    found = {
+        "y": torch.stack(ys),
+        **{f"final {n}": s for n, s in zip(cell.states, states[extra:], strict=True)},
+        "d x": flat @ w_ih,
+        **{f"d state {n}": d for n, d in zip(cell.states, dstates[extra:], strict=True)},
+        "d w_ih": torch.einsum("tbo,tbi->oi", flat, x),
+        "d w_hh": dw_hh,
+        "d b_ih": flat.sum((0, 1)),
+        "d b_hh": db_hh,
+        **{
+            f"d param {n}": d.sum()[None] if n in cell.scalars else d for n, d in zip(cell.params, dparams, strict=True)
+        },
+        **{f"d input {n}": dgx[:, gates + i] for i, n in enumerate(cell.inputs)},
+    }
+    return found
+
+
+def autograd(cell, given, dy, dfinal, resets=None):
+    """The same by autograd of the step."""
+    y, states = by_step(cell, given, resets)
+    loss = (y * dy).sum() + sum((s * d).sum() for s, d in zip(states, dfinal, strict=True))
+    gradients = torch.autograd.grad(loss, list(given.values()), allow_unused=True, materialize_grads=True)
+    found = {"y": y, **{f"final {n}": s for n, s in zip(cell.states, states, strict=True)}}
+    found |= {f"d {n}": g for n, g in zip(given, gradients, strict=True)}
+    return {n: t.detach() for n, t in found.items()}
+
+
+def differences(cell, functions, resets=False, **sizes):
+    """Of each result, the largest difference by the largest value."""
+    given = inputs(cell, **sizes)
+    T, B = given["x"].shape[:2]
+    H = of_kind(given, "state", cell.states)[0].shape[-1]
+    generator = torch.Generator().manual_seed(1)
+    dy = torch.randn(T, B, H, dtype=torch.float64, generator=generator)
+    dfinal = tuple(torch.randn(B, H, dtype=torch.float64, generator=generator) for _ in cell.states)
+    mask = torch.rand(T, B, generator=generator) < 0.3 if resets else None
+    found = walk(cell, functions, given, dy, dfinal, mask)
+    expected = autograd(cell, given, dy, dfinal, mask)
+    assert list(found) == list(expected)
+    return {
+        n: float((found[n] - e).abs().max() / max(1.0, float(e.abs().max()))) if e.numel() else 0.0
+        for n, e in expected.items()
+    }
