@@ -5,6 +5,8 @@ import torch
 from conftest import DEVICE
 from kinds import KINDS, arguments, mask_of, run, wanted
 from shapes import SCHEDULES, spread
+from test_kernels import Guards
+from test_races import Watch
 
 from seqcells.testing import TOLERANCE, relative
 from seqcells.kernels import buffers
@@ -70,3 +72,17 @@ def test_one_group_forward_with_a_mask(kind, schedule, mask, poison):
 )
 def test_parity_in_other_types(kind, schedule, dtype, poison):
     compare(kind, schedule, (3, 9, 33), "lengths", 1, 0, "gates", dtype, TOLERANCE[dtype])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="notes the addresses of interpreted kernels")
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_race(kind, schedule):
+    """See test_races.py; and nothing is read or written beside the buffers."""
+    T, B, H, K = 2, 9, 20, 2
+    given, others = arguments(kind, T, B, H, K, torch.float32), (KINDS[kind].cell.states - 1) * H
+    ones = [torch.ones(*size, n) for size in ((T, B, K), (K, B)) for n in (H, others)]
+    outer = [o if o.numel() else None for o in ones]
+    for launch in (Watch(), Guards()):
+        run(kind, schedule, given, mask_of("lengths", T, B, 2), 2, "states", outer, launch=launch)
+        assert not getattr(launch, "races", ())
