@@ -4,9 +4,9 @@ On the CPU a small step costs what its operations cost to call, so their number 
 columns of one buffer: one product fills all gates, one sigmoid or one multiplication serves neighbouring ones. What
 does not depend on a neighbouring step (`factors`) is done for many steps at once. The formulas are in kernels/cells.
 
-Rows are those of a `stretches.Walk`: each step has sizes[k] of them, a leading part of the step's before. A step forward
-works on a buffer x [rows, width*H]: the tiles of gx, and the products that are apart. A part of the engine, a class
-here or an object of `derived.Generated`, says
+Rows are those of a `stretches.Walk`: each step has sizes[k] of them, a leading part of the step's before. A step
+forward works on a buffer x [rows, width*H]: the tiles of gx, and the products that are apart. A part of the engine, a
+class here or an object of `derived.Generated`, says
 
     gates, states, params    as `kernels.form.Form`
     saved            columns of what is kept for backward, in units of H
@@ -60,7 +60,9 @@ def last_first(t: Tensor, H: int) -> Tensor:
 class Tuned:
     """What the cells here have in common: all of x is kept, and p has the same columns."""
 
-    params, operands, direct, empty, apart, spares, spares_back = 0, 0, True, (), (), 1, 1
+    params, operands, direct, spares, spares_back = 0, 0, True, 1, 1
+    empty: tuple[int, ...] = ()
+    apart: tuple[int, ...] = ()
 
     @staticmethod
     def stored(others: Operands) -> Operands:
@@ -105,9 +107,7 @@ class LSTM(Tuned):
         return h, c
 
     @staticmethod
-    def factors(
-        p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands
-    ) -> Operands:
+    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         (o, i, f, g), (of_o, of_i, of_f, of_g) = kept.chunk(4, 1), p.chunk(4, 1)
         tc = torch.tanh(after)
         _sigmoid_backward(tc, o, grad_input=of_o)
@@ -178,9 +178,7 @@ class GRU(Tuned):
         return h, c
 
     @staticmethod
-    def factors(
-        p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands
-    ) -> Operands:
+    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         (n, r, z, q), (of_n, of_r, of_z, of_q) = kept.chunk(4, 1), p.chunk(4, 1)
         _tanh_backward(1 - z, n, grad_input=of_n)
         torch.mul(of_n, r, out=of_q)
@@ -239,9 +237,7 @@ class GRUBefore(Tuned):
         return h, c
 
     @staticmethod
-    def factors(
-        p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands
-    ) -> Operands:
+    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         (r, z, n), (of_r, of_z, of_n) = kept.chunk(3, 1), p.chunk(3, 1)
         _tanh_backward(1 - z, n, grad_input=of_n)
         _sigmoid_backward(h - n, z, grad_input=of_z)
@@ -301,9 +297,7 @@ class Tanh(Tuned):
         return h, c
 
     @staticmethod
-    def factors(
-        p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands
-    ) -> Operands:
+    def factors(p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         torch.addcmul(torch.ones((), dtype=y.dtype, device=y.device), y, y, value=-1, out=p)
         return ()
 
@@ -328,9 +322,7 @@ class Relu(Tanh):
     bend = torch.relu_
 
     @staticmethod
-    def factors(
-        p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands
-    ) -> Operands:
+    def factors(p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         return (y,)
 
     @staticmethod

@@ -240,9 +240,7 @@ def _group_back(group: _Group, need: tuple[bool, ...], of: Any, dys: Any) -> tup
 
     fills = [None if d is None else w.copying(d) for d in dys]
     with torch.inference_mode():
-        starts = steps.scan_back(
-            part, w, u, group.params, group.states(y, c, gates), fills, (dhn, dcn), emit
-        )
+        starts = steps.scan_back(part, w, u, group.params, group.states(y, c, gates), fills, (dhn, dcn), emit)
     # Copies, for what is made in inference mode stays of it.
     dh0, dc0 = (s.to(x.dtype, copy=True) if n else None for s, n in zip(starts, need[1:3], strict=True))
     dx, dextra = (None if d is None else _in_place(w, d) for d in (dx, dextra))
