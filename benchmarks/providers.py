@@ -14,7 +14,8 @@ from cases import GATES, KINDS, NAMES, STEP, TRAINING, Case, Problem, Unavailabl
 from torch import Tensor, nn
 
 import seqcells
-from seqcells import autograd, backends, functional, precisions, products, reference
+from seqcells import autograd, backends, functional, precisions, products
+from seqcells.cell import named
 from seqcells.kernels import buffers
 
 UNROLLED = 64  # steps: a loop longer than that takes minutes to compile
@@ -181,7 +182,7 @@ def _looped(problem: Problem) -> tuple[Callable[..., Tensor], Tensor, list[Tenso
     several = case.layers > 1 or case.bidirectional or case.heads > 1
     if several or not case.projected or case.mode == STEP or case.packed or problem.states is not None:
         raise Unavailable("a loop of one layer and direction, from zeros")
-    spec, resets, lengths = reference.get(NAMES[case.cell]), problem.resets, problem.lengths
+    spec, resets, lengths = named(NAMES[case.cell]), problem.resets, problem.lengths
     torch_cells = {"lstm": torch.lstm_cell, "gru": torch.gru_cell, "rnn": torch.rnn_tanh_cell}
     kept = None if resets is None else (~resets).to(problem.dtype)[..., None]
     alive = None

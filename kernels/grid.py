@@ -1,7 +1,10 @@
 """Schedule `grid`: one launch walks the whole sequence with U spread over the device, a barrier a step.
 
-Each program owns BLOCK_H hidden units with all their gates, of BLOCK_B batch rows and one group, and keeps its slice of
-U on chip. What the others need of a step (h forward, the gates' gradients backward) goes through global memory and L2.
+Each program owns BLOCK_H hidden units with all their gates, of BLOCK_B batch rows and one group, and keeps its slices
+of U on chip (see `slices`). What the others need of a step goes through global memory and L2, with a barrier before it
+is read: forward the operands of level 1 through v (where that is h alone, it is in y), then those of level 2 through m;
+backward the gradients of the products of level 2, then of level 1, in dgx and dhu, where they belong anyhow. A cell
+without a product has no barrier: its units are spread, and know nothing of each other.
 
 The barrier
 -----------
@@ -13,8 +16,12 @@ writer's release by the block barrier in `arrive` (Triton up to 3.8 puts none th
 what its own thread knows of), (3) made visible to the device by the release, which is cumulative, (4) seen by the
 reader's one polling thread, whose acquire reads a counter that includes that release, (5) handed to the reader's other
 warps by the block barrier in `wait`, and (6) read with `.cg`, from L2: an older copy in the first-level cache is
-never looked at. Each location is written once a launch (y has a row a step), but the operand of a second product, which
-is rewritten a step later: between a program's reads of it and any program's next write lies the barrier after y.
+never looked at.
+
+No write is early. y, dgx and dhu have a row a step, and each location of them is written once a launch (which part of
+a backward step stores a tile of dgx says `_stored_in`). v is rewritten two steps later (it is two, used in turn) and
+forward's m one step later: in between lies another barrier, at which a program arrives when it has read them, and after
+which they are written. All else that is stored no other program reads.
 
 No program waits for ever. All are on the device at once, or the cooperative launch fails and none starts; between two
 waits a program does finite work and then arrives; so the counter reaches every target. Launches do not share counters:
@@ -24,30 +31,39 @@ Without a device the interpreter runs programs one after another and a barrier w
 of a step between two barriers, and a launch does that part of one step only. Parts hand each other what registers
 would hold through `sh`, `sc` and `hu_first`; the code is the same.
 
-Shapes are those of `resident`; scratch is that of `stepwise`; counter [groups * batch tiles] int32, zero.
+Shapes are those of `resident`; scratch is that of `stepwise`, but
+    v            [2, B, K, .*H]  the operands of level 1 (forward), in the data's type; of step t in v[t % 2]
+    m            [B, K, .*H]     the operands of level 2 (forward)
+    dparams      [batch tiles, K, P*H]  added to at the end of a launch
+    counter      [groups * batch tiles] int32, zero
 """
 
 import triton
 import triton.language as tl
 
-from .math import operand, product
+from .slices import operand_products, operand_slices, segment_slices, through_u
 from .tiles import (
     add_outer,
+    add_params,
     after_step,
+    apart_before,
     before_step,
     biases,
-    gate_rows,
+    computed_before,
+    finish_step,
+    first_product,
     keep_rows,
     kept,
     live,
     load_mask,
+    load_params,
     load_tiles,
     pack_tiles,
-    replace_first,
-    split_gates,
+    replace_tile,
     store_tiles,
     unpack_tiles,
     walk,
+    zeros,
 )
 
 
@@ -60,125 +76,50 @@ def arrive(counter_ptr):
 
 @triton.jit
 def wait(counter_ptr, target):
-    """Until the counter reaches target; then every load sees what was published. See the module's docstring."""
+    """Until the counter reaches target; then every load sees what was published. See the module's docstring. Returns
+    the next target."""
     # An atomic that adds nothing is the portable acquiring load.
     while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < target:
         pass
     tl.debug_barrier()
+    return target + tl.num_programs(0)
 
 
-@triton.jit
-def _load_u(
-    u_ptr, at_m, valid_m, k_stride, k0, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """U's elements at_m[m] + k * k_stride for k0 <= k < k0 + SIZE: [M, SIZE], or [PARTS, M, SIZE / PARTS]."""
-    PART: tl.constexpr = SIZE // PARTS
-    if PARTS == 1:
-        ks = (k0 + tl.arange(0, PART))[None, :]
-        U = tl.load(u_ptr + at_m[:, None] + ks * k_stride, mask=valid_m[:, None] & (ks < K), other=0.0)
-    else:
-        ks = k0 + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-        mask = valid_m[None, :, None] & (ks < K)
-        U = tl.load(u_ptr + at_m[None, :, None] + ks * k_stride, mask=mask, other=0.0)
-    return operand(U, U.dtype, PRECISION)
+@triton.constexpr_function
+def _stored_in(tile, adds, late, first_products):
+    """The part of a backward step that stores a tile of dgx: with the second products (0), the step (1), or last (2).
 
-
-@triton.jit
-def _load_x(
-    x_ptr, at_row, keep, k0, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr,
-    MASKED: tl.constexpr,
-):  # fmt: skip
-    """The operand that meets it, from L2: [SIZE, rows], or [PARTS, SIZE / PARTS, rows]; zero where keep is false.
-
-    Not masked where all columns exist (WHOLE): a masked load's registers are taken from the moment they are zeroed.
+    Other programs read the second products' while the step stores, so each is stored once.
     """
-    PART: tl.constexpr = SIZE // PARTS
-    if PARTS == 1:
-        ks = (k0 + tl.arange(0, PART))[:, None]
-        rows = at_row[None, :]
-        kept = keep[None, :]
-    else:
-        ks = k0 + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
-        rows = at_row[None, None, :]
-        kept = keep[None, None, :]
-    if WHOLE:
-        x = tl.load(x_ptr + rows + ks, cache_modifier=".cg")
-    else:
-        x = tl.load(x_ptr + rows + ks, mask=tl.broadcast_to(ks < K, (rows + ks).shape), other=0.0, cache_modifier=".cg")
-    if MASKED:
-        x = tl.where(kept, x, 0.0).to(x.dtype)
-    return x
+    return 0 if tile in adds[first_products:] else 2 if tile in late else 1
 
 
 @triton.jit
-def _slice(
-    u_ptr, at_m, valid_m, k_stride, M: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr
-):
-    """A program's rows of U, in chunks of CHUNK columns and a last one of what is left (sizes: `plan.chunks`).
-
-    Rows below 64 would leave warps idle, or repeating each other's work: they share the inner sum instead.
-    """
-    PARTS: tl.constexpr = 64 // M if M < 64 else 1
-    WHOLE: tl.constexpr = K // CHUNK
-    REST: tl.constexpr = triton.next_power_of_2(K - WHOLE * CHUNK) if K > WHOLE * CHUNK else 0
-    chunks = ()
-    for n in tl.static_range(WHOLE):
-        chunks = chunks + (_load_u(u_ptr, at_m, valid_m, k_stride, n * CHUNK, K, PARTS, CHUNK, PRECISION),)
-    if REST > 0:
-        LAST: tl.constexpr = 16 * PARTS if REST < 16 * PARTS else REST
-        chunks = chunks + (_load_u(u_ptr, at_m, valid_m, k_stride, WHOLE * CHUNK, K, PARTS, LAST, PRECISION),)
-    return chunks
-
-
-@triton.jit
-def _sum(acc, N: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr):
-    """The sum over the first of acc's three axes, N long (a power of two). [M, BLOCK_B]
-
-    By halves and not tl.sum: one trip through shared memory brings a thread all its parts, and the result is free of
-    the product's register layout, which the rest of the step would inherit and leave again tile by tile.
-    """
-    if N == 1:
-        return tl.reshape(acc, [M, BLOCK_B])
-    else:
-        a, b = tl.split(tl.permute(tl.reshape(acc, [2, N // 2, M, BLOCK_B]), (1, 2, 3, 0)))
-        return _sum(a + b, N // 2, M, BLOCK_B)
-
-
-@triton.jit
-def _product(
-    U, x_ptr, at_row, keep, ACC: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr, K: tl.constexpr,
-    CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+def _load_gx(
+    gx_ptr, mask_ptr, at_g, r, mask, valid, group, G: tl.constexpr, H: tl.constexpr, TYPE: tl.constexpr,
+    REVERSED: tl.constexpr, HOLDS: tl.constexpr,
 ):  # fmt: skip
-    """U @ x [M, BLOCK_B], U as `_slice` gives it, x[k, row] at x_ptr + at_row + k: what others have published."""
-    PARTS: tl.constexpr = 64 // M if M < 64 else 1
-    WHOLE: tl.constexpr = K // CHUNK
-    REST: tl.constexpr = triton.next_power_of_2(K - WHOLE * CHUNK) if K > WHOLE * CHUNK else 0
-    if PARTS == 1:  # noqa: SIM108  (the compiler wants both shapes apart)
-        acc = tl.zeros([M, BLOCK_B], ACC)
-    else:
-        acc = tl.zeros([PARTS, M, BLOCK_B], ACC)
-    for n in tl.static_range(WHOLE):
-        x = _load_x(x_ptr, at_row, keep, n * CHUNK, K, PARTS, CHUNK, True, MASKED)
-        acc = product(U[n], operand(x, U[n].dtype, PRECISION), acc, PRECISION)
-    if REST > 0:
-        LAST: tl.constexpr = 16 * PARTS if REST < 16 * PARTS else REST
-        x = _load_x(x_ptr, at_row, keep, WHOLE * CHUNK, K, PARTS, LAST, False, MASKED)
-        acc = product(U[WHOLE], operand(x, U[WHOLE].dtype, PRECISION), acc, PRECISION)
-    return acc if PARTS == 1 else _sum(acc, PARTS, M, BLOCK_B)
+    """gx of a step, in the data's type, and what the mask says of its rows."""
+    loaded = load_tiles(gx_ptr, at_g, mask, G, H, TYPE)
+    code = valid
+    if mask_ptr is not None:
+        code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
+    return loaded, code
 
 
 @triton.jit(do_not_specialize=["first", "last", "T", "B"])
 def forward_kernel(
-    gx_ptr, u_ptr, bias_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, counter_ptr,
-    first, last, T, B,
-    GROUPS: tl.constexpr, REVERSED: tl.constexpr,
-    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
-    ACC: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr,
-    SAVED: tl.constexpr, PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
-    HOLDS: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    gx_ptr, u_ptr, bias_ptr, params_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, v_ptr,
+    counter_ptr, first, last, T, B,
+    GROUPS: tl.constexpr, REVERSED: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
+    CHUNKS: tl.constexpr, ACC: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr,
+    STATE_OF: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
+    PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr,
+    OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr, HOLDS: tl.constexpr, PHASE: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Steps first..last-1. PHASE -1: all of each. 0: the first product, and the step if that is all. 1: the second."""
+    """Steps first..last-1. PHASE -1: all of each. 0: the operands that are published. 1: the first products, and the
+    step if they are all. 2: the second products and the step."""
     group = tl.program_id(2).to(tl.int64)
     unit0 = tl.program_id(0) * BLOCK_H
     units = unit0 + tl.arange(0, BLOCK_H)
@@ -186,125 +127,151 @@ def forward_kernel(
     row0 = tl.program_id(1).to(tl.int64) * BLOCK_B
     valid = r < B - row0
     mask = (units[:, None] < H) & valid[None, :]
-    counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
+    OPERANDS: tl.constexpr = len(GATES)
+    SECOND: tl.constexpr = OPERANDS - LEVEL
+    FIRST_PRODUCTS: tl.constexpr = first_product(GATES, LEVEL)
+    WAITS: tl.constexpr = PHASE == -1 and OPERANDS > 0
+    LAST: tl.constexpr = 2 if SECOND > 0 else 1  # the part that ends the step
+    # The next step's input is asked for before a wait: for the operands of others, which needs this step's; or for y.
+    EARLY: tl.constexpr = PUBLISHED or OPERANDS == 0
+    if OPERANDS > 0:
+        counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
     target = tl.num_programs(0)
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
-    PADDED: tl.constexpr = triton.next_power_of_2(SPLIT)
-    PADDED_2: tl.constexpr = triton.next_power_of_2(G - SPLIT) if SPLIT < G else 1
 
     # Offsets inside a tile are small; where the tile begins is a 64-bit scalar.
     line = row0 * GROUPS + group
     in_group = group * B + row0
-    # A row past the batch reads the last one's states from the others (rows do not mix, and it is not stored).
-    h_row = tl.minimum(r, B - 1 - row0).to(tl.int32) * (GROUPS * H)
+    # A row past the batch reads the last one's operands from the others (rows do not mix, and it is not stored).
+    row = tl.minimum(r, B - 1 - row0).to(tl.int32)
     at_h = r[None, :] * (GROUPS * H) + units[:, None]
+    at_c = r[None, :] * (GROUPS * (STATES - 1) * H) + units[:, None]
     at_g = r[None, :] * (GROUPS * G * H) + units[:, None]
     at_s = r[None, :] * (GROUPS * WORDS * H) + units[:, None]
     at_state = r[None, :] * H + units[:, None]
-    at_first = r[None, :] * (SPLIT * H) + units[:, None]
     step, sign = walk(group, first, T, REVERSED)
     per_step = B.to(tl.int64) * (GROUPS * H)
     begin = step.to(tl.int64) * per_step + line * H
     forth = sign * per_step
     gx_ptr += begin * G
     y_ptr += begin + per_step - forth  # the row before the step
-    if SAVE and STATES == 2:
-        c_ptr += begin + per_step
+    if SAVE and STATES > 1:
+        c_ptr += (begin + per_step) * (STATES - 1)
     if SAVED > 0:
         saved_ptr += begin * WORDS
     sh_ptr += in_group * H
-    if STATES == 2:
-        sc_ptr += in_group * H
-    if SPLIT < G:
-        m_ptr += line * H
-        hu_first_ptr += in_group * (SPLIT * H)
-    u_ptr += group * (G * H * H)
+    if STATES > 1:
+        sc_ptr += in_group * ((STATES - 1) * H)
+    at_others = r[None, :] * ((STATES - 1) * H) + units[:, None]
+    if SECOND > 0:
+        m_ptr += line * (SECOND * H)
+        hu_first_ptr += in_group * (FIRST_PRODUCTS * H)
+    at_first = r[None, :] * (FIRST_PRODUCTS * H) + units[:, None]
+    if PUBLISHED:
+        v_ptr += line * (LEVEL * H)
+    u_ptr += group * (len(ADDS) * H * H)
     if bias_ptr is not None:
-        bias_ptr += group * (INNER * H)
+        bias_ptr += group * (apart_before(ADDS, len(ADDS)) * H)
 
-    at_m, valid_m = gate_rows(unit0, 0, SPLIT, H, BLOCK_H, PADDED)
-    U = _slice(u_ptr, at_m, valid_m, 1, PADDED * BLOCK_H, H, CHUNK, PRECISION)
-    if SPLIT < G:
-        at_m, valid_m = gate_rows(unit0, SPLIT, G, H, BLOCK_H, PADDED_2)
-        U_2 = _slice(u_ptr, at_m, valid_m, 1, PADDED_2 * BLOCK_H, H, CHUNK_2, PRECISION)
-    start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), G, INNER, H)
+    U = operand_slices(u_ptr, unit0, GATES, H, BLOCK_H, CHUNKS, PRECISION)
+    start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), ADDS, H)
+    if PARAMS > 0:
+        params_ptr += group * (PARAMS * H)
+    params = load_params(params_ptr, units, PARAMS, H, ACC)
     states = load_tiles(sh_ptr, at_state, mask, 1, 0, ACC)
-    if STATES == 2:
-        states = states + load_tiles(sc_ptr, at_state, mask, 1, 0, ACC)
-    loaded = load_tiles(gx_ptr, at_g, mask, G, H, TYPE)
-    code = valid
+    if STATES > 1:
+        states = states + load_tiles(sc_ptr, at_others, mask, STATES - 1, H, ACC)
     if mask_ptr is not None:
         mask_ptr += step.to(tl.int64) * B + row0
-        code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
+    loaded, code = _load_gx(gx_ptr, mask_ptr, at_g, r, mask, valid, group, G, H, TYPE, REVERSED, HOLDS)
 
     for i in range(first, last):
         gx = pack_tiles(loaded, G, 1, ACC)
+        code_now = code
         if mask_ptr is not None:
             states = keep_rows(states, kept(code, HOLDS), STATES)
-        if PHASE != 1:
-            acc = _product(
-                U, y_ptr, h_row, kept(code, HOLDS), ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK,
-                mask_ptr is not None, PRECISION,
-            )  # fmt: skip
-            sums = split_gates(acc, SPLIT, PADDED, BLOCK_H, BLOCK_B)
-            hu = ()
-            for n in tl.static_range(SPLIT):
-                hu = hu + (sums[n] + start[n],)
-        else:
-            hu = load_tiles(hu_first_ptr, at_first, mask, SPLIT, H, ACC)
-        if SPLIT < G:
-            if PHASE != 1:
-                m = MIDDLE(gx, hu, states, FAST)
-                tl.store(m_ptr + at_h, m.to(TYPE), mask=mask)
-            if PHASE == 0:
-                store_tiles(hu_first_ptr, at_first, mask, hu, 0, SPLIT, H)
-            if PHASE == -1:
+        if PUBLISHED and PHASE < 1:
+            at_v = r[None, :] * (GROUPS * LEVEL * H) + units[:, None]
+            v_now = v_ptr + (i % 2) * (per_step * LEVEL)
+            store_tiles(v_now, at_v, mask, OPERANDS_1(gx, states, params, FAST), 0, LEVEL, H)
+            if WAITS:
                 arrive(counter_ptr)
-                wait(counter_ptr, target)
-                target += tl.num_programs(0)
-            if PHASE != 0:
-                acc = _product(
-                    U_2, m_ptr, h_row, valid, ACC, PADDED_2 * BLOCK_H, BLOCK_B, H, CHUNK_2,
-                    False, PRECISION,
+        if EARLY:
+            gx_ptr += forth * G
+            if mask_ptr is not None:
+                mask_ptr += sign * B
+            more = i + 1 < last
+            loaded, code = _load_gx(
+                gx_ptr, mask_ptr, at_g, r, tl.where(more, mask, False), tl.where(more, valid, False), group, G, H, TYPE,
+                REVERSED, HOLDS,
+            )  # fmt: skip
+        if PUBLISHED and WAITS:
+            target = wait(counter_ptr, target)
+        hu = ()
+        if PHASE == -1 or PHASE == 1:
+            if PUBLISHED:
+                hu = operand_products(
+                    U, v_ptr + (i % 2) * (per_step * LEVEL), row * (GROUPS * LEVEL * H), valid, start, GATES, 0, LEVEL,
+                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, PRECISION,
                 )  # fmt: skip
-                sums = split_gates(acc, G - SPLIT, PADDED_2, BLOCK_H, BLOCK_B)
-                for n in tl.static_range(G - SPLIT):
-                    hu = hu + (sums[n] + start[SPLIT + n],)
-        if SPLIT == G or PHASE != 0:
-            new, saved = STEP(gx, hu, states, FAST)
-            states, stored = after_step(new, states, code, group, STATES, REVERSED, HOLDS)
+            else:
+                hu = operand_products(
+                    U, y_ptr, row * (GROUPS * H), kept(code_now, HOLDS), start, GATES, 0, LEVEL,
+                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, mask_ptr is not None, PRECISION,
+                )  # fmt: skip
+        if PHASE == 2:
+            hu = load_tiles(hu_first_ptr, at_first, mask, FIRST_PRODUCTS, H, ACC)
+        if SECOND > 0:
+            if PHASE == -1 or PHASE == 1:
+                at_m = r[None, :] * (GROUPS * SECOND * H) + units[:, None]
+                store_tiles(m_ptr, at_m, mask, OPERANDS_2(gx, hu, states, params, FAST), 0, SECOND, H)
+            if PHASE == 1:
+                store_tiles(hu_first_ptr, at_first, mask, hu, 0, FIRST_PRODUCTS, H)
+            if WAITS:
+                arrive(counter_ptr)
+                target = wait(counter_ptr, target)
+            if PHASE == -1 or PHASE == 2:
+                hu = hu + operand_products(
+                    U, m_ptr, row * (GROUPS * SECOND * H), valid, start, GATES, LEVEL, OPERANDS,
+                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, PRECISION,
+                )  # fmt: skip
+        if PHASE == -1 or PHASE == LAST:
+            new, saved = STEP(gx, hu, states, params, FAST)
+            states, stored = after_step(new, states, code_now, group, STATES, REVERSED, HOLDS)
             y_ptr += forth
             store_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
-            if PHASE == -1:
+            if WAITS and not PUBLISHED:
                 arrive(counter_ptr)
             # None waits for the rest of the step: stored, and the next step's input asked for, behind the arrival.
-            if SAVE and STATES == 2:
-                store_tiles(c_ptr, at_h, mask, stored, 1, 2, 0)
-                c_ptr += forth
+            if SAVE and STATES > 1:
+                store_tiles(c_ptr, at_c, mask, stored, 1, STATES, H)
+                c_ptr += forth * (STATES - 1)
             if SAVED > 0:
                 store_tiles(saved_ptr, at_s, mask, pack_tiles(saved, SAVED, SAVED_PACK, TYPE), 0, WORDS, H)
                 saved_ptr += forth * WORDS
-            ahead = tl.where(i + 1 < last, mask, False)
-            gx_ptr += forth * G
-            loaded = load_tiles(gx_ptr, at_g, ahead, G, H, TYPE)
-            if mask_ptr is not None:
-                mask_ptr += sign * B
-                code = load_mask(mask_ptr, r, tl.where(i + 1 < last, valid, False), group, REVERSED, HOLDS)
-            if PHASE == -1:
-                wait(counter_ptr, target)
-                target += tl.num_programs(0)
+            if not EARLY:
+                gx_ptr += forth * G
+                if mask_ptr is not None:
+                    mask_ptr += sign * B
+                more = i + 1 < last
+                loaded, code = _load_gx(
+                    gx_ptr, mask_ptr, at_g, r, tl.where(more, mask, False), tl.where(more, valid, False), group, G, H,
+                    TYPE, REVERSED, HOLDS,
+                )  # fmt: skip
+            if WAITS and not PUBLISHED:
+                target = wait(counter_ptr, target)
 
     tl.debug_barrier()  # sh and sc are in place (see `stepwise`), and a launch may be less than a step
     store_tiles(sh_ptr, at_state, mask, states, 0, 1, 0)
-    if STATES == 2:
-        store_tiles(sc_ptr, at_state, mask, states, 1, 2, 0)
+    if STATES > 1:
+        store_tiles(sc_ptr, at_others, mask, states, 1, STATES, H)
 
 
 @triton.jit
 def _load_step(
-    dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask,
+    dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_c, at_s, mask,
     H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """What a step of backward reads: dy and dcs (empty where there is none), the states before it, saved words."""
@@ -314,49 +281,82 @@ def _load_step(
         dy = load_tiles(dy_ptr, at_h, mask, 1, 0, TYPE)
     dcs = ()
     if dcs_ptr is not None:
-        dcs = load_tiles(dcs_ptr, at_h, mask, 1, 0, TYPE)
+        dcs = load_tiles(dcs_ptr, at_c, mask, STATES - 1, H, TYPE)
     before = load_tiles(y_ptr, at_h, mask, 1, 0, TYPE)
-    if STATES == 2:
-        before = before + load_tiles(c_ptr, at_h, mask, 1, 0, TYPE)
+    if STATES > 1:
+        before = before + load_tiles(c_ptr, at_c, mask, STATES - 1, H, TYPE)
     return dy, dcs, before, load_tiles(saved_ptr, at_s, mask, WORDS, H, saved_ptr.dtype.element_ty)
+
+
+@triton.jit
+def _store_gx(
+    dgx_ptr, at_g, mask, dgx, PART: tl.constexpr, G: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr,
+    FIRST_PRODUCTS: tl.constexpr, H: tl.constexpr,
+):  # fmt: skip
+    """The tiles of dgx that this part of a step stores."""
+    for n in tl.static_range(G):
+        if _stored_in(n, ADDS, LATE, FIRST_PRODUCTS) == PART:
+            tl.store(dgx_ptr + at_g + n * H, dgx[n].to(dgx_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_apart(dhu_ptr, at_i, mask, dhu, FROM: tl.constexpr, TO: tl.constexpr, ADDS: tl.constexpr, H: tl.constexpr):
+    """dhu[0] is product FROM's: those that are apart, to dhu."""
+    for n in tl.static_range(FROM, TO):
+        if ADDS[n] < 0:
+            tl.store(dhu_ptr + at_i + apart_before(ADDS, n) * H, dhu[n - FROM].to(dhu_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["first", "last", "T", "B"])
 def backward_kernel(
-    dy_ptr, dcs_ptr, u_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, dgx_ptr, dhu_ptr, m_ptr, dsh_ptr, dsc_ptr, counter_ptr,
-    first, last, T, B,
-    GROUPS: tl.constexpr, REVERSED: tl.constexpr,
-    H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, CHUNK: tl.constexpr, CHUNK_2: tl.constexpr,
-    ACC: tl.constexpr, G: tl.constexpr, SPLIT: tl.constexpr, INNER: tl.constexpr, STATES: tl.constexpr,
-    SAVED: tl.constexpr, PACK: tl.constexpr, STEP: tl.constexpr, MIDDLE: tl.constexpr,
-    HOLDS: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    dy_ptr, dcs_ptr, u_ptr, params_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, dgx_ptr, dhu_ptr, m_ptr, dparams_ptr,
+    dsh_ptr, dsc_ptr, counter_ptr, first, last, T, B,
+    GROUPS: tl.constexpr, REVERSED: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
+    CHUNKS: tl.constexpr, ACC: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr,
+    STATE_OF: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
+    PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, SEGMENTS: tl.constexpr, PACK: tl.constexpr, STEP: tl.constexpr,
+    BACKWARD_2: tl.constexpr, FINISH: tl.constexpr, HOLDS: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
-    """Steps T-1-first..T-last, back in time. PHASE -1: all of each. 0: up to the second product. 1: the pointwise step.
-    2: its gradients through U^T."""
+    """Steps T-1-first..T-last, back in time. PHASE -1: all of each. 0: up to the second products. 1: the pointwise
+    step. 2: its gradients through U^T, and with FINISH what follows (for which it forms the step once more)."""
     group = tl.program_id(2).to(tl.int64)
     units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
     r = tl.arange(0, BLOCK_B)
     row0 = tl.program_id(1).to(tl.int64) * BLOCK_B
     valid = r < B - row0
     mask = (units[:, None] < H) & valid[None, :]
-    counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
+    OPERANDS: tl.constexpr = len(GATES)
+    PRODUCTS: tl.constexpr = len(ADDS)
+    SECOND: tl.constexpr = OPERANDS - LEVEL
+    FIRST_PRODUCTS: tl.constexpr = first_product(GATES, LEVEL)
+    FIRST_M: tl.constexpr = computed_before(STATE_OF, LEVEL)  # in m, before the second products' operands
+    M: tl.constexpr = FIRST_M + SECOND
+    APART: tl.constexpr = apart_before(ADDS, len(ADDS))
+    WAITS: tl.constexpr = PHASE == -1 and OPERANDS > 0
+    LAST: tl.constexpr = 1 if FINISH is None else 2  # the part that knows all gradients of the trained vectors
+    STEPS: tl.constexpr = (PHASE == -1 or PHASE == 1) or (PHASE == 2 and FINISH is not None)
+    if OPERANDS > 0:
+        counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
     target = tl.num_programs(0)
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
-    PLAIN: tl.constexpr = SPLIT - INNER  # gates of the first product whose dhu is their dgx
 
     line = row0 * GROUPS + group
     in_group = group * B + row0
     # A row past the batch reads the last one's gradients from the others (rows do not mix, and it is not stored).
     row = tl.minimum(r, B - 1 - row0).to(tl.int32)
     gx_row = row * (GROUPS * G * H)
-    inner_row = row * (GROUPS * INNER * H)
+    hu_row = row * (GROUPS * APART * H)
     at_g = r[None, :] * (GROUPS * G * H) + units[:, None]
-    at_i = r[None, :] * (GROUPS * INNER * H) + units[:, None]
+    at_i = r[None, :] * (GROUPS * APART * H) + units[:, None]
     at_h = r[None, :] * (GROUPS * H) + units[:, None]
+    at_c = r[None, :] * (GROUPS * (STATES - 1) * H) + units[:, None]
+    at_m = r[None, :] * (GROUPS * M * H) + units[:, None]
     at_s = r[None, :] * (GROUPS * WORDS * H) + units[:, None]
     at_state = r[None, :] * H + units[:, None]
+    at_others = r[None, :] * ((STATES - 1) * H) + units[:, None]
     step, sign = walk(group, T - 1 - first, T, REVERSED)
     per_step = B.to(tl.int64) * (GROUPS * H)
     begin = step.to(tl.int64) * per_step + line * H
@@ -367,37 +367,35 @@ def backward_kernel(
     if dy_ptr is not None:
         dy_ptr += begin
     if dcs_ptr is not None:
-        dcs_ptr += begin
-    if STATES == 2:
-        c_ptr += begin + per_step + forth
+        dcs_ptr += begin * (STATES - 1)
+    if STATES > 1:
+        c_ptr += (begin + per_step + forth) * (STATES - 1)
     if SAVED > 0:
         saved_ptr += begin * WORDS
-    if INNER > 0:
-        dhu_ptr += begin * INNER
-    if SPLIT < G:
-        m_ptr += begin
+    if APART > 0:
+        dhu_ptr += begin * APART
+    if M > 0:
+        m_ptr += begin * M
     if mask_ptr is not None:
         mask_ptr += step.to(tl.int64) * B + row0
     dsh_ptr += in_group * H
-    if STATES == 2:
-        dsc_ptr += in_group * H
-    u_ptr += group * (G * H * H)
+    if STATES > 1:
+        dsc_ptr += in_group * ((STATES - 1) * H)
+    u_ptr += group * (PRODUCTS * H * H)
 
-    there = units < H
-    if PLAIN > 0:
-        UT = _slice(u_ptr, units, there, H, BLOCK_H, PLAIN * H, CHUNK, PRECISION)
-    if INNER > 0:
-        UT_inner = _slice(
-            u_ptr + PLAIN * H * H, units, there, H, BLOCK_H, INNER * H, CHUNK_2 if PLAIN > 0 else CHUNK, PRECISION
-        )
-    if SPLIT < G:
-        UT_2 = _slice(u_ptr + SPLIT * H * H, units, there, H, BLOCK_H, (G - SPLIT) * H, CHUNK_2, PRECISION)
+    UT = segment_slices(u_ptr, units, H, BLOCK_H, SEGMENTS, CHUNKS, PRECISION)
+    if PARAMS > 0:
+        params_ptr += group * (PARAMS * H)
+    params = load_params(params_ptr, units, PARAMS, H, ACC)
+    sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)
     dstates = load_tiles(dsh_ptr, at_state, mask, 1, 0, ACC)
     after = load_tiles(y_ptr - forth, at_h, mask, 1, 0, ACC)
-    if STATES == 2:
-        dstates = dstates + load_tiles(dsc_ptr, at_state, mask, 1, 0, ACC)
-        after = after + load_tiles(c_ptr - forth, at_h, mask, 1, 0, ACC)
-    dy, dcs, loaded, words = _load_step(dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, mask, H, STATES, WORDS)
+    if STATES > 1:
+        dstates = dstates + load_tiles(dsc_ptr, at_others, mask, STATES - 1, H, ACC)
+        after = after + load_tiles(c_ptr - forth * (STATES - 1), at_c, mask, STATES - 1, H, ACC)
+    dy, dcs, loaded, words = _load_step(
+        dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_c, at_s, mask, H, STATES, WORDS
+    )
 
     for i in range(first, last):
         code = valid
@@ -408,71 +406,94 @@ def backward_kernel(
             code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
             came = keep_rows(before, kept(code, HOLDS), STATES)
             mask_ptr -= sign * B
-        if (1 if SPLIT < G else 2) > PHASE:
+        if (1 if SECOND > 0 else 2) > PHASE:
             dstates = add_outer(dstates, dy, dcs, code, HOLDS)
-        dm = None
-        if SPLIT < G:
+        dm = ()
+        if SECOND > 0:
             if PHASE < 1:
-                d_second, m = MIDDLE(dstates, saved, came, after, FAST)
+                dhu_2, operands_2 = BACKWARD_2(dstates, saved, came, after, params, FAST)
                 if HOLDS:
-                    d_second = keep_rows(d_second, live(code), G - SPLIT)
-                    m = tl.where(live(code)[None, :], m, 0.0)
-                tl.store(m_ptr + at_h, m.to(TYPE), mask=mask)
-                store_tiles(dgx_ptr + SPLIT * H, at_g, mask, d_second, 0, G - SPLIT, H)
-                m_ptr += forth
-            if PHASE == -1:
+                    dhu_2 = keep_rows(dhu_2, live(code), PRODUCTS - FIRST_PRODUCTS)
+                    operands_2 = keep_rows(operands_2, live(code), SECOND)
+                store_tiles(m_ptr + FIRST_M * H, at_m, mask, operands_2, 0, SECOND, H)
+                for n in tl.static_range(FIRST_PRODUCTS, PRODUCTS):
+                    if ADDS[n] >= 0:
+                        tl.store(dgx_ptr + at_g + ADDS[n] * H, dhu_2[n - FIRST_PRODUCTS].to(TYPE), mask=mask)
+                _store_apart(dhu_ptr, at_i, mask, dhu_2, FIRST_PRODUCTS, PRODUCTS, ADDS, H)
+            if WAITS:
                 arrive(counter_ptr)
-                wait(counter_ptr, target)
-                target += tl.num_programs(0)
-            if PHASE == -1 or PHASE == 1:
-                dm = _product(
-                    UT_2, dgx_ptr + SPLIT * H, gx_row, valid, ACC, BLOCK_H, BLOCK_B, (G - SPLIT) * H,
-                    CHUNK_2, False, PRECISION,
-                )  # fmt: skip
+                target = wait(counter_ptr, target)
+            if STEPS:
+                for n in tl.static_range(LEVEL, OPERANDS):
+                    dm = dm + (through_u(
+                        None, UT, dgx_ptr, gx_row, dhu_ptr, hu_row, valid, n, ACC, BLOCK_H, BLOCK_B, H,
+                        SEGMENTS, CHUNKS, PRECISION,
+                    ),)  # fmt: skip
+        if STEPS:
+            dgx, dhu, new, dparams, operands = STEP(dstates, dm, saved, came, after, params, FAST)
+            dgx, dhu, new, operands = before_step(dgx, dhu, new, operands, dstates, code, HOLDS)
+            if FINISH is None or PHASE != 1:
+                dstates = new
         if PHASE == -1 or PHASE == 1:
-            dgx, dhu, new = STEP(dstates, dm, saved, came, after, FAST)
-            dgx, dhu, dstates = before_step(dgx, dhu, new, dstates, code, G, STATES, HOLDS)
-            # Other programs of this launch may still read the second gates' dgx: only the first are stored.
-            store_tiles(dgx_ptr, at_g, mask, dgx, 0, SPLIT, H)
-            if INNER > 0:
-                store_tiles(dhu_ptr, at_i, mask, dhu, G - INNER, G, H)
-        if PHASE == -1:
+            _store_gx(dgx_ptr, at_g, mask, dgx, 1, G, ADDS, LATE, FIRST_PRODUCTS, H)
+            _store_apart(dhu_ptr, at_i, mask, dhu, 0, FIRST_PRODUCTS, ADDS, H)
+            store_tiles(m_ptr, at_m, mask, operands, 0, FIRST_M, H)
+        if WAITS:
             arrive(counter_ptr)
-        after = before
         y_ptr += forth
         if dy_ptr is not None:
             dy_ptr += forth
         if dcs_ptr is not None:
-            dcs_ptr += forth
-        if STATES == 2:
-            c_ptr += forth
+            dcs_ptr += forth * (STATES - 1)
+        if STATES > 1:
+            c_ptr += forth * (STATES - 1)
         if SAVED > 0:
             saved_ptr += forth * WORDS
         ahead = tl.where(i + 1 < last, mask, False)
         dy, dcs, loaded, words = _load_step(
-            dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_s, ahead, H, STATES, WORDS
+            dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_c, at_s, ahead, H, STATES, WORDS
         )
-        if PHASE == -1:
-            wait(counter_ptr, target)
-            target += tl.num_programs(0)
+        if WAITS:
+            target = wait(counter_ptr, target)
         if PHASE == -1 or PHASE == 2:
-            dh = dstates[0]
-            if PLAIN > 0:
-                dh += _product(UT, dgx_ptr, gx_row, valid, ACC, BLOCK_H, BLOCK_B, PLAIN * H, CHUNK, False, PRECISION)
-            if INNER > 0:
-                dh += _product(
-                    UT_inner, dhu_ptr, inner_row, valid, ACC, BLOCK_H, BLOCK_B, INNER * H,
-                    CHUNK_2 if PLAIN > 0 else CHUNK,
-                    False, PRECISION,
-                )  # fmt: skip
-            dstates = replace_first(dstates, dh, STATES)
-            if mask_ptr is not None:
-                dstates = keep_rows(dstates, kept(code, HOLDS), STATES)
+            dv = ()
+            for n in tl.static_range(LEVEL):
+                if STATE_OF[n] < 0:
+                    dv = dv + (through_u(
+                        None, UT, dgx_ptr, gx_row, dhu_ptr, hu_row, valid, n, ACC, BLOCK_H, BLOCK_B, H,
+                        SEGMENTS, CHUNKS, PRECISION,
+                    ),)  # fmt: skip
+            if FINISH is not None:
+                dgx, dstates, dparams = finish_step(
+                    FINISH, dgx, dstates, dparams, dv, saved, came, after, params, code, FAST, HOLDS
+                )
+                _store_gx(dgx_ptr, at_g, mask, dgx, 2, G, ADDS, LATE, FIRST_PRODUCTS, H)
+            for n in tl.static_range(LEVEL):
+                if STATE_OF[n] >= 0:
+                    d = through_u(
+                        dstates[STATE_OF[n]], UT, dgx_ptr, gx_row, dhu_ptr, hu_row, valid, n, ACC, BLOCK_H, BLOCK_B, H,
+                        SEGMENTS, CHUNKS, PRECISION,
+                    )  # fmt: skip
+                    dstates = replace_tile(dstates, STATE_OF[n], d)
+        if PHASE == -1 or PHASE == LAST:
+            sums = add_params(sums, dparams, valid, code, HOLDS)
+        if mask_ptr is not None and (PHASE == -1 or PHASE == 2):
+            dstates = keep_rows(dstates, kept(code, HOLDS), STATES)
         dgx_ptr += forth * G
-        if INNER > 0:
-            dhu_ptr += forth * INNER
+        if APART > 0:
+            dhu_ptr += forth * APART
+        if M > 0:
+            m_ptr += forth * M
+        after = before
 
-    tl.debug_barrier()  # dsh and dsc are in place
+    shares = ()
+    if PARAMS > 0:
+        dparams_ptr += (tl.program_id(1) * GROUPS + group) * (PARAMS * H)
+        shares = load_tiles(dparams_ptr, units, units < H, PARAMS, H, ACC)
+        for n in tl.static_range(PARAMS):
+            shares = replace_tile(shares, n, shares[n] + tl.sum(sums[n], 1))
+    tl.debug_barrier()  # dsh, dsc and dparams are in place
     store_tiles(dsh_ptr, at_state, mask, dstates, 0, 1, 0)
-    if STATES == 2:
-        store_tiles(dsc_ptr, at_state, mask, dstates, 1, 2, 0)
+    if STATES > 1:
+        store_tiles(dsc_ptr, at_others, mask, dstates, 1, STATES, H)
+    store_tiles(dparams_ptr, units, units < H, shares, 0, PARAMS, H)

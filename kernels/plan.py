@@ -6,7 +6,7 @@ The cost of a step is a floor, in microseconds, of what each schedule cannot avo
 is kept, the tensor cores' work, the activations, what programs exchange through L2, the barrier or the launch, and the
 latency of one step's chain of dependent operations. The rates are the vendors' data sheets and tuning guides; the
 latencies are rounded from published microbenchmarks (Luo et al., arXiv:2402.13499 for Hopper). None is fitted to
-this library: a floor ranks schedules, it does not promise a time.
+this library: a floor ranks schedules, it does not promise a time. What is known of devices is in `devices`.
 """
 
 from __future__ import annotations
@@ -14,81 +14,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import pairwise
-from typing import Protocol
+
+from .devices import INTERPRETER, KB, Device
+from .form import Form
 
 SCHEDULES = ("resident", "grid", "stepwise")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
-
-
-class Shape(Protocol):
-    """What of a cell matters here (see `cells.Cell`)."""
-
-    @property
-    def gates(self) -> int: ...
-    @property
-    def split(self) -> int: ...
-    @property
-    def inner(self) -> int: ...
-
-
-@dataclass(frozen=True)
-class Device:
-    """Facts of a device. capability: 90 for sm_90, 0 where it is not CUDA. shared: bytes a program may have.
-
-    tensor: floating-point operations a clock and processor in bf16, dense. l2: bytes a clock and processor from the
-    second-level cache when all read at once. memory: GB/s. cache: bytes of second-level cache.
-    """
-
-    name: str
-    capability: int
-    processors: int
-    shared: int
-    clock: float = 1.8  # GHz
-    tensor: int = 4096
-    l2: float = 40.0
-    memory: float = 3350.0
-    cache: int = 50 << 20
-
-    def microseconds(self, clocks: float) -> float:
-        return clocks / (self.clock * 1000)
-
-
-KB = 1024
-# Vendors' data sheets and tuning guides; the largest part of each kind.
-KNOWN = {
-    "sm_80": Device("A100 (sm_80)", 80, 108, 163 * KB, 1.41, 2048, 47, 2039, 40 << 20),
-    "sm_89": Device("RTX 4090 (sm_89)", 89, 128, 99 * KB, 2.52, 512, 20, 1008, 72 << 20),
-    "sm_90": Device("H100 (sm_90)", 90, 132, 227 * KB, 1.83, 4096, 39, 3350, 50 << 20),
-    "sm_100": Device("B200 (sm_100)", 100, 148, 227 * KB, 1.85, 8192, 39, 8000, 126 << 20),
-    "A100": Device("A100", 80, 108, 163 * KB, 1.41, 2048, 47, 2039, 40 << 20),
-    "H100": Device("H100", 90, 132, 227 * KB, 1.83, 4096, 39, 3350, 50 << 20),
-    "H200": Device("H200", 90, 132, 227 * KB, 1.83, 4096, 39, 4800, 50 << 20),
-    "B200": Device("B200", 100, 148, 227 * KB, 1.85, 8192, 39, 8000, 126 << 20),
-    "GH200": Device("GH200", 90, 132, 227 * KB, 1.83, 4096, 39, 4900, 50 << 20),
-    "GB200": Device("GB200", 100, 148, 227 * KB, 1.85, 8192, 39, 8000, 126 << 20),
-    "L4": Device("L4", 89, 58, 99 * KB, 2.04, 1024, 32, 300, 48 << 20),
-    "RTX4090": Device("RTX 4090", 89, 128, 99 * KB, 2.52, 512, 20, 1008, 72 << 20),
-    "MI300X": Device("MI300X", 0, 304, 64 * KB, 2.1, 2048, 27, 5300, 4 << 20),
-}
-INTERPRETER = Device("interpreter", 0, 132, 227 * KB)
-
-
-def known(name: str) -> Device | None:
-    """The KNOWN device of that name, in any case, with or without "_", "-" and spaces; None if there is none."""
-
-    def plain(text: str) -> str:
-        return "".join(c for c in text.lower() if c not in "_- ")
-
-    return next((device for key, device in KNOWN.items() if plain(key) == plain(name)), None)
-
-
-def present(name: str, capability: int, processors: int, shared: int) -> Device:
-    """A device that is there: its own sizes, and the rates of the KNOWN one it names or shares its capability with."""
-    words = name.replace("-", " ").split()
-    named = [*words, *(a + b for a, b in pairwise(words))]
-    like = next((KNOWN[word] for word in named if word in KNOWN), KNOWN.get(f"sm_{capability}", KNOWN["H100"]))
-    return replace(like, name=name, capability=capability, processors=processors, shared=shared)
 
 
 @dataclass(frozen=True)
@@ -120,7 +51,7 @@ class Plan:
     registers: the most a thread may take (left to itself, ptxas spills a few to make room for more programs on a
     processor, which a scan does not have). nvidia: PTX may be used (the one-instruction tanh of float16 and bfloat16).
     programs: of one launch. microseconds: the model's floor for one step. u_in_registers (resident): each thread keeps
-    its part of U.
+    its part of U. waits: programs wait for each other, so that all must be on the device at once.
     """
 
     schedule: str
@@ -135,6 +66,7 @@ class Plan:
     programs: int = 1
     microseconds: float = 0.0
     u_in_registers: bool = False
+    waits: bool = False
 
 
 def _power_of_2(n: int, least: int, most: int) -> int:
@@ -168,33 +100,33 @@ def chunks(columns: int, rows: int, most: int) -> tuple[int, ...]:
     return (first,) * count + ((min(first, _power_of_2(rest, least, 1 << 30)),) if rest else ())
 
 
-def slices(cell: Shape, H: int, block_h: int, backward: bool) -> list[tuple[int, int]]:
-    """(rows, columns) of the slices of U that a `grid` program holds. Forward a gate is a row a unit, padded to a power
-    of two; backward the units are the rows and the gates lie side by side."""
-    first, second = cell.split, cell.gates - cell.split
+def slices(cell: Form, H: int, block_h: int, backward: bool) -> list[tuple[int, int]]:
+    """(rows, columns) of the slices of U that a `grid` program holds. Forward one for each operand: a product is a row
+    a unit, padded to a power of two. Backward one for each segment: the units are the rows, and the products lie side
+    by side."""
     if backward:
-        return [(block_h, n * H) for n in (first - cell.inner, cell.inner, second) if n]
-    return [(block_h * _power_of_2(n, 1, 8), H) for n in (first, second) if n]
+        return [(block_h, segment.count * H) for segment in cell.segments]
+    return [(block_h * _power_of_2(operand.products, 1, 1 << 10), H) for operand in cell.operands]
 
 
 def _copies(itemsize: int, precision: str) -> int:
     return 2 if itemsize == 4 and precision == "tf32x3" else 1
 
 
-def resident_bytes(gates: int, H: int, itemsize: int, block_b: int, precision: str = "tf32") -> int:
+def resident_bytes(products: int, H: int, itemsize: int, block_b: int, precision: str = "tf32") -> int:
     """Shared memory of the resident kernels, an upper bound on what the compiler reports.
 
-    U whole, and the larger of what the directions exchange: forward the state and a layout conversion in float32;
-    backward an operand tile a gate and a conversion. For "tf32x3" the compiler keeps U twice, its TF32 part and the
+    U whole, and the larger of what the directions exchange: forward an operand and a layout conversion in float32;
+    backward an operand tile a product and a conversion. For "tf32x3" the compiler keeps U twice, its TF32 part and the
     rest.
     """
     block_h = _power_of_2(H, 16, 1 << 30)
-    exchange = max((gates + 1) * itemsize, 4 + itemsize)
-    return block_h * (_copies(itemsize, precision) * gates * block_h * itemsize + exchange * block_b)
+    exchange = max((products + 1) * itemsize, 4 + itemsize)
+    return block_h * (_copies(itemsize, precision) * products * block_h * itemsize + exchange * block_b)
 
 
 def grid_bytes(
-    cell: Shape, H: int, itemsize: int, block_h: int, block_b: int, most: int, backward: bool, precision: str = "tf32"
+    cell: Form, H: int, itemsize: int, block_h: int, block_b: int, most: int, backward: bool, precision: str = "tf32"
 ) -> int:
     """Shared memory of a `grid` program, an upper bound on what the compiler reports: its slices of U, and the larger
     of a chunk of the operand and a product's parts on their way to the layout of the step."""
@@ -222,6 +154,8 @@ CHAIN, TRIP, LAUNCH = 450, 280, 5.0
 # Units a `grid` program owns. Fewer would leave the tensor cores' 16 rows half empty backward; more, U's slice of the
 # largest layers too large for one processor, and the registers (tried with the report: 32 spill).
 GRID_UNITS = 16
+# Units a `resident` program may have of a cell without a product, whose U sets no limit.
+SPREAD_UNITS = 256
 SHARED_RATE = 128  # bytes a clock
 ACTIVATION_RATE = 16  # one-instruction functions a clock; the exact ones take about four
 
@@ -230,11 +164,14 @@ class _Problem:
     """One scan to plan: the arguments of `plan`, and what its schedules have in common."""
 
     def __init__(
-        self, cell: Shape, B: int, H: int, groups: int, itemsize: int, device: Device, precision: str, backward: bool
+        self, cell: Form, B: int, H: int, groups: int, itemsize: int, device: Device, precision: str, backward: bool
     ) -> None:
         self.cell, self.B, self.H, self.groups, self.itemsize = cell, B, H, groups, itemsize
         self.device, self.precision, self.backward = device, precision, backward
-        self.gates = cell.gates
+        self.products = cell.products
+        self.levels = len({operand.level for operand in cell.operands})
+        # What a thread has of a step: a tile for each gate or product, and what more than two states take.
+        self.tiles = max(cell.gates, cell.products) + max(0, cell.states - 2)
 
     def floor(
         self, u_bytes: int, u_rate: float, rows: int, units: int, columns: int, exchange: int, start: float
@@ -242,7 +179,7 @@ class _Problem:
         """Of a program with that many rows and units, whose products' inner sums are columns long in all."""
         d = self.device
         work = 2 * rows * units * columns / (d.tensor * _rate(self.itemsize, self.precision))
-        functions = rows * units * (1 if self.backward else self.gates + 1) / ACTIVATION_RATE
+        functions = rows * units * (1 if self.backward else max(self.cell.gates, self.products) + 1) / ACTIVATION_RATE
         exact = 4 if self.itemsize > 2 else 1
         return Floor(
             u=d.microseconds(u_bytes / u_rate),
@@ -250,7 +187,7 @@ class _Problem:
             activations=d.microseconds(functions * exact),
             exchange=d.microseconds(exchange / d.l2),
             start=start,
-            chain=d.microseconds(CHAIN * (2 if self.cell.split < self.gates else 1)),
+            chain=d.microseconds(CHAIN * max(1, self.levels)),
         )
 
     def made(
@@ -262,20 +199,22 @@ class _Problem:
 
     def unfit_resident(self) -> str | None:
         """Why `resident` cannot be; None if it can."""
-        gates, H, itemsize, device = self.gates, self.H, self.itemsize, self.device
-        needed = resident_bytes(gates, H, itemsize, 8, self.precision)
+        products, H, itemsize, device = self.products, self.H, self.itemsize, self.device
+        if not products:
+            return f"one program would have all {H} units; {SPREAD_UNITS} at most" if H > SPREAD_UNITS else None
+        needed = resident_bytes(products, H, itemsize, 8, self.precision)
         if needed > device.shared:
             return f"U would take {needed // KB} KB of the {device.shared // KB} KB of shared memory on {device.name}"
         if itemsize == 8 and H > 32:
             return "beyond 32 hidden units float64 products spill registers"  # found with the report, sm_90 and sm_100
-        if itemsize == 4 and self.precision == "ieee" and (most := 32 if gates > 2 else 64) < H:
+        if itemsize == 4 and self.precision == "ieee" and (most := 32 if products > 2 else 64) < H:
             return f"beyond {most} hidden units float32 products without TF32 spill registers"  # likewise
-        if itemsize == 4 and self.precision == "tf32x3" and (most := 32 if gates > 2 else 64) < H:
+        if itemsize == 4 and self.precision == "tf32x3" and (most := 32 if products > 2 else 64) < H:
             return f"beyond {most} hidden units float32 products by three TF32 products spill registers"  # likewise
         return None
 
     def resident(self) -> Plan:
-        gates, H, itemsize, device = self.gates, self.H, self.itemsize, self.device
+        products, tiles, H, itemsize, device = self.products, self.tiles, self.H, self.itemsize, self.device
         block_h = _power_of_2(H, 16, 1 << 30)
         # As few rows a program as keep every program on its own processor; more rows only lengthen a step.
         share = _ceil(self.B * self.groups, device.processors)
@@ -283,36 +222,36 @@ class _Problem:
         # Three products a gate: beyond 16 units more rows spill (likewise), and cost as much as more programs.
         if itemsize == 4 and self.precision == "tf32x3" and block_h > 16:
             block_b = 8
-        # Gates of a tile beyond 16 KB, and beyond 4 KB or 64 columns a warp, spill registers on some target (found with
+        # Tiles beyond 16 KB in all, and beyond 4 KB or 64 columns a warp, spill registers on some target (found with
         # the report; float64 at half that, and products without tensor cores at half or a quarter of the columns).
         tensor_cores = itemsize < 4 or (itemsize == 4 and self.precision != "ieee")
         most = min(16384 if itemsize < 8 else 8192, block_h * 256)
         while block_b > 8 and (
-            gates * block_b > (64 if tensor_cores else 32 if block_h < 64 else 16)
-            or gates * block_h * block_b * itemsize > most
-            or resident_bytes(gates, H, itemsize, block_b, self.precision) > device.shared
+            tiles * block_b > (64 if tensor_cores else 32 if block_h < 64 else 16)
+            or tiles * block_h * block_b * itemsize > most
+            or resident_bytes(products, H, itemsize, block_b, self.precision) > device.shared
         ):
             block_b //= 2
         wide = block_h > 128 or block_h * block_b >= 4096
-        num_warps = 8 if wide or gates * block_h * block_b * itemsize > 8192 else 4
+        num_warps = 8 if wide or tiles * block_h * block_b * itemsize > 8192 else 4
         # Triton gives every warp 16 units or more; others would repeat their work (without tensor cores fewer spill).
         num_warps = min(num_warps, block_h // 16 if tensor_cores else 4)
         # U in registers is read from shared memory once, not at every step. Half of a thread's registers is what it can
         # have beside the tiles of eight rows; three TF32 products keep U twice.
-        u_bytes = gates * block_h * block_h * itemsize
+        u_bytes = products * block_h * block_h * itemsize
         held = u_bytes * _copies(itemsize, self.precision)
-        u_in_registers = block_b == 8 and tensor_cores and held <= 512 * 32 * min(8, block_h // 16)
+        u_in_registers = products > 0 and block_b == 8 and tensor_cores and held <= 512 * 32 * min(8, block_h // 16)
         if u_in_registers and held > 512 * 32 * num_warps:
             num_warps = 8
-        needed = resident_bytes(gates, H, itemsize, block_b, self.precision)
+        needed = resident_bytes(products, H, itemsize, block_b, self.precision)
         programs = _ceil(self.B, block_b) * self.groups
         read = 0 if u_in_registers else u_bytes
-        floor = self.floor(read, SHARED_RATE, block_b, block_h, gates * block_h, 0, 0.0)
+        floor = self.floor(read, SHARED_RATE, block_b, block_h, products * block_h, 0, 0.0)
         # Programs that share a processor share its rates, and hide each other's latency.
         together = _ceil(programs, device.processors)
         us = max(floor.total, together * (floor.total - floor.chain))
         why = (
-            f"U ({gates}x{H}x{H}, padded to {block_h}) takes {needed // KB} KB of the {device.shared // KB} KB of "
+            f"U ({products}x{H}x{H}, padded to {block_h}) takes {needed // KB} KB of the {device.shared // KB} KB of "
             f"shared memory, so one program keeps it{' in registers' * u_in_registers} and walks all steps for "
             f"{block_b} rows; {floor}"
         )
@@ -322,17 +261,17 @@ class _Problem:
     # grid
 
     def unfit_grid(self) -> str | None:
+        if not self.products:
+            return None  # nothing to wait for
         if self.backward and self.itemsize == 4 and self.precision == "ieee" and self.device is not INTERPRETER:
             return "backward, float32 products without TF32 spill registers"  # found with the report
         if self.itemsize == 8 and self.device.capability >= 100:
             return "float64 products spill registers there"  # likewise
-        if self.gates > 4:
-            return "its tiles are tried for at most four gates"
         if self.device.capability == 0 and self.device is not INTERPRETER:
             return f"{self.device.name} has no cooperative launch here"
         if next(self._grids(), None) is None:
             return (
-                f"U ({self.gates}x{self.H}x{self.H}) and the batch do not fit the shared memory and registers of "
+                f"U ({self.products}x{self.H}x{self.H}) and the batch do not fit the shared memory and registers of "
                 f"{self.device.processors} processors on {self.device.name}"
             )
         return None
@@ -369,8 +308,7 @@ class _Problem:
                     columns = sum(sum(chunks(c, r, block_k)) * r for r, c in held) // GRID_UNITS
                     u_bytes = columns * GRID_UNITS * self.itemsize
                     exchange = sum(c for _, c in held) * min(block_b, self.B) * self.itemsize
-                    barriers = 2 if self.cell.split < self.gates else 1
-                    start = device.microseconds(4 * TRIP * barriers)
+                    start = device.microseconds(4 * TRIP * self.levels)
                     floor = self.floor(u_bytes, SHARED_RATE, block_b, GRID_UNITS, columns, exchange, start)
                     yield floor, self.made("grid", tile, num_warps, 1, programs, "", floor.total), needed
                     break
@@ -378,23 +316,46 @@ class _Problem:
     def _most_rows(self) -> int:
         """Rows of a `grid` program beyond which some target spills registers (found with the report)."""
         if self.itemsize == 8:
-            second = self.cell.split < self.gates and not self.backward
+            second = self.levels > 1 and not self.backward
             return 16 if self.H <= 300 else 0 if second else 8
         if self.itemsize > 2:
             return 32 if self.H <= 512 else 16 if self.H <= 768 else 0
         if self.H <= 512:
-            heavy = self.backward or self.cell.split < self.gates
+            heavy = self.backward or self.levels > 1
             return 32 if heavy and self.device.capability >= 100 else 64
         return 32 if self.backward or self.H <= 1024 else 8
 
     def grid(self) -> Plan:
+        if not self.products:
+            return self._spread()
         floor, chosen, needed = min(self._grids(), key=lambda found: found[0].total)
         why = (
-            f"U ({self.gates}x{self.H}x{self.H}) is spread over {chosen.programs} programs of {GRID_UNITS} units and "
-            f"{chosen.block_b} rows, {needed // KB} KB of {self.device.shared // KB} KB of shared memory each, with a "
-            f"barrier a step; {floor}"
+            f"U ({self.products}x{self.H}x{self.H}) is spread over {chosen.programs} programs of {GRID_UNITS} units "
+            f"and {chosen.block_b} rows, {needed // KB} KB of {self.device.shared // KB} KB of shared memory each, "
+            f"with a barrier a step; {floor}"
         )
-        return replace(chosen, why=why)
+        return replace(chosen, why=why, waits=True)
+
+    def _spread(self) -> Plan:
+        """The plan of a cell without a product: tiles of units and rows that know nothing of each other."""
+        block_h, block_b, device = 16, 8, self.device
+
+        def programs() -> int:
+            return _ceil(self.H, block_h) * _ceil(self.B, block_b) * self.groups
+
+        # Small tiles while there is room for them; then whole lines of memory, then more rows.
+        while block_h < min(64, self.H) and programs() > 4 * device.processors:
+            block_h *= 2
+        while block_b < min(32, self.B) and programs() > 16 * device.processors:
+            block_b *= 2
+        floor = self.floor(0, SHARED_RATE, block_b, block_h, 0, 0, 0.0)
+        us = max(floor.total, _ceil(programs(), device.processors) * (floor.total - floor.chain))
+        why = (
+            f"without a product no unit needs another: {programs()} programs of {block_h} units and {block_b} rows "
+            f"walk all steps by themselves; {floor}"
+        )
+        num_warps = max(1, min(4, block_h * block_b // 128))
+        return self.made("grid", (block_h, block_b, 16), num_warps, 1, programs(), why, us)
 
     # stepwise
 
@@ -407,8 +368,10 @@ class _Problem:
         """Tiles of `stepwise`: (tile, warps, stages, programs, its floor, and that with what does not overlap)."""
         cell, B, H, itemsize, device = self.cell, self.B, self.H, self.itemsize, self.device
         exact = itemsize == 8 or (itemsize == 4 and self.precision != "tf32")
-        gates = 1 if self.backward else _power_of_2(max(cell.split, cell.gates - cell.split), 1, 8)
-        columns = (cell.gates if self.backward else 1) * H
+        first = cell.first_products
+        gates = 1 if self.backward else _power_of_2(max(first, cell.products - first), 1, 1 << 10)
+        columns = (cell.products if self.backward else 1) * H
+        launches = max(1, self.levels) + (cell.published and not self.backward)
         block_k = _power_of_2(H, 16, 128 // itemsize)
         for block_h in (16, 32, 64):
             for block_b in (8, 16, 32, 64, 128):
@@ -425,10 +388,10 @@ class _Problem:
                 num_stages = 3 if 3 * (rows + block_b) * block_k * itemsize <= device.shared - 2 * KB else 2
                 floor = self.floor(
                     (rows + block_b) * columns * itemsize * waves, device.l2, block_b, block_h * waves,
-                    columns * (1 if self.backward else cell.gates), 0, LAUNCH * (2 if cell.split < cell.gates else 1),
+                    columns * (1 if self.backward else cell.products), 0, LAUNCH * launches,
                 )  # fmt: skip
                 # U streams from L2 if it stays there, else from memory.
-                u_bytes = cell.gates * H * H * itemsize * self.groups
+                u_bytes = cell.products * H * H * itemsize * self.groups
                 memory = u_bytes / device.memory / 1000 if u_bytes > 0.7 * device.cache else 0.0
                 us = floor.total + max(0.0, memory - max(floor.u, floor.tensor))
                 yield (block_h, block_b, block_k), num_warps, num_stages, programs, floor, us
@@ -442,7 +405,7 @@ class _Problem:
 
 @cache
 def plan(
-    cell: Shape,
+    cell: Form,
     *,
     B: int,
     H: int,
@@ -463,7 +426,7 @@ def plan(
     """
     if schedule not in (None, *SCHEDULES):
         raise ValueError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
-    if cell.gates * H * H >= 1 << 31:
+    if max(cell.gates, cell.products) * H * H >= 1 << 31:
         raise ValueError(f"hidden size {H} is too large: the recurrent weights must have less than 2^31 elements")
     problem = _Problem(cell, B, H, groups, itemsize, device, precision, backward)
     unfit = {"resident": problem.unfit_resident(), "grid": problem.unfit_grid(), "stepwise": None}
@@ -477,7 +440,7 @@ def plan(
     if schedule is None and device is INTERPRETER and len(found) > 1:
         found.pop("grid", None)
     # Programs that wait for each other have more to lose against their floor than one that runs alone.
-    best = min(found.values(), key=lambda p: p.microseconds * (1.25 if p.schedule == "grid" else 1.0))
+    best = min(found.values(), key=lambda p: p.microseconds * (1.25 if p.waits else 1.0))
     others = [f"{p.schedule} would take {p.microseconds:.2f} us" for p in found.values() if p is not best]
     others += [f"no {name}: {why}" for name, why in unfit.items() if why and schedule is None]
     if not others:

@@ -14,23 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from .plan import (
-    ACTIVATION_RATE,
-    CHAIN,
-    INTERPRETER,
-    KB,
-    LAUNCH,
-    TRIP,
-    Device,
-    Floor,
-    Plan,
-    Shape,
-    _ceil,
-    _power_of_2,
-    _rate,
-    parts,
-    plan,
-)
+from .devices import INTERPRETER, KB, Device
+from .form import Form
+from .plan import ACTIVATION_RATE, CHAIN, LAUNCH, TRIP, Floor, Plan, _ceil, _power_of_2, _rate, parts, plan
 
 WARP_PRODUCTS, MULTIPLY_ADDS = 0.62, 0.5  # of the rates of tensor cores, and of what is done without
 
@@ -43,18 +29,26 @@ class Single(Plan):
     elsewhere: float = 0.0  # the floor of those two, in microseconds
 
 
-def slots(cell: Shape) -> int:
-    """Rows of a program for each unit: a gate's, one more for an inner gate, padded to a power of two."""
-    return _power_of_2(cell.gates + cell.inner, 1, 1 << 10)
+def slots(cell: Form) -> int:
+    """Rows of a program for each unit: a tile of gx or a product apart each, padded to a power of two."""
+    return _power_of_2(cell.gates + len(cell.apart), 1, 1 << 10)
 
 
-def unfit(cell: Shape, I: int, H: int) -> str | None:  # noqa: E741  (the letter the whole project uses)
-    """Why one launch cannot do this cell's step; None if it can."""
-    if cell.split < cell.gates:
+def unfit(cell: Form, I: int, H: int, inputs: int = 0) -> str | None:  # noqa: E741  (the project's letter)
+    """Why one launch cannot do this cell's step; None if it can. inputs: how many of the tiles of gx are per-step
+    inputs."""
+    if inputs:
+        return "its per-step inputs are not products of x"
+    if any(operand.level > 1 for operand in cell.operands):
         return "its second product needs the first gates of every unit, and a launch cannot wait for all its programs"
+    if len(cell.operands) > 1 or any(operand.state is None for operand in cell.operands):
+        return "its products are not all with one of the states"
+    adding = [tile for tile in cell.adds if tile >= 0]
+    if len(set(adding)) < len(adding):
+        return "two products add to the same gate"
     if slots(cell) > 8:
         return "its tiles are tried for at most eight products a unit"
-    if cell.gates * H * max(I, H) >= 1 << 31:
+    if max(cell.gates * I, cell.products * H) * H >= 1 << 31:
         return "the weights must have less than 2^31 elements"
     return None
 
@@ -68,7 +62,7 @@ def shared_bytes(rows: int, block_b: int, block_k: int, itemsize: int, stages: i
 class _Problem:
     def __init__(
         self,
-        cell: Shape,
+        cell: Form,
         B: int,
         I: int,  # noqa: E741
         H: int,
@@ -78,7 +72,7 @@ class _Problem:
     ) -> None:
         self.cell, self.B, self.I, self.H, self.itemsize, self.device = cell, B, I, H, itemsize, device
         self.precisions = precisions  # of W x and of U h
-        self.bytes = cell.gates * H * (I + H) * itemsize
+        self.bytes = (cell.gates * I + cell.products * H) * H * itemsize
 
     def _clocks(self, rows: int, columns: int, precision: str, ours: bool) -> float:
         """Of one processor, for the products of so many rows (those of the batch times those of a matrix)."""
@@ -119,13 +113,17 @@ class _Problem:
                 programs = _ceil(H, block_h) * _ceil(B, block_b)
                 waves = _ceil(programs, d.processors)
                 work = self._clocks(rows * block_b, I, self.precisions[0], True)
-                work += self._clocks(rows * block_b, H, self.precisions[1], True)
-                read = (cell.gates * block_h + min(B, block_b)) * (I + H) * itemsize
+                turns = _ceil(I, block_k)
+                read = (cell.gates * block_h + min(B, block_b)) * I
+                if cell.products:
+                    work += self._clocks(rows * block_b, H, self.precisions[1], True)
+                    turns += _ceil(H, block_k)
+                    read += (cell.products * block_h + min(B, block_b)) * H
                 # A turn of the loop waits for its tiles, num_stages - 1 turns at a time.
-                turns = (_ceil(I, block_k) + _ceil(H, block_k)) * TRIP / (num_stages - 1)
+                trips = turns * TRIP / (num_stages - 1)
                 functions = block_b * block_h * (cell.gates + 1) * (4 if itemsize > 2 else 1) / ACTIVATION_RATE
                 floor = Floor(
-                    u=max(d.microseconds(max(read * waves / d.l2, turns)), self._streamed(self.bytes)),
+                    u=max(d.microseconds(max(read * itemsize * waves / d.l2, trips)), self._streamed(self.bytes)),
                     tensor=d.microseconds(work * waves),
                     activations=d.microseconds(functions * waves),
                     exchange=0.0,
@@ -157,7 +155,7 @@ class _Problem:
         gx = 2 * B * cell.gates * H * self.itemsize  # written, and read again
         work = self._clocks(B * cell.gates * H, I, self.precisions[0], False) / d.processors
         gemm = LAUNCH + max(d.microseconds(max(w / all_l2, work)), self._streamed(w)) + d.microseconds(gx / all_l2)
-        u = cell.gates * H * H * self.itemsize
+        u = cell.products * H * H * self.itemsize
         step = there.microseconds + (0.0 if there.schedule == "stepwise" else LAUNCH)
         # The plan of a scan takes U for what stays in L2 from step to step; here W was there in between.
         step = max(step, LAUNCH + self._streamed(u))
@@ -166,7 +164,7 @@ class _Problem:
 
 @cache
 def plan_single(
-    cell: Shape,
+    cell: Form,
     *,
     B: int,
     I: int,  # noqa: E741
@@ -196,16 +194,6 @@ def plan_single(
         f"{other}"
     )
     return Single(
-        "single",
-        *tile,
-        num_warps,
-        num_stages,
-        255,
-        device.capability > 0,
-        why,
-        programs,
-        floor.total,
-        False,
-        cheaper,
-        us,
-    )
+        "single", *tile, num_warps, num_stages, 255, device.capability > 0, why, programs, floor.total,
+        cheaper=cheaper, elsewhere=us,
+    )  # fmt: skip

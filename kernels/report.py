@@ -30,7 +30,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cells, plan, plan_single, scan, single
+from . import cells, devices, plan, plan_single, scan, single
 
 KINDS = ("BAR", "HMMA", "HGMMA", "UTCHMMA", "LDS", "LDSM", "STS", "STSM", "LDG", "STG", "MUFU", "LDL", "STL")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -101,7 +101,7 @@ def planned(case: Case) -> plan.Plan:
     """The case's plan."""
     size: dict[str, Any] = {"B": case.batch, "H": case.hidden, "groups": case.groups}
     how: dict[str, Any] = {"schedule": case.schedule, "precision": case.precision}
-    how |= {"itemsize": DTYPES[case.dtype].itemsize, "device": plan.KNOWN[case.target]}
+    how |= {"itemsize": DTYPES[case.dtype].itemsize, "device": devices.KNOWN[case.target]}
     if case.direction in STEPS:
         size, how = {"B": case.batch, "I": inputs(case), "H": case.hidden}, {k: how[k] for k in how if k != "schedule"}
         return plan_single.plan_single(cells.get(case.cell), **size, **how)
@@ -123,27 +123,31 @@ def launches(case: Case) -> list[scan.Launch]:
 
     mask = empty(T, B, like=MASKS[case.mask]) if case.mask else None
     K = case.groups
-    gx, u, state = empty(T, B, K, cell.gates * H), empty(K, cell.gates * H, H), empty(K, B, H)
-    bias = empty(K, cell.inner * H) if cell.inner else None
-    second = state if cell.states == 2 else None
+    gx, u, state = empty(T, B, K, cell.gates * H), empty(K, cell.products * H, H), empty(K, B, H)
+    bias = empty(K, len(cell.apart) * H) if cell.apart else None
+    params = empty(K, cell.params * H) if cell.params else None
+    others = empty(K, B, (cell.states - 1) * H) if cell.states > 1 else None
     back = 2 if K == 2 else 0  # two groups: a layer's directions
     options: dict[str, Any] = {"plan": chosen, "precision": case.precision, "launch": note, "reversed": back}
+    options["params"] = params
     if case.direction in STEPS:
         assert isinstance(chosen, plan_single.Single)
-        x, w, b, h = empty(B, inputs(case)), empty(cell.gates * H, inputs(case)), empty(cell.gates * H), empty(B, H)
+        x, w, b = empty(B, inputs(case)), empty(cell.gates * H, inputs(case)), empty(cell.gates * H)
+        b_hh = empty(cell.products * H) if cell.products else None
         save = "gates" if case.direction == "step train" else "none"
         how: dict[str, Any] = {"save": save, "plan": chosen, "precision": case.precision, "launch": note}
-        single.forward(cell, x, w, u[0], b, b, h, h if cell.states == 2 else None, **how)
+        how["params"] = None if params is None else params[0]
+        single.forward(cell, x, w, u[0], b, b_hh, state[0], None if others is None else others[0], **how)
     elif case.direction == "recompute":
         saved = scan.allocate(cell, gx, "gates")
-        scan.recompute(cell, gx, u, bias, saved.y, saved.c, mask, plan=chosen, launch=note)
+        scan.recompute(cell, gx, u, bias, saved.y, saved.c, mask, plan=chosen, params=params, launch=note)
     elif case.direction == "backward":
         saved = scan.allocate(cell, gx, "gates", back)
         options["dcs"] = saved.c[1:] if case.dcs else None
-        scan.backward(cell, gx[..., :H], state, second, u, saved.y, saved.c, saved.saved, mask, **options)
+        scan.backward(cell, gx[..., :H], state, others, u, saved.y, saved.c, saved.saved, mask, **options)
     else:
         save = "gates" if case.direction == "train" else "none"
-        scan.forward(cell, gx, u, bias, state, second, mask, save=save, **options)
+        scan.forward(cell, gx, u, bias, state, others, mask, save=save, **options)
     return list(found.values())
 
 
@@ -202,7 +206,7 @@ def _opcode(instruction: str) -> str:
 def measure(case: Case) -> list[Row]:
     """Compile the case's kernels and count."""
     rows = []
-    device = plan.KNOWN[case.target]
+    device = devices.KNOWN[case.target]
     for launch in launches(case):
         compiled = compile_launch(launch, GPUTarget("cuda", device.capability, 32))
         cubin = compiled.asm["cubin"]
@@ -285,7 +289,7 @@ def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
                 yield replace(case, groups=2)
                 yield replace(case, groups=2, mask="lengths")
                 yield replace(case, hidden=512, batch=16, groups=2)
-            if cells.get(name).states == 2:
+            if cells.get(name).states > 1:
                 yield Case(name, "backward", "bf16", 8, 128, target, mask="lengths", dcs=True)
                 yield Case(name, "backward", "bf16", 16, 512, target, dcs=True)
             for hidden in (32, 64, 128):

@@ -22,7 +22,8 @@ from . import grid, resident, stepwise
 from . import recompute as recompute_schedule
 from .buffers import Gradients, Scanned, is_reversed, previous_outputs, steps
 from .cells import Cell
-from .plan import INTERPRETER, Device, Plan, chunks, present, slices
+from .devices import INTERPRETER, Device, present
+from .plan import Plan, chunks, slices
 
 ACCUMULATE = {
     torch.float16: tl.float32,
@@ -59,7 +60,7 @@ def compile_options(plan: Plan) -> dict[str, Any]:
     if plan.nvidia:
         options["maxnreg"] = plan.registers
         # The driver then starts all programs at once, or refuses: none can wait for one that never comes.
-        options["launch_cooperative_grid"] = plan.schedule == "grid"
+        options["launch_cooperative_grid"] = plan.waits
     return options
 
 
@@ -199,11 +200,15 @@ def _walk(
     launch: Callable[[Launch], None],
 ) -> None:
     """The `grid` schedule: one launch for all steps; or, interpreted, one for each part of a step between barriers."""
-    if 2 * T * programs[0] >= 1 << 31:  # at most two arrivals a program and step
-        raise ValueError(f"sequence length {T} is too long for the grid schedule's counters: ask for triton:stepwise")
-    counter = torch.zeros(programs[1] * programs[2], dtype=torch.int32, device=arguments["y_ptr"].device)
+    counter = None
+    if plan.waits:
+        if 2 * T * programs[0] >= 1 << 31:  # at most two arrivals a program and step
+            raise ValueError(
+                f"sequence length {T} is too long for the grid schedule's counters: ask for triton:stepwise"
+            )
+        counter = torch.zeros(programs[1] * programs[2], dtype=torch.int32, device=arguments["y_ptr"].device)
     arguments = {**arguments, "counter_ptr": counter}
-    if plan.nvidia:
+    if plan.nvidia or not plan.waits:
         launch(Launch(kernel, programs, {**arguments, "first": 0, "last": T, "PHASE": -1}, plan))
         return
     for t in range(T):

@@ -40,6 +40,12 @@ def computed_before(state_of, n):
 
 
 @triton.constexpr_function
+def others_are_operands(state_of):
+    """Whether some operand is a state, and not the first."""
+    return any(state > 0 for state in state_of)
+
+
+@triton.constexpr_function
 def is_in(n, numbers, first=0):
     """Whether n is among the numbers from the first on."""
     return n in tuple(numbers)[first:]

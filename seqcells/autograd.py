@@ -74,7 +74,7 @@ class Options:
 
 
 def _projection(
-    engine: Engine, at: Places, x: Tensor, weights: Sequence[Tensor | None], inputs: Tensor | None
+    engine: Engine, at: Places, x: Tensor, weights: Sequence[Tensor | None], H: int, inputs: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """`products.input_projection` of w_ih, b_ih, b_hh, as the engine wants it."""
     if engine.exact and x.dtype.itemsize < 4:
@@ -82,7 +82,7 @@ def _projection(
         weights = [None if t is None else t.float() for t in weights]
     w_ih, b_ih, b_hh = weights
     assert w_ih is not None
-    return products.input_projection(at, x, w_ih, b_ih, b_hh, inputs)
+    return products.input_projection(at, x, w_ih, b_ih, b_hh, H, inputs)
 
 
 def _grouped(*tensors: Tensor | None) -> list[Tensor | None]:
@@ -118,11 +118,12 @@ def _run(options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: T
         return engine.single(x[0], *own, h0, c0, *given)
     w_ih, w_hh, b_ih, b_hh, params = _grouped(*weights)
     assert w_ih is not None
-    gx, bias = _projection(engine, at, x, (w_ih, b_ih, b_hh), extra)
+    H = products.hidden_size(at, w_ih, w_hh, h0, c0)
+    gx, bias = _projection(engine, at, x, (w_ih, b_ih, b_hh), H, extra)
     K, B = gx.shape[2], gx.shape[1]
     h0, c0 = (None if s is None else s.reshape(K, B, s.shape[-1]) for s in (h0, c0))
     how = (options.cell, save, options.reversed, options.schedule, options.precision, *_params(engine, params))
-    return engine.forward(gx, products.recurrent(at, w_hh, w_ih), bias, h0, c0, mask, *how)
+    return engine.forward(gx, products.recurrent(at, w_hh, w_ih, H), bias, h0, c0, mask, *how)
 
 
 def _visible(
@@ -165,9 +166,9 @@ def _gradients(
     assert x is not None and y is not None and c is not None and w_ih is not None
     at, walker = places(name), ENGINES[options.engine]
     K, H = y.shape[2:]
-    u, more = products.recurrent(at, w_hh, w_ih), _params(walker, params)
+    u, more = products.recurrent(at, w_hh, w_ih, H), _params(walker, params)
     if saved is None:
-        gx, bias = _projection(walker, at, x, (w_ih, b_ih, b_hh), extra)
+        gx, bias = _projection(walker, at, x, (w_ih, b_ih, b_hh), H, extra)
         saved = walker.recompute(gx, u, bias, y, c, mask, name, reversed, options.schedule, *more)
     dy, dhn, dcn, dcs = _of_outputs(at, grads)
     dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, -1) for d in (dy, dcs))
@@ -210,7 +211,7 @@ def reference_of(
         rest = iter(tensors)
         x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs = (next(rest) if p else None for p in present)
         assert x is not None and w_ih is not None
-        H = w_ih.shape[-2] // at.x
+        H = products.hidden_size(at, w_ih, w_hh, h0, c0)
         K = w_ih.shape[0] if w_ih.dim() == 3 else 1
         zero = x.new_zeros(K, x.shape[1], H)
         starts = [zero if h0 is None else h0]

@@ -13,10 +13,14 @@ import inspect
 import keyword
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FunctionType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+import torch
+from torch.compiler import is_compiling
 
 from . import checks
 from .derive import CellError, Derived, Names, derive
@@ -27,8 +31,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Cell", "CellError", "cell"]
 
+T = TypeVar("T")
 _BY_KEY: dict[str, Cell] = {}
 _BY_NAME: dict[str, Cell] = {}  # the latest of each name
+_BUILT_IN = ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")  # names that layers of seqcells rely on
 # What arguments of the step cannot be called, and why.
 _TAKEN = {
     **dict.fromkeys(("x", "U"), "the step's first two arguments are x and U"),
@@ -39,6 +45,32 @@ _TAKEN = {
         ("input", "state", "hx", "resets", "lengths", "return_states"), "a layer's call has an argument of that name"
     ),
 }
+
+
+class _Found(Generic[T]):
+    """An attribute of a cell that is found when it is first asked for; from then on it is there."""
+
+    def __init__(self, find: Callable[[Any], T]) -> None:
+        self.find, self.name, self.__doc__ = find, find.__name__, find.__doc__
+
+    def __get__(self, made: Cell | None, owner: Any = None) -> T:
+        if made is None:
+            return self  # type: ignore[return-value]
+        _find(made.key, self.name)
+        value = made._facts[self.name]
+        if not is_compiling():  # Dynamo does not like an object to change that it has seen
+            made.__dict__[self.name] = value
+        return value
+
+
+def _find(key: str, name: str) -> None:
+    made = _BY_KEY[key]
+    if name not in made._facts:
+        made._facts[name] = vars(Cell)[name].find(made)
+
+
+# torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
+_find._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +99,7 @@ class Cell:
     step: FunctionType = field(repr=False)
     base: Cell | None = field(default=None, repr=False)  # with other constants
     _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, repr=False)
+    _facts: dict[str, Any] = field(default_factory=dict, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.step.__doc__)
@@ -80,29 +113,54 @@ class Cell:
         return derive(self.key, self.step, names, self.constants)
 
     @cached_property
+    def _gates(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
+        """x_gates, u_gates and multiplies: by running the step once, for the derivation takes longer, and may fail.
+
+        Where that does not go well the derivation says what is wrong.
+        """
+        with ThreadPoolExecutor(1) as apart:  # what the caller is in the middle of (a transform, a mode) stays out
+            found = apart.submit(_seen, self).result()
+        parts = None if found else self._derived.parts
+        return found or (parts.x_gates, parts.u_gates, (-1,) * len(parts.u_gates))  # type: ignore[union-attr]
+
+    @_Found
     def form(self) -> Form:
         """What the kernels take and give, in numbers."""
-        return _fact(self.key, "form")
+        return self._derived.parts.form
 
-    @cached_property
+    @_Found
     def x_gates(self) -> tuple[str, ...]:
         """The gates that have an input product, in the order of `gates`: the rows of weight_ih."""
-        return _fact(self.key, "x_gates")
+        return self._gates[0]
 
-    @cached_property
+    @_Found
     def u_gates(self) -> tuple[str, ...]:
         """The gates that have a recurrent product, in the order of `gates`: the rows of weight_hh."""
-        return _fact(self.key, "u_gates")
+        return self._gates[1]
 
-    @cached_property
+    @_Found
+    def multiplies(self) -> tuple[int, ...]:
+        """Of each of u_gates the state it is multiplied with; -1: something that the step computes."""
+        return self._gates[2]
+
+    @_Found
+    def problem(self) -> str:
+        """Why no kernels can be derived from the step; "" where they can."""
+        try:
+            self._derived
+        except CellError as error:
+            return str(error)
+        return ""
+
+    @_Found
     def order(self) -> tuple[int, ...]:
         """The kernels' product n is u_gates[order[n]]."""
-        return _fact(self.key, "order")
+        return self._derived.parts.order
 
-    @cached_property
+    @_Found
     def rows(self) -> tuple[int, int, int, int]:
         """Of weight_ih, weight_hh, bias_ih and bias_hh, in blocks of hidden_size."""
-        x, u = self.x_gates, self.u_gates
+        x, u = self._gates[:2]
         return len(x), len(u), sum(g in self.biased for g in x), sum(g in self.biased for g in u)
 
     @property
@@ -134,7 +192,7 @@ class Cell:
         numbers = tuple(values.values())
         if numbers not in base._variants:
             key = f"{base.key}({', '.join(f'{n}={v!r}' for n, v in values.items())})"
-            facts = {n: getattr(base, n) for n in base.__dataclass_fields__ if n != "_variants"}
+            facts = {n: getattr(base, n) for n in base.__dataclass_fields__ if not n.startswith("_")}
             base._variants[numbers] = Cell(**{**facts, "key": key, "constants": values, "base": base})
         return base._variants[numbers]
 
@@ -151,12 +209,43 @@ def _with_constants(base: Cell, constants: dict[str, float]) -> Cell:
     return base.with_constants(**constants)
 
 
-def _fact(key: str, name: str) -> Any:
-    return getattr(_BY_KEY[key]._derived.parts, name)
+def _seen(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]] | None:
+    count = len(cell.states) + len(cell.params) + len(cell.inputs)
+    given = [torch.ones(1, 1) for _ in range(count)]
+    states = given[: len(cell.states)]
+
+    def product(gate: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def times(v: torch.Tensor) -> torch.Tensor:
+            u.found[gate] = next((n for n, s in enumerate(states) if s is v), -1)
+            return v.clone()
+
+        return times
+
+    x, u = _Seen(cell.gates, lambda gate: torch.ones(1, 1)), _Seen(cell.gates, product)
+    try:
+        with torch.no_grad():
+            results = cell(x, u, *given)
+    except Exception:
+        return None
+    results = results if isinstance(results, (tuple, list)) else (results,)
+    whole = len(results) == len(cell.states) + len(cell.outputs) and set(cell.gates) == set(x.found) | set(u.found)
+    if not whole or any(not isinstance(r, torch.Tensor) or r.shape != (1, 1) for r in results):
+        return None
+    u_gates = tuple(g for g in cell.gates if g in u.found)
+    return tuple(g for g in cell.gates if g in x.found), u_gates, tuple(u.found[g] for g in u_gates)
 
 
-# torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
-_fact._dynamo_marked_constant = True  # type: ignore[attr-defined]
+class _Seen:
+    """x or U of a step, which notes what is asked of it."""
+
+    def __init__(self, gates: tuple[str, ...], give: Callable[[str], Any]) -> None:
+        self.gates, self.give, self.found = gates, give, dict[str, int]()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.gates:
+            raise AttributeError(name)
+        self.found[name] = -1
+        return self.give(name)
 
 
 def get(key: str | Cell) -> Cell:
@@ -243,8 +332,7 @@ def cell(
         if not isinstance(step, FunctionType):
             raise checks.wrong("step", "a function", step)
         name = step.__name__
-        before = _BY_NAME.get(name)
-        own = before is not None and _own(before.step) and not _own(step)
+        own = name in _BUILT_IN and not step.__module__.startswith("seqcells.")
         if own or not name.isidentifier():
             reason = "is a cell of seqcells itself" if own else "is no name"
             raise ValueError(f"the step's name is the cell's, and {name!r} {reason}: give it another")
@@ -263,10 +351,6 @@ def cell(
         return _BY_NAME[name]
 
     return make
-
-
-def _own(step: FunctionType) -> bool:
-    return step.__module__.startswith("seqcells.")
 
 
 def _names(argument: str, value: Any, none: bool = False) -> tuple[str, ...]:

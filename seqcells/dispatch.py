@@ -29,6 +29,7 @@ from . import (
     reference,
 )
 from . import loop as loop  # its engine
+from .cell import Cell, get, named
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def _cast(
     more: tuple[Any, Any] = (None, None),
     one_step: bool = False,
 ) -> tuple[Tensor, tuple[Tensor | None, ...], Sequence[aten.Weights], tuple[Any, Any]]:
-    """x, states, weights, and params and inputs (see `run`) in the dtype that torch's own cell answers in under autocast."""
+    """x, states, weights, and params and inputs (see `run`), in the dtype that torch's own cell answers in."""
     dtype, low = torch.get_autocast_dtype(x.device.type), (torch.float16, torch.bfloat16, torch.float32)
     if x.device.type == "cpu" and (cell in ("gru", "gru_before") or (cell == "lstm" and one_step)):
         # There torch has no fused kernel to cast for. It rounds the products' operands, and the state keeps its dtype.
@@ -85,7 +86,7 @@ def _begins(x: Tensor) -> bool:
 
 
 def choose(
-    cell: str | reference.Cell,
+    cell: str | Cell,
     x: Tensor,
     tensors: Iterable[Tensor | None],
     how: How,
@@ -95,8 +96,9 @@ def choose(
 ) -> backends.Choice:
     """The backend for a scan of x. tensors: states and weights; hidden: H; packed: T and B of a PackedSequence whose
     data is x; projected: whether an LSTM has a projection. Raises as backends.choose does."""
+    spec = get(cell)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
-    key = cell if isinstance(cell, str) else cell.key
+    key = spec.key
     onednn = x.numel() > 0 and aten.onednn(key, x.device, x.dtype) and (x.dim() == 3 or packed is not None)
     T, B = packed or x.shape[:2]
     compiling, rows = torch.compiler.is_compiling(), x.shape[0]
@@ -119,12 +121,13 @@ def choose(
         lean=how.save == "states",
         projected=projected,
         exported=backends.exporting(T),
+        problem="" if key in backends.ATEN_CELLS else spec.problem,  # those have kernels
     )
     return backends.choose(key, x.device, x.dtype, request, how.backend)
 
 
 def run(
-    cell: str | reference.Cell,
+    cell: str | Cell,
     x: Tensor,
     states: tuple[Tensor | None, ...] | None,
     groups: Sequence[aten.Weights],
@@ -140,13 +143,16 @@ def run(
     K, if there is such a tensor already.
     x [T, B, I] or [T, B, K, I]; states [K, B, H] (of one group also [B, H]). params: of each group; inputs: see `scan`.
     """
-    spec = reference.get(cell)
+    spec = named(cell)
     arguments.options(how.backend, how.precision, how.save)
     given = (None,) * len(spec.states) if states is None else tuple(states)
     if len(given) != len(spec.states):
         count = len(spec.states)
         raise RuntimeError(f"states: {spec.key} has {count} state{'s' * (count > 1)}, got {len(given)}")
     more = (params, inputs)
+    if not spec.rows[0]:
+        groups = [(x.new_empty(0, x.shape[-1]), *weights[1:]) for weights in groups]
+        stacked = None
     if backends.autocasting(x.device):
         x, given, groups, more = _cast(spec.key, x, given, groups, more, how.one_step)
         with torch.autocast(x.device.type, enabled=False):
@@ -155,7 +161,7 @@ def run(
 
 
 def _run(
-    spec: reference.Cell,
+    spec: Cell,
     x: Tensor,
     given: tuple[Tensor | None, ...],
     groups: Sequence[aten.Weights],
@@ -170,7 +176,9 @@ def _run(
         flops.register()
     if not how.fits:
         _fit(x, given, groups, spec.rows)
-    B, H = x.shape[1], groups[0][0].shape[0] // spec.rows[0]  # type: ignore[union-attr]
+    B, H = x.shape[1], _hidden_size(spec, groups[0], given, params, inputs)
+    if not spec.rows[0] and groups[0][1] is None:  # nothing but states says what H is
+        given = _starts(x, given, groups, H)
     past = None if how.lengths is None or not spec.inputs else masks.ended(how.lengths, x.shape[0])
     vectors, beside = extras.params(spec, params, x, H), extras.inputs(spec, inputs, x, H, past)
     tensors = (*given, vectors, beside, *(t for weights in groups for t in weights))
@@ -224,6 +232,19 @@ def _run(
         options["inputs"] = beside.split(H, -1)
     states, final = reference.scan_groups(reference.step_of(spec), x, full, *weights, **options)  # type: ignore[arg-type]
     return states[0], final, states[len(spec.outputs) :] if how.cells else None
+
+
+def _hidden_size(spec: Cell, weights: aten.Weights, given: Sequence[Tensor | None], params: Any, inputs: Any) -> int:
+    """H, by the first of these that has it."""
+    w_ih, w_hh, *_ = weights
+    if spec.rows[0]:
+        return w_ih.shape[0] // spec.rows[0]  # type: ignore[union-attr]
+    vectors = [t for n, t in ((params or ({},))[0] or {}).items() if n not in spec.scalars]
+    wide = [t for t in (inputs or {}).values() if isinstance(t, Tensor) and t.dim() == 3]
+    known = next((t for t in (w_hh, *given, *vectors, *wide) if t is not None), None)
+    if known is None:
+        raise ValueError(f"states must be given: nothing else says what the hidden size of {spec.key} is")
+    return known.shape[-1]
 
 
 def _stacked(
@@ -280,7 +301,7 @@ def _starts(
 
 
 def _projected(
-    spec: reference.Cell, x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], how: How
+    spec: Cell, x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], how: How
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """An LSTM with a projection, by one without: see `projection`."""
     h0, c0 = given
@@ -306,7 +327,7 @@ def aten_packed(
     """All layers by torch's own over a PackedSequence's data; states [layers * directions, B, .] in its order. Shapes
     are not checked. groups: the weights of each layer's directions; how: num_layers, dropout, training, bidirectional.
     """
-    spec = reference.get(cell)
+    spec = named(cell)
     given: tuple[Tensor | None, ...] = (None,) * len(spec.states) if states is None else states
     if backends.autocasting(data.device):
         data, given, groups, _ = _cast(cell, data, given, groups)

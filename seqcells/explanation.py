@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from . import arguments, aten, backends, checks, fallback, precisions, reference
-from .kernels.plan import KNOWN, Plan, known
+from . import arguments, aten, backends, checks, fallback, precisions
+from .cell import named
+from .kernels.devices import KNOWN, known
+from .kernels.plan import Plan
 
 WIDTH = 80  # of a printed line
 
@@ -70,14 +72,14 @@ def explain(
 
     cell, batch, hidden_size, dtype, resets, backend: of the scan.
     device: a torch device, or a GPU that need not be present by its name or architecture, in any case: "H100", "sm_90",
-    "RTX 4090" (kernels.plan.KNOWN has all).
+    "RTX 4090" (kernels.devices.KNOWN has all).
     groups: of `scan_groups`. steps: None, many. lengths: of a batch with little padding. grad: in training. precision:
     as in `scan`. Raises as `scan` does, and ValueError for an unknown device.
 
         >>> print(seqcells.explain("gru", batch=16, hidden_size=64, device="cpu"))
         loop: the tensors are on the CPU, and it is faster than torch's own fused gru
     """
-    reference.get(cell)
+    named(cell)
     arguments.options(backend, precision)
     for name, size in (("batch", batch), ("hidden_size", hidden_size), ("groups", groups), ("steps", steps)):
         if size is not None or name != "steps":

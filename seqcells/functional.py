@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from . import arguments, batching, checks, reference
+from . import arguments, batching, checks
+from .cell import Cell, named
 from .dispatch import How as How
 from .dispatch import aten_packed as aten_packed
 from .dispatch import choose as choose
@@ -21,11 +22,15 @@ from .dispatch import run as run
 _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 
+def _missing(spec: Cell) -> list[str]:
+    return [name for name, n in zip(_NAMES, spec.rows, strict=True) if not n]
+
+
 def scan(
-    cell: str | reference.Cell,
+    cell: str | Cell,
     x: Tensor,
     states: tuple[Tensor | None, ...] | None,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor | None,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
@@ -43,8 +48,8 @@ def scan(
 
     cell: "lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu", or one's own (see `cell`), itself or by its name.
     states: (h0,), (h0, c0), as many as the cell has; None, whole or in part, is zero.
-    w_ih, b_ih: of the gates whose x the cell reads. w_hh, b_hh: of those whose U it uses; w_hh is None for a cell that
-    uses none. b_ih, b_hh: of those among them that have biases.
+    w_ih, b_ih: of the gates whose x the cell reads. w_hh, b_hh: of those whose U it uses. (w_ih or w_hh is None for a
+    cell that has no such gate.) b_ih, b_hh: of those among them that have biases.
     params: the cell's trained vectors by name, each [H], scalars [1]. inputs: its inputs of each step by name, each
     [T, B] or [T, B, H].
     Options:
@@ -65,8 +70,8 @@ def scan(
 
     Raises RuntimeError, ValueError or TypeError as torch.nn does for shapes, dtypes and devices that do not fit.
     """
-    spec = reference.get(cell)
-    arguments.types(x, states, dict(zip(_NAMES, (w_ih, w_hh, b_ih, b_hh), strict=True)), products=spec.rows[1] > 0)
+    spec = named(cell)
+    arguments.types(x, states, dict(zip(_NAMES, (w_ih, w_hh, b_ih, b_hh), strict=True)), missing=_missing(spec))
     checks.boolean("return_states", return_states)
     masked = arguments.resets(resets, x.shape[:2], x.device), arguments.lengths(lengths, x.shape[:2], x.device)
     how = How(*masked, save=save, backend=backend, precision=precision, cells=return_states)
@@ -77,10 +82,10 @@ def scan(
 
 
 def scan_groups(
-    cell: str | reference.Cell,
+    cell: str | Cell,
     x: Tensor,
     states: tuple[Tensor | None, ...] | None,
-    w_ih: Tensor,
+    w_ih: Tensor | None,
     w_hh: Tensor | None,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
@@ -105,13 +110,13 @@ def scan_groups(
     params [K, H], scalars [K, 1], states [K, B, H]. reverse: for each group, whether it walks from the last step to the
     first; () is none.
     """
-    spec, weights = reference.get(cell), (w_ih, w_hh, b_ih, b_hh)
-    arguments.types(x, states, dict(zip(_NAMES, weights, strict=True)), rank=None, products=spec.rows[1] > 0)
+    spec, weights = named(cell), (w_ih, w_hh, b_ih, b_hh)
+    arguments.types(x, states, dict(zip(_NAMES, weights, strict=True)), rank=None, missing=_missing(spec))
     checks.boolean("return_states", return_states)
-    if w_ih.dim() != 3 or (w_hh is not None and w_hh.dim() != 3):
-        got = f"{w_ih.dim()} and {'none' if w_hh is None else w_hh.dim()}"
-        raise RuntimeError(f"w_ih and w_hh must have 3 dimensions, got {got}")
-    K = w_ih.shape[0] if w_hh is None else w_hh.shape[0]
+    ranks = [t.dim() for t in (w_ih, w_hh) if t is not None]
+    if ranks != [3] * len(ranks):
+        raise RuntimeError(f"w_ih and w_hh must have 3 dimensions, got {' and '.join(map(str, ranks))}")
+    K = next((len(t) for t in (w_hh, w_ih) if t is not None), len(reverse) or 1)
     if not isinstance(reverse, (tuple, list)):
         raise checks.wrong("reverse", "a tuple of bools", reverse)
     for k, flag in enumerate(reverse):

@@ -16,12 +16,13 @@ from torch import Tensor
 
 from . import batching, fallback, kernels
 from .autograd import ENGINES, Engine
+from .cell import get
 from .kernels.buffers import pack_saved, unpack_saved
 from .kernels.plan import Plan, plan
 from .kernels.plan_single import Single, plan_single, unfit
-from .loop import CELLS as LOOP_CELLS
 from .loop import operators as loop
-from .products import input_projection, places, recurrent, step_biases
+from .loop import part_of
+from .products import hidden_size, input_projection, places, recurrent, step_biases
 
 
 def plan_for(
@@ -37,7 +38,7 @@ def plan_for(
     """The plan of a scan of a size, K and H, in like's dtype. schedule: "" chooses. Raises as `plan` does."""
     options: Any = {"B": batch, "H": size[1], "groups": size[0], "itemsize": like.element_size(), "avoid": avoid}
     options |= {"device": kernels.scan.device_facts(like.device), "schedule": schedule or None, "precision": precision}
-    return plan(kernels.cells.get(cell), backward=backward, **options)
+    return plan(get(cell).form, backward=backward, **options)
 
 
 def _launch(launch: kernels.scan.Launch) -> None:
@@ -72,24 +73,19 @@ def _planner(cell: str, batch: int, u: Tensor, precision: str, backward: bool) -
     return planned
 
 
-def _with(params: Tensor | None) -> dict[str, Any]:
-    """The kernels' argument, where there is one."""
-    return {} if params is None else {"params": params}
-
-
 def _kernel(cell: str, direction: str, like: Tensor, u: Tensor) -> fallback.Kernel:
     return fallback.Kernel(cell, direction, like.dtype, u.shape[-1], like.device)
 
 
 def _tiles(cell: str, kept: Tensor) -> Tensor:
     """The kernels' saved words of what the loop engine saves [T, B, K, S*H]."""
-    order = list(LOOP_CELLS[cell].order)
+    order = list(part_of(cell).order)
     return pack_saved(kept.unflatten(3, (len(order), -1))[:, :, :, order])
 
 
 def _kept(cell: str, words: Tensor, dtype: torch.dtype) -> Tensor:
     """The opposite of `_tiles`."""
-    order = LOOP_CELLS[cell].order
+    order = part_of(cell).order
     back = [order.index(n) for n in range(len(order))]
     return unpack_saved(words, len(order), dtype)[:, :, :, back].flatten(3, 4)
 
@@ -111,22 +107,21 @@ def _scan_forward(
     """See kernels.scan.forward."""
     declared = kernels.cells.get(cell)
     gx = gx.contiguous()  # vmap's rows and groups need not be
-    how: Any = {"save": save, "reversed": reversed, "precision": precision} | _with(params)
+    how: Any = {"save": save, "reversed": reversed, "precision": precision, "params": params}
     call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **how)
     planned = _planner(cell, gx.shape[1], u, precision, False)
     if schedule != "auto":
         return tuple(call(plan=planned(schedule)))  # type: ignore[return-value]
 
     def by_loop() -> Any:
-        out = loop.forward(gx, u, bias, h0, c0, mask, cell, save, reversed, "", precision)
+        out = loop.forward(gx, u, bias, h0, c0, mask, cell, save, reversed, "", precision, params)
         y, c, kept, hn, cn = out
         like = kernels.scan.allocate(declared, gx, save, reversed)
         saved = _tiles(cell, kept) if like.saved.numel() else like.saved
         return y, c if c.numel() else like.c, saved, hn, cn
 
-    otherwise = by_loop if cell in LOOP_CELLS else None
     kernel = _kernel(cell, "forward", gx, u)
-    return tuple(fallback.first_that_runs(kernel, _attempts(planned, call), otherwise))
+    return tuple(fallback.first_that_runs(kernel, _attempts(planned, call), by_loop))
 
 
 def _scan_forward_fake(gx: Tensor, *others: Any) -> tuple[Tensor, ...]:
@@ -153,28 +148,23 @@ def _scan_backward(
     """See kernels.scan.backward."""
     declared = kernels.cells.get(cell)
     y, c, saved = y.contiguous(), c.contiguous(), saved.contiguous()
-    how: Any = {"reversed": reversed, "precision": precision} | ({} if dcs is None else {"dcs": dcs}) | _with(params)
+    how: Any = {"dcs": dcs, "reversed": reversed, "precision": precision, "params": params}
     call = partial(kernels.scan.backward, declared, dy, dhn, dcn, u, y, c, saved, mask, **how)
     planned = _planner(cell, y.shape[1], u, precision, True)
     if schedule != "auto":
-        return _six(call(plan=planned(schedule)), y)
+        return tuple(call(plan=planned(schedule)))  # type: ignore[return-value]
 
     def by_loop() -> Any:
         kept = _kept(cell, saved, y.dtype) if declared.saved else saved
-        return loop.backward(dy, dhn, dcn, dcs, u, y, c, kept, mask, cell, reversed, "", precision)
+        return loop.backward(dy, dhn, dcn, dcs, u, y, c, kept, mask, cell, reversed, "", precision, params)
 
-    otherwise = by_loop if cell in LOOP_CELLS else None
     kernel = _kernel(cell, "backward", y, u)
-    return _six(fallback.first_that_runs(kernel, _attempts(planned, call), otherwise), y)
-
-
-def _six(out: Any, y: Tensor) -> Any:
-    return (*out, y.new_empty(0)) if len(out) == 5 else tuple(out)
+    return tuple(fallback.first_that_runs(kernel, _attempts(planned, call), by_loop))
 
 
 def _scan_backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     y, cell, reversed = arguments[5], *arguments[9:11]
-    return _six(kernels.scan.allocate_gradients(kernels.cells.get(cell), y, reversed), y)
+    return tuple(kernels.scan.allocate_gradients(kernels.cells.get(cell), y, reversed))
 
 
 def _recompute(
@@ -192,15 +182,14 @@ def _recompute(
     """See kernels.scan.recompute."""
     declared = kernels.cells.get(cell)
     gx, y, c = gx.contiguous(), y.contiguous(), c.contiguous()
-    how: Any = {"plan": _planner(cell, y.shape[1], u, "ieee", False)(), "reversed": reversed} | _with(params)
+    how: Any = {"plan": _planner(cell, y.shape[1], u, "ieee", False)(), "reversed": reversed, "params": params}
     call = partial(kernels.scan.recompute, declared, gx, u, bias, y, c, mask, **how)
     if schedule != "auto":
         return call()
     kernel = _kernel(cell, "recompute", y, u)
     attempts = [("recompute", partial(call, launch=_launch))]
-    by_loop = partial(loop.recompute_saved, gx, u, bias, y, c, mask, cell, reversed)
-    otherwise = (lambda: _tiles(cell, by_loop())) if cell in LOOP_CELLS else None
-    return fallback.first_that_runs(kernel, attempts, otherwise)
+    by_loop = partial(loop.recompute_saved, gx, u, bias, y, c, mask, cell, reversed, "", params)
+    return fallback.first_that_runs(kernel, attempts, lambda: _tiles(cell, by_loop()))
 
 
 def _recompute_fake(gx: Tensor, *others: Any) -> Tensor:
@@ -226,18 +215,19 @@ def _single_forward(
 
     Weights and biases in the cell's order."""
     declared, at, w = kernels.cells.get(cell), places(cell), w_ih[None]
-    u = recurrent(at, None if w_hh is None else w_hh[None], w)
-    H = u.shape[2]
+    H = hidden_size(at, w_ih, w_hh, h0, c0)
+    u = recurrent(at, None if w_hh is None else w_hh[None], w, H)
     chosen = single_plan(cell, x, H, precision, input_precision)
-    how: Any = {"save": save, "plan": chosen, "precision": precision, "input_precision": input_precision}
+    how: Any = {"save": save, "plan": chosen, "params": params}
+    how |= {"precision": precision, "input_precision": input_precision}
     given = (x, w_ih, u[0], *step_biases(at, b_ih, b_hh, H), h0, c0)
-    call = partial(kernels.single.forward, declared, *given, **how, **_with(params))
+    call = partial(kernels.single.forward, declared, *given, **how)
     if schedule != "auto":
         return tuple(call())  # type: ignore[return-value]
 
     def by_scan() -> Any:
         bi, bh, h, c, vectors = (None if t is None else t[None] for t in (b_ih, b_hh, h0, c0, params))
-        gx, bias = input_projection(at, x[None], w, bi, bh)
+        gx, bias = input_projection(at, x[None], w, bi, bh, H)
         y, c, saved, hn, cn = _scan_forward(gx, u, bias, h, c, None, cell, save, 0, schedule, precision, vectors)
         return y, c, saved, hn[0], cn[0] if cn.numel() else cn
 
@@ -249,12 +239,12 @@ def single_plan(cell: str, x: Tensor, H: int, precision: str, input_precision: s
     """The plan of one step of x [B, I]."""
     options: Any = {"itemsize": x.element_size(), "device": kernels.scan.device_facts(x.device), "precision": precision}
     options |= {"B": x.shape[0], "I": x.shape[1], "H": H, "input_precision": input_precision}
-    return plan_single(kernels.cells.get(cell), **options)
+    return plan_single(get(cell).form, **options)
 
 
 def one_launch(cell: str, x: Tensor, H: int, precision: str, input_precision: str) -> bool:
     """Whether one step of x [B, I] is cheaper by single_forward than by a product and scan_forward."""
-    if unfit(kernels.cells.get(cell), x.shape[1], H) is not None:
+    if unfit(get(cell).form, x.shape[1], H) is not None:
         return False
     return single_plan(cell, x, H, precision, input_precision).cheaper
 
@@ -270,9 +260,9 @@ single_forward = torch.library.custom_op("seqcells::single_forward", _single_for
 
 
 @single_forward.register_fake
-def _(x: Tensor, w_ih: Tensor, w_hh: Any, *others: Any) -> tuple[Tensor, ...]:
-    H = w_ih.shape[0] // places(others[4]).x
-    return tuple(kernels.single.allocate(kernels.cells.get(others[4]), x, H, others[5]))
+def _(x: Tensor, w_ih: Tensor, w_hh: Any, b_ih: Any, b_hh: Any, h0: Any, c0: Any, *others: Any) -> tuple[Tensor, ...]:
+    H = hidden_size(places(others[0]), w_ih, w_hh, h0, c0)
+    return tuple(kernels.single.allocate(kernels.cells.get(others[0]), x, H, others[1]))
 
 
 ENGINES["triton"] = Engine(scan_forward, scan_backward, recompute, single_forward)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import reference
+from .cell import Cell, get
 from .kernels.buffers import previous_outputs
 from .kernels.form import Form, Segment
 
@@ -71,7 +71,7 @@ _PLACES: dict[str, Places] = {}
 def places(key: str) -> Places:
     """Of the cell of that key."""
     if (found := _PLACES.get(key)) is None:
-        found = _PLACES[key] = _places(reference.get(key))
+        found = _PLACES[key] = _places(get(key))
     return found
 
 
@@ -79,7 +79,7 @@ def places(key: str) -> Places:
 places._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _places(cell: reference.Cell) -> Places:
+def _places(cell: Cell) -> Places:
     form, biased = cell.form, cell.biased
     of_x = [g for g in cell.x_gates if g in biased]
     of_u = [g for g in cell.u_gates if g in biased]
@@ -135,11 +135,19 @@ def blocks(t: Tensor, which: Sequence[int], H: int, dim: int = -1) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def recurrent(at: Places, w_hh: Tensor | None, w_ih: Tensor) -> Tensor:
+def hidden_size(at: Places, w_ih: Tensor, w_hh: Tensor | None, h0: Tensor | None, c0: Tensor | None) -> int:
+    """H, by the first of these that has it."""
+    if at.x:
+        return w_ih.shape[-2] // at.x
+    if w_hh is not None:
+        return w_hh.shape[-1]
+    assert h0 is not None or c0 is not None
+    return c0.shape[-1] // (at.states - 1) if h0 is None else h0.shape[-1]  # type: ignore[union-attr]
+
+
+def recurrent(at: Places, w_hh: Tensor | None, w_ih: Tensor, H: int) -> Tensor:
     """The kernels' u [K, products*H, H] of w_hh [K, Gu*H, H]; w_ih [K, Gx*H, I] says what a cell without one lacks."""
-    if w_hh is None:
-        return w_ih.new_empty(w_ih.shape[0], 0, w_ih.shape[1] // at.x)
-    return blocks(w_hh, at.u, w_hh.shape[2], 1)
+    return w_ih.new_empty(w_ih.shape[0], 0, H) if w_hh is None else blocks(w_hh, at.u, H, 1)
 
 
 def input_biases(at: Places, b_ih: Tensor | None, b_hh: Tensor | None, H: int) -> tuple[Tensor | None, Tensor | None]:
@@ -161,14 +169,14 @@ def step_biases(at: Places, b_ih: Tensor | None, b_hh: Tensor | None, H: int) ->
 
 
 def input_projection(
-    at: Places, x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, inputs: Tensor | None = None
+    at: Places, x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, H: int, inputs: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """gx [T, B, K, G*H] with every bias that only adds, by one GEMM; and b_hh of the products apart [K, apart*H].
 
     x [T, B, I] for all groups, or [T, B, K, I]; w_ih [K, Gx*H, I]; inputs [T, B, N*H], the last tiles of all groups.
     """
     K, GH = w_ih.shape[:2]
-    bias, apart = input_biases(at, b_ih, b_hh, GH // at.x)
+    bias, apart = input_biases(at, b_ih, b_hh, H)
     own = bias if bias is None or inputs is None else bias[..., :GH]
     if x.dim() == 3:
         gx = linear(x, w_ih.reshape(K * GH, -1), None if own is None else own.reshape(-1)).unflatten(2, (K, GH))

@@ -10,19 +10,98 @@ judged by it. Parameter names, gate order and shapes are torch.nn's:
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from . import checks, reference_arguments
-from .kernels.form import Form, Operand
+from . import cells, reference_arguments
+from .cell import Cell, named
 
 States = tuple[Tensor, ...]
 Step = Callable[..., States]  # (x, states, w_ih, w_hh, b_ih, b_hh), and params and inputs, if there are any
+
+
+def step_of(of: str | Cell) -> Step:
+    """The step of a cell on weights, as `scan` takes it.
+
+    step(x [B, I], states, w_ih, w_hh, b_ih, b_hh, params, inputs) -> the states after it, and before them an output
+    that is no state. Weights and biases have rows for the gates that have one, in the cell's order; params are its
+    trained vectors [H], inputs those of the step [B, H].
+    """
+    found = named(of)
+
+    def step(*arguments: Any) -> States:
+        return _step(found, *arguments)
+
+    step.rows = found.rows  # type: ignore[attr-defined]
+    return step
+
+
+def _step(
+    of: Cell,
+    x: Tensor,
+    states: States,
+    w_ih: Tensor,
+    w_hh: Tensor | None,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    params: States = (),
+    inputs: States = (),
+) -> States:
+    H = states[0].shape[-1]
+    x_biases, u_biases = _biases(of, of.x_gates, b_ih, H), _biases(of, of.u_gates, b_hh, H)
+    if all(b is not None for b in x_biases):
+        gates = linear(x, w_ih, b_ih).split(H, -1)
+    else:
+        products = zip(linear(x, w_ih).split(H, -1), x_biases, strict=True)
+        gates = tuple(p if b is None else p + b for p, b in products)
+    recurrent = () if w_hh is None else _products(of, states, w_hh, u_biases)
+    found = of(_by_gate(of.x_gates)(*gates), _by_gate(of.u_gates)(*recurrent), *states, *params, *inputs)
+    results = tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    return (*results[len(states) :], *results[: len(states)]) if of.outputs else results
+
+
+def _products(of: Cell, states: States, w_hh: Tensor, biases: list[Tensor | None]) -> list[Callable[[Tensor], Tensor]]:
+    """U.k of each gate k that has one: those of neighbouring gates with the same state by one product."""
+    H, at = w_hh.shape[1], 0
+    found: list[Callable[[Tensor], Tensor]] = []
+    for state, some in groupby(of.multiplies):
+        count = len(list(some))
+        rows, b = w_hh[at * H : (at + count) * H], biases[at : at + count]
+        if state < 0:
+            found += [partial(linear, weight=w, bias=one) for w, one in zip(rows.split(H), b, strict=True)]
+        else:
+            together = linear(states[state], rows).split(H, -1)
+            each = zip(together, rows.split(H), b, strict=True)
+            found += [_product(states[state], p if one is None else p + one, w, one) for p, w, one in each]
+        at += count
+    return found
+
+
+def _product(state: Tensor, known: Tensor, w: Tensor, b: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda v: known if v is state else linear(v, w, b)
+
+
+def _biases(of: Cell, gates: tuple[str, ...], b: Tensor | None, H: int) -> list[Tensor | None]:
+    """Of each gate its bias; None: it has none."""
+    given = iter(() if b is None else b.split(H))
+    return [next(given) if b is not None and g in of.biased else None for g in gates]
+
+
+def _by_gate(gates: tuple[str, ...]) -> Any:
+    """A type that has something by each gate's name, and that torch.compile follows."""
+    if gates not in _TYPES:
+        _TYPES[gates] = namedtuple("by_gate", gates)
+    return _TYPES[gates]
+
+
+_TYPES: dict[tuple[str, ...], Any] = {}
 
 
 @reference_arguments.explained(gates=4, count=2)
@@ -30,10 +109,7 @@ def lstm_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
     """One LSTM step, as torch.nn.LSTMCell documents it. states: (h, c), returns (h', c')."""
-    h, c = states
-    i, f, g, o = (linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, -1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    return _step(cells.lstm, x, states, w_ih, w_hh, b_ih, b_hh)
 
 
 @reference_arguments.explained(gates=3, count=1)
@@ -41,12 +117,7 @@ def gru_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
     """One GRU step, the reset gate applied after the product, as torch.nn.GRUCell documents it. states: (h,)."""
-    (h,) = states
-    gx_r, gx_z, gx_n = linear(x, w_ih, b_ih).chunk(3, -1)
-    hu_r, hu_z, hu_n = linear(h, w_hh, b_hh).chunk(3, -1)
-    r, z = (gx_r + hu_r).sigmoid(), (gx_z + hu_z).sigmoid()
-    n = (gx_n + r * hu_n).tanh()
-    return ((1 - z) * n + z * h,)
+    return _step(cells.gru, x, states, w_ih, w_hh, b_ih, b_hh)
 
 
 @reference_arguments.explained(gates=3, count=1)
@@ -54,13 +125,7 @@ def gru_before_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
     """One GRU step, the reset gate applied to h before the product (Cho et al. 2014, arXiv:1406.1078 v3)."""
-    (h,) = states
-    H = h.shape[-1]
-    gx_r, gx_z, gx_n = linear(x, w_ih, b_ih).chunk(3, -1)
-    hu_r, hu_z = linear(h, w_hh[: 2 * H], None if b_hh is None else b_hh[: 2 * H]).chunk(2, -1)
-    r, z = (gx_r + hu_r).sigmoid(), (gx_z + hu_z).sigmoid()
-    n = (gx_n + linear(r * h, w_hh[2 * H :], None if b_hh is None else b_hh[2 * H :])).tanh()
-    return ((1 - z) * n + z * h,)
+    return _step(cells.gru_before, x, states, w_ih, w_hh, b_ih, b_hh)
 
 
 @reference_arguments.explained(gates=1, count=1)
@@ -68,7 +133,7 @@ def rnn_tanh_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
     """One Elman step with tanh, as torch.nn.RNNCell documents it. states: (h,)."""
-    return ((linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh)).tanh(),)
+    return _step(cells.rnn_tanh, x, states, w_ih, w_hh, b_ih, b_hh)
 
 
 @reference_arguments.explained(gates=1, count=1)
@@ -76,78 +141,7 @@ def rnn_relu_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
     """One Elman step with relu, as torch.nn.RNNCell documents it. states: (h,)."""
-    return ((linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh)).relu(),)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The facts about a cell. step: on weights. gates, states, inputs: their names. form: see kernels.form."""
-
-    key: str
-    step: Step
-    form: Form
-    gates: tuple[str, ...]
-    states: tuple[str, ...]
-    params: tuple[str, ...] = ()
-    inputs: tuple[str, ...] = ()
-    outputs: tuple[str, ...] = ()
-
-    @property
-    def x_gates(self) -> tuple[str, ...]:
-        return self.gates
-
-    @property
-    def u_gates(self) -> tuple[str, ...]:
-        return self.gates
-
-    @property
-    def biased(self) -> tuple[str, ...]:
-        return self.gates
-
-    @property
-    def order(self) -> tuple[int, ...]:
-        return tuple(range(len(self.gates)))
-
-    @property
-    def rows(self) -> tuple[int, int, int, int]:
-        """Blocks of H rows in w_ih, w_hh, b_ih and b_hh."""
-        G = len(self.gates)
-        return G, G, G, G
-
-
-def _form(name: str, gates: int, states: int, saved: int, inner: int = 0, first: int | None = None) -> Form:
-    """inner: trailing gates whose products are apart. first: gates multiplied with h, where the others are not."""
-    first = gates if first is None else first
-    operands = (Operand(1, first, 0), Operand(2, gates - first))[: 2 if first < gates else 1]
-    return Form(name, gates, states, saved, operands, (*range(gates - inner), *(-1,) * inner))
-
-
-# By the names the kernels know the cells by.
-CELLS: dict[str, Cell] = {
-    name: Cell(
-        name, step, _form(name, len(gates.split()), len(states.split()), *sizes), (*gates.split(),), (*states.split(),)
-    )
-    for name, step, gates, states, *sizes in (
-        ("lstm", lstm_cell, "i f g o", "h c", 4),
-        ("gru", gru_cell, "r z n", "h", 4, 1),
-        ("gru_before", gru_before_cell, "r z n", "h", 3, 0, 2),
-        ("rnn_tanh", rnn_tanh_cell, "n", "h", 0),
-        ("rnn_relu", rnn_relu_cell, "n", "h", 0),
-    )
-}
-
-
-def get(cell: str | Cell) -> Cell:
-    """The specification of the cell of that name. ValueError if there is none."""
-    if isinstance(cell, Cell):
-        return cell
-    checks.one_of("cell", cell, CELLS)
-    return CELLS[cell]
-
-
-def step_of(cell: str | Cell) -> Step:
-    """The step of a cell on weights, as `scan` takes it."""
-    return get(cell).step
+    return _step(cells.rnn_relu, x, states, w_ih, w_hh, b_ih, b_hh)
 
 
 def scan_states(

@@ -55,7 +55,8 @@ def _step(gates: int, count: int, x: Any, states: Any, *weights: Any) -> None:
 def _types(step: Any, x: Any, states: Any, weights: Sequence[Any], rank: int | None) -> None:
     if not callable(step) or isinstance(step, (type, types.BuiltinFunctionType)):
         raise checks.wrong("step", "a function", step)
-    arguments.types(x, None, dict(zip(NAMES, weights, strict=True)), rank, products=_rows(step, weights)[1] > 0)
+    missing = [name for name, n in zip(NAMES, _rows(step, weights), strict=True) if not n]
+    arguments.types(x, None, dict(zip(NAMES, weights, strict=True)), rank, missing)
     checks.tensors("states", states, "a tuple of tensors")
 
 

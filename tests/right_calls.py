@@ -8,6 +8,7 @@ from wrong_values import B, H, I, T, randn
 
 import seqcells
 from seqcells import check, functional, init, interop, reference
+from seqcells.cell import named
 
 
 class Call:
@@ -54,7 +55,7 @@ def _weights(gates, *groups):
 
 def scan(random):
     cell = random.choice(CELLS)
-    spec = reference.get(cell)
+    spec = named(cell)
     states = tuple(randn(B, H) for _ in spec.states)
     given = {"cell": cell, "x": randn(T, B, I), "states": random.choice([states, states, None])}
     return Call("functional.scan", functional.scan, given | _weights(spec.rows[1]) | masks(random) | options(random))
@@ -62,7 +63,7 @@ def scan(random):
 
 def scan_groups(random):
     cell = random.choice(CELLS)
-    spec = reference.get(cell)
+    spec = named(cell)
     x = random.choice([randn(T, B, I), randn(T, B, 2, I)])
     given = {"cell": cell, "x": x, "states": tuple(randn(2, B, H) for _ in spec.states)}
     given |= {"reverse": (False, random.choice([False, True]))}
@@ -242,7 +243,7 @@ def names(random):
         [
             Call("backend", enter, {"backend": "loop"}),
             Call("backends.parse", seqcells.backends.parse, {"backend": "triton:grid"}),
-            Call("reference.get", lambda cell: reference.get(cell), {"cell": "lstm"}),
+            Call("cell.named", lambda cell: named(cell), {"cell": "lstm"}),
             Call("functional.rnn_cell_name", functional.rnn_cell_name, {"nonlinearity": "tanh"}),
         ]
     )
@@ -250,7 +251,7 @@ def names(random):
 
 def specification(random):
     cell = random.choice(CELLS)
-    spec = reference.get(cell)
+    spec = named(cell)
     given = {"states": tuple(randn(B, H) for _ in spec.states)} | _weights(spec.rows[1])
     if random.random() < 0.4:
         return Call(

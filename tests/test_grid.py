@@ -4,15 +4,18 @@ The barrier itself is modelled in test_barrier.py; here programs run one after a
 between two barriers.
 """
 
+import kinds
 import pytest
 import torch
 from conftest import DEVICE
+from kinds import KINDS
 from shapes import CELLS, SCHEDULES, spread
 
 from seqcells import check, functional
 from seqcells.check import Shape, errors, relative, tolerance
 from seqcells.kernels import cells, grid, scan, stepwise
-from seqcells.kernels.plan import KNOWN, plan
+from seqcells.kernels.devices import INTERPRETER, KNOWN
+from seqcells.kernels.plan import plan
 
 # Three programs a batch tile at least and two tiles; H that fills its last program and that does not.
 SHAPES = [
@@ -69,20 +72,21 @@ def recorded(cell, target, T, B, H, schedule, dtype=torch.bfloat16, groups=1, re
 
     On meta tensors: what would read a value on the host (and so could not be captured in a CUDA graph) raises.
     """
-    declared = cells.get(cell)
+    declared = KINDS[cell].cell if cell in KINDS else cells.get(cell)
     size = {"B": B, "H": H, "groups": groups, "itemsize": dtype.itemsize, "device": KNOWN[target]}
     there, back = (plan(declared, **size, schedule=schedule, backward=b) for b in (False, True))
 
     def empty(*sizes):
         return torch.empty(sizes, dtype=dtype, device="meta")
 
-    gx, u = empty(T, B, groups, declared.gates * H), empty(groups, declared.gates * H, H)
-    bias = empty(groups, declared.inner * H) if declared.inner else None
+    gx, u = empty(T, B, groups, declared.gates * H), empty(groups, declared.products * H, H)
+    bias = empty(groups, len(declared.apart) * H) if declared.apart else None
+    params = empty(groups, declared.params * H) if declared.params else None
     forward, backward = Recorder(), Recorder()
-    options = {"save": "gates", "reversed": reversed}
-    out = scan.forward(declared, gx, u, bias, None, None, None, plan=there, launch=forward, **options)
+    options = {"params": params, "reversed": reversed}
+    out = scan.forward(declared, gx, u, bias, None, None, None, save="gates", plan=there, launch=forward, **options)
     state = (u, out.y, out.c, out.saved, None)
-    scan.backward(declared, empty(T, B, groups, H), None, None, *state, plan=back, reversed=reversed, launch=backward)
+    scan.backward(declared, empty(T, B, groups, H), None, None, *state, plan=back, launch=backward, **options)
     return forward.launches, backward.launches
 
 
@@ -94,6 +98,7 @@ def recorded(cell, target, T, B, H, schedule, dtype=torch.bfloat16, groups=1, re
         ("gru_before", 16, 768, 1),
         ("lstm", 16, 512, 2),
         ("rnn_tanh", 8, 300, 3),
+        ("all at once", 16, 256, 1),
     ],
 )
 def test_a_grid_scan_is_one_cooperative_launch(cell, B, H, groups):
@@ -107,6 +112,20 @@ def test_a_grid_scan_is_one_cooperative_launch(cell, B, H, groups):
         assert (launch.arguments["first"], launch.arguments["last"]) == (0, 1000)
         counter = launch.arguments["counter_ptr"]
         assert counter.shape == (tiles * groups,) and counter.dtype == torch.int32
+
+
+def test_a_cell_without_a_product_waits_for_nothing():
+    """As many programs as it takes, more than there are processors; no counter; on any device, and interpreted, too."""
+    for target in ("sm_90", "MI300X"):
+        for launches in recorded("no product", target, 1000, 256, 1024, "grid"):
+            (launch,) = launches
+            assert launch.plan.programs > KNOWN[target].processors and not launch.plan.waits
+            assert not scan.compile_options(launch.plan).get("launch_cooperative_grid")
+            assert launch.arguments["counter_ptr"] is None and launch.arguments["PHASE"] == -1
+    alone = KINDS["no product"].cell
+    size = {"B": 16, "H": 512, "itemsize": 2, "device": KNOWN["sm_90"]}
+    assert plan(alone, **size).schedule == "grid" and "no unit needs another" in plan(alone, **size).why
+    assert "one program would have all 512 units" in plan(alone, **size).why
 
 
 def test_counters_are_fresh_and_zero_for_each_launch():
@@ -134,24 +153,32 @@ def test_interpreted_a_launch_does_one_part_of_one_step():
     gx, u = torch.zeros(2, 9, 1, 120), torch.zeros(1, 120, 40)
     out = scan.forward(declared, gx, u, None, None, None, None, save="gates", plan=chosen, launch=launch)
     parts = [(x.arguments["first"], x.arguments["last"], x.arguments["PHASE"]) for x in launch.launches]
-    assert parts == [(0, 1, 0), (0, 1, 1), (1, 2, 0), (1, 2, 1)]
+    assert parts == [(0, 1, 1), (0, 1, 2), (1, 2, 1), (1, 2, 2)]
     assert {x.kernel for x in launch.launches} == {grid.forward_kernel}
     launch.launches.clear()
     state = (u, out.y, out.c, out.saved, None)
     scan.backward(declared, None, None, None, *state, plan=chosen, launch=launch)
     assert [x.arguments["PHASE"] for x in launch.launches] == [0, 1, 2, 0, 1, 2]
+    launch.launches.clear()
+    given = kinds.arguments("all at once", 2, 9, 40, dtype=torch.float32)
+    published, size = KINDS["all at once"].cell, {"B": 9, "H": 40, "itemsize": 4, "device": INTERPRETER}
+    chosen = plan(published, **size, schedule="grid", precision="ieee")
+    scan.forward(published, *given[:5], None, save="none", plan=chosen, params=given[5], launch=launch)
+    assert [x.arguments["PHASE"] for x in launch.launches] == [0, 1, 2, 0, 1, 2]
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [*CELLS, *KINDS])
 def test_stepwise_launches_a_fixed_sequence(cell):
     """A CUDA graph can hold it: the same kernels on the same buffers whatever the data, in the order of time."""
-    declared, T = cells.get(cell), 4
+    declared, T = KINDS[cell].cell if cell in KINDS else cells.get(cell), 4
     forward, backward = recorded(cell, "sm_90", T, 512, 1024, "stepwise")
-    phases = (0, 1) if declared.split < declared.gates else (0,)
+    second = declared.level < len(declared.operands)
+    phases = (0,) * declared.published + (1, 2)[: 1 + second]
     assert [(x.arguments["t"], x.arguments["PHASE"]) for x in forward] == [(t, p) for t in range(T) for p in phases]
-    expected = [(t, p) for t in range(T - 1, -1, -1) for p in phases] + [(-1, 0)]
+    phases = (0, 1) if second else (1,)
+    expected = [(t, p) for t in range(T - 1, -1, -1) for p in phases] + [(-1, phases[0])]
     assert [(x.arguments["t"], x.arguments["PHASE"]) for x in backward] == expected
-    assert [x.arguments["FIRST"] for x in backward if x.arguments["PHASE"] == 0] == [True] + [False] * T
+    assert [x.arguments["FIRST"] for x in backward if x.arguments["PHASE"] == phases[0]] == [True] + [False] * T
     assert [x.arguments["LAST"] for x in backward] == [False] * (len(backward) - 1) + [True]
     for launches, kernel in ((forward, stepwise.forward_kernel), (backward, stepwise.backward_kernel)):
         assert {x.kernel for x in launches} == {kernel} and len({x.grid for x in launches}) == 1

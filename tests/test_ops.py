@@ -22,7 +22,7 @@ def op_arguments(engine, cell, save, groups=1, lengths=False, leaf=False):
     x, w_ih, w_hh, b_ih, b_hh, *states = check.inputs(cell, Shape(3, 2, 2, 4), torch.float64, DEVICE)
     w_ih, w_hh, b_ih, b_hh, *states = (torch.stack([t] * groups) for t in (w_ih, w_hh, b_ih, b_hh, *states))
     h0, c0 = states if len(states) == 2 else (states[0], None)
-    gx, bias = products.input_projection(products.places(cell), x, w_ih, b_ih, b_hh)
+    gx, bias = products.input_projection(products.places(cell), x, w_ih, b_ih, b_hh, 4)
     reversed = groups - 1
     resets = torch.tensor([[0, 1], [1, 0], [0, 0]], dtype=torch.bool, device=DEVICE)
     mask = masks.encode(resets, torch.tensor([3, 2], device=DEVICE) if lengths else None, 3, reversed)

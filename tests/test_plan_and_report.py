@@ -12,26 +12,18 @@ import pytest
 import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kinds import KINDS
 
 from seqcells.kernels import cells, grid, recompute, report, resident, single, stepwise
-from seqcells.kernels.plan import (
-    INTERPRETER,
-    KNOWN,
-    PRECISIONS,
-    chunks,
-    grid_bytes,
-    parts,
-    plan,
-    present,
-    resident_bytes,
-)
+from seqcells.kernels.devices import INTERPRETER, KNOWN, present
+from seqcells.kernels.plan import PRECISIONS, chunks, grid_bytes, parts, plan, resident_bytes
 from seqcells.kernels.plan_single import shared_bytes
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import static  # noqa: E402
 
-SHAPES = [cells.get(name) for name in cells.names()]
+SHAPES = [*(cells.get(name) for name in cells.names()), *(kind.cell for kind in KINDS.values())]
 ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 
 
@@ -56,11 +48,13 @@ def test_a_plan_fits_is_co_resident_and_covers(cell, B, H, groups, itemsize, pre
     assert chosen.num_warps in (1, 2, 4, 8) and chosen.num_warps * 32 * chosen.registers <= 65536
     assert chosen.microseconds > 0 and "us a step" in chosen.why
     if chosen.schedule == "resident":
-        assert resident_bytes(cell.gates, H, itemsize, chosen.block_b, precision) <= device.shared
+        assert resident_bytes(cell.products, H, itemsize, chosen.block_b, precision) <= device.shared
     if chosen.schedule == "grid":
         tile = chosen.block_h, chosen.block_b, chosen.block_k
         assert grid_bytes(cell, H, itemsize, *tile, backward, precision) <= device.shared
-        assert chosen.programs <= device.processors, "all programs of a barrier run at once, one on a processor"
+        assert chosen.waits == (cell.products > 0)
+        if chosen.waits:
+            assert chosen.programs <= device.processors, "all programs of a barrier run at once, one on a processor"
     # Every unit of every row is in exactly one program: tiles begin where the last ended, and the last holds the end.
     units = 1 if chosen.schedule == "resident" else -(-H // chosen.block_h)
     rows = -(-B // chosen.block_b)

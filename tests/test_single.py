@@ -7,12 +7,15 @@ import torch
 from conftest import DEVICE
 from hypothesis import given
 from hypothesis import strategies as st
+from kinds import KINDS, arguments
 from test_kernels import Guards
 
 from seqcells import check, reference
+from seqcells.cell import named
 from seqcells.check import TOLERANCE, Shape
 from seqcells.kernels import cells, scan, single
-from seqcells.kernels.plan import INTERPRETER, KNOWN, PRECISIONS, plan
+from seqcells.kernels.devices import INTERPRETER, KNOWN
+from seqcells.kernels.plan import PRECISIONS, plan
 from seqcells.kernels.plan_single import plan_single, shared_bytes, slots, unfit
 
 NAMES = ["lstm", "gru", "rnn_tanh", "rnn_relu"]
@@ -45,8 +48,9 @@ def gradients(cell, tensors, out, dhn, dcn):
     state = (w_hh[None], out.y, out.c, out.saved, None)
     dhn, dcn = (None if d is None else d[None] for d in (dhn, dcn))
     found = scan.backward(cell, None, dhn, dcn, *state, plan=back)
-    d, inner = found.dgx.view(B, -1), found.dhu.view(B, cell.inner * H)
-    recurrent = torch.cat([d[:, : (cell.gates - cell.inner) * H], inner], 1)
+    apart = len(cell.apart)
+    d, inner = found.dgx.view(B, -1), found.dhu.view(B, apart * H)
+    recurrent = torch.cat([d[:, : (cell.gates - apart) * H], inner], 1)
     weights = (d.t() @ x, recurrent.t() @ out.y[0, :, 0], d.sum(0), recurrent.sum(0))
     return [d @ w_ih, *weights, found.dh0[0], *([found.dc0[0]] if cell.states == 2 else [])]
 
@@ -57,7 +61,7 @@ def zeros(*size):
 
 def exact(name, tensors, weights):
     """The states after the step and the gradients of their weighted sum, by the reference in float64 on the CPU."""
-    spec = reference.get(name)
+    spec = named(name)
     leaves = [None if t is None else t.detach().cpu().double().clone().requires_grad_() for t in tensors]
     x, w_ih, w_hh, *biases, h0, c0 = leaves
     given = [zeros(x.shape[0], w_hh.shape[1]) if s is None else s for s in (h0, c0)][: len(spec.states)]
@@ -150,11 +154,11 @@ def test_what_is_saved_is_what_the_scan_saves():
     for name in NAMES:
         cell, tensors = step_of(name, Shape(1, 3, 5, 20), torch.float32)
         x, w_ih, w_hh, b_ih, b_hh, h0, c0 = tensors
-        plain = (cell.gates - cell.inner) * w_hh.shape[1]
+        plain = (cell.gates - len(cell.apart)) * w_hh.shape[1]
         adds = b_ih + torch.cat([b_hh[:plain], torch.zeros_like(b_hh[plain:])])
         gx = (x @ w_ih.t() + adds)[None, :, None]
         there = plan(cell, B=3, H=20, itemsize=4, device=scan.device_facts(x.device), precision="ieee")
-        inner, c0 = b_hh[None, plain:] if cell.inner else None, None if c0 is None else c0[None]
+        inner, c0 = b_hh[None, plain:] if cell.apart else None, None if c0 is None else c0[None]
         scanned = scan.forward(cell, gx, w_hh[None], inner, h0[None], c0, None, save="gates", plan=there)
         states = (s[0] if s.numel() else s for s in scanned[3:])  # these alone without the axis of groups
         for a, b in zip(step(cell, tensors), (*scanned[:3], *states), strict=True):
@@ -195,6 +199,50 @@ def test_a_second_product_is_refused():
         plan_single(cells.get("gru_before"), **size)
     with pytest.raises(ValueError, match="less than 2\\^31 elements"):
         plan_single(cells.get("lstm"), **size | {"I": 1 << 27})
+    for kind, reason in [
+        ("two operands", "not all with one of the states"),
+        ("all at once", "second product"),
+        ("eight gates", "at most eight products"),
+    ]:
+        assert reason in unfit(KINDS[kind].cell, 8, 8)
+    assert "per-step inputs" in unfit(KINDS["another state"].cell, 8, 8, inputs=1)
+    lstm = cells.get("lstm")
+    assert "the same gate" in unfit(replace(lstm, adds=(0, 1, 2, 2)), 8, 8)
+
+
+@pytest.mark.parametrize("save", single.SAVES)
+@pytest.mark.parametrize("kind", ["another state", "no product", "apart first"])
+@pytest.mark.parametrize("H", [5, 20])
+def test_other_kinds(kind, H, save, poison):
+    """They give what a scan over one step gives, of gx with the biases that only add."""
+    cell = KINDS[kind].cell
+    gx, u, bias, h0, c0, params = arguments(kind, 1, 9, H, device=DEVICE)
+    generator = torch.Generator().manual_seed(1)
+    sizes = [(9, 3), (cell.gates * H, 3), (cell.gates * H,), (cell.products * H,)]
+    x, w_ih, b_ih, b_hh = (torch.randn(s, generator=generator, dtype=torch.float64).to(DEVICE) for s in sizes)
+    gx = (x @ w_ih.t() + b_ih)[None, :, None].clone()
+    for n, tile in enumerate(cell.adds):
+        mine = b_hh[n * H : (n + 1) * H]
+        if tile < 0:
+            bias[0, cell.apart.index(n) * H :][:H] = mine
+        else:
+            gx[..., tile * H : (tile + 1) * H] += mine
+    size = {"B": 9, "H": H, "itemsize": 8, "device": scan.device_facts(x.device), "precision": "ieee"}
+    for h, c in ((h0, c0), (None, c0), (h0, None), (None, None)):
+        there = plan(cell, **size)
+        wanted = scan.forward(cell, gx, u, bias, h, c, None, save="gates", plan=there, params=params)
+        states = [None if s is None else s[0] for s in (h, c)]
+        vectors = None if params is None else params[0]
+        chosen = plan_single(cell, I=3, **size)
+        out = single.forward(cell, x, w_ih, u[0], b_ih, b_hh, *states, save=save, plan=chosen, params=vectors)
+        for a, b in zip((out.hn, out.cn), (wanted.hn[0], wanted.cn[0]), strict=True):
+            torch.testing.assert_close(a, b)
+        for a, b in zip(out[:3], wanted[:3], strict=True):
+            if save == "gates":
+                assert a.shape == b.shape
+                torch.testing.assert_close(a, b)
+            else:
+                assert not a.numel()
 
 
 @given(

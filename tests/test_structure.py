@@ -15,21 +15,24 @@ ROOT = Path(__file__).parents[1]
 ARROWS = {  # room: the rooms of the project it may import
     "kernels.form": set(),
     "kernels.math": set(),
-    "kernels.plan": set(),
+    "kernels.devices": set(),
+    "kernels.plan": {"kernels.devices", "kernels.form"},
     "kernels.registry": {"kernels.cells"},  # its type alone
-    "kernels.cells": {"kernels.math", "kernels.registry"},
+    "kernels.cells": {"kernels.form", "kernels.math", "kernels.registry"},
     "kernels.tiles": {"kernels.math"},
     "kernels.layout": set(),
     "kernels.resident": {"kernels.layout", "kernels.math", "kernels.tiles"},
-    "kernels.grid": {"kernels.math", "kernels.tiles"},
+    "kernels.slices": {"kernels.math", "kernels.tiles"},
+    "kernels.grid": {"kernels.slices", "kernels.tiles"},
     "kernels.stepwise": {"kernels.math", "kernels.tiles"},
     "kernels.recompute": {"kernels.tiles"},
     "kernels.buffers": set(),
-    "kernels.form": set(),
-    "kernels.scan": {f"kernels.{n}" for n in ("buffers", "cells", "plan", "recompute", "resident", "grid", "stepwise")},
-    "kernels.plan_single": {"kernels.plan"},
+    "kernels.scan": {
+        f"kernels.{n}" for n in ("buffers", "cells", "devices", "plan", "recompute", "resident", "grid", "stepwise")
+    },
+    "kernels.plan_single": {f"kernels.{n}" for n in ("devices", "form", "plan")},
     "kernels.single": {f"kernels.{n}" for n in ("cells", "math", "plan", "plan_single", "scan", "tiles")},
-    "kernels.report": {f"kernels.{n}" for n in ("cells", "plan", "plan_single", "scan", "single")},
+    "kernels.report": {f"kernels.{n}" for n in ("cells", "devices", "plan", "plan_single", "scan", "single")},
     "kernels": {"kernels.cells", "kernels.scan", "kernels.single"},
     "chosen": set(),
     "backends": {"chosen"},
@@ -37,11 +40,13 @@ ARROWS = {  # room: the rooms of the project it may import
     "precisions": set(),
     "arguments": {"backends", "checks", "precisions"},
     "reference_arguments": {"arguments", "checks"},
-    "reference": {"checks", "reference_arguments", "kernels.form"},
+    "reference": {"cell", "cells", "reference_arguments"},
     "derive": {"kernels.cells", "kernels.form", "kernels.math"},
     "cell": {"checks", "derive", "kernels.form", "kernels.registry"},
+    "cells": {"cell"},
+    "layer_arguments": {"arguments", "backends", "checks"},
     "masks": {"kernels.buffers"},
-    "products": {"reference", "kernels.buffers", "kernels.form"},
+    "products": {"cell", "kernels.buffers", "kernels.form"},
     "autograd": {"backends", "masks", "products", "reference", "kernels.buffers"},
     "batching": set(),
     "loop": {"autograd", "batching", "cell", "derive", "products", "kernels.buffers"},
@@ -79,20 +84,22 @@ ARROWS = {  # room: the rooms of the project it may import
         "fallback",
         "precisions",
         "reference",
-        *(f"kernels.{n}" for n in ("cells", "plan", "scan")),
+        *(f"kernels.{n}" for n in ("cells", "devices", "plan", "scan")),
     },
     "packing": set(),
     "marked": {"aten", "packing", "kernels.buffers"},
-    "plain": {"arguments", "aten", "backends", "chosen", "masks"},
-    "modules": set(),
-    "cell_modules": {"arguments", "backends", "checks", "functional", "modules", "plain", "reference"},
-    "rnn_base": {"arguments", "checks", "functional", "modules", "packing", "plain", "reference"},
-    "layers": {"checks", "functional", "rnn_base"},
+    "plain": {"arguments", "aten", "backends", "chosen", "layer_arguments", "masks"},
+    "modules": {"cell", "checks"},
+    "cell_modules": {"arguments", "backends", "cell", "checks", "functional", "layer_arguments", "modules", "plain"},
+    "recurrent": {
+        *("arguments", "cell", "checks", "functional", "layer_arguments", "masks", "modules", "packing", "plain")
+    },
+    "layers": {"cell", "checks", "functional", "recurrent"},
     "subclasses": {"cell_modules", "layers"},
-    "convert": {"arguments", "cell_modules", "checks", "layers", "modules", "subclasses"},
-    "weights": {"checks", "layers"},
+    "convert": {"arguments", "cell_modules", "checks", "layers", "modules", "recurrent", "subclasses"},
+    "weights": {"cell", "cell_modules", "checks", "modules", "recurrent"},
     "init": {"checks", "weights"},
-    "interop": {"checks", "weights"},
+    "interop": {"cell", "checks", "weights"},
     "check": {"backends", "checks", "explanation", "functional", "reference"},
     "files": set(),
     "training": {"files"},
@@ -157,12 +164,13 @@ def test_imports_run_one_way():
     assert ("ops", "kernels.scan") in seen and ("tasks", "layers") in seen and ("kernels.cells", "kernels.math") in seen
 
 
-@pytest.mark.parametrize("file", ["plan.py", "plan_single.py"])
+@pytest.mark.parametrize("file", ["devices.py", "form.py", "plan.py", "plan_single.py"])
 def test_plan_is_pure(file):
     source = (ROOT / "kernels" / file).read_text()
     modules = {n.module for n in ast.walk(ast.parse(source)) if isinstance(n, ast.ImportFrom)}
     assert (
-        modules <= {"__future__", "collections.abc", "dataclasses", "functools", "itertools", "typing", "plan"}
+        modules - {"devices", "form", "plan"}
+        <= {"__future__", "collections.abc", "dataclasses", "functools", "itertools", "typing"}
         and "import torch" not in source
     )
 

@@ -9,10 +9,8 @@ from steps import define, mgu, registries  # noqa: F401  (a fixture)
 import seqcells
 from seqcells import derive
 from seqcells.cell import CellError
-from seqcells.check import Shape, errors
-from seqcells.kernels import cells
+from seqcells.kernels import registry
 
-sigmoid, tanh = torch.sigmoid, torch.tanh
 pytestmark = pytest.mark.usefixtures("registered")
 
 
@@ -66,7 +64,11 @@ def captured(x, U, h):
     return x.a + U.a(h) * TENSOR
 
 
-TENSOR = torch.ones(5, dtype=torch.float64)
+def captured_by_a_product(x, U, h):
+    return x.a + U.a(TENSOR)
+
+
+TENSOR = torch.ones(3, 5, dtype=torch.float64)
 
 
 def no_such_gate(x, U, h):
@@ -86,27 +88,102 @@ def a_boolean(x, U, h):
     return a + (a > 0) * 0.3
 
 
-def an_odd_power(x, U, h):
-    return (x.a + U.a(h)) ** 1.7
+def a_random_number(x, U, h):
+    return torch.nn.functional.dropout(x.a + U.a(h))
+
+
+def a_number_for_a_state(x, U, h):
+    h = x.a + U.a(h)
+    return 0.0
+
+
+def a_boolean_for_a_state(x, U, h):
+    return x.a > U.a(h)
+
+
+def too_few(x, U, h, c):
+    h = x.a + U.a(h) * c
+    return h
+
+
+def too_many(x, U, h):
+    return x.a + U.a(h), h
+
+
+def of_units(x, U, h):
+    return x.a + U.a(h.mean(-1))
+
+
+def of_a_number(x, U, h):
+    return x.a + U.a(0.5)
+
+
+def joined(x, U, h):
+    return torch.cat([x.a, U.a(h)], -1)[:, :5]
+
+
+def as_a_number(x, U, h):
+    return x.a + U.a(h) * float(h.max())
+
+
+def a_derivative(x, U, h):
+    return WITHOUT.apply(x.a + U.a(h))
+
+
+class WITHOUT(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, a):
+        ctx.save_for_backward(a)
+        return a.tanh()
+
+    @staticmethod
+    def backward(ctx, d):
+        return d * torch.digamma(ctx.saved_tensors[0])
+
+
+def unused(x, U, h):
+    return x.a + U.a(h)
+
+
+def no_input(x, U, h):
+    return torch.tanh(U.a(h))
 
 
 # What is wrong: the error, what its text says, and the line of the step (of its first, 0) that it names.
 WRONG = [
-    (unknown, "a", derive.UnknownOperation, "no erfinv; they have abs, add.* tanh, where", 1),
+    (
+        unknown,
+        "a",
+        derive.UnknownOperation,
+        "no erfinv; write it with what they have: abs, add.* tanh, threshold, where",
+        1,
+    ),
     (branch, "a", derive.DataDependentBranch, r"torch\.where", 2),
+    (as_a_number, "a", derive.MixesUnits, r"max gives no tensor of the states' shape", 1),
     (in_place, "a", derive.InPlaceChange, "make a new one", 2),
     (in_place_method, "a", derive.InPlaceChange, "relu_", 1),
     (an_element, "a", derive.InPlaceChange, r"torch\.where for a\[i\] = b", 2),
     (over_units, "a", derive.MixesUnits, r"only U\.k\(v\) takes something from other units", 2),
     (softmax, "a", derive.UnknownOperation, "no _?softmax", 1),
     (transposed, "a", derive.MixesUnits, "one value for each row and unit", 1),
-    (third_level, "a b c", derive.TooManyProducts, r"computed from U\.b.* third", 3),
-    (captured, "a", derive.CapturedTensor, "a tensor from outside", 1),
-    (no_such_gate, "a", CellError, "no gate 'q'; gates are a", 1),
-    (two_operands, "a", CellError, "one recurrent product", 1),
+    (joined, "a", derive.MixesUnits, "cat gives no tensor of the states' shape", 1),
+    (of_units, "a", derive.MixesUnits, "mean gives no tensor of the states' shape", 1),
+    (of_a_number, "a", CellError, r"U\.a takes a state, or something of a state's shape .*; got 0\.5", 1),
+    (third_level, "a b c", derive.TooManyProducts, r"computed from U\.b.* third.* hand the result", 3),
+    (captured, "a", derive.CapturedTensor, r"params= .* inputs= .* float\(t\)", 1),
+    (captured_by_a_product, "a", derive.CapturedTensor, r"params= .* inputs= .* float\(t\)", 1),
+    (no_such_gate, "a", CellError, "no gate 'q'; gates= has a", 1),
+    (two_operands, "a", CellError, "one recurrent product: name another gate", 1),
     (another_dtype, "a", CellError, r"float32, whatever the states' dtype is.*\.to\(h.dtype\)", 1),
     (a_boolean, "a", CellError, r"float32, whatever the states' dtype is.*\.to\(h.dtype\)", 2),
-    (an_odd_power, "a", derive.UnknownOperation, "pow", 1),
+    (a_random_number, "a", derive.UnknownOperation, "no .*dropout|no bernoulli", 1),
+    (a_number_for_a_state, "a", CellError, r"new h must be a tensor, got 0\.0: for a number torch\.full_like", 2),
+    (a_boolean_for_a_state, "a", CellError, r"new h is of torch\.bool: .*\.to\(h\.dtype\)", 1),
+    (too_few, "a", CellError, "gives 1 value for the states h c: return 2, in this order", 2),
+    (too_many, "a", CellError, "gives 2 values for the states h: return 1", 1),
+    (a_derivative, "a", derive.UnknownOperation, "derivative of the step needs .*: digamma; write it with", 0),
+    (unused, "a b", CellError, r"neither x\.b nor U\.b; take it out of gates=, or use it", 0),
+    (no_input, "a", CellError, r"no x\.k and no per-step input.* add x\.k", 0),
 ]
 
 
@@ -118,92 +195,62 @@ def test_a_wrong_step_names_its_line(step, gates, error, says, line):
     text, first = inspect.getsourcelines(step)
     assert raised.value.line == (__file__, first + line)
     assert text[line].strip() in str(raised.value)
-    with pytest.raises(error):  # and where the kernels are wanted, once more
-        cells.get(step.__name__)
+    for asked in (lambda: made.form, lambda: registry.get(made.key)):  # and where anything else is wanted
+        with pytest.raises(error):
+            asked()
 
 
-def no_product(x, U, h):
-    return tanh(x.a + U.a(h)) * sigmoid(x.b)
+def lstm(x, U, h):
+    return h
 
 
-def no_input(x, U, h):
-    return tanh(x.a + U.a(h)) * sigmoid(U.b(h))
+def with_a_param(x, U, h, p):
+    return x.a + U.a(h) * p
 
 
-def two_others(x, U, h):
-    a = x.a + U.a(h)
-    return x.b + U.b(a * h) + x.c + U.c(a + h)
-
-
-def second_first(x, U, h):
-    b = x.b + U.b(h)
-    return x.a + U.a(b * h)
-
-
-def only_second(x, U, h):
-    return x.a + U.a(2 * h)
-
-
-def inner_and_second(x, U, h):
-    a = x.a * U.a(h)
-    return x.b + U.b(a * h)
-
-
-def not_finite_at_zero(x, U, h):
-    a = x.a + U.a(h)
-    return a / (a * a)
-
-
-def grows(x, U, h):
-    return (1 + 2 * h) * torch.exp(-x.a * x.a) + U.a(h)
-
-
-NOT_YET = [
-    (no_product, "a b", r"gate b has no recurrent product, U\.b"),
-    (no_input, "a b", r"x\.b is not used"),
-    (two_others, "a b c", "a second operand that is not h"),
-    (second_first, "a b", "put a at the end of gates="),
-    (only_second, "a", "no gate's product is with h"),
-    (inner_and_second, "a b", "gate a whose U.a does more than add"),
-    (not_finite_at_zero, "a", "all zero .* not finite"),
-    (grows, "a", "grow beyond float32's numbers in 1000 steps"),
+DECLARATIONS = [
+    (lambda: seqcells.cell(gates="f n", states="s")(mgu), TypeError, r"mgu\(x, U, s\), got mgu\(x, U, h\)"),
+    (lambda: seqcells.cell(gates="a", states="h")(with_a_param), TypeError, r"then params, inputs and constants"),
+    (lambda: seqcells.cell(gates="a", states="h")(torch.nn.Linear(1, 1)), TypeError, "a function, got a Linear"),
+    (lambda: seqcells.cell(gates="a", states="h")(lambda x, U, h: h), ValueError, "'<lambda>' is no name"),
+    (lambda: seqcells.cell(gates="a", states="h")(lstm), ValueError, "'lstm' is a cell of seqcells itself"),
+    (lambda: seqcells.cell(gates="", states="h"), ValueError, "gates .*no name"),
+    (lambda: seqcells.cell(gates="a a", states="h"), ValueError, "gates .*occurs twice"),
+    (lambda: seqcells.cell(gates="a 1", states="h"), ValueError, "gates .*'1' is no name"),
+    (lambda: seqcells.cell(gates="a", states=["h"]), TypeError, "states must be a string of names"),
+    (lambda: seqcells.cell(gates="a", states="h", params=3), TypeError, "params must be a string of names"),
+    (lambda: seqcells.cell(gates="a", states="h", params="p:2"), ValueError, "p:2 is neither p, .* nor p:1"),
+    (lambda: seqcells.cell(gates="a", states="h", params="p p:1"), ValueError, "params .*occurs twice"),
+    (lambda: seqcells.cell(gates="a", states="h", inputs="h"), ValueError, "'h' is named twice among states"),
+    (lambda: seqcells.cell(gates="a", states="h", inputs="lengths"), ValueError, "'lengths' cannot be .*: a layer's"),
+    (lambda: seqcells.cell(gates="a", states="x"), ValueError, "'x' cannot be .*: the step's first two"),
+    (lambda: seqcells.cell(gates="a", states="h", params="weight_hh"), ValueError, "'weight_hh' cannot be"),
+    (
+        lambda: seqcells.cell(gates="a", states="h", constants="dt"),
+        ValueError,
+        "in 'dt' 'dt' is none",
+    ),
+    (lambda: seqcells.cell(gates="a", states="h", constants="dt=inf"), ValueError, "in 'dt=inf' 'dt=inf' is none"),
+    (lambda: seqcells.cell(gates="a", states="h", constants="a=1 a=2"), ValueError, "constants .*occurs twice"),
+    (lambda: seqcells.cell(gates="a", states="h", constants={"dt": 1}), TypeError, "constants must be a string"),
+    (lambda: seqcells.cell(gates="a", states="h", outputs="y z"), ValueError, "one output, got 2"),
+    (lambda: seqcells.cell(gates="a", states="h c", outputs="c"), ValueError, "'c' is a state; .*put it first"),
+    (lambda: seqcells.cell(gates="a", states="h", bias="b"), ValueError, "bias= names 'b', which is none of gates='a'"),
 ]
 
 
-@pytest.mark.parametrize(("step", "gates", "says"), NOT_YET, ids=[w[0].__name__ for w in NOT_YET])
-def test_what_todays_kernels_cannot_run_says_so(step, gates, says):
-    """And runs as the reference, which asks for no kernels."""
-    made = define(step, gates)
-    with pytest.raises(derive.NotYet, match=f"{says}.* backend='reference' runs it"):
-        made.explain()
-    found = errors(step.__name__, Shape(3, 3, 2, 5), torch.float64, "cpu", backend="reference")
-    assert all(e == 0 for e in found.values())
+@pytest.mark.parametrize("number", range(len(DECLARATIONS)))
+def test_wrong_declarations(number):
+    declare, error, says = DECLARATIONS[number]
+    with pytest.raises(error, match=says):
+        declare()
 
 
-def test_wrong_declarations():
-    decorate = seqcells.cell(gates="f n", states="h")
-    with pytest.raises(TypeError, match=r"mgu\(x, U, s\), got mgu\(x, U, h\)"):
-        seqcells.cell(gates="f n", states="s")(mgu)
-    with pytest.raises(TypeError, match="step must be a function, got a Linear"):
-        decorate(torch.nn.Linear(1, 1))
-
-    def lstm(x, U, h):
-        return h
-
-    with pytest.raises(ValueError, match="'lstm' is a cell of seqcells itself"):
-        decorate(lstm)
-    with pytest.raises(ValueError, match="'<lambda>' is no name"):
-        decorate(lambda x, U, h: h)
-    for gates, says in (("", "no name"), ("a a", "occurs twice"), ("a 1", "'1' is no name")):
-        with pytest.raises(ValueError, match=f"gates .*{says}"):
-            seqcells.cell(gates=gates, states="h")
-    with pytest.raises(TypeError, match="states must be a string of names"):
-        seqcells.cell(gates="a", states=["h"])
-    with pytest.raises(ValueError, match="one or two, got 3"):
-        seqcells.cell(gates="a", states="h c m")
-
-    def too_few(x, U, h, c):
-        return x.a + U.a(h)
-
-    with pytest.raises(CellError, match="gives 1 values for the states h c"):
-        define(too_few, "a").explain()
+def test_wrong_constants():
+    made = define(define.__globals__["euler"])
+    with pytest.raises(TypeError, match="'euler' has no constant 'df': it has dt, gamma"):
+        made.with_constants(df=0.1)
+    with pytest.raises(TypeError, match="dt must be a number"):
+        made.with_constants(dt="fast")
+    with pytest.raises(TypeError, match=r"'mgu' has no constant 'dt': it has none \(constants= of seqcells.cell\)"):
+        define(mgu).with_constants(dt=0.1)

@@ -23,7 +23,7 @@ for name in FROM_TRITON:
     setattr(Language, name, staticmethod(getattr(torch, name)))
 
 
-def triton_text(cell):
+def functions(cell):
     """The Triton functions of a cell as functions on tensors; params [H]."""
     space = {"tl": Language, **{n: (lambda f: lambda x, *_: f(x))(getattr(torch, n)) for n in FROM_MATH}}
     exec(cell.source, space)

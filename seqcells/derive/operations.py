@@ -165,6 +165,9 @@ OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.silu.default: lambda g, a: g.product(a, g.function("sigmoid", a)),
     aten.gelu.default: _gelu,
     aten.elu.default: _elu,
+    aten.celu.default: lambda g, a, alpha=None: _elu(
+        g, a, alpha, None, None if alpha is None else g.quotient(g.number(1), alpha)
+    ),
     aten.softplus.default: _softplus,
     aten.log_sigmoid_forward.default: _log_sigmoid,
     aten.hardtanh.default: lambda g, a, low=None, high=None: _clamp(g, a, low or g.number(-1), high or g.number(1)),

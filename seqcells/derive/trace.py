@@ -229,6 +229,8 @@ class _Recorder:
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         run, line, kwargs = self.run, self.run.line(), kwargs or {}
+        if func is aten._efficientzerotensor.default:
+            func = aten.zeros.default  # whose result is somewhere
         out = func(*args, **kwargs)
         results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
         if not results:
@@ -271,9 +273,11 @@ class _Recorder:
         return out
 
     def unknown(self, func: Any, line: Line | None, how: str = "") -> UnknownOperation:
-        whose = "the kernels have no" if line else "the derivative of this line needs what the kernels do not have:"
+        of = "this line" if self.run.at else "the step"
+        whose = "the kernels have no" if line else f"the derivative of {of} needs what the kernels do not have:"
         return UnknownOperation(
-            f"{whose} {spoken(func)}{how}; write it with what they have: {known()}", line or self.run.at
+            f"{whose} {spoken(func)}{how}; write it with what they have: {known()}",
+            line or self.run.at or self.run.start,
         )
 
 
@@ -325,7 +329,7 @@ def trace(step: Callable[..., Any], names: Names, constants: Mapping[str, float]
         new = _results(found, run, names)
         variables = {} if run.frame is None else dict(run.frame.f_locals)
         run.frame = None
-        _check_gates(run)
+        _check_gates(run, names)
         levels = _levels(run)
 
         def back(results: list[tuple[Tensor, Value]]) -> Gradients:
@@ -380,7 +384,11 @@ def _results(found: Any, run: _Run, names: Names) -> list[Tensor]:
     return [*new[len(names.states) :], *new[: len(names.states)]]
 
 
-def _check_gates(run: _Run) -> None:
+def _check_gates(run: _Run, names: Names) -> None:
+    if not run.read and not names.inputs:
+        raise CellError(
+            "the step reads no x.k and no per-step input: what it computes is the same at each step; add x.k", run.start
+        )
     for n, gate in enumerate(run.gates):
         if n not in run.read and n not in run.products:
             raise CellError(
