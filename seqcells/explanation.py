@@ -79,7 +79,7 @@ def explain(
         >>> print(seqcells.explain("gru", batch=16, hidden_size=64, device="cpu"))
         loop: the tensors are on the CPU, and it is faster than torch's own fused gru
     """
-    named(cell)
+    cell = named(cell).key
     arguments.options(backend, precision)
     for name, size in (("batch", batch), ("hidden_size", hidden_size), ("groups", groups), ("steps", steps)):
         if size is not None or name != "steps":
