@@ -47,6 +47,9 @@ _TAKEN = {
 }
 
 
+_FACTS: list[str] = []  # the attributes that are found
+
+
 class _Found(Generic[T]):
     """An attribute of a cell that is found when it is first asked for; from then on it is there."""
 
@@ -211,7 +214,7 @@ class Cell:
         return self.step.__qualname__ if self.base is None else (_with_constants, (self.base, dict(self.constants)))
 
 
-_FACTS = [name for name, value in vars(Cell).items() if isinstance(value, _Found)]
+_FACTS.extend(name for name, value in vars(Cell).items() if isinstance(value, _Found))
 
 
 def _with_constants(base: Cell, constants: dict[str, float]) -> Cell:

@@ -17,7 +17,7 @@ import triton.language as tl
 from conftest import DEVICE
 from steps import KNOWN, NAMES, STEPS, cifg, define, euler, mgu, registries, slstm  # noqa: F401  (a fixture)
 from torch.nn import functional as F
-from walk import differences, functions
+from walk import differences, drawn, functions
 
 import seqcells
 from seqcells.derive.cut import smallest
@@ -37,9 +37,25 @@ def test_all_gradients(registered, name):
         assert max(found.values()) <= 1e-13, found
 
 
+@pytest.mark.parametrize("seed", range(40))
+def test_steps_drawn_at_random(seed):
+    step, declared, source = drawn(seed)
+    made = seqcells.cell(**declared)(step)
+    found = differences(made, functions(made), resets=True)
+    assert max(found.values()) <= 1e-11 and not made.form.problems(), (source, found)
+
+
 def test_an_exponential_gate_far_out(registered):
     found = differences(registered["slstm"], functions(registered["slstm"]), scale=15.0)
     assert max(found.values()) <= 1e-12, found
+
+
+def test_what_rounding_would_ruin_is_saved(registered):
+    """Tiles and states are stored in the data's type: no exponential is formed again of a rounded sum."""
+    made = registered["slstm"]
+    errors = [differences(made, functions(made), stored=torch.bfloat16, scale=s) for s in (1.0, 5.0, 15.0)]
+    assert max(max(found.values()) for found in errors) <= 0.03, errors
+    assert sum("= exp(" in tile for tile in made.saved) == 2 and any(tile.startswith("where(") for tile in made.saved)
 
 
 @pytest.mark.parametrize("mine", KNOWN)
@@ -350,6 +366,7 @@ CONTEXTS = {
     "no_grad": torch.no_grad,
     "inference_mode": torch.inference_mode,
     "autocast": lambda: torch.autocast("cpu"),
+    "anomaly": lambda: torch.autograd.set_detect_anomaly(True),
     "default device": lambda: torch.device("meta"),
     "vmap": None,
     "grad": None,

@@ -111,7 +111,7 @@ class _Run:
 
     def tile(self, leaf: Value) -> Tensor:
         """A tensor that stands for a leaf."""
-        found = torch.full(SHAPE, 0.5, dtype=torch.float64)
+        found = torch.full(SHAPE, 0.5, dtype=torch.float64, device="cpu")
         self.note(found, leaf)
         return found if leaf.gradient else found.requires_grad_()
 
@@ -340,7 +340,8 @@ def trace(step: Callable[..., Any], names: Names, constants: Mapping[str, float]
         gradients: Any = [None] * len(every)
         if isinstance(total, Tensor):
             run.note(total, run.graph.number(0))  # whatever it is: its gradient is one
-            with _Record(run):  # with create_graph autograd makes each sum anew, and changes none
+            # With create_graph autograd makes each sum anew, and changes none. Nothing asks for a NaN among its steps.
+            with torch.autograd.set_detect_anomaly(False), _Record(run):
                 gradients = torch.autograd.grad(total, every, create_graph=True, allow_unused=True)
         values = iter([run.value(g) for g in gradients])
         return Gradients(*([next(values) for _ in part] for part in parts))
