@@ -353,8 +353,3 @@ def unpack_tiles(words, N: tl.constexpr, PACK: tl.constexpr, TYPE: tl.constexpr,
             bits = (words[n // PACK] >> (n % PACK * 32)).to(tl.uint32)
             tiles = tiles + (bits.to(TYPE, bitcast=True).to(ACC),)
     return tiles
-
-
-@triton.jit
-def replace_first(tiles, first, N: tl.constexpr):  # until `grid` uses replace_tile
-    return replace_tile(tiles, 0, first)
