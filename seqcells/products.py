@@ -121,6 +121,8 @@ def blocks(t: Tensor, which: Sequence[int], H: int, dim: int = -1) -> Tensor:
     """Those blocks of H of t's axis, in that order; zeros where -1."""
     if t.shape[dim] == len(which) * H and tuple(which) == tuple(range(len(which))):
         return t
+    if not which:
+        return t.narrow(dim, 0, 0)
     runs: list[list[int]] = []  # first, count
     for n in which:
         if runs and (n == runs[-1][0] + runs[-1][1] if n >= 0 else runs[-1][0] < 0):
@@ -132,8 +134,6 @@ def blocks(t: Tensor, which: Sequence[int], H: int, dim: int = -1) -> Tensor:
     for first, count in runs:
         shape[dim] = count * H
         parts.append(t.new_zeros(shape) if first < 0 else t.narrow(dim, first * H, count * H))
-    if not parts:
-        return t.narrow(dim, 0, 0)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
@@ -182,7 +182,7 @@ def input_projection(
     own = bias if bias is None or inputs is None else bias[..., :GH]
     if x.dim() == 3:
         gx = linear(x, w_ih.reshape(K * GH, -1), None if own is None else own.reshape(-1))
-        gx = gx.reshape(*x.shape[:2], K, GH)  # not unflatten, which Dynamo does not follow under a default device
+        gx = gx.reshape(*x.shape[:2], K, GH)
     else:
         gx = torch.einsum("tbki,kgi->tbkg", x, w_ih)
         gx = (gx if own is None else gx + own).contiguous()
@@ -210,13 +210,14 @@ def input_gradients(
     return dx, wide.reshape(-1, K * GH).t() @ x.flatten(0, 1) if need[1] else None, dinputs
 
 
-def bias_gradients(at: Places, dgx: Tensor, dhu: Tensor, H: int) -> tuple[Tensor, Tensor]:
-    """Of b_ih and b_hh [K, .]."""
+def bias_gradients(at: Places, dgx: Tensor, dhu: Tensor, H: int) -> tuple[Tensor | None, Tensor | None]:
+    """Of b_ih and b_hh [K, .]; None where no gate has one."""
     sums = every = dgx.sum((0, 1))
     if at.apart:
         every = torch.cat([sums, dhu.sum((0, 1))], 1)
-    db_ih, db_hh = blocks(sums, at.of_b_ih, H), blocks(every, at.of_b_hh, H)
-    return db_ih, db_hh.clone() if db_hh is db_ih else db_hh
+    db_ih = blocks(sums, at.of_b_ih, H) if at.of_b_ih else None
+    db_hh = blocks(every, at.of_b_hh, H) if at.of_b_hh else None
+    return db_ih, db_hh.clone() if db_hh is not None and db_hh is db_ih else db_hh
 
 
 def recurrent_gradient(

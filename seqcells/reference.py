@@ -63,7 +63,9 @@ def _step(
         gates = tuple(p if b is None else p + b for p, b in products)
     recurrent = () if w_hh is None else _products(of, states, w_hh, u_biases)
     found = of(_by_gate(of.x_gates)(*gates), _by_gate(of.u_gates)(*recurrent), *states, *params, *inputs)
-    results = tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    results = found if isinstance(found, (tuple, list)) else (found,)
+    shape = states[0].shape
+    results = tuple(r if r.shape == shape else r.expand(shape) for r in results)  # made of trained vectors alone
     return (*results[len(states) :], *results[: len(states)]) if of.outputs else results
 
 
