@@ -47,6 +47,9 @@ _TAKEN = {
 }
 
 
+_FACTS: list[str] = []  # the attributes that are found
+
+
 class _Found(Generic[T]):
     """An attribute of a cell that is found when it is first asked for; from then on it is there."""
 
@@ -57,7 +60,7 @@ class _Found(Generic[T]):
         if made is None:
             return self  # type: ignore[return-value]
         _find(made.key, self.name)
-        value = made._facts[self.name]
+        (value,) = made._facts[self.name]
         if not is_compiling():  # Dynamo does not like an object to change that it has seen
             made.__dict__[self.name] = value
         return value
@@ -65,8 +68,8 @@ class _Found(Generic[T]):
 
 def _find(key: str, name: str) -> None:
     made = _BY_KEY[key]
-    if name not in made._facts:
-        made._facts[name] = vars(Cell)[name].find(made)
+    if not made._facts[name]:
+        made._facts[name].append(vars(Cell)[name].find(made))
 
 
 # torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
@@ -99,7 +102,8 @@ class Cell:
     step: FunctionType = field(repr=False)
     base: Cell | None = field(default=None, repr=False)  # with other constants
     _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, repr=False)
-    _facts: dict[str, Any] = field(default_factory=dict, repr=False)
+    # Each in a list of its own, empty until it is found: Dynamo reads no list before that.
+    _facts: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in _FACTS}, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.step.__doc__)
@@ -203,6 +207,9 @@ class Cell:
     def __reduce__(self) -> Any:
         """By reference, as functions are: a cell is copied and unpickled as the one object that it is."""
         return self.step.__qualname__ if self.base is None else (_with_constants, (self.base, dict(self.constants)))
+
+
+_FACTS.extend(name for name, value in vars(Cell).items() if isinstance(value, _Found))
 
 
 def _with_constants(base: Cell, constants: dict[str, float]) -> Cell:

@@ -14,7 +14,6 @@ by hand: pointwise functions, and the form that says what they are for.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -153,8 +152,5 @@ def derive(name: str, step: Callable[..., Any], names: Names, constants: Mapping
 
     In a thread of its own: what the caller is in the middle of (a transform, a mode, autocast) stays out of it.
     """
-    with _LOCK, ThreadPoolExecutor(1) as apart:
+    with ThreadPoolExecutor(1) as apart:
         return apart.submit(lambda: Derived(arrange(name, names, trace(step, names, constants)))).result()
-
-
-_LOCK = threading.Lock()
