@@ -134,8 +134,6 @@ def blocks(t: Tensor, which: Sequence[int], H: int, dim: int = -1) -> Tensor:
     for first, count in runs:
         shape[dim] = count * H
         parts.append(t.new_zeros(shape) if first < 0 else t.narrow(dim, first * H, count * H))
-    if not parts:
-        return t.narrow(dim, 0, 0)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
@@ -184,7 +182,11 @@ def input_projection(
     own = bias if bias is None or inputs is None else bias[..., :GH]
     if x.dim() == 3:
         gx = linear(x, w_ih.reshape(K * GH, -1), None if own is None else own.reshape(-1))
+<<<<<<< HEAD
         gx = gx.reshape(*x.shape[:2], K, GH)  # not unflatten, which Dynamo does not follow under a default device
+=======
+        gx = gx.reshape(*x.shape[:2], K, GH)
+>>>>>>> work-layers
     else:
         gx = torch.einsum("tbki,kgi->tbkg", x, w_ih)
         gx = (gx if own is None else gx + own).contiguous()

@@ -279,9 +279,7 @@ def sweep(
                 yield _worst(cell, backend, kind, device, shapes)
 
 
-def _worst(
-    cell: str | Cell, backend: str, kind: torch.dtype | str, device: str, shapes: tuple[Shape, ...]
-) -> Result:
+def _worst(cell: str | Cell, backend: str, kind: torch.dtype | str, device: str, shapes: tuple[Shape, ...]) -> Result:
     dtype, precision = (kind, "ieee") if isinstance(kind, torch.dtype) else (torch.float32, kind)
     worst: dict[str, float] = {}
     allowed, missing = 0.0, ""

@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from wrong_values import B, H, I, T, randn
 
 import seqcells
-from seqcells import testing, functional, init, interop, reference
+from seqcells import functional, init, interop, reference, testing
 from seqcells.cell import named
 
 

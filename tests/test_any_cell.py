@@ -5,11 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import DEVICE
+from seqcells.check import TOLERANCE, relative
 from steps import NAMES, registries  # noqa: F401  (a fixture)
 
 import seqcells
 from seqcells import backends, functional
-from seqcells.check import TOLERANCE, relative
 
 T, B, I, H = 4, 3, 2, 5  # noqa: E741
 ENGINES = ["loop", "triton:resident", "triton:grid", "triton:stepwise"]

@@ -15,9 +15,9 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import seqcells
-from seqcells import backends, testing, dispatch, fallback, plain
-from seqcells.testing import Shape
+from seqcells import backends, dispatch, fallback, plain, testing
 from seqcells.kernels import scan, single
+from seqcells.testing import Shape
 
 ERRORS = {
     "does not compile": lambda: CompilationError("x = y", None, "unsupported"),

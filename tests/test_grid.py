@@ -11,11 +11,11 @@ from conftest import DEVICE
 from kinds import KINDS
 from shapes import CELLS, SCHEDULES, spread
 
-from seqcells import testing, functional
-from seqcells.testing import Shape, errors, relative, tolerance
+from seqcells import functional, testing
 from seqcells.kernels import cells, grid, scan, stepwise
 from seqcells.kernels.devices import INTERPRETER, KNOWN
 from seqcells.kernels.plan import plan
+from seqcells.testing import Shape, errors, relative, tolerance
 
 # Three programs a batch tile at least and two tiles; H that fills its last program and that does not.
 SHAPES = [

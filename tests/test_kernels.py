@@ -7,11 +7,11 @@ import triton.language as tl
 from conftest import DEVICE
 from shapes import CELLS, SCHEDULES, spread
 
-from seqcells import testing, functional, reference
-from seqcells.testing import Shape
+from seqcells import functional, reference, testing
 from seqcells.kernels import buffers, cells, scan
 from seqcells.kernels.math import operand, sigmoid, tanh
 from seqcells.kernels.plan import plan
+from seqcells.testing import Shape
 
 GUARD = 4096  # bytes on either side of a buffer
 

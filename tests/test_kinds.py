@@ -8,8 +8,8 @@ from shapes import SCHEDULES, spread
 from test_kernels import Guards
 from test_races import Watch
 
-from seqcells.testing import TOLERANCE, relative
 from seqcells.kernels import buffers
+from seqcells.testing import TOLERANCE, relative
 
 # T, B, H: three programs of units and two of rows, whole tiles and not; one of each.
 SHAPES = [(3, 9, 48), (2, 9, 33), (4, 3, 5)]

@@ -9,9 +9,9 @@ from conftest import DEVICE
 from shapes import CELLS, SCHEDULES
 
 from seqcells import masks, reference
-from seqcells.testing import TOLERANCE, relative
 from seqcells.kernels import buffers, cells, scan
 from seqcells.kernels.plan import plan
+from seqcells.testing import TOLERANCE, relative
 
 T, H = 5, 20
 LENGTHS = (3, 5, 1)  # odd on purpose; T and 1 among them

@@ -12,9 +12,9 @@ from conftest import DEVICE
 from shapes import CELLS, SAVES
 
 import seqcells
-from seqcells import aten, autograd, backends, testing, functional, masks, precisions, products
-from seqcells.testing import Shape
+from seqcells import aten, autograd, backends, functional, masks, precisions, products, testing
 from seqcells.kernels import buffers
+from seqcells.testing import Shape
 
 
 def op_arguments(engine, cell, save, groups=1, lengths=False, leaf=False):
@@ -266,7 +266,9 @@ def test_importing_seqcells_imports_no_triton_nor_a_compiler():
     )
     others, ours, name, used = result.stdout.splitlines()
     assert eval(others) == ["seqcells"], result.stderr
-    assert eval(ours) == [f"seqcells.kernels.{n}" for n in ("buffers", "devices", "form", "plan", "plan_single", "registry")]
+    assert eval(ours) == [
+        f"seqcells.kernels.{n}" for n in ("buffers", "devices", "form", "plan", "plan_single", "registry")
+    ]
     assert (name, used) == ("seqcells::scan_forward", "False")
 
 

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import CELLS, HALVES, SAVES, SCHEDULES, SHAPES, fits, spread
 
-from seqcells import testing, functional, precisions, reference
+from seqcells import functional, precisions, reference, testing
 from seqcells.testing import Shape, errors, tolerance
 
 

@@ -34,10 +34,10 @@ if __name__ == "__main__":  # before triton is imported, as conftest.py does
 from conftest import DEVICE
 
 import seqcells
-from seqcells import backends, testing, functional, precisions, reference
-from seqcells.testing import Shape
+from seqcells import backends, functional, precisions, reference, testing
 from seqcells.kernels import scan
 from seqcells.loop import steps
+from seqcells.testing import Shape
 
 NAMES = ("y", "dx", "dw_hh")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

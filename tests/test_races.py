@@ -20,10 +20,10 @@ from test_kernels import scan_arguments
 from triton.runtime import interpreter
 
 from seqcells import testing
-from seqcells.testing import Shape
 from seqcells.kernels import buffers, cells, scan, single
 from seqcells.kernels.plan import plan
 from seqcells.kernels.plan_single import plan_single
+from seqcells.testing import Shape
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="notes the addresses of interpreted kernels")
 NONE = np.empty(0, np.uint64)

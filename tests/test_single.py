@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from kinds import KINDS, arguments
 from test_kernels import Guards
 
-from seqcells import testing, reference
+from seqcells import reference, testing
 from seqcells.cell import named
-from seqcells.testing import TOLERANCE, Shape
 from seqcells.kernels import cells, scan, single
 from seqcells.kernels.devices import INTERPRETER, KNOWN
 from seqcells.kernels.plan import PRECISIONS, plan
 from seqcells.kernels.plan_single import plan_single, shared_bytes, slots, unfit
+from seqcells.testing import TOLERANCE, Shape
 
 NAMES = ["lstm", "gru", "rnn_tanh", "rnn_relu"]
 # One unit; rows of W and U aligned alike and not, and more than one program either way; several turns of the loop.
