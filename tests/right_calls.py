@@ -295,7 +295,7 @@ def checking(random):
         given = {"device": "cpu", "dtypes": ["float32"]}
     else:
         given = {"got": randn(3), "exact": randn(3)}
-    return Call(f"check.{which}", getattr(check, which), given)
+    return Call(f"testing.{which}", getattr(testing, which), given)
 
 
 ENTRIES = [
