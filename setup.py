@@ -27,7 +27,6 @@ setup(
         "seqcells.loop",
         "seqcells.integrations",
         "seqcells.kernels",
-        "seqcells.kernels.cells",
     ],
     package_data={"seqcells": ["py.typed"]},
     package_dir={"seqcells": "seqcells", "seqcells.kernels": "kernels"},
