@@ -22,6 +22,7 @@ setup(
     long_description_content_type="text/markdown",
     packages=[
         "seqcells",
+        "seqcells.cells",
         "seqcells.derive",
         "seqcells.tasks",
         "seqcells.loop",

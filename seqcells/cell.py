@@ -151,14 +151,14 @@ class Cell:
     def problem(self) -> str:
         """Why no kernels can be derived from the step; "" where they can."""
         try:
-            self._derived
+            _ = self._derived
         except CellError as error:
             return str(error)
         return ""
 
     @_Found
     def operations(self) -> frozenset[str]:
-        """What is computed in the step and in its gradients, as `derive.values` names it; none where nothing is derived."""
+        """What is computed in the step and in its gradients, by `derive.values`' names; none if nothing is derived."""
         return frozenset() if self.problem else self._derived.parts.operations
 
     @_Found

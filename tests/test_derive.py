@@ -22,8 +22,8 @@ from walk import differences, drawn, functions
 import seqcells
 from seqcells.derive.cut import smallest
 from seqcells.derive.values import BOOLEAN, FORWARD, FROM_TRITON, Graph, ancestors
-from seqcells.kernels import cells
-from seqcells.kernels.form import Form, Operand, math
+from seqcells.kernels import cells, math
+from seqcells.kernels.form import Form, Operand
 
 cell_module = sys.modules["seqcells.cell"]  # seqcells.cell is the function
 sigmoid, tanh = torch.sigmoid, torch.tanh

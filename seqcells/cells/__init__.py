@@ -1,7 +1,7 @@
 """Cells, one file a family: ten lines of PyTorch and the paper.
 
-lstm, gru, gru_before, rnn_tanh and rnn_relu are what torch.nn has, and the layers LSTM, GRU and RNN are made of them. The
-others are for `seqcells.Recurrent`:
+The layers LSTM, GRU and RNN are made of lstm, gru, gru_before, rnn_tanh and rnn_relu. The others are for
+`seqcells.Recurrent`:
 
 >>> layer = seqcells.Recurrent(seqcells.cells.mgu, 10, 20)
 """
