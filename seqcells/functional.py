@@ -22,8 +22,9 @@ from .dispatch import run as run
 _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 
-def _missing(spec: Cell) -> list[str]:
-    return [name for name, n in zip(_NAMES, spec.rows, strict=True) if not n]
+def _missing(spec: Cell) -> Sequence[str]:
+    """The weights that the cell has not."""
+    return () if all(spec.rows) else [name for name, n in zip(_NAMES, spec.rows, strict=True) if not n]
 
 
 def scan(
@@ -71,7 +72,8 @@ def scan(
     Raises RuntimeError, ValueError or TypeError as torch.nn does for shapes, dtypes and devices that do not fit.
     """
     spec = named(cell)
-    arguments.types(x, states, dict(zip(_NAMES, (w_ih, w_hh, b_ih, b_hh), strict=True)), missing=_missing(spec))
+    weights = {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}
+    arguments.types(x, states, weights, missing=_missing(spec))
     checks.boolean("return_states", return_states)
     masked = arguments.resets(resets, x.shape[:2], x.device), arguments.lengths(lengths, x.shape[:2], x.device)
     how = How(*masked, save=save, backend=backend, precision=precision, cells=return_states)

@@ -53,12 +53,12 @@ ARROWS = {  # room: the rooms of the project it may import
     "fallback": set(),
     "flops": set(),
     "ops": {
-        *("autograd", "batching", "fallback", "kernels", "loop", "products"),
+        *("autograd", "batching", "cell", "fallback", "kernels", "loop", "products"),
         *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "scan", "single")),
     },
     "aten": {"backends"},
     "projection": set(),
-    "extras": {"checks"},
+    "extras": {"checks", "masks"},
     "dispatch": {
         "arguments",
         "aten",
