@@ -148,20 +148,6 @@ def blocks(t: Tensor, which: Sequence[int], H: int, dim: int = -1) -> Tensor:
     ]
     if not parts:
         return t.narrow(dim, 0, 0)
-<<<<<<< HEAD
-=======
-    runs: list[list[int]] = []  # first, count
-    for n in which:
-        if runs and (runs[-1][0] >= 0 and n == runs[-1][0] + runs[-1][1] if n >= 0 else runs[-1][0] < 0):
-            runs[-1][1] += 1
-        else:
-            runs.append([n, 1])
-    shape = list(t.shape)
-    parts = []
-    for first, count in runs:
-        shape[dim] = count * H
-        parts.append(t.new_zeros(shape) if first < 0 else t.narrow(dim, first * H, count * H))
->>>>>>> work-derive
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
