@@ -118,11 +118,11 @@ def scan_groups(
     ranks = [t.dim() for t in (w_ih, w_hh) if t is not None]
     if ranks != [3] * len(ranks):
         raise RuntimeError(f"w_ih and w_hh must have 3 dimensions, got {' and '.join(map(str, ranks))}")
-    K = next((len(t) for t in (w_hh, w_ih) if t is not None), len(reverse) or 1)
     if not isinstance(reverse, (tuple, list)):
         raise checks.wrong("reverse", "a tuple of bools", reverse)
     for k, flag in enumerate(reverse):
         checks.boolean(f"reverse[{k}]", flag)
+    K = next((len(t) for t in (w_hh, w_ih) if t is not None), len(reverse) or 1)
     flags = tuple(reverse) or (False,) * K
     if len(flags) != K:
         raise ValueError(f"reverse must have one value for each of {K} groups, got {len(flags)}")
