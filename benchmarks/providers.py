@@ -14,7 +14,8 @@ from cases import GATES, KINDS, NAMES, STEP, TRAINING, Case, Problem, Unavailabl
 from torch import Tensor, nn
 
 import seqcells
-from seqcells import autograd, backends, functional, precisions, reference
+from seqcells import autograd, backends, functional, precisions, products
+from seqcells.cell import named
 from seqcells.kernels import buffers
 
 UNROLLED = 64  # steps: a loop longer than that takes minutes to compile
@@ -96,9 +97,8 @@ class _Alone(torch.autograd.Function):
         engine, cell, precision = ctx.how
         dy = dy.unflatten(2, (u.shape[0], -1))
         out = engine.backward(dy, None, None, None, u, y, c, saved, None, cell, 0, "", precision)
-        weight = autograd._recurrent_weight_gradient
-        spec = reference.get(cell)
-        du = [weight(spec, out[0], out[1], out[2], y, None, 0, k) for k in range(u.shape[0])]
+        weight, at = products.recurrent_gradient, products.places(cell)
+        du = [weight(at, *out[:3], y, c, None, 0, k) for k in range(u.shape[0])]
         return out[0].flatten(2), torch.stack(du), None, None, None
 
 
@@ -182,7 +182,7 @@ def _looped(problem: Problem) -> tuple[Callable[..., Tensor], Tensor, list[Tenso
     several = case.layers > 1 or case.bidirectional or case.heads > 1
     if several or not case.projected or case.mode == STEP or case.packed or problem.states is not None:
         raise Unavailable("a loop of one layer and direction, from zeros")
-    spec, resets, lengths = reference.get(NAMES[case.cell]), problem.resets, problem.lengths
+    spec, resets, lengths = named(NAMES[case.cell]), problem.resets, problem.lengths
     torch_cells = {"lstm": torch.lstm_cell, "gru": torch.gru_cell, "rnn": torch.rnn_tanh_cell}
     kept = None if resets is None else (~resets).to(problem.dtype)[..., None]
     alive = None
@@ -190,7 +190,7 @@ def _looped(problem: Problem) -> tuple[Callable[..., Tensor], Tensor, list[Tenso
         alive = (torch.arange(case.T)[:, None] < lengths).to(problem.device, problem.dtype)[..., None]
 
     def run(x: Tensor, *weights: Tensor) -> Tensor:
-        state = tuple(x.new_zeros(case.B, case.H) for _ in range(spec.states))
+        state = tuple(x.new_zeros(case.B, case.H) for _ in spec.states)
         outputs = []
         for t in range(case.T):
             if kept is not None:
@@ -198,7 +198,7 @@ def _looped(problem: Problem) -> tuple[Callable[..., Tensor], Tensor, list[Tenso
             if case.cell == "gru-before":
                 new = before(x[t], state[0], *weights)
             else:
-                new = torch_cells[case.cell](x[t], state if spec.states == 2 else state[0], *weights)
+                new = torch_cells[case.cell](x[t], state if len(spec.states) == 2 else state[0], *weights)
             state = new if isinstance(new, tuple) else (new,)
             outputs.append(state[0] if alive is None else state[0] * alive[t])
         return torch.stack(outputs)

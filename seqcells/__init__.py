@@ -3,11 +3,12 @@
 from . import backends, check, functional, init, interop, reference, subclasses
 from .backends import backend
 from .cell import Cell, CellError, cell
-from .cells import GRUCell, LSTMCell, RNNCell
+from .cell_modules import GRUCell, LSTMCell, RecurrentCell, RNNCell
 from .convert import Change, convert, revert
 from .explanation import explain
 from .functional import gru, lstm, rnn
 from .layers import GRU, LSTM, RNN
+from .recurrent import Recurrent
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,6 +21,8 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "Recurrent",
+    "RecurrentCell",
     "backend",
     "backends",
     "cell",

@@ -14,7 +14,8 @@ import torch
 
 import seqcells
 
-from . import backends, explanation, precisions, reference
+from . import backends, explanation, precisions
+from .cell import keys
 from .kernels.devices import KNOWN
 from .tasks import TASKS
 from .tasks.base import CELLS
@@ -84,7 +85,7 @@ def info(_: argparse.Namespace) -> int:
         print("triton not installed: pip install triton (Linux)")
     print(f"device {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}")
     device = torch.device(_default_device())
-    for cell in reference.CELLS:
+    for cell in keys():
         chosen = explanation.explain(cell, batch=32, hidden_size=128, device=device)
         print(f"{cell:<11} {chosen.backend:<9} because {chosen.why}")
     return 0
@@ -110,7 +111,7 @@ def check(options: argparse.Namespace) -> int:
     kinds = checking.kinds(device, options.dtype)
     print(f"largest relative errors against the float64 reference ({where}):\n")
     results = []
-    cells = [cell.replace("-", "_") for cell in options.cell or reference.CELLS]
+    cells = [cell.replace("-", "_") for cell in options.cell or keys()]
     with bar(total=len(cells) * len(backends.SCHEDULES) * len(kinds), desc="check") as progress:
         for result in checking.sweep(device, cells, options.dtype):
             results.append(result)
@@ -242,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
 
     p = commands.add_parser("check", help=check.__doc__)
     p.add_argument("--device", help="cpu (Triton's interpreter) or cuda; default: cuda if there is one")
-    named = [n.replace("_", "-") for n in reference.CELLS]
+    named = [n.replace("_", "-") for n in keys()]
     p.add_argument("--cell", action="append", type=_cell, choices=named, help="only this cell (may be repeated)")
     p.add_argument("--dtype", action="append", type=_dtype(*DTYPES), help="only this one (may be repeated)")
     p.set_defaults(call=check)

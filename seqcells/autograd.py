@@ -7,7 +7,7 @@ gradients, one large product each; second derivatives and forward mode, through 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -16,26 +16,27 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
-from torch.nn.functional import linear
 
-from . import backends, masks, reference
-from .kernels.buffers import outputs, previous_outputs
-from .reference import Cell
+from . import backends, masks, products, reference
+from .kernels.buffers import outputs
+from .products import Places, places
 
 
 class Engine(NamedTuple):
-    """What walks the steps. Shapes: kernels.buffers.
+    """What walks the steps. Shapes: kernels.buffers; P trained vectors, products in the kernels' order.
 
-    forward(gx [T, B, K, G*H], u [K, G*H, H], bias [K, inner*H], h0, c0 [K, B, H], mask, cell, save, reversed,
-    schedule, precision) -> y, c, saved, hn, cn
-    backward(dy, dhn, dcn, dcs, u, y, c, saved, mask, cell, reversed, schedule, precision) -> dgx, dhu, m, dh0, dc0
-    recompute(gx, u, bias, y, c, mask, cell, reversed, schedule) -> saved
-    single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, H], cell, save, schedule, precision, input_precision) -> as
-    forward, but hn, cn [B, H]: one step and its input's product together; None where there is none
-    whole(options, save, the 7 inputs, mask) -> what `_visible` gives, the three tensors `kept`, and `more`
-    whole_backward(options, the 7 inputs, mask, kept, the outputs' gradients, need, more or None) -> the 7 gradients
+    forward(gx [T, B, K, G*H], u [K, products*H, H], bias [K, apart*H], h0 [K, B, H], c0 [K, B, (S-1)*H], mask, cell,
+    save, reversed, schedule, precision, params [K, P*H]) -> y, c, saved, hn, cn
+    backward(dy, dhn, dcn, dcs, u, y, c, saved, mask, cell, reversed, schedule, precision, params) -> dgx, dhu, m, dh0,
+    dc0, dparams
+    recompute(gx, u, bias, y, c, mask, cell, reversed, schedule, params) -> saved
+    single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, .], cell, save, schedule, precision, input_precision, params
+    [P*H]) -> as forward, but hn, cn [B, .]: one step and its input's product together, of weights in the cell's order;
+    None where there is none
+    whole(options, save, the 9 inputs, mask) -> what `_visible` gives, the three tensors `kept`, and `more`
+    whole_backward(options, the 9 inputs, mask, kept, the outputs' gradients, need, more or None) -> the 9 gradients
     Both, or None: a layer from its input to all gradients, where nothing looks on
-    exact: whether it takes gx and bias in float32 where the rest is of half precision
+    exact: whether it takes gx, bias and params in float32 where the rest is of half precision
     """
 
     forward: Callable[..., Any]
@@ -52,11 +53,12 @@ ENGINES: dict[str, Engine] = {}
 
 @dataclass(frozen=True)
 class Options:
-    """What a scan is told beside its tensors. reversed: bits, see kernels.buffers. cells: also give all cell states.
+    """What a scan is told beside its tensors. cell: its key. reversed: bits, see kernels.buffers. states: also give
+    the states but the first after each step.
 
     single: the precision of the input's product in one step by the engine's `single`; "" is a scan. whole: by its
     `whole`.
-    need: of a scan's gradients, which of the 7 are wanted. Not a tuple: torch.func takes those apart.
+    need: of a scan's gradients, which of the 9 are wanted. Not a tuple: torch.func takes those apart.
     """
 
     engine: str
@@ -65,50 +67,36 @@ class Options:
     reversed: int = 0
     schedule: str = ""
     precision: str = "ieee"
-    cells: bool = False
+    states: bool = False
     single: str = ""
     whole: bool = False
     need: tuple[bool, ...] = ()
 
 
-def input_biases(cell: Cell, b_ih: Tensor | None, b_hh: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Of biases [K, G*H] or [G*H]: the sum of what only adds to the input's product; and b_hh of the inner gates."""
-    if b_hh is None:
-        return b_ih, None
-    adds, inner = b_hh, None
-    if cell.inner:
-        plain = b_hh.shape[-1] - cell.inner * (b_hh.shape[-1] // cell.gates)
-        inner = b_hh[..., plain:]
-        adds = torch.cat([b_hh[..., :plain], torch.zeros_like(inner)], -1)
-    return adds if b_ih is None else b_ih + adds, inner
-
-
-def input_projection(
-    cell: Cell, x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None
+def _projection(
+    engine: Engine, at: Places, x: Tensor, weights: Sequence[Tensor | None], H: int, inputs: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """gx [T, B, K, G*H] with every bias that only adds, by one GEMM; and b_hh of the inner gates [K, inner*H], which
-    does not. x [T, B, I] for all groups, or [T, B, K, I]; w_ih [K, G*H, I]."""
-    K, GH = w_ih.shape[:2]
-    bias, inner = input_biases(cell, b_ih, b_hh)
-    if x.dim() == 3:
-        gx = linear(x, w_ih.reshape(K * GH, -1), None if bias is None else bias.reshape(-1))
-        return gx.unflatten(2, (K, GH)), inner
-    gx = torch.einsum("tbki,kgi->tbkg", x, w_ih)
-    return (gx if bias is None else gx + bias).contiguous(), inner
-
-
-def _projection(engine: Engine, cell: Cell, x: Tensor, *weights: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """`input_projection` of w_ih, b_ih, b_hh, as the engine wants it."""
+    """`products.input_projection` of w_ih, b_ih, b_hh, as the engine wants it."""
     if engine.exact and x.dtype.itemsize < 4:
-        x, weights = x.float(), tuple(None if t is None else t.float() for t in weights)
-    return input_projection(cell, x, *weights)  # type: ignore[arg-type]
+        x, inputs = x.float(), None if inputs is None else inputs.float()
+        weights = [None if t is None else t.float() for t in weights]
+    w_ih, b_ih, b_hh = weights
+    assert w_ih is not None
+    return products.input_projection(at, x, w_ih, b_ih, b_hh, H, inputs)
 
 
 def _grouped(*tensors: Tensor | None) -> list[Tensor | None]:
-    """Weights [G*H, .] with a leading axis of one group; those [K, G*H, .] as they are. w_ih, w_hh, b_ih, b_hh."""
-    w_hh = tensors[1]
-    assert w_hh is not None
-    return list(tensors) if w_hh.dim() == 3 else [None if t is None else t[None] for t in tensors]
+    """w_ih, w_hh, b_ih, b_hh, params of groups as they are; of one group without an axis for it, with one."""
+    w_ih = tensors[0]
+    assert w_ih is not None
+    return list(tensors) if w_ih.dim() == 3 else [None if t is None else t[None] for t in tensors]
+
+
+def _params(engine: Engine, params: Tensor | None) -> tuple[Tensor, ...]:
+    """The engine's last argument, where there is one."""
+    if params is None:
+        return ()
+    return (params.float() if engine.exact and params.dtype.itemsize < 4 else params,)
 
 
 def _range(options: Options, direction: str) -> Any:
@@ -120,37 +108,45 @@ def _range(options: Options, direction: str) -> Any:
 
 def _run(options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: Tensor | None) -> tuple[Tensor, ...]:
     """What the engine's forward gives for `apply`'s arguments."""
-    x, h0, c0, *weights = inputs
-    cell, engine = reference.get(options.cell), ENGINES[options.engine]
+    x, h0, c0, *weights, extra = inputs
+    at, engine = places(options.cell), ENGINES[options.engine]
     assert x is not None
     if options.single and engine.single is not None:
         h0, c0 = (None if s is None else s.reshape(s.shape[-2:]) for s in (h0, c0))
-        given = (options.cell, save, options.schedule, options.precision, options.single)
-        return engine.single(x[0], *weights, h0, c0, *given)
-    w_ih, w_hh, b_ih, b_hh = _grouped(*weights)
+        *own, params = weights
+        given = (options.cell, save, options.schedule, options.precision, options.single, *_params(engine, params))
+        return engine.single(x[0], *own, h0, c0, *given)
+    w_ih, w_hh, b_ih, b_hh, params = _grouped(*weights)
     assert w_ih is not None
-    gx, bias = _projection(engine, cell, x, w_ih, b_ih, b_hh)
+    H = products.hidden_size(at, w_ih, w_hh, h0, c0)
+    gx, bias = _projection(engine, at, x, (w_ih, b_ih, b_hh), H, extra)
     K, B = gx.shape[2], gx.shape[1]
     h0, c0 = (None if s is None else s.reshape(K, B, s.shape[-1]) for s in (h0, c0))
-    how = (options.cell, save, options.reversed, options.schedule, options.precision)
-    return engine.forward(gx, w_hh, bias, h0, c0, mask, *how)
+    how = (options.cell, save, options.reversed, options.schedule, options.precision, *_params(engine, params))
+    return engine.forward(gx, products.recurrent(at, w_hh, w_ih, H), bias, h0, c0, mask, *how)
 
 
 def _visible(
     options: Options, out: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...], mask: Tensor | None
 ) -> tuple[Tensor, ...]:
-    """y [T, B, K*H], the final states [K, B, H] and, if asked for, all cell states [T, B, K*H]."""
+    """y [T, B, K*H]; the final first state [K, B, H] (not of a cell whose first state is an output of its own); the
+    final others [K, B, (S-1)*H], if there are; and, if asked for, those after each step [T, B, K*(S-1)*H]."""
     y, c, _, hn, cn = out
+    finals = _finals(places(options.cell), hn, cn)
     if options.single:
-        return hn[None], *(hn, cn)[: reference.get(options.cell).states]
-    every = [y, c] if options.cells else [y]
+        return hn[None], *finals
+    every = [y, c] if options.states else [y]
     shown = [outputs(s, options.reversed) for s in every]
     ended = None if mask is None else masks.held(mask)
     if ended is not None and options.reversed and any(s is not None for s in inputs[1:3]):
         # A reversed group waits in its given start, which its buffer holds, until its row begins.
         shown = [s.masked_fill(ended[..., None, None], 0) for s in shown]
-    finals = (hn, cn)[: reference.get(options.cell).states]
     return shown[0].flatten(2), *finals, *(s.flatten(2) for s in shown[1:])
+
+
+def _finals(at: Places, first: Any, others: Any) -> tuple[Any, ...]:
+    """Those of the two that users see."""
+    return (others,) if at.output else (first, others)[: at.states]
 
 
 def _gradients(
@@ -160,45 +156,35 @@ def _gradients(
     kept: tuple[Tensor | None, ...],
     grads: tuple[Tensor | None, ...],
 ) -> tuple[Tensor | None, ...]:
-    """The gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh, in their shapes, through the engine."""
+    """The gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs, in their shapes, through the engine."""
     name, reversed, need = options.cell, options.reversed, options.need
     if options.whole:
         return ENGINES[options.engine].whole_backward(options, inputs, mask, kept, grads, need, None)  # type: ignore[misc]
-    x, _, _, *weights = inputs
+    x, _, _, *weights, extra = inputs
     y, c, saved = kept
-    w_ih, w_hh, b_ih, b_hh = _grouped(*weights)
-    assert x is not None and y is not None and w_ih is not None and w_hh is not None
-    cell, walker = reference.get(name), ENGINES[options.engine]
+    w_ih, w_hh, b_ih, b_hh, params = _grouped(*weights)
+    assert x is not None and y is not None and c is not None and w_ih is not None
+    at, walker = places(name), ENGINES[options.engine]
     K, H = y.shape[2:]
+    u, more = products.recurrent(at, w_hh, w_ih, H), _params(walker, params)
     if saved is None:
-        gx, bias = _projection(walker, cell, x, w_ih, b_ih, b_hh)
-        saved = walker.recompute(gx, w_hh, bias, y, c, mask, name, reversed, options.schedule)
-    dy, dhn, *others = grads
-    dcn, dcs = (*others, None, None)[:2] if cell.states == 2 else (None, None)
-    dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, H) for d in (dy, dcs))
+        gx, bias = _projection(walker, at, x, (w_ih, b_ih, b_hh), H, extra)
+        saved = walker.recompute(gx, u, bias, y, c, mask, name, reversed, options.schedule, *more)
+    dy, dhn, dcn, dcs = _of_outputs(at, grads)
+    dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, -1) for d in (dy, dcs))
     if options.single:  # whose states have no axis of groups
         dhn, dcn = (None if d is None else d[None] for d in (dhn, dcn))
-    how = (name, reversed, options.schedule, options.precision)
-    out = walker.backward(dy, dhn, dcn, dcs, w_hh, y, c, saved, mask, *how)
-    dgx, dhu, m, dh0, dc0 = out
-    dx = dw_ih = dw_hh = db_ih = db_hh = None
-    if x.dim() == 3:
-        wide = dgx.reshape(*dgx.shape[:2], K * dgx.shape[3])
-        flat = wide.reshape(-1, wide.shape[2])
-        dx = wide @ w_ih.flatten(0, 1) if need[0] else None
-        dw_ih = flat.t() @ x.flatten(0, 1) if need[3] else None
-    else:
-        dx = torch.einsum("tbkg,kgi->tbki", dgx, w_ih) if need[0] else None
-        dw_ih = torch.einsum("tbkg,tbki->kgi", dgx, x) if need[3] else None
+    how = (name, reversed, options.schedule, options.precision, *more)
+    dgx, dhu, m, dh0, dc0, *rest = walker.backward(dy, dhn, dcn, dcs, u, y, c, saved, mask, *how)
+    dparams = rest[0].to(x.dtype) if rest and rest[0].numel() else None
+    dx, dw_ih, dinputs = products.input_gradients(at, dgx, x, w_ih, (need[0], need[3], need[8]))
+    dw_hh = db_ih = db_hh = None
     if need[4]:
-        each = [_recurrent_weight_gradient(cell, dgx, dhu, m, y, mask, reversed, k) for k in range(K)]
+        each = [products.recurrent_gradient(at, dgx, dhu, m, y, c, mask, reversed, k) for k in range(K)]
         dw_hh = each[0] if K == 1 else torch.stack(each)
     if need[5] or need[6]:
-        db_ih = dgx.sum((0, 1))
-    if need[6] and db_ih is not None:
-        plain = db_ih.narrow(1, 0, (cell.gates - cell.inner) * H)
-        db_hh = torch.cat([plain, dhu.sum((0, 1))], 1) if cell.inner else db_ih.clone()
-    found = [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh]
+        db_ih, db_hh = products.bias_gradients(at, dgx, dhu, H)
+    found = [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dparams, dinputs]
     # In the shapes the inputs had; the optional ones answer with None where they were None.
     return tuple(
         g.reshape(t.shape) if n and g is not None and t is not None else None
@@ -206,41 +192,53 @@ def _gradients(
     )
 
 
-def _recurrent_weight_gradient(
-    cell: Cell, dgx: Tensor, dhu: Tensor, m: Tensor, y: Tensor, mask: Tensor | None, reversed: int, k: int
-) -> Tensor:
-    """[G*H, H] of group k, by one GEMM a kind of gate: with h U^T added, with it used inside, of the second product."""
-    H = y.shape[3]
-    h = previous_outputs(y, mask, reversed, k).flatten(0, 1)
-    d = dgx[:, :, k].reshape(-1, dgx.shape[3])
-    parts = [d.narrow(1, 0, (cell.split - cell.inner) * H).t() @ h]
-    if cell.inner:
-        parts.append(dhu[:, :, k].reshape(-1, dhu.shape[3]).t() @ h)
-    if cell.split < cell.gates:
-        parts.append(d.narrow(1, cell.split * H, (cell.gates - cell.split) * H).t() @ m[:, :, k].reshape(-1, H))
-    return torch.cat(parts) if len(parts) > 1 else parts[0]
+def _of_outputs(at: Places, grads: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
+    """dy, dhn, dcn, dcs of the gradients of what `_visible` gives."""
+    dy, *rest = grads
+    dhn = None if at.output else rest.pop(0)
+    return dy, dhn, *(*rest, None, None)[:2]
 
 
 def reference_of(
     options: Options, present: list[bool], resets: Tensor | None, lengths: Tensor | None
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """The scan as a function of its present tensors among x, h0, c0, w_ih, w_hh, b_ih, b_hh, differentiable any number
-    of times: what `_visible` gives."""
+    """The scan as a function of its present tensors among the 9, differentiable any number of times: what `_visible`
+    gives."""
+    at, step = places(options.cell), reference.step_of(options.cell)
+    S = at.states
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         rest = iter(tensors)
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh = (next(rest) if p else None for p in present)
-        assert x is not None and w_ih is not None and w_hh is not None
-        spec = reference.get(options.cell)
-        zero = x.new_zeros(*w_hh.shape[:-2], x.shape[1], w_hh.shape[-1])
-        states = (zero if h0 is None else h0, zero if c0 is None else c0)[: spec.states]
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs = (next(rest) if p else None for p in present)
+        assert x is not None and w_ih is not None
+        H = products.hidden_size(at, w_ih, w_hh, h0, c0)
+        K = w_ih.shape[0] if w_ih.dim() == 3 else 1
+        zero = x.new_zeros(K, x.shape[1], H)
+        starts = [zero if h0 is None else h0]
+        if S > 1:
+            starts += [zero] * (S - 1) if c0 is None else c0.split(H, -1)
         how: Any = {"resets": resets, "lengths": lengths, "reversed": options.reversed}
-        every, final = reference.scan_groups(spec.step, x, states, w_ih, w_hh, b_ih, b_hh, **how)
+        if params is not None:
+            how["params"] = params.split(H, -1)
+        if inputs is not None:
+            how["inputs"] = inputs.split(H, -1)
+        weights = (w_ih, w_hh, b_ih, b_hh)
+        every, final = reference.scan_groups(step, x, tuple(starts[at.output :]), *weights, **how)
         if options.single:
             final = tuple(s[0] for s in final)
-        return every[0], *final, *(every[1:] if options.cells else ())
+        if S > 1:
+            final = (*final[: 1 - at.output], side_by_side(final[1 - at.output :], -1))
+        if not options.states:
+            return every[0], *final
+        others = [s.unflatten(2, (K, H)) for s in every[1:]]
+        return every[0], *final, side_by_side(others, -1).flatten(2)
 
     return run
+
+
+def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor:
+    """Joined along an axis; one alone as it is."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim)
 
 
 def vjp(run: Callable[..., Any], *primals: Any) -> tuple[Any, Any]:
@@ -287,14 +285,14 @@ def _gradients_by_reference(
 class SeqcellsGradients(torch.autograd.Function):
     """The gradients, through the engine; their own gradients, through the reference.
 
-    options, mask, y, c, saved; the 7 inputs; the gradients of the outputs (None: zero). Gives 7.
+    options, mask, y, c, saved; the 9 inputs; the gradients of the outputs (None: zero). Gives 9.
     """
 
     generate_vmap_rule = True
 
     @staticmethod
     def forward(options: Options, mask: Any, y: Any, c: Any, saved: Any, *rest: Any) -> Any:
-        return _gradients(options, rest[:7], mask, (y, c, saved), rest[7:])
+        return _gradients(options, rest[:9], mask, (y, c, saved), rest[9:])
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -305,14 +303,14 @@ class SeqcellsGradients(torch.autograd.Function):
 
     @staticmethod
     def _function(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], list[bool]]:
-        """The gradients as a function, its arguments, and which of the 7 it gives."""
+        """The gradients as a function, its arguments, and which of the 9 it gives."""
         mask, *rest = ctx.saved_tensors
-        present = [t is not None for t in rest[:7]]
+        present = [t is not None for t in rest[:9]]
         wanted = [n for n, p in zip(ctx.options.need, present, strict=True) if p]
         run = reference_of(ctx.options, present, *masks.decode(mask))
         primals = [t for t in rest if t is not None]
         given = [n and p for n, p in zip(ctx.options.need, present, strict=True)]
-        return _gradients_of(run, wanted, [g is not None for g in rest[7:]]), primals, given
+        return _gradients_of(run, wanted, [g is not None for g in rest[9:]]), primals, given
 
     @staticmethod
     def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -331,7 +329,7 @@ class SeqcellsGradients(torch.autograd.Function):
 
 
 class SeqcellsScanCompiled(torch.autograd.Function):
-    """options, mask; x, h0, c0, w_ih, w_hh, b_ih, b_hh, to what `_visible` gives, then y, c and saved for backward."""
+    """options, mask; the 9 inputs (see `_gradients`), to what `_visible` gives, then y, c and saved for backward."""
 
     @staticmethod
     def forward(options: Options, mask: Any, *inputs: Any) -> Any:
@@ -358,7 +356,7 @@ class SeqcellsScanCompiled(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         mask, *inputs, y, c, saved = ctx.saved_tensors
         options = replace(ctx.options, need=ctx.needs_input_grad[2:])
-        again = options.save == "states" and reference.get(options.cell).saves
+        again = options.save == "states" and places(options.cell).saved
         kept = (y, c, None if again else saved)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
             return None, None, *SeqcellsGradients.apply(options, mask, *kept, *inputs, *grads[:-3])
@@ -373,7 +371,7 @@ class SeqcellsScan(SeqcellsScanCompiled):
 
     @staticmethod
     def jvp(ctx: Any, _options: Any, _mask: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        mask, *inputs = ctx.saved_tensors[:8]
+        mask, *inputs = ctx.saved_tensors[:10]
         present = [t is not None for t in inputs]
         run = reference_of(ctx.options, present, *masks.decode(mask))
         pairs = [(t, d) for t, d in zip(inputs, tangents, strict=True) if t is not None]
@@ -382,7 +380,7 @@ class SeqcellsScan(SeqcellsScanCompiled):
 
 
 class SeqcellsLayer(torch.autograd.Function):
-    """A scan by an engine's `whole`, where no compiler, mode or transform sees it: options, mask; the 7 inputs.
+    """A scan by an engine's `whole`, where no compiler, mode or transform sees it: options, mask; the 9 inputs.
 
     Gives what `_visible` gives.
     """
@@ -425,35 +423,55 @@ def apply(
     options: Options,
     x: Tensor,
     states: tuple[Tensor | None, ...],
-    w_ih: Tensor,
-    w_hh: Tensor,
-    b_ih: Tensor | None,
-    b_hh: Tensor | None,
+    weights: Sequence[Tensor | None],
+    params: Tensor | None,
+    inputs: Tensor | None,
     mask: Tensor | None,
-) -> tuple[Tensor, tuple[Tensor, ...], Tensor | None]:
-    """y [T, B, K*H], the final states [K, B, H] and, if options.cells, all cell states [T, B, K*H].
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+    """y [T, B, K*H], the final states [K, B, H] and, if options.states, the states after each step [T, B, K*H].
 
-    w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H], states [K, B, H], x [T, B, I] or [T, B, K, I]; of one group
-    also without their K. mask: see `masks`. Arguments are taken as checked.
+    x [T, B, I] or [T, B, K, I]; states [K, B, H]; weights: w_ih [K, Gx*H, I], w_hh [K, Gu*H, H], b_ih, b_hh [K, .];
+    params [K, P*H]; of one group also without their K. inputs [T, B, N*H]. mask: see `masks`. Arguments are taken as
+    checked.
     """
-    h0, c0 = states if len(states) == 2 else (states[0], None)
-    inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
+    at = places(options.cell)
+    S = at.states
+    if S == 1 or (S == 2 and not at.output):
+        h0, c0 = states if S == 2 else (*states, None)
+    else:
+        h0, c0 = None if at.output else states[0], _joined(states[1 - at.output :])
+    given = (x, h0, c0, *weights, params, inputs)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     if torch.jit.is_tracing():  # a trace can hold operators, but no Function: it has no gradients
         wanted = False
     elif backends.transforming():  # within vmap requires_grad does not show, nor does a tangent ever
         wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
     with _range(options, "forward"):
         if options.whole:
-            given = (options, "states" if options.cells else "none", inputs, mask)
             whole: Any = ENGINES[options.engine].whole
-            shown = SeqcellsLayer.apply(options, mask, *inputs) if wanted else whole(*given)[0]
+            save = "states" if options.states else "none"
+            shown = SeqcellsLayer.apply(options, mask, *given) if wanted else whole(options, save, given, mask)[0]
         elif wanted:
             function = SeqcellsScanCompiled if torch.compiler.is_compiling() else SeqcellsScan
-            shown = function.apply(options, mask, *inputs)[:-3]
+            shown = function.apply(options, mask, *given)[:-3]
         else:
-            save = "states" if options.cells else "none"
-            shown = _visible(options, _run(options, save, inputs, mask), inputs, mask)
-    if not options.cells:
-        return shown[0], shown[1:], None
-    return shown[0], shown[1:-1], shown[-1]
+            save = "states" if options.states else "none"
+            shown = _visible(options, _run(options, save, given, mask), given, mask)
+    y, *finals = shown
+    every = (finals.pop(),) if options.states else None
+    if S <= 2:
+        return y, tuple(finals), None if every is None else (y, *every)[at.output :]
+    H = finals[-1].shape[-1] // (S - 1)
+    others = finals.pop().split(H, -1)
+    if every is not None:
+        each = every[0].unflatten(2, (-1, S - 1, H)).unbind(3)
+        every = (*(() if at.output else (y,)), *(s.flatten(2) for s in each))
+    return y, (*finals, *others), every
+
+
+def _joined(states: Sequence[Tensor | None]) -> Tensor | None:
+    """States [K, B, H] (or [B, H]) beside one another; None if all are."""
+    some = next((s for s in states if s is not None), None)
+    if some is None:
+        return None
+    return side_by_side([some.new_zeros(some.shape) if s is None else s.reshape(some.shape) for s in states], -1)

@@ -30,7 +30,6 @@ from . import chosen
 NAMES = ("auto", "triton", "aten", "loop", "reference")
 SCHEDULES = ("resident", "grid", "stepwise")
 ATEN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-LOOP_CELLS = (*ATEN_CELLS, "gru_before")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NO_TRITON = "the triton backend needs triton: pip install triton (Linux)"
 
@@ -148,6 +147,7 @@ class Request:
     refused: bool = False  # the kernels were tried and failed (see `fallback`)
     projected: bool = False  # an LSTM with a projection
     exported: bool = False  # see `exporting`
+    problem: str = ""  # why no kernels, nor a loop, can be derived from the cell's step
 
 
 # Measured by benchmarks/crossover.py: benchmarks/results/crossover-cpu.md. With more threads than one torch's own gain
@@ -188,6 +188,7 @@ def request(
     refused: bool = False,
     projected: bool = False,
     exported: bool = False,
+    problem: str = "",
 ) -> Request:
     """size: T, B, H; None: not to be asked. onednn: its LSTM would run the cell, were there no masks; seen: it could
     not with them. real: the share of rows that are no padding. lean: little is to be kept for backward."""
@@ -201,7 +202,8 @@ def request(
     elif size is not None:
         looped = loop_pays(cell, *size, grad, onednn and not masked, lengths)
     onednn = onednn and not masked
-    return Request(resets, lengths, packed, cells, onednn, marked, one_step, looped, refused, projected, exported)
+    more = (one_step, looped, refused, projected, exported, problem)
+    return Request(resets, lengths, packed, cells, onednn, marked, *more)
 
 
 def _no_aten(cell: str, request: Request) -> str:
@@ -220,8 +222,6 @@ def refuse(name: str, cell: str, request: Request | None = None) -> None:
     lacking = _no_aten(cell, request or Request())
     if name == "aten" and lacking:
         raise RuntimeError(f"the aten backend cannot run this: {lacking}; use backend='triton', 'loop' or 'reference'")
-    if name == "loop" and cell not in LOOP_CELLS:
-        raise RuntimeError(f"the loop backend has no {cell}: use backend='triton' or 'reference'")
 
 
 def transforming() -> bool:
@@ -262,7 +262,9 @@ def prefers_kernels(device: torch.device) -> bool:
 
 def _without_kernels(cell: str, device: torch.device, request: Request, lacking: str) -> tuple[str, str]:
     """What "auto" is where the kernels do not run, and why."""
-    loop = "loop" if cell in LOOP_CELLS else "reference"
+    loop = "loop"
+    if request.problem:
+        return "reference", f"from the step nothing else can be derived: {request.problem}"
     if torch.onnx.is_in_onnx_export():
         loop = "reference"  # ONNX has no operators of our own
     if lacking:
@@ -309,8 +311,9 @@ def choose(cell: str, device: torch.device, dtype: torch.dtype, request: Request
         problem = _no_triton(device, dtype)
         if torch.onnx.is_in_onnx_export():
             problem = "ONNX has no operators for the kernels"
-        if not problem and not request.refused:
+        if not problem and not request.refused and not request.problem:
             return Choice("triton", "auto", "the tensors are on CUDA")
-        where = problem or "the kernels failed there (a RuntimeWarning said how)"
+        if not request.problem:
+            where = problem or "the kernels failed there (a RuntimeWarning said how)"
     found, why = _without_kernels(cell, device, request, _no_aten(cell, request))
     return Choice(found, "", f"{where}, and {why}", found == "aten" and request.marked)

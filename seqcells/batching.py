@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 MOST = 62  # groups of which some are reversed: their bits are one integer
-# The axes (rows, groups) of each argument and result: of steps, of states, of weights, of the mask.
+# The axes (rows, groups) of each argument and result: of steps, of states, of weights, of the mask; None: no tensor.
 STEPS, STATES, WEIGHTS, MASK = (1, 2), (1, 0), (None, 0), (1, None)
-FORWARD = (STEPS, WEIGHTS, WEIGHTS, STATES, STATES, MASK)
-BACKWARD = (STEPS, STATES, STATES, STEPS, WEIGHTS, STEPS, STEPS, STEPS, MASK)
-RECOMPUTE = (STEPS, WEIGHTS, WEIGHTS, STEPS, STEPS, MASK)
+FORWARD = (STEPS, WEIGHTS, WEIGHTS, STATES, STATES, MASK, *(None,) * 5, WEIGHTS)
+BACKWARD = (STEPS, STATES, STATES, STEPS, WEIGHTS, STEPS, STEPS, STEPS, MASK, *(None,) * 4, WEIGHTS)
+RECOMPUTE = (STEPS, WEIGHTS, WEIGHTS, STEPS, STEPS, MASK, *(None,) * 3, WEIGHTS)
 RESULTS = (STEPS, STEPS, STEPS, STATES, STATES)
+GRADIENTS = (*RESULTS, WEIGHTS)
 
 
 def _fold(t: Tensor | None, dim: int | None, axis: int | None, size: int) -> Tensor | None:
@@ -39,44 +40,46 @@ def _fold(t: Tensor | None, dim: int | None, axis: int | None, size: int) -> Ten
 
 
 def _rule(op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed: int) -> Any:
-    count = len(kinds)
-
-    def together(size: int, dims: Any, tensors: Any, rest: tuple[Any, ...]) -> tuple[list[Tensor], list[int | None]]:
+    def together(size: int, dims: Any, arguments: list[Any], groups: bool) -> tuple[list[Tensor], list[int | None]]:
         """The results of one call, and the axis of each that vmap added."""
-        which = 1 if any(d is not None and k is WEIGHTS for d, k in zip(dims, kinds, strict=True)) else 0
-        folded = [_fold(t, d, k[which], size) for t, d, k in zip(tensors, dims, kinds, strict=True)]
-        if which == 1:
-            K = next(t for t, k in zip(folded, kinds, strict=True) if k is WEIGHTS and t is not None).shape[0] // size
-            bits = sum(rest[at_reversed] << (K * v) for v in range(size))
-            rest = (*rest[:at_reversed], bits, *rest[at_reversed + 1 :])
-        out = op(*folded, *rest)
+        which = int(groups)
+        folded = [
+            t if k is None else _fold(t, d, k[which], size) for t, d, k in zip(arguments, dims, kinds, strict=False)
+        ]
+        if groups:
+            K = next(t for t, k in zip(folded, kinds, strict=False) if k is WEIGHTS and t is not None).shape[0] // size
+            folded[at_reversed] = sum(arguments[at_reversed] << (K * v) for v in range(size))
+        out = op(*folded)
         found: list[Tensor] = []
         found_dims: list[int | None] = []
         for o, axes in zip(out if isinstance(out, tuple) else (out,), results, strict=True):
-            whole = o.dim() > 1
-            found.append(o.unflatten(axes[which], (size, -1)) if whole else o)
-            found_dims.append(axes[which] if whole else None)
+            axis = axes[which] if o.dim() > 1 else None
+            found.append(o if axis is None else o.unflatten(axis, (size, -1)))
+            found_dims.append(axis)
         return found, found_dims
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        size, rest, most = info.batch_size, arguments[count:], info.batch_size
-        batched = [
-            (t, d, k) for t, d, k in zip(arguments, in_dims, kinds, strict=False) if t is not None and d is not None
+        size = most = info.batch_size
+        tensors = [
+            (t, d, k) for t, d, k in zip(arguments, in_dims, kinds, strict=False) if k is not None and t is not None
         ]
-        own = [t.select(d, 0).shape[0] for t, d, k in batched if k is WEIGHTS]  # the groups of each
-        if own and any(k is MASK for _, _, k in batched):
+        own = [t.shape[0] if d is None else t.select(d, 0).shape[0] for t, d, k in tensors if k is WEIGHTS]
+        # The gradient of trained vectors, which the operator sums over rows, is of groups alone.
+        summed = results[-1] is WEIGHTS and len(arguments) == len(kinds) and arguments[-1] is not None
+        groups = summed or any(k is WEIGHTS and d is not None for _, d, k in tensors)
+        if groups and any(k is MASK and d is not None for _, d, k in tensors):
             most = 1  # a mask has rows, but no groups: one after another
-        elif own and rest[at_reversed]:
+        elif groups and arguments[at_reversed]:
             most = max(1, MOST // own[0])
         found: list[Any] = []
         found_dims: list[int | None] = []
         for v in range(0, size, most):
             n = min(most, size - v)
-            some = (
-                t if t is None or d is None else t.narrow(d, v, n)
-                for t, d in zip(arguments[:count], in_dims, strict=False)
-            )
-            out, found_dims = together(n, in_dims[:count], tuple(some), rest)
+            some = [
+                t if k is None or t is None or d is None else t.narrow(d, v, n)
+                for t, d, k in zip(arguments, in_dims, kinds, strict=False)
+            ]
+            out, found_dims = together(n, in_dims, some, groups)
             found.append(out)
         joined = tuple(
             of[0] if d is None or len(of) == 1 else torch.cat(of, d)
@@ -89,6 +92,6 @@ def _rule(op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed
 
 def register(forward: Any, backward: Any, recompute: Any) -> None:
     """Give an engine's operators (see autograd.Engine) their vmap."""
-    forward.register_vmap(_rule(forward, FORWARD, RESULTS, 2))
-    backward.register_vmap(_rule(backward, BACKWARD, RESULTS, 1))
-    recompute.register_vmap(_rule(recompute, RECOMPUTE, RESULTS[:1], 1))
+    forward.register_vmap(_rule(forward, FORWARD, RESULTS, 8))
+    backward.register_vmap(_rule(backward, BACKWARD, GRADIENTS, 10))
+    recompute.register_vmap(_rule(recompute, RECOMPUTE, RESULTS[:1], 7))

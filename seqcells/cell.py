@@ -13,11 +13,13 @@ import inspect
 import keyword
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FunctionType
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
+import torch
 from torch.compiler import is_compiling
 
 from . import checks
@@ -46,7 +48,7 @@ _TAKEN = {
 
 
 class _Found(Generic[T]):
-    """An attribute of a cell that is found, with the others, when one is first asked for; from then on it is there."""
+    """An attribute of a cell that is found when it is first asked for; from then on it is there."""
 
     def __init__(self, find: Callable[[Any], T]) -> None:
         self.find, self.name, self.__doc__ = find, find.__name__, find.__doc__
@@ -54,17 +56,17 @@ class _Found(Generic[T]):
     def __get__(self, made: Cell | None, owner: Any = None) -> T:
         if made is None:
             return self  # type: ignore[return-value]
-        _find(made.key)
+        _find(made.key, self.name)
         value = made._facts[self.name]
         if not is_compiling():  # Dynamo does not like an object to change that it has seen
             made.__dict__[self.name] = value
         return value
 
 
-def _find(key: str) -> None:
+def _find(key: str, name: str) -> None:
     made = _BY_KEY[key]
-    if not made._facts:
-        made._facts.update({n: f.find(made) for n, f in vars(Cell).items() if isinstance(f, _Found)})
+    if name not in made._facts:
+        made._facts[name] = vars(Cell)[name].find(made)
 
 
 # torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
@@ -110,6 +112,17 @@ class Cell:
         names = Names(self.gates, self.states, self.params, self.inputs, " ".join(self.outputs))
         return derive(self.key, self.step, names, self.constants)
 
+    @cached_property
+    def _gates(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
+        """x_gates, u_gates and multiplies: by running the step once, for the derivation takes longer, and may fail.
+
+        Where that does not go well the derivation says what is wrong.
+        """
+        with ThreadPoolExecutor(1) as apart:  # what the caller is in the middle of (a transform, a mode) stays out
+            found = apart.submit(_seen, self).result()
+        parts = None if found else self._derived.parts
+        return found or (parts.x_gates, parts.u_gates, (-1,) * len(parts.u_gates))  # type: ignore[union-attr]
+
     @_Found
     def form(self) -> Form:
         """What the kernels take and give, in numbers."""
@@ -118,12 +131,26 @@ class Cell:
     @_Found
     def x_gates(self) -> tuple[str, ...]:
         """The gates that have an input product, in the order of `gates`: the rows of weight_ih."""
-        return self._derived.parts.x_gates
+        return self._gates[0]
 
     @_Found
     def u_gates(self) -> tuple[str, ...]:
         """The gates that have a recurrent product, in the order of `gates`: the rows of weight_hh."""
-        return self._derived.parts.u_gates
+        return self._gates[1]
+
+    @_Found
+    def multiplies(self) -> tuple[int, ...]:
+        """Of each of u_gates the state it is multiplied with; -1: something that the step computes."""
+        return self._gates[2]
+
+    @_Found
+    def problem(self) -> str:
+        """Why no kernels can be derived from the step; "" where they can."""
+        try:
+            self._derived
+        except CellError as error:
+            return str(error)
+        return ""
 
     @_Found
     def order(self) -> tuple[int, ...]:
@@ -133,7 +160,7 @@ class Cell:
     @_Found
     def rows(self) -> tuple[int, int, int, int]:
         """Of weight_ih, weight_hh, bias_ih and bias_hh, in blocks of hidden_size."""
-        x, u = self._derived.parts.x_gates, self._derived.parts.u_gates
+        x, u = self._gates[:2]
         return len(x), len(u), sum(g in self.biased for g in x), sum(g in self.biased for g in u)
 
     @property
@@ -180,6 +207,45 @@ class Cell:
 
 def _with_constants(base: Cell, constants: dict[str, float]) -> Cell:
     return base.with_constants(**constants)
+
+
+def _seen(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]] | None:
+    count = len(cell.states) + len(cell.params) + len(cell.inputs)
+    given = [torch.ones(1, 1) for _ in range(count)]
+    states = given[: len(cell.states)]
+
+    def product(gate: str) -> Callable[[torch.Tensor], torch.Tensor]:
+        def times(v: torch.Tensor) -> torch.Tensor:
+            u.found[gate] = next((n for n, s in enumerate(states) if s is v), -1)
+            return v.clone()
+
+        return times
+
+    x, u = _Seen(cell.gates, lambda gate: torch.ones(1, 1)), _Seen(cell.gates, product)
+    try:
+        with torch.no_grad():
+            results = cell(x, u, *given)
+    except Exception:
+        return None
+    results = results if isinstance(results, (tuple, list)) else (results,)
+    whole = len(results) == len(cell.states) + len(cell.outputs) and set(cell.gates) == set(x.found) | set(u.found)
+    if not whole or any(not isinstance(r, torch.Tensor) or r.shape != (1, 1) for r in results):
+        return None
+    u_gates = tuple(g for g in cell.gates if g in u.found)
+    return tuple(g for g in cell.gates if g in x.found), u_gates, tuple(u.found[g] for g in u_gates)
+
+
+class _Seen:
+    """x or U of a step, which notes what is asked of it."""
+
+    def __init__(self, gates: tuple[str, ...], give: Callable[[str], Any]) -> None:
+        self.gates, self.give, self.found = gates, give, dict[str, int]()
+
+    def __getattr__(self, name: str) -> Any:
+        if name not in self.gates:
+            raise AttributeError(name)
+        self.found[name] = -1
+        return self.give(name)
 
 
 def get(key: str | Cell) -> Cell:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from . import backends, checks, explanation, functional, reference
+from .cell import keys, named
 
 # Largest relative error ||a - b|| / ||b|| against float64 on the same (rounded) inputs. Half precision: a few roundings
 # of 2^-8 (bfloat16) or 2^-11 (float16) a value, gathered over the steps. "tf32": products rounded to 2^-11. "tf32x3":
@@ -69,7 +70,7 @@ LARGE = (
 
 
 def _check_shape(cell: str, shape: Shape) -> None:
-    reference.get(cell)
+    named(cell)
     if not isinstance(shape, Shape):
         raise checks.wrong("shape", "a Shape", shape)
 
@@ -83,9 +84,9 @@ def inputs(
     checks.device(device)
     checks.number("scale", scale)
     checks.integer("seed", seed)
-    spec, generator = reference.get(cell), torch.Generator().manual_seed(seed)
-    T, B, I, H, G = shape.T, shape.B, shape.I, shape.H, spec.gates  # noqa: E741
-    sizes = [(T, B, I), (G * H, I), (G * H, H), (G * H,), (G * H,), *[(B, H)] * spec.states]
+    spec, generator = named(cell), torch.Generator().manual_seed(seed)
+    T, B, I, H, G = shape.T, shape.B, shape.I, shape.H, spec.rows[1]  # noqa: E741
+    sizes = [(T, B, I), (G * H, I), (G * H, H), (G * H,), (G * H,), *[(B, H)] * len(spec.states)]
     scales = [1.0, I**-0.5, H**-0.5, 0.5, 0.5, 0.5, 0.5]
     made = [
         scale * s * torch.randn(n, generator=generator, dtype=torch.float64)
@@ -111,7 +112,7 @@ def run(
     leaves = [t.detach().requires_grad_() for t in tensors]
     x, w_ih, w_hh, b_ih, b_hh, *states = leaves
     if backend is None:
-        step = reference.get(cell).step
+        step = reference.step_of(cell)
         y, final = reference.scan(step, x, tuple(states), w_ih, w_hh, b_ih, b_hh, resets=resets)
     else:
         how: dict[str, Any] = {"resets": resets, "save": save, "backend": backend, "precision": precision}
@@ -195,7 +196,7 @@ def sweep(device: str, cells: list[str] | None = None, dtypes: list[str] | None 
     On a device float32 is checked at every precision; the interpreter has only one.
     """
     shapes = LARGE if torch.device(device).type == "cuda" else SMALL
-    for cell in cells or list(reference.CELLS):
+    for cell in cells or keys():
         for schedule in backends.SCHEDULES:
             for kind in kinds(device, dtypes):
                 yield _worst(cell, schedule, kind, device, shapes)

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import arguments, cells, checks, layers, modules, subclasses
+from . import arguments, cell_modules, checks, layers, modules, recurrent, subclasses
 from .modules import spelled
 
 LOGGER = logging.getLogger("seqcells")
@@ -33,11 +33,12 @@ SUBCLASSES: dict[type[nn.Module], type[nn.Module]] = {
     nn.RNN: subclasses.RNN,
 }
 CELLS: dict[type[nn.Module], type[nn.Module]] = {
-    nn.LSTMCell: cells.LSTMCell,
-    nn.GRUCell: cells.GRUCell,
-    nn.RNNCell: cells.RNNCell,
+    nn.LSTMCell: cell_modules.LSTMCell,
+    nn.GRUCell: cell_modules.GRUCell,
+    nn.RNNCell: cell_modules.RNNCell,
 }
 OURS = LAYERS | CELLS
+ANY_CELL = (recurrent.Recurrent, cell_modules.RecurrentCell)
 THEIRS = {ours: theirs for form in (LAYERS, SUBCLASSES, CELLS) for theirs, ours in form.items()}
 
 M = TypeVar("M", bound=nn.Module)
@@ -130,7 +131,7 @@ def convert(
 
     def target(module: nn.Module, cls: type[nn.Module]) -> type[nn.Module] | str | None:
         if issubclass(cls, modules.Module):
-            if not subclass or isinstance(module, tuple(OURS)):
+            if not subclass or isinstance(module, tuple(OURS)) or not issubclass(cls, tuple(THEIRS)):
                 return None
             if cls in THEIRS:
                 return forms[THEIRS[cls]]
@@ -158,7 +159,7 @@ def revert(
     mapping: as given to convert, {Theirs: Mine}: modules of exactly the class Mine become Theirs.
     include, exclude, report: as in convert.
     Raises TypeError or ValueError, before anything is changed, as convert does, and for a module that torch.nn has no
-    equal of (a GRU or GRUCell with reset_after=False): exclude it.
+    equal of (a GRU or GRUCell with reset_after=False, a Recurrent or RecurrentCell): exclude it.
     """
     theirs: dict[type[nn.Module], type[nn.Module]] = {}
     for cls, mine in _classes(mapping).items():
@@ -168,6 +169,8 @@ def revert(
     def target(module: nn.Module, cls: type[nn.Module]) -> type[nn.Module] | str | None:
         if not issubclass(cls, modules.Module):
             return None
+        if not issubclass(cls, tuple(THEIRS)):
+            raise ValueError(f"torch.nn has no cell {module.cell.name}; name it in exclude= to leave it as it is")
         if (found := theirs.get(cls) or THEIRS.get(cls)) is None:
             return _left(cls, f"mapping={{Yours: {spelled(cls)}}}, Yours a subclass of {spelled(THEIRS[_base(cls)])}")
         if not getattr(module, "reset_after", True):
@@ -234,9 +237,9 @@ def _swap_all(
     if report is not None and (isinstance(report, type) or not callable(getattr(report, "append", None))):
         raise checks.wrong("report", "a list or None", report)
     names: dict[nn.Module, list[str]] = {}
-    recurrent: tuple[type[nn.Module], ...] = (*OURS, *THEIRS)
+    kinds: tuple[type[nn.Module], ...] = (*OURS, *THEIRS, *ANY_CELL)
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, recurrent):
+        if isinstance(module, kinds):
             names.setdefault(module, []).append(name)
     wanted = _matching(names, include, "include", default=True) - _matching(names, exclude, "exclude", default=False)
     swaps, changes, refused = [], [], []

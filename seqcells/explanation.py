@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from . import arguments, aten, backends, checks, fallback, precisions, reference
+from . import arguments, aten, backends, checks, fallback, precisions
+from .cell import named
 from .kernels.devices import KNOWN, known
 from .kernels.plan import Plan
 
@@ -78,7 +79,7 @@ def explain(
         >>> print(seqcells.explain("gru", batch=16, hidden_size=64, device="cpu"))
         loop: the tensors are on the CPU, and it is faster than torch's own fused gru
     """
-    reference.get(cell)
+    named(cell)
     arguments.options(backend, precision)
     for name, size in (("batch", batch), ("hidden_size", hidden_size), ("groups", groups), ("steps", steps)):
         if size is not None or name != "steps":

@@ -51,12 +51,6 @@ _failed: set[tuple[Kernel, str]] = set()  # and schedule
 _refused: set[Kernel] = set()  # all of whose schedules failed
 
 
-def forget(cell: str) -> None:
-    """A cell's kernels are new: what is known of those of that name is of others."""
-    _failed.difference_update([entry for entry in _failed if entry[0].cell == cell])
-    _refused.difference_update([kernel for kernel in _refused if kernel.cell == cell])
-
-
 def guarded(call: Callable[[], None]) -> None:
     """call(), which compiles and launches a kernel. Raises Failed if that goes wrong in a way that can be mended."""
     try:

@@ -20,8 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from . import checks, weights
+from .cell import get
 
 Array = Any  # anything numpy.asarray takes, or a tensor
+# What others call our cells.
+KINDS = {"lstm": "lstm", "gru": "gru", "gru_before": "gru", "rnn_tanh": "rnn", "rnn_relu": "rnn"}
+# Their order of our gates.
 KERAS = {"lstm": "ifgo", "gru": "zrn", "rnn": "n"}
 HASTE = {"lstm": "igfo", "gru": "zrn"}
 
@@ -46,8 +50,8 @@ def from_keras(
     both = cell == "gru" and reset_after
     hint = f"bias of a GRU with reset_after={reset_after}" if cell == "gru" else "bias"
     b = _checked(hint, bias, (2, rows) if both else (rows,))
-    state["bias_ih"] = _reordered(b[0] if both else b, order, weights.GATES[cell])
-    state["bias_hh"] = _reordered(b[1], order, weights.GATES[cell]) if both else torch.zeros_like(b)
+    state["bias_ih"] = _reordered(b[0] if both else b, order, _ours(cell))
+    state["bias_hh"] = _reordered(b[1], order, _ours(cell)) if both else torch.zeros_like(b)
     return state
 
 
@@ -58,13 +62,13 @@ def to_keras(module: nn.Module, layer: int = 0, reverse: bool = False) -> list[n
     Without bias [kernel, recurrent_kernel]. A single bias of Keras's is bias_ih + bias_hh.
     Raises TypeError for a module of another kind, ValueError for a layer that is not there and for proj_size.
     """
-    cell = weights.kind(module, ("lstm", "gru", "rnn"), "to_keras")
+    cell = _kind(module, "to_keras")
     _no_projection(module, "Keras")
     suffix = weights.suffix(module, layer, reverse)
-    order, ours = KERAS[cell], weights.GATES[cell]
+    order, ours = KERAS[cell], _ours(cell)
 
     def read(part: str) -> Tensor:
-        held = checks.parameter(module, part + suffix, weights.shape(module, part, layer))
+        held = checks.parameter(module, part + suffix, weights.shapes(module, layer)[part])
         if held.is_meta:
             raise RuntimeError(f"{part + suffix} is on the meta device: it has no values to give")
         return _reordered(held.detach(), ours, order)
@@ -84,7 +88,7 @@ def load_keras_(module: nn.Module, arrays: Sequence[Array], layer: int = 0, reve
     module, layer, reverse: as in to_keras. arrays: [kernel, recurrent_kernel, bias], see from_keras. Raises as
     from_keras and load_ do.
     """
-    cell = weights.kind(module, ("lstm", "gru", "rnn"), "load_keras_")
+    cell = _kind(module, "load_keras_")
     if not isinstance(arrays, (tuple, list)):
         raise checks.wrong("arrays", "a list of two or three arrays", arrays)
     if len(arrays) not in (2, 3):
@@ -116,7 +120,7 @@ def from_haste(
     state = _from_kernels(kernel, recurrent_kernel, order, cell)
     if bias is None:
         return state
-    shape, ours = (state["weight_ih"].shape[0],), weights.GATES[cell]
+    shape, ours = (state["weight_ih"].shape[0],), _ours(cell)
     state["bias_ih"] = _reordered(_checked("bias", bias, shape), order, ours)
     state["bias_hh"] = torch.zeros_like(state["bias_ih"])
     if recurrent_bias is not None:
@@ -158,29 +162,49 @@ def from_handwritten_gru(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def load_(module: nn.Module, state: Mapping[str, Tensor], layer: int = 0, reverse: bool = False) -> nn.Module:
-    """Copy a cell's state_dict into a cell, or into one layer and direction of an LSTM, GRU or RNN; returns module.
+    """Copy a cell's state_dict into a cell, or into one layer and direction of a layer; returns module.
 
-    module, layer, reverse: as in to_keras. state: as torch.nn's cells give it.
+    module: as in to_keras, or a Recurrent or RecurrentCell of any cell; layer, reverse: as there. state: as torch.nn's
+    cells give it, and RecurrentCell of that cell.
     Values take the module's dtype and device. Where state has no biases and the module has, they become zero.
     Raises TypeError for a module of another kind; ValueError for a layer that is not there, for proj_size, for biases
     the module has not, and for names and shapes that do not fit. Nothing is copied if anything does not fit.
     """
-    weights.kind(module, ("lstm", "gru", "rnn"), "load_")
+    weights.cell_of(module, "load_", _OURS)
     _no_projection(module, "a cell")
     suffix = weights.suffix(module, layer, reverse)
     _mapping(state)
-    _names(state, weights.PARTS if "bias_ih" in state or "bias_hh" in state else weights.PARTS[:2])
-    if "bias_ih" in state and not module.bias:
+    shapes = weights.shapes(module, layer)
+    biases = ("bias_ih", "bias_hh")
+    biased = any(name in state for name in biases)
+    if biased and not module.bias:
         raise ValueError(f"this {type(module).__name__} has no bias to load into (bias=False)")
+    _names(state, [part for part in shapes if biased or part not in biases])
     values = {}
-    for part in weights.PARTS if module.bias else weights.PARTS[:2]:
-        held = checks.parameter(module, part + suffix, weights.shape(module, part, layer))
-        values[part] = _checked(part, state[part], tuple(held.shape)) if part in state else torch.zeros_like(held)
+    for part, shape in shapes.items():
+        held = checks.parameter(module, part + suffix, shape)
+        values[part] = _checked(part, state[part], shape) if part in state else torch.zeros_like(held)
         if values[part].is_meta and not held.is_meta:
             raise RuntimeError(f"{part} is on the meta device: it has no values to copy")
         values[part] = values[part].to(held.device, held.dtype)
     weights.assign(module, {part + suffix: value for part, value in values.items()})
     return module
+
+
+_OURS = "an LSTM or LSTMCell or GRU or GRUCell or RNN or RNNCell of seqcells or torch.nn"
+
+
+def _kind(module: nn.Module, caller: str) -> str:
+    """ "lstm", "gru" or "rnn". TypeError for any other module."""
+    cell = weights.cell_of(module, caller, _OURS)
+    if cell.key not in KINDS:
+        raise TypeError(f"{checks.wrong(f'{caller}: module', _OURS, module)}, whose cell is {cell.name}")
+    return KINDS[cell.key]
+
+
+def _ours(kind: str) -> str:
+    """Our order of the gates."""
+    return "".join(next(get(key).gates for key, of in KINDS.items() if of == kind))
 
 
 def _order(orders: dict[str, str], cell: str) -> str:
@@ -234,7 +258,7 @@ def _from_kernels(kernel: Array, recurrent_kernel: Array, order: str, cell: str)
     recurrent = _checked("recurrent_kernel", recurrent_kernel, ("H", f"{len(order)}*H"))
     H = recurrent.shape[0]
     recurrent = _checked("recurrent_kernel", recurrent, (H, len(order) * H))
-    ours = weights.GATES[cell]
+    ours = _ours(cell)
     w_ih = _reordered(_checked("kernel", kernel, ("I", len(order) * H)).T, order, ours)
     return {"weight_ih": w_ih.contiguous(), "weight_hh": _reordered(recurrent.T, order, ours).contiguous()}
 

@@ -1,7 +1,7 @@
 """LSTM, GRU, RNN: torch.nn's modules of those names over whole sequences, with resets, lengths and a choice of backend.
 
-Not subclasses of torch.nn's classes, which torch.compile refuses by design; `subclasses` has some that are. Parameters
-are read at each call, so weight norm, parametrizations, pruning and tying need nothing.
+Each is `Recurrent` with a built-in cell, under torch.nn's names. Not subclasses of torch.nn's classes, which
+torch.compile refuses by design; `subclasses` has some that are.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
 from . import checks, functional
-from .rnn_base import _Layer
+from .cell import get
+from .recurrent import Recurrent
 
 F = TypeVar("F", bound=Callable[..., Any])
 _Pair: TypeAlias = "tuple[Tensor, Tensor] | None"
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
         """For a module's __call__, which takes and gives what its forward does."""
 
 
-class LSTM(_Layer):
+class LSTM(Recurrent):
     """Apply a multi-layer long short-term memory (LSTM) network to an input sequence.
 
     It is :class:`torch.nn.LSTM` with the same arguments, parameters and results, and with more: ``resets``, ``lengths``
@@ -84,9 +85,30 @@ class LSTM(_Layer):
         (torch.Size([5, 3, 20]), torch.Size([2, 3, 20]))
     """
 
-    cell = "lstm"
+    mode = "LSTM"
+    _hx = "hx"
 
-    @overload
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+        save: str = "gates",
+        precision: str | None = None,
+    ) -> None:
+        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
+        self._set_up(get("lstm"), *sizes, device, dtype, backend, save, precision)
+
+    @overload  # type: ignore[override]  # torch.nn's names of the arguments
     def forward(
         self, input: Tensor, hx: _Pair = None, *, resets: _Resets = None, lengths: _Lengths = None,
         return_cell_states: Literal[False] = False,
@@ -152,7 +174,7 @@ class LSTM(_Layer):
             if (call := self._traced(input, hx, **options)) is not None:
                 return call
         y, (h, c), every = self._run(input, hx, resets, lengths, return_cell_states)
-        return (y, (h, c), every) if return_cell_states else (y, (h, c))
+        return (y, (h, c), every[1]) if return_cell_states else (y, (h, c))
 
     if TYPE_CHECKING:
 
@@ -160,10 +182,12 @@ class LSTM(_Layer):
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
-class _OneState(_Layer):
-    """A layer whose only state is its output."""
+class _OneState(Recurrent):
+    """GRU and RNN: a layer whose only state is its output."""
 
-    @overload
+    _hx = "hx"
+
+    @overload  # type: ignore[override]  # torch.nn's names of the arguments
     def forward(
         self, input: Tensor, hx: Tensor | None = None, *, resets: _Resets = None, lengths: _Lengths = None
     ) -> tuple[Tensor, Tensor]: ...
@@ -280,6 +304,8 @@ class GRU(_OneState):
         (torch.Size([5, 3, 20]), torch.Size([1, 3, 20]))
     """
 
+    mode = "GRU"
+
     @_without_projection
     def __init__(
         self,
@@ -299,9 +325,9 @@ class GRU(_OneState):
         precision: str | None = None,
     ) -> None:
         checks.boolean("reset_after", reset_after)
-        self.cell = "gru" if reset_after else "gru_before"
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
-        super().__init__(*sizes, device, dtype, backend=backend, save=save, precision=precision)
+        definition = get("gru" if reset_after else "gru_before")
+        self._set_up(definition, *sizes, device, dtype, backend, save, precision)
         self.reset_after = reset_after
 
 
@@ -356,6 +382,11 @@ class RNN(_OneState):
         (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
     """
 
+    @property
+    def mode(self) -> str:
+        """torch.nn's name of the kind: "RNN_TANH" or "RNN_RELU"."""
+        return f"RNN_{self.nonlinearity.upper()}"
+
     @_without_projection
     def __init__(
         self,
@@ -374,7 +405,7 @@ class RNN(_OneState):
         save: str = "gates",
         precision: str | None = None,
     ) -> None:
-        self.cell = functional.rnn_cell_name(nonlinearity)
+        definition = get(functional.rnn_cell_name(nonlinearity))
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
-        super().__init__(*sizes, device, dtype, backend=backend, save=save, precision=precision)
+        self._set_up(definition, *sizes, device, dtype, backend, save, precision)
         self.nonlinearity = nonlinearity

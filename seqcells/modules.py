@@ -4,10 +4,45 @@ name or type, make of them."""
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 from torch import fx, nn
 from torch.nn.utils import parametrize
+
+from . import checks
+from .cell import Cell, named
+
+PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+
+
+def cell_of(given: Any, constants: Mapping[str, Any]) -> Cell:
+    """The cell that a module is made of: itself or its name, and the constants that are not to be its definition's."""
+    cell = named(given)
+    for name, value in constants.items():
+        if name not in cell.constants:
+            there = f"the constants {', '.join(cell.constants)}" if cell.constants else "no constants"
+            raise TypeError(f"got an unexpected keyword argument {name!r}: cell {cell.name} has {there}")
+        checks.number(name, value)
+    return cell.with_constants(**constants) if constants else cell
+
+
+def shapes(cell: Cell, hidden: int, width: int, outer: int, bias: bool) -> dict[str, tuple[int, ...]]:
+    """Of the parameters of one step: weight_ih, weight_hh, bias_ih, bias_hh, those that there are, and the cell's own.
+
+    hidden: H; width: of x; outer: of h, where that is not H.
+    """
+    w_ih, w_hh, b_ih, b_hh = (rows * hidden for rows in cell.rows)
+    weights: dict[str, tuple[int, ...]] = {"weight_ih": (w_ih, width), "weight_hh": (w_hh, outer)}
+    weights |= {"bias_ih": (b_ih,), "bias_hh": (b_hh,)} if bias else {}
+    found = {part: shape for part, shape in weights.items() if shape[0]}
+    return found | {name: (1,) if name in cell.scalars else (hidden,) for name in cell.params}
+
+
+def with_cell(cell: Cell, text: str) -> str:
+    """What repr shows of a module whose class does not name the cell."""
+    constants = "".join(f", {name}={value!r}" for name, value in dict(cell.constants).items())
+    return f"{cell.name}, {text}{constants}"
 
 
 def spelled(cls: type) -> str:
@@ -39,7 +74,9 @@ class Module(nn.Module):
     def qconfig(self, value: Any) -> None:
         # It replaces modules whose type is exactly torch.nn's and passes over all others without a word. It does so
         # with torch.nn.RNN, too, for which it has nothing.
-        if "qconfig" not in self.__dict__ and not getattr(self, "mode", "").startswith("RNN"):
+        # With others than LSTM, GRU and the cells it has nothing to do.
+        named = hasattr(self, "mode") or isinstance(self, nn.RNNCellBase)
+        if "qconfig" not in self.__dict__ and named and not getattr(self, "mode", "").startswith("RNN"):
             cls = parametrize.type_before_parametrizations(self)
             warnings.warn(
                 f"torch.ao.quantization leaves {spelled(cls)}({self.extra_repr()}) as it is: it replaces modules of "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import arguments, aten, backends, chosen, masks
+from . import arguments, aten, backends, chosen, layer_arguments, masks
 
 
 def step(
@@ -32,12 +32,12 @@ def step(
 
 
 def layers(module: Any, x: Any, hx: Any, resets: Any = None) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """Of a layers._Layer's call: y and the final states, by torch's own; None where it is not so simple.
+    """Of a Recurrent's call: y and the final states, by torch's own; None where it is not so simple.
 
     What is wrong with the arguments is left for others to say: then, too, it is None. resets are simple where there is
     one step: the states are zeroed before it.
     """
-    cell, name = module.cell, module.backend or chosen.backend
+    cell, name = module.cell.key, module.backend or chosen.backend
     if cell not in aten.CELLS or name not in ("auto", "aten") or type(x) is not Tensor or x.dim() != 3:
         return None
     if "parametrizations" in module._modules:  # which are evaluated when read: only once a call
@@ -76,7 +76,7 @@ def layers(module: Any, x: Any, hx: Any, resets: Any = None) -> tuple[Tensor, tu
     if asked and backends.loop_pays(cell, T, B, H, grad, aten.onednn(cell, x.device, dtype)):
         return None
     how = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional, False)
-    given = states if cell == "lstm" else states[0]
+    given = states if len(states) > 1 else states[0]
     y, *final = aten.LAYERS[cell](x, given, weights, *how)  # type: ignore[operator]
     return y.transpose(0, 1) if module.batch_first else y, tuple(final)
 
@@ -91,13 +91,14 @@ def _states(module: Any, hx: Any, batch: int, x: Tensor) -> tuple[Tensor, ...] |
     """The states in hx, zeros like x where there is none; None where they are not what they should be."""
     rows, H = len(module._all_weights), module.hidden_size
     outer = module.proj_size or H
+    count = len(module.cell.states)
     if hx is None:
         zero = x.new_zeros(rows, batch, outer)
-        if module.cell != "lstm":
+        if count == 1:
             return (zero,)
         return zero, zero if outer == H else x.new_zeros(rows, batch, H)
-    given = hx if module.cell == "lstm" else (hx,)
-    if not isinstance(given, (tuple, list)) or len(given) != (2 if module.cell == "lstm" else 1):
+    given = (hx,) if count == 1 else hx
+    if not isinstance(given, (tuple, list)) or len(given) != count:
         return None
     for s, n in zip(given, (outer, H), strict=False):
         if not isinstance(s, Tensor) or s.shape != (rows, batch, n) or s.dtype != x.dtype or not s.is_cpu:
@@ -120,7 +121,7 @@ def _begins(resets: Any, shape: tuple[int, int], device: torch.device) -> Tensor
 
 def packed(module: Any, x: PackedSequence, hx: Any) -> tuple[PackedSequence, tuple[Tensor, ...]] | None:
     """`layers` of a PackedSequence."""
-    cell, name, data = module.cell, module.backend or chosen.backend, x.data
+    cell, name, data = module.cell.key, module.backend or chosen.backend, x.data
     if cell not in aten.CELLS or name not in ("auto", "aten") or type(data) is not Tensor or data.dim() != 2:
         return None
     if "parametrizations" in module._modules or backends.traced() or backends.watched():
@@ -128,7 +129,7 @@ def packed(module: Any, x: PackedSequence, hx: Any) -> tuple[PackedSequence, tup
     if not data.is_cpu or torch.is_autocast_enabled("cpu") or data.shape[1] != module.input_size:
         return None
     _, sizes, order, back = x
-    if not arguments.well_packed(x):
+    if not layer_arguments.well_packed(x):
         return None
     weights = _weights(module)
     grad = torch.is_grad_enabled() and any(t.requires_grad for t in (data, *weights))
@@ -143,7 +144,7 @@ def packed(module: Any, x: PackedSequence, hx: Any) -> tuple[PackedSequence, tup
     if hx is not None and order is not None:
         states = tuple(s.index_select(1, order) for s in states)
     how = (module.bias, module.num_layers, module.dropout, module.training, module.bidirectional)
-    given = states if cell == "lstm" else states[0]
+    given = states if len(states) > 1 else states[0]
     y, *final = aten.LAYERS[cell](data, sizes, given, weights, *how)  # type: ignore[operator]
     ends = final if back is None else [s.index_select(1, back) for s in final]
     return PackedSequence(y, sizes, order, back), tuple(ends)

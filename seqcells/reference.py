@@ -10,18 +10,100 @@ judged by it. Parameter names, gate order and shapes are torch.nn's:
 from __future__ import annotations
 
 import math
+from collections import namedtuple
 from collections.abc import Callable
-from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from . import checks, reference_arguments
+from . import cells, reference_arguments
+from .cell import Cell, named
 
 States = tuple[Tensor, ...]
-Step = Callable[[Tensor, States, Tensor, Tensor, "Tensor | None", "Tensor | None"], States]
+Step = Callable[..., States]  # (x, states, w_ih, w_hh, b_ih, b_hh), and params and inputs, if there are any
+
+
+def step_of(of: str | Cell) -> Step:
+    """The step of a cell on weights, as `scan` takes it.
+
+    step(x [B, I], states, w_ih, w_hh, b_ih, b_hh, params, inputs) -> the states after it, and before them an output
+    that is no state. Weights and biases have rows for the gates that have one, in the cell's order; params are its
+    trained vectors [H], inputs those of the step [B, H].
+    """
+    found = named(of)
+
+    def step(*arguments: Any) -> States:
+        return _step(found, *arguments)
+
+    step.rows = found.rows  # type: ignore[attr-defined]
+    return step
+
+
+def _step(
+    of: Cell,
+    x: Tensor,
+    states: States,
+    w_ih: Tensor,
+    w_hh: Tensor | None,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    params: States = (),
+    inputs: States = (),
+) -> States:
+    H = states[0].shape[-1]
+    x_biases, u_biases = _biases(of, of.x_gates, b_ih, H), _biases(of, of.u_gates, b_hh, H)
+    if all(b is not None for b in x_biases):
+        gates = linear(x, w_ih, b_ih).split(H, -1)
+    else:
+        products = zip(linear(x, w_ih).split(H, -1), x_biases, strict=True)
+        gates = tuple(p if b is None else p + b for p, b in products)
+    recurrent = () if w_hh is None else _products(of, states, w_hh, u_biases)
+    found = of(_by_gate(of.x_gates)(*gates), _by_gate(of.u_gates)(*recurrent), *states, *params, *inputs)
+    results = found if isinstance(found, (tuple, list)) else (found,)
+    shape = states[0].shape
+    results = tuple(r if r.shape == shape else r.expand(shape) for r in results)  # made of trained vectors alone
+    return (*results[len(states) :], *results[: len(states)]) if of.outputs else results
+
+
+def _products(of: Cell, states: States, w_hh: Tensor, biases: list[Tensor | None]) -> list[Callable[[Tensor], Tensor]]:
+    """U.k of each gate k that has one: those of neighbouring gates with the same state by one product."""
+    H, at = w_hh.shape[1], 0
+    found: list[Callable[[Tensor], Tensor]] = []
+    for state, some in groupby(of.multiplies):
+        count = len(list(some))
+        rows, b = w_hh[at * H : (at + count) * H], biases[at : at + count]
+        if state < 0:
+            found += [partial(linear, weight=w, bias=one) for w, one in zip(rows.split(H), b, strict=True)]
+        else:
+            together = linear(states[state], rows).split(H, -1)
+            each = zip(together, rows.split(H), b, strict=True)
+            found += [_product(states[state], p if one is None else p + one, w, one) for p, w, one in each]
+        at += count
+    return found
+
+
+def _product(state: Tensor, known: Tensor, w: Tensor, b: Tensor | None) -> Callable[[Tensor], Tensor]:
+    return lambda v: known if v is state else linear(v, w, b)
+
+
+def _biases(of: Cell, gates: tuple[str, ...], b: Tensor | None, H: int) -> list[Tensor | None]:
+    """Of each gate its bias; None: it has none."""
+    given = iter(() if b is None else b.split(H))
+    return [next(given) if b is not None and g in of.biased else None for g in gates]
+
+
+def _by_gate(gates: tuple[str, ...]) -> Any:
+    """A type that has something by each gate's name, and that torch.compile follows."""
+    if gates not in _TYPES:
+        _TYPES[gates] = namedtuple("by_gate", gates)
+    return _TYPES[gates]
+
+
+_TYPES: dict[tuple[str, ...], Any] = {}
 
 
 @reference_arguments.explained(gates=4, count=2)
@@ -29,10 +111,7 @@ def lstm_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
     """One LSTM step, as torch.nn.LSTMCell documents it. states: (h, c), returns (h', c')."""
-    h, c = states
-    i, f, g, o = (linear(x, w_ih, b_ih) + linear(h, w_hh, b_hh)).chunk(4, -1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-    return o.sigmoid() * c.tanh(), c
+    return _step(cells.lstm, x, states, w_ih, w_hh, b_ih, b_hh)
 
 
 @reference_arguments.explained(gates=3, count=1)
@@ -40,12 +119,7 @@ def gru_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
     """One GRU step, the reset gate applied after the product, as torch.nn.GRUCell documents it. states: (h,)."""
-    (h,) = states
-    gx_r, gx_z, gx_n = linear(x, w_ih, b_ih).chunk(3, -1)
-    hu_r, hu_z, hu_n = linear(h, w_hh, b_hh).chunk(3, -1)
-    r, z = (gx_r + hu_r).sigmoid(), (gx_z + hu_z).sigmoid()
-    n = (gx_n + r * hu_n).tanh()
-    return ((1 - z) * n + z * h,)
+    return _step(cells.gru, x, states, w_ih, w_hh, b_ih, b_hh)
 
 
 @reference_arguments.explained(gates=3, count=1)
@@ -53,13 +127,7 @@ def gru_before_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
     """One GRU step, the reset gate applied to h before the product (Cho et al. 2014, arXiv:1406.1078 v3)."""
-    (h,) = states
-    H = h.shape[-1]
-    gx_r, gx_z, gx_n = linear(x, w_ih, b_ih).chunk(3, -1)
-    hu_r, hu_z = linear(h, w_hh[: 2 * H], None if b_hh is None else b_hh[: 2 * H]).chunk(2, -1)
-    r, z = (gx_r + hu_r).sigmoid(), (gx_z + hu_z).sigmoid()
-    n = (gx_n + linear(r * h, w_hh[2 * H :], None if b_hh is None else b_hh[2 * H :])).tanh()
-    return ((1 - z) * n + z * h,)
+    return _step(cells.gru_before, x, states, w_ih, w_hh, b_ih, b_hh)
 
 
 @reference_arguments.explained(gates=1, count=1)
@@ -67,7 +135,7 @@ def rnn_tanh_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
     """One Elman step with tanh, as torch.nn.RNNCell documents it. states: (h,)."""
-    return ((linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh)).tanh(),)
+    return _step(cells.rnn_tanh, x, states, w_ih, w_hh, b_ih, b_hh)
 
 
 @reference_arguments.explained(gates=1, count=1)
@@ -75,45 +143,7 @@ def rnn_relu_cell(
     x: Tensor, states: States, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor | None = None, b_hh: Tensor | None = None
 ) -> States:
     """One Elman step with relu, as torch.nn.RNNCell documents it. states: (h,)."""
-    return ((linear(x, w_ih, b_ih) + linear(states[0], w_hh, b_hh)).relu(),)
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A cell's specification. gates: G, the rows of its weights in units of H; states: 1 (h) or 2 (h and c).
-
-    inner: trailing gates whose recurrent product does more than add to the input's. first: gates whose recurrent
-    product is with h, where the others' is with something else (the reset-before GRU's with r*h); None: all.
-    saves: whether backward wants more of a step than the states before and after it.
-    """
-
-    step: Step
-    gates: int
-    states: int
-    inner: int = 0
-    first: int | None = None
-    saves: bool = True
-
-    @property
-    def split(self) -> int:
-        """Gates of the first recurrent product."""
-        return self.gates if self.first is None else self.first
-
-
-# By the names the kernels know the cells by.
-CELLS: dict[str, Cell] = {
-    "lstm": Cell(lstm_cell, 4, 2),
-    "gru": Cell(gru_cell, 3, 1, inner=1),
-    "gru_before": Cell(gru_before_cell, 3, 1, first=2),
-    "rnn_tanh": Cell(rnn_tanh_cell, 1, 1, saves=False),
-    "rnn_relu": Cell(rnn_relu_cell, 1, 1, saves=False),
-}
-
-
-def get(name: str) -> Cell:
-    """The specification of the cell of that name. ValueError if there is none."""
-    checks.one_of("cell", name, CELLS)
-    return CELLS[name]
+    return _step(cells.rnn_relu, x, states, w_ih, w_hh, b_ih, b_hh)
 
 
 def scan_states(
@@ -121,21 +151,28 @@ def scan_states(
     x: Tensor,
     states: States,
     w_ih: Tensor,
-    w_hh: Tensor,
+    w_hh: Tensor | None,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
+    params: States = (),
+    inputs: States = (),
     resets: Tensor | None = None,
     lengths: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[States, States]:
     """step over all of x [T, B, I]: every state after each step, [T, B, H] each, and the final states [B, H].
 
+    A step may return one tensor more than there are states: its output, as the first.
+    params, inputs: further arguments of the step, if there are any: trained vectors [H], and of inputs [T, B, H] each
+    its step.
     resets: where set, an episode begins at that step: no state crosses from the step before it, in either direction.
     lengths: from step lengths[b] on, row b keeps its states and outputs zero. reverse: walk from the last step to the
     first.
     """
-    resets, lengths = reference_arguments.scan(step, x, states, (w_ih, w_hh, b_ih, b_hh), resets, lengths, reverse)
+    weights = (w_ih, w_hh, b_ih, b_hh)
+    resets, lengths = reference_arguments.scan(step, x, states, weights, params, inputs, resets, lengths, reverse)
+    more = params or inputs
     T = x.shape[0]
     outputs: list[States] = []
     for t in range(T - 1, -1, -1) if reverse else range(T):
@@ -145,10 +182,11 @@ def scan_states(
             states = tuple(s.masked_fill(crossing[:, None], 0) for s in states)
         # Padding is masked before the step: were it NaN, masking the result would still leave NaN in the gradients.
         alive = None if lengths is None else (t < lengths)[:, None]
-        now = x[t] if alive is None else x[t].masked_fill(~alive, 0)
-        new = output = step(now, states, w_ih, w_hh, b_ih, b_hh)
+        now, *beside = (s[t] if alive is None else s[t].masked_fill(~alive, 0) for s in (x, *inputs))
+        output = step(now, states, *weights, *((params, tuple(beside)) if more else ()))
+        new = output[len(output) - len(states) :]
         if alive is not None:
-            output = tuple(n.masked_fill(~alive, 0) for n in new)
+            output = tuple(n.masked_fill(~alive, 0) for n in output)
             new = tuple(torch.where(alive, n, s) for n, s in zip(new, states, strict=True))
         states = new
         outputs.append(output)
@@ -158,7 +196,7 @@ def scan_states(
 
 
 def scan(step: Step, x: Tensor, states: States, *weights: Tensor | None, **options: Any) -> tuple[Tensor, States]:
-    """Outputs [T, B, H] and the final states: `scan_states`, of which the first state is the output."""
+    """Outputs [T, B, H] and the final states: `scan_states`, of which the first is the output."""
     every, final = scan_states(step, x, states, *weights, **options)  # type: ignore[arg-type]
     return every[0], final
 
@@ -168,38 +206,39 @@ def scan_groups(
     x: Tensor,
     states: States,
     w_ih: Tensor,
-    w_hh: Tensor,
+    w_hh: Tensor | None,
     b_ih: Tensor | None = None,
     b_hh: Tensor | None = None,
     *,
+    params: States = (),
+    inputs: States = (),
     resets: Tensor | None = None,
     lengths: Tensor | None = None,
     reversed: int = 0,
 ) -> tuple[States, States]:
     """K scans side by side: every state after each step [T, B, K*H], and the final states [K, B, H].
 
-    w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H], states [K, B, H] (of one group also without K); x [T, B, I]
-    for all groups or [T, B, K, I] for each. Group k walks from the last step to the first if bit k of reversed is set.
-    Half precision is computed in float32, and rounded in the end.
+    w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H], params [K, H], states [K, B, H] (of one group also without
+    K); x [T, B, I] for all groups or [T, B, K, I] for each; inputs [T, B, H] for all. Group k walks from the last step
+    to the first if bit k of reversed is set. Half precision is computed in float32, and rounded in the end.
     """
     reference_arguments.groups(step, x, states, (w_ih, w_hh, b_ih, b_hh), reversed)
-    dtype = x.dtype
+    dtype, alone = x.dtype, w_ih.dim() == 2
     exact = torch.float32 if dtype.itemsize < 4 else dtype
-    x, w_ih, w_hh = (t.to(exact) for t in (x, w_ih, w_hh))
-    b_ih, b_hh = (None if b is None else b.to(exact) for b in (b_ih, b_hh))
-    if w_hh.dim() == 2:
-        w_ih, w_hh = w_ih[None], w_hh[None]
-        b_ih, b_hh = (None if b is None else b[None] for b in (b_ih, b_hh))
-    K, H = w_hh.shape[0], w_hh.shape[2]
+    x, inputs = x.to(exact), tuple(t.to(exact) for t in inputs)
+    weights = [None if t is None else t.to(exact)[None] if alone else t.to(exact) for t in (w_ih, w_hh, b_ih, b_hh)]
+    vectors = [t.to(exact)[None] if alone else t.to(exact) for t in params]
+    K, H = 1 if alone else w_ih.shape[0], states[0].shape[-1]
     states = tuple(s.to(exact).reshape(K, -1, H) for s in states)
     outputs, finals = [], []
     for k in range(K):
-        weights = (None if w is None else w[k] for w in (w_ih, w_hh, b_ih, b_hh))
         every, final = scan_states(
             step,
             x if x.dim() == 3 else x[:, :, k],
             tuple(s[k] for s in states),
-            *weights,  # type: ignore[arg-type]
+            *(None if w is None else w[k] for w in weights),  # type: ignore[arg-type]
+            params=tuple(v[k] for v in vectors),
+            inputs=inputs,
             resets=resets,
             lengths=lengths,
             reverse=bool(reversed >> k & 1),

@@ -36,6 +36,7 @@ def explained(gates: int, count: int) -> Callable[[Step], Step]:
                 given = (x, states, w_ih, w_hh, b_ih, b_hh)
                 raise checks.clearer(error, _step, gates, count, *given) from None
 
+        call.rows = (gates,) * 4  # type: ignore[attr-defined]
         return call
 
     return wrap
@@ -48,26 +49,47 @@ def _step(gates: int, count: int, x: Any, states: Any, *weights: Any) -> None:
         raise RuntimeError(f"x must have 1 or 2 dimensions, got {x.dim()}")
     if x.dim() == 1:
         x, states = x[None], [s[None] for s in states]
-    arguments.fit(x[None], states, weights, gates)
+    arguments.fit(x[None], states, weights, (gates,) * 4)
 
 
 def _types(step: Any, x: Any, states: Any, weights: Sequence[Any], rank: int | None) -> None:
     if not callable(step) or isinstance(step, (type, types.BuiltinFunctionType)):
         raise checks.wrong("step", "a function", step)
-    arguments.types(x, None, dict(zip(NAMES, weights, strict=True)), rank)
+    missing = [name for name, n in zip(NAMES, _rows(step, weights), strict=True) if not n]
+    arguments.types(x, None, dict(zip(NAMES, weights, strict=True)), rank, missing)
     checks.tensors("states", states, "a tuple of tensors")
 
 
+def _rows(step: Any, weights: Sequence[Any]) -> tuple[int, ...]:
+    """The blocks of H rows that the step takes of each weight; of a step that does not say so, those that w_hh has."""
+    if (known := getattr(step, "rows", None)) is not None:
+        return known
+    w_hh = weights[1]
+    H = w_hh.shape[-1] if isinstance(w_hh, Tensor) and w_hh.dim() else 0
+    return (w_hh.shape[0] // H if H else 1,) * 4
+
+
 def scan(
-    step: Any, x: Any, states: Any, weights: Sequence[Any], resets: Any, lengths: Any, reverse: Any
+    step: Any,
+    x: Any,
+    states: Any,
+    weights: Sequence[Any],
+    params: Any,
+    inputs: Any,
+    resets: Any,
+    lengths: Any,
+    reverse: Any,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Of reference.scan_states. resets and lengths as tensors."""
     _types(step, x, states, weights, rank=3)
     checks.boolean("reverse", reverse)
-    w_hh = weights[1]
-    H = w_hh.shape[-1] if w_hh.dim() else 0
-    arguments.fit(x, states, weights, w_hh.shape[0] // H if H else 0)
-    shape = x.shape[:2]
+    arguments.fit(x, states, weights, _rows(step, weights))
+    shape, H = x.shape[:2], states[0].shape[-1]
+    for name, given, expected in (("params", params, (H,)), ("inputs", inputs, (*shape, H))):
+        checks.tensors(name, given, "a tuple of tensors")
+        for i, t in enumerate(given):
+            if t.shape != expected:
+                raise RuntimeError(f"{name}[{i}] must have shape {tuple(expected)}, got {tuple(t.shape)}")
     return arguments.resets(resets, shape, x.device), arguments.lengths(lengths, shape, x.device)
 
 
@@ -75,14 +97,14 @@ def groups(step: Any, x: Any, states: Any, weights: Sequence[Any], reversed: Any
     """Of reference.scan_groups, what each group's scan does not see."""
     _types(step, x, states, weights, rank=None)
     checks.integer("reversed", reversed, least=0)
-    w_hh = weights[1]
-    if w_hh.dim() not in (2, 3):
-        raise RuntimeError(f"w_hh must have 2 or 3 dimensions, got {w_hh.dim()}")
-    K, H = w_hh.shape[0] if w_hh.dim() == 3 else 1, w_hh.shape[-1]
-    for name, t in zip(NAMES, weights, strict=True):
-        rank = w_hh.dim() - name.startswith("b_")
-        if t is not None and (t.dim() != rank or (w_hh.dim() == 3 and t.shape[0] != K)):
-            raise RuntimeError(f"{name} must have {rank} dimensions, as w_hh has {w_hh.dim()}, got {list(t.shape)}")
+    name, of = ("w_ih", weights[0]) if weights[1] is None else ("w_hh", weights[1])
+    if of.dim() not in (2, 3):
+        raise RuntimeError(f"{name} must have 2 or 3 dimensions, got {of.dim()}")
+    K, H = of.shape[0] if of.dim() == 3 else 1, states[0].shape[-1] if states else 0
+    for other, t in zip(NAMES, weights, strict=True):
+        rank = of.dim() - other.startswith("b_")
+        if t is not None and (t.dim() != rank or (of.dim() == 3 and t.shape[0] != K)):
+            raise RuntimeError(f"{other} must have {rank} dimensions, as {name} has {of.dim()}, got {list(t.shape)}")
     if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[2] != K):
         raise RuntimeError(f"x must have shape (T, B, I) or (T, B, {K}, I), got {tuple(x.shape)}")
     expected = (K, x.shape[1], H)

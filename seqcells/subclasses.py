@@ -21,7 +21,7 @@ from typing import Any
 from torch import nn
 
 from . import layers
-from .cells import GRUCell, LSTMCell, RNNCell
+from .cell_modules import GRUCell, LSTMCell, RNNCell
 
 __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 

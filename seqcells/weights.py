@@ -9,35 +9,32 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import checks, layers
+from . import cell_modules, checks, modules, recurrent
+from .cell import Cell, get
 
-PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-_LAYERS: dict[str, tuple[type[nn.Module], ...]] = {
-    "lstm": (layers.LSTM, nn.LSTM),
-    "gru": (layers.GRU, nn.GRU),
-    "rnn": (layers.RNN, nn.RNN),
+# Of torch.nn's modules. seqcells' know their cell.
+_THEIRS: dict[type[nn.Module], str] = {
+    nn.LSTM: "lstm",
+    nn.GRU: "gru",
+    nn.RNN: "rnn_tanh",
+    nn.LSTMCell: "lstm",
+    nn.GRUCell: "gru",
+    nn.RNNCell: "rnn_tanh",
 }
-# seqcells' are subclasses of them.
-_CELLS: dict[str, tuple[type[nn.Module], ...]] = {
-    "lstm": (nn.LSTMCell,),
-    "gru": (nn.GRUCell,),
-    "rnn": (nn.RNNCell,),
-}
-# Gates in the order of the rows of torch.nn's weights.
-GATES = {"lstm": "ifgo", "gru": "rzn", "rnn": "n"}
 
 
-def kind(module: nn.Module, allowed: tuple[str, ...], caller: str) -> str:
-    """ "lstm", "gru" or "rnn", for layers and cells. TypeError for any other module, and for a kind not allowed."""
-    for name in allowed:
-        if isinstance(module, _LAYERS[name] + _CELLS[name]):
-            return name
-    names = " or ".join(f"{n}{cell}" for n in (a.upper() for a in allowed) for cell in ("", "Cell"))
-    raise checks.wrong(f"{caller}: module", f"an {names} of seqcells or torch.nn", module)
+def cell_of(module: nn.Module, caller: str, wanted: str) -> Cell:
+    """The cell of a recurrent module, seqcells' or torch.nn's. TypeError for any other; wanted: a module it takes."""
+    if isinstance(module, (recurrent.Recurrent, cell_modules.RecurrentCell)):
+        return module.cell
+    for theirs, name in _THEIRS.items():
+        if isinstance(module, theirs):
+            return get("rnn_relu" if getattr(module, "nonlinearity", "") == "relu" else name)
+    raise checks.wrong(f"{caller}: module", wanted, module)
 
 
 def is_cell(module: nn.Module) -> bool:
-    return any(isinstance(module, classes) for classes in _CELLS.values())
+    return isinstance(module, (cell_modules.RecurrentCell, nn.RNNCellBase))
 
 
 def suffix(module: nn.Module, layer: int, reverse: bool) -> str:
@@ -55,14 +52,14 @@ def suffix(module: nn.Module, layer: int, reverse: bool) -> str:
     return f"_l{layer}{'_reverse' if reverse else ''}"
 
 
-def shape(module: Any, part: str, layer: int = 0) -> tuple[int, ...]:
-    """Of weight_ih, weight_hh, bias_ih or bias_hh of that layer."""
-    cell = next(name for name in _LAYERS if isinstance(module, _LAYERS[name] + _CELLS[name]))
-    H, rows = module.hidden_size, len(GATES[cell]) * module.hidden_size
-    if part.startswith("bias"):
-        return (rows,)
-    below = module.input_size if not layer else (module.proj_size or H) * (2 if module.bidirectional else 1)
-    return (rows, below) if part == "weight_ih" else (rows, getattr(module, "proj_size", 0) or H)
+def shapes(module: Any, layer: int = 0) -> dict[str, tuple[int, ...]]:
+    """Of the parameters of that layer, by their names without suffix."""
+    if isinstance(module, (recurrent.Recurrent, cell_modules.RecurrentCell)):
+        return module._shapes(layer)
+    H, cell = module.hidden_size, cell_of(module, "", "")
+    outer = getattr(module, "proj_size", 0) or H
+    width = module.input_size if not layer else outer * (2 if module.bidirectional else 1)
+    return modules.shapes(cell, H, width, outer, bool(module.bias))
 
 
 def suffixes(module: nn.Module) -> Iterator[str]:

@@ -8,6 +8,7 @@ from wrong_values import B, H, I, T, randn
 
 import seqcells
 from seqcells import check, functional, init, interop, reference
+from seqcells.cell import named
 
 
 class Call:
@@ -54,19 +55,19 @@ def _weights(gates, *groups):
 
 def scan(random):
     cell = random.choice(CELLS)
-    spec = reference.get(cell)
-    states = tuple(randn(B, H) for _ in range(spec.states))
+    spec = named(cell)
+    states = tuple(randn(B, H) for _ in spec.states)
     given = {"cell": cell, "x": randn(T, B, I), "states": random.choice([states, states, None])}
-    return Call("functional.scan", functional.scan, given | _weights(spec.gates) | masks(random) | options(random))
+    return Call("functional.scan", functional.scan, given | _weights(spec.rows[1]) | masks(random) | options(random))
 
 
 def scan_groups(random):
     cell = random.choice(CELLS)
-    spec = reference.get(cell)
+    spec = named(cell)
     x = random.choice([randn(T, B, I), randn(T, B, 2, I)])
-    given = {"cell": cell, "x": x, "states": tuple(randn(2, B, H) for _ in range(spec.states))}
+    given = {"cell": cell, "x": x, "states": tuple(randn(2, B, H) for _ in spec.states)}
     given |= {"reverse": (False, random.choice([False, True]))}
-    given |= _weights(spec.gates, 2) | masks(random) | options(random)
+    given |= _weights(spec.rows[1], 2) | masks(random) | options(random)
     return Call("functional.scan_groups", functional.scan_groups, given)
 
 
@@ -242,7 +243,7 @@ def names(random):
         [
             Call("backend", enter, {"backend": "loop"}),
             Call("backends.parse", seqcells.backends.parse, {"backend": "triton:grid"}),
-            Call("reference.get", lambda cell: reference.get(cell), {"cell": "lstm"}),
+            Call("cell.named", lambda cell: named(cell), {"cell": "lstm"}),
             Call("functional.rnn_cell_name", functional.rnn_cell_name, {"nonlinearity": "tanh"}),
         ]
     )
@@ -250,8 +251,8 @@ def names(random):
 
 def specification(random):
     cell = random.choice(CELLS)
-    spec = reference.get(cell)
-    given = {"states": tuple(randn(B, H) for _ in range(spec.states))} | _weights(spec.gates)
+    spec = named(cell)
+    given = {"states": tuple(randn(B, H) for _ in spec.states)} | _weights(spec.rows[1])
     if random.random() < 0.4:
         return Call(
             f"reference.{cell}_cell",
@@ -259,7 +260,7 @@ def specification(random):
             {"x": randn(B, I)} | given,
         )
     which = random.choice(["scan_states", "scan_groups"])
-    given |= {"step": spec.step, "x": randn(T, B, I)} | masks(random)
+    given |= {"step": reference.step_of(cell), "x": randn(T, B, I)} | masks(random)
     if isinstance(given.get("lengths"), list):
         given["lengths"] = torch.tensor(given["lengths"])
     given |= {"reverse": True} if which == "scan_states" else {"reversed": 1}

@@ -15,7 +15,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import seqcells
-from seqcells import backends, check, fallback, functional, plain
+from seqcells import backends, check, dispatch, fallback, plain
 from seqcells.check import Shape
 from seqcells.kernels import scan, single
 
@@ -190,7 +190,7 @@ def test_cells(name, schedules, monkeypatch):
     cell = getattr(seqcells, name)(3, 4, dtype=torch.float64, device=DEVICE)
     exact = copy.deepcopy(cell)
     exact.backend = "reference"
-    monkeypatch.setattr(functional.ops, "one_launch", lambda *arguments: True)
+    monkeypatch.setattr(dispatch.ops, "one_launch", lambda *arguments: True)
     broken = Broken(monkeypatch, ERRORS["an old driver"], schedules)
     x = torch.randn(2, 3, dtype=torch.float64, device=DEVICE)
 
@@ -237,7 +237,7 @@ def test_what_the_kernels_cannot_do_at_all(monkeypatch):
     def refuse(*arguments, **options):
         raise ValueError("hidden size 4 is too large")
 
-    monkeypatch.setattr(functional.ops, "plan", refuse)
+    monkeypatch.setattr(dispatch.ops, "plan", refuse)
     found, said = told(trained, module, x)
     close(found, trained(exact, x))
     assert len(said) == 1 and "ValueError: hidden size 4 is too large" in said[0]

@@ -49,7 +49,7 @@ def scan_arguments(cell, shape, dtype=torch.float32, groups=1):
     declared = cells.get(cell)
     x, w_ih, w_hh, _, b_hh, *states = check.inputs(cell, shape, dtype, DEVICE)
     h0, c0 = states if len(states) == 2 else (states[0], None)
-    inner = b_hh[-declared.inner * shape.H :] if declared.inner else None
+    inner = b_hh[-len(declared.apart) * shape.H :] if declared.apart else None
     resets = torch.rand(shape.T, shape.B, generator=torch.Generator().manual_seed(0)) < 0.3
     gx = torch.stack([x @ w_ih.t()] * groups, 2)
     u, inner, h0, c0 = (None if t is None else torch.stack([t] * groups) for t in (w_hh, inner, h0, c0))
@@ -277,10 +277,10 @@ def test_tf32_operands_are_rounded_to_nearest(cell, schedule, H, monkeypatch):
     exact = check.run(cell, tensors, None, backend="reference")
     plain = reference.linear
 
-    def linear(v, w, b=None):
-        if w.shape[1] != H:
-            return plain(v, w, b)
-        return RoundedProduct.apply(v, w) + (0 if b is None else b)
+    def linear(v, weight, bias=None):
+        if weight.shape[1] != H:
+            return plain(v, weight, bias)
+        return RoundedProduct.apply(v, weight) + (0 if bias is None else bias)
 
     monkeypatch.setattr(reference, "linear", linear)
     rounded = check.run(cell, tensors, None, backend="reference")

@@ -176,7 +176,7 @@ def test_bad_input_raises_what_torch_raises(call, backend, monkeypatch):
     with pytest.raises(Exception) as theirs:
         layer_calls(torch.nn)[call]()
     launched = []
-    monkeypatch.setattr(seqcells.functional.autograd, "apply", lambda *a, **k: launched.append(a))
+    monkeypatch.setattr(seqcells.dispatch.autograd, "apply", lambda *a, **k: launched.append(a))
     with seqcells.backend(backend), pytest.raises(type(theirs.value)) as ours:
         layer_calls(seqcells)[call]()
     assert str(ours.value) == str(theirs.value)

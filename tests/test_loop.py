@@ -9,7 +9,8 @@ from shapes import CELLS, spread
 from torch.testing._internal.two_tensor import TwoTensor
 
 import seqcells
-from seqcells import functional, masks, reference
+from seqcells import functional, masks
+from seqcells.cell import named
 from seqcells.kernels.buffers import held, resets_of
 from seqcells.loop import steps
 from seqcells.loop.stretches import walk
@@ -77,11 +78,11 @@ def case(cell, kind, ways, bias=True, hx=True):
     def drawn(*shape):
         return torch.randn(*shape, dtype=torch.float64, generator=generator).to(DEVICE).requires_grad_()
 
-    K, spec = len(ways), reference.get(cell)
-    G = spec.gates
+    K, spec = len(ways), named(cell)
+    G = spec.rows[1]
     x, weights = drawn(T, B, I), [drawn(K, G * H, I), drawn(K, G * H, H)]
     weights += [drawn(K, G * H), drawn(K, G * H)] if bias else [None, None]
-    states = tuple(drawn(K, B, H) for _ in range(spec.states)) if hx else None
+    states = tuple(drawn(K, B, H) for _ in spec.states) if hx else None
     options = {"reverse": ways}
     if kind in ("resets", "both"):
         options["resets"] = (torch.rand(T, B, generator=generator) < 0.3).to(DEVICE)
@@ -247,7 +248,7 @@ def test_half_precision_sums_weight_gradients_of_many_pieces(cell, monkeypatch):
     """In float32: in bfloat16 the sum of many pieces loses what is small beside it."""
     monkeypatch.setattr(steps, "CHUNK", 64)
     torch.manual_seed(0)
-    G = reference.get(cell).gates
+    G = named(cell).rows[1]
     x, weights = torch.randn(1000, 32, 4), [torch.randn(G * 16, n) / 4 for n in (4, 16)] + [torch.zeros(G * 16)] * 2
     found = []
     for dtype in (torch.bfloat16, torch.float64):

@@ -12,7 +12,7 @@ from conftest import DEVICE
 from shapes import CELLS, SAVES
 
 import seqcells
-from seqcells import aten, autograd, backends, check, functional, masks, precisions, reference
+from seqcells import aten, autograd, backends, check, functional, masks, precisions, products
 from seqcells.check import Shape
 from seqcells.kernels import buffers
 
@@ -22,16 +22,16 @@ def op_arguments(engine, cell, save, groups=1, lengths=False, leaf=False):
     x, w_ih, w_hh, b_ih, b_hh, *states = check.inputs(cell, Shape(3, 2, 2, 4), torch.float64, DEVICE)
     w_ih, w_hh, b_ih, b_hh, *states = (torch.stack([t] * groups) for t in (w_ih, w_hh, b_ih, b_hh, *states))
     h0, c0 = states if len(states) == 2 else (states[0], None)
-    gx, bias = autograd.input_projection(reference.get(cell), x, w_ih, b_ih, b_hh)
+    gx, bias = products.input_projection(products.places(cell), x, w_ih, b_ih, b_hh, 4)
     reversed = groups - 1
     resets = torch.tensor([[0, 1], [1, 0], [0, 0]], dtype=torch.bool, device=DEVICE)
     mask = masks.encode(resets, torch.tensor([3, 2], device=DEVICE) if lengths else None, 3, reversed)
-    forward = (gx, w_hh, bias, h0, c0, mask, cell, save, reversed, "", "ieee")
+    forward = (gx, w_hh, bias, h0, c0, mask, cell, save, reversed, "", "ieee", None)
     y, c, saved, hn, cn = engine.forward(*forward)
     dcn = cn if c0 is not None else None
     dy = torch.ones_like(buffers.outputs(y, reversed))
-    backward = (dy, hn, dcn, None, w_hh, y, c, saved, mask, cell, reversed, "", "ieee")
-    recompute = (gx, w_hh, bias, y, c, mask, cell, reversed, "")
+    backward = (dy, hn, dcn, None, w_hh, y, c, saved, mask, cell, reversed, "", "ieee", None)
+    recompute = (gx, w_hh, bias, y, c, mask, cell, reversed, "", None)
     return tuple(
         tuple(t.requires_grad_() if leaf and isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in a)
         for a in (forward, backward, recompute)
@@ -266,7 +266,7 @@ def test_importing_seqcells_imports_no_triton_nor_a_compiler():
     )
     others, ours, name, used = result.stdout.splitlines()
     assert eval(others) == ["seqcells"], result.stderr
-    assert eval(ours) == [f"seqcells.kernels.{n}" for n in ("buffers", "plan", "plan_single", "registry")]
+    assert eval(ours) == [f"seqcells.kernels.{n}" for n in ("buffers", "devices", "form", "plan", "plan_single", "registry")]
     assert (name, used) == ("seqcells::scan_forward", "False")
 
 

@@ -150,7 +150,7 @@ BESIDE_TORCH = 1.1
 
 def rounded_everywhere(cell, x, states, weights):
     """The reference with every operation rounded: what is written by hand where torch.nn has no such cell."""
-    return reference.scan(reference.get(cell).step, x, states, *weights)
+    return reference.scan(reference.step_of(cell), x, states, *weights)
 
 
 def torch_nn(cell, x, states, weights):

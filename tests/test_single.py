@@ -11,6 +11,7 @@ from kinds import KINDS, arguments
 from test_kernels import Guards
 
 from seqcells import check, reference
+from seqcells.cell import named
 from seqcells.check import TOLERANCE, Shape
 from seqcells.kernels import cells, scan, single
 from seqcells.kernels.devices import INTERPRETER, KNOWN
@@ -60,13 +61,13 @@ def zeros(*size):
 
 def exact(name, tensors, weights):
     """The states after the step and the gradients of their weighted sum, by the reference in float64 on the CPU."""
-    spec = reference.get(name)
+    spec = named(name)
     leaves = [None if t is None else t.detach().cpu().double().clone().requires_grad_() for t in tensors]
     x, w_ih, w_hh, *biases, h0, c0 = leaves
-    given = [zeros(x.shape[0], w_hh.shape[1]) if s is None else s for s in (h0, c0)][: spec.states]
+    given = [zeros(x.shape[0], w_hh.shape[1]) if s is None else s for s in (h0, c0)][: len(spec.states)]
     wanted = [x, w_ih, w_hh, *(zeros(len(w_hh)) if b is None else b for b in biases)]
-    final = spec.step(x, tuple(given), w_ih, w_hh, *wanted[3:])
-    outer = [w.cpu().double() for w in weights[: spec.states]]
+    final = reference.step_of(name)(x, tuple(given), w_ih, w_hh, *wanted[3:])
+    outer = [w.cpu().double() for w in weights[: len(spec.states)]]
     return [s.detach() for s in final], torch.autograd.grad(final, [*wanted, *given], outer)
 
 

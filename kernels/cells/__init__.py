@@ -60,24 +60,6 @@ class Cell(Form):
         if problems:
             raise ValueError(f"cell {self.name!r}: {'; '.join(problems)}")
 
-    # What is left of an older form, for the modules that do not know the new one yet: plan, plan_single, single, report
-    # and some tests.
-
-    @property
-    def split(self) -> int:
-        """Products of level 1."""
-        return self.first_products
-
-    @property
-    def inner(self) -> int:
-        """Products that are apart."""
-        return len(self.apart)
-
-    @property
-    def first(self) -> int | None:
-        """Products of level 1; None without level 2."""
-        return self.first_products if self.level < len(self.operands) else None
-
 
 __all__ = ["Cell", "get", "names", "register"]
 

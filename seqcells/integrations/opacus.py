@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .. import cells, layers
+from .. import cell_modules, layers
 
-CELLS = (cells.LSTMCell, cells.GRUCell, cells.RNNCell)
+CELLS = (cell_modules.LSTMCell, cell_modules.GRUCell, cell_modules.RNNCell)
 CLASSES = (layers.LSTM, layers.GRU, layers.RNN, *CELLS)
 # Between a layer's backward and opacus' call of the sampler, which comes right from it.
 _FOUND: dict[nn.Module, dict[Tensor, Tensor]] = {}

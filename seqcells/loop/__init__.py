@@ -14,8 +14,8 @@ from __future__ import annotations
 from .. import batching
 from ..autograd import ENGINES, Engine
 from . import layer, operators
-from .cells import CELLS
+from .derived import get as part_of
 
-__all__ = ["CELLS"]
+__all__ = ["part_of"]
 ENGINES["loop"] = Engine(*operators.ALL, whole=layer.forward, whole_backward=layer.backward, exact=True)
 batching.register(*operators.ALL)

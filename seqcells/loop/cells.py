@@ -4,23 +4,35 @@ On the CPU a small step costs what its operations cost to call, so their number 
 columns of one buffer: one product fills all gates, one sigmoid or one multiplication serves neighbouring ones. What
 does not depend on a neighbouring step (`factors`) is done for many steps at once. The formulas are in kernels/cells.
 
-Rows are those of a `stretches.Walk`: each step has sizes[k] of them, a leading part of the step's before. In `kept`
-[rows, saved*H] are a cell's gates, in an order of its own. A cell's class says
+Rows are those of a `stretches.Walk`: each step has sizes[k] of them, a leading part of the step's before. A step forward
+works on a buffer x [rows, width*H]: the tiles of gx, and the products that are apart. A part of the engine, a class
+here or an object of `derived.Generated`, says
 
-    gates, states    the weights' rows in units of H; the number of states
-    saved            columns of kept in units of H; 0: the gate is the output itself, and its product is formed there
-    wide             columns of the gates' gradients in units of H, in kept's order
-    turned           whether the input's product begins with the last gate
-    order            which gates of kept are the kernels' saved tiles, in their order
-    forth(u), back_again(u)    the recurrent weights [G*H, H] as activate and walk want them, and as back wants them
-    activate(kept, h, u)    the gates of any number of rows at once: kept has the input's product
-    walk(sizes, kept, h, c, y, cs, u, spare)    steps, one after another: y and cs (all c) are filled. The last h and c
-    factors(p, kept, h, c, y, after)    fills p with what each gate's gradient is of the gradient of h (or c, or the
-                     second operand), from h and c before and y and c after; gives what else back wants of these rows
+    gates, states, params    as `kernels.form.Form`
+    saved            columns of what is kept for backward, in units of H
+    width            columns of x in units of H; 0: the gate is the output itself, and its product is formed there
+    direct           whether x is what is kept, all of it
+    columns, apart   the columns in x of gx's tiles, and of the products apart
+    empty            columns of x that begin with zero
+    order            which columns of what is kept are the kernels' saved tiles, in their order
+    operands         how many are no state
+    wide             columns of p, the gradients, in units of H
+    grads, apart_grads, param_grads    the columns in p of gx's tiles and of the products apart; the first parameter's
+    rows             the products, in the order in which `products` gives their rows of the weights
+    spares, spares_back    tensors [rows of a step, H] to work in
+    forth(u), back_again(u)    the recurrent weights [products*H, H] as activate and walk want them, and as back does
+    keep(into, x, H)    copies from x what is kept, where not direct
+    activate(x, h, c, u)    the gates of any number of rows at once, in place
+    walk(sizes, x, h, c, y, cs, u, spare)    steps, one after another: y and cs (all c) are filled. The last h and c
+    factors(p, kept, h, c, y, after, params)    fills p with what each gate's gradient is of a gradient that back knows,
+                     from h and c before and y and c after; gives what else back wants of these rows
     back(sizes, p, kept, others, dh, dc, dcs, below, u, spare)    steps back: p becomes the gates' gradients; the
                      gradient of the step before is added to below[k]; dc is that of c, dcs what each step adds to it
-    products(p, others, h)    pairs (gates' gradients, operand) whose products are the recurrent weights' gradient,
+    products(p, others, h, c)    pairs (gates' gradients, operand) whose products are the recurrent weights' gradient,
                      one part of its rows after another
+    stored(others)    the operands that are no state
+
+c are all states but the first, side by side. u, but in forth and back_again, has the parameters' vectors behind.
 """
 
 from __future__ import annotations
@@ -45,16 +57,22 @@ def last_first(t: Tensor, H: int) -> Tensor:
     return torch.cat([t[-H:], t[:-H]])
 
 
-def first_last(t: Tensor, H: int) -> Tensor:
-    """Undoes `last_first`."""
-    return torch.cat([t[H:], t[:H]])
+class Tuned:
+    """What the cells here have in common: all of x is kept, and p has the same columns."""
+
+    params, operands, direct, empty, apart, spares, spares_back = 0, 0, True, (), (), 1, 1
+
+    @staticmethod
+    def stored(others: Operands) -> Operands:
+        return ()
 
 
-class LSTM:
-    """kept: o i f g. The three sigmoids are neighbours, and so are the three gates that reach c."""
+class LSTM(Tuned):
+    """x: o i f g. The three sigmoids are neighbours, and so are the three gates that reach c."""
 
-    gates, states, saved, wide, turned = 4, 2, 4, 4, True
-    order = (1, 2, 3, 0)
+    gates, states, saved, width, wide, param_grads = 4, 2, 4, 4, 4, 4
+    order = columns = grads = (1, 2, 3, 0)
+    apart_grads, rows = (), (3, 0, 1, 2)
 
     @staticmethod
     def forth(u: Tensor) -> Operands:
@@ -65,7 +83,7 @@ class LSTM:
         return (last_first(u, u.shape[1]),)
 
     @staticmethod
-    def activate(kept: Tensor, h: Tensor, u: Operands) -> None:
+    def activate(kept: Tensor, h: Tensor, c: Any, u: Operands) -> None:
         H = h.shape[1]
         kept.addmm_(h, u[0])
         kept[:, : 3 * H].sigmoid_()
@@ -77,7 +95,7 @@ class LSTM:
         each = (kept, kept[:, : 3 * y.shape[1]], *kept.chunk(4, 1), y, cs)
         for n, gates, opened, o, i, f, g, out, after in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
             if n != rows:
-                h, c, tc, rows = h[:n], c[:n], spare[:n], n
+                h, c, tc, rows = h[:n], c[:n], spare[0, :n], n
             gates.addmm_(h, operand)
             opened.sigmoid_()
             g.tanh_()
@@ -87,7 +105,7 @@ class LSTM:
         return h, c
 
     @staticmethod
-    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any) -> Operands:
+    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         (o, i, f, g), (of_o, of_i, of_f, of_g) = kept.chunk(4, 1), p.chunk(4, 1)
         tc = torch.tanh(after)
         _sigmoid_backward(tc, o, grad_input=of_o)
@@ -118,16 +136,16 @@ class LSTM:
             of_c.mul_(f)
 
     @staticmethod
-    def products(p: Tensor, others: Operands, h: Tensor) -> list[tuple[Tensor, Tensor]]:
-        H = h.shape[1]
-        return [(p[:, H:], h), (p[:, :H], h)]
+    def products(p: Tensor, others: Operands, h: Tensor, c: Any) -> list[tuple[Tensor, Tensor]]:
+        return [(p, h)]
 
 
-class GRU:
-    """kept: n r z q, q the inner product: the input's product goes to n r z, and the recurrent one to r z q."""
+class GRU(Tuned):
+    """x: n r z q, q the inner product: the input's product goes to n r z, and the recurrent one to r z q."""
 
-    gates, states, saved, wide, turned = 3, 1, 4, 4, True
-    order = (1, 2, 0, 3)
+    gates, states, saved, width, wide, param_grads = 3, 1, 4, 4, 4, 4
+    order, columns, grads = (1, 2, 0, 3), (1, 2, 0), (1, 2, 0)
+    apart, apart_grads, rows = (3,), (3,), (0, 1, 2)
 
     @staticmethod
     def forth(u: Tensor) -> Operands:
@@ -138,7 +156,7 @@ class GRU:
         return (u,)
 
     @staticmethod
-    def activate(kept: Tensor, h: Tensor, u: Operands) -> None:
+    def activate(kept: Tensor, h: Tensor, c: Any, u: Operands) -> None:
         H = h.shape[1]
         kept[:, H:].addmm_(h, u[0])
         kept[:, H : 3 * H].sigmoid_()
@@ -158,7 +176,7 @@ class GRU:
         return h, c
 
     @staticmethod
-    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any) -> Operands:
+    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         (n, r, z, q), (of_n, of_r, of_z, of_q) = kept.chunk(4, 1), p.chunk(4, 1)
         _tanh_backward(1 - z, n, grad_input=of_n)
         torch.mul(of_n, r, out=of_q)
@@ -171,7 +189,7 @@ class GRU:
         sizes: Sizes, p: Tensor, kept: Tensor, others: Operands, dh: Operands, dc: Any, dcs: Any, below: Operands,
         u: Operands, spare: Tensor,
     ) -> None:  # fmt: skip
-        (operand,), H = u, spare.shape[1]
+        (operand,), H = u, spare.shape[2]
         each = (p[:, H:], p.unflatten(1, (4, H)), kept[:, 2 * H : 3 * H])
         steps = list(zip(*(by_step(t, sizes) for t in each), dh, below, strict=True))
         for gates, every, z, d, under in reversed(steps):
@@ -179,15 +197,16 @@ class GRU:
             under.addcmul_(d, z).addmm_(gates, operand)
 
     @staticmethod
-    def products(p: Tensor, others: Operands, h: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def products(p: Tensor, others: Operands, h: Tensor, c: Any) -> list[tuple[Tensor, Tensor]]:
         return [(p[:, h.shape[1] :], h)]
 
 
-class GRUBefore:
-    """kept: r z n. The sigmoids are neighbours, and so are the gates that the gradient of h reaches first."""
+class GRUBefore(Tuned):
+    """x: r z n. The sigmoids are neighbours, and so are the gates that the gradient of h reaches first."""
 
-    gates, states, saved, wide, turned = 3, 1, 3, 3, False
-    order = (0, 1, 2)
+    gates, states, saved, width, wide, param_grads = 3, 1, 3, 3, 3, 3
+    order = columns = grads = rows = (0, 1, 2)
+    apart_grads, operands = (), 1
 
     @staticmethod
     def forth(u: Tensor) -> Operands:
@@ -198,7 +217,7 @@ class GRUBefore:
         return u.split((2 * u.shape[1], u.shape[1]))
 
     @staticmethod
-    def activate(kept: Tensor, h: Tensor, u: Operands) -> None:
+    def activate(kept: Tensor, h: Tensor, c: Any, u: Operands) -> None:
         H = h.shape[1]
         kept[:, : 2 * H].addmm_(h, u[0]).sigmoid_()
         kept[:, 2 * H :].addmm_(kept[:, :H] * h, u[1]).tanh_()
@@ -209,14 +228,14 @@ class GRUBefore:
         each = (kept[:, : 2 * y.shape[1]], *kept.chunk(3, 1), y)
         for m, opened, r, z, n, out in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
             if m != rows:
-                h, of_h, rows = h[:m], spare[:m], m
+                h, of_h, rows = h[:m], spare[0, :m], m
             opened.addmm_(h, first).sigmoid_()
             n.addmm_(torch.mul(r, h, out=of_h), last).tanh_()
             h = torch.lerp(n, h, z, out=out)
         return h, c
 
     @staticmethod
-    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any) -> Operands:
+    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         (r, z, n), (of_r, of_z, of_n) = kept.chunk(3, 1), p.chunk(3, 1)
         _tanh_backward(1 - z, n, grad_input=of_n)
         _sigmoid_backward(h - n, z, grad_input=of_z)
@@ -228,29 +247,34 @@ class GRUBefore:
         sizes: Sizes, p: Tensor, kept: Tensor, others: Operands, dh: Operands, dc: Any, dcs: Any, below: Operands,
         u: Operands, spare: Tensor,
     ) -> None:  # fmt: skip
-        (first, last), H = u, spare.shape[1]
+        (first, last), H = u, spare.shape[2]
         r, z = kept[:, : 2 * H].chunk(2, 1)
         each = (p[:, : 2 * H], p[:, H:].unflatten(1, (2, H)), p[:, :H], p[:, 2 * H :], r, z)
         steps = list(zip(sizes, *(by_step(t, sizes) for t in each), dh, below, strict=True))
         rows = -1
         for m, opened, of_h, of_r, of_n, r, z, d, under in reversed(steps):
             if m != rows:
-                of_second, rows = spare[:m], m
+                of_second, rows = spare[0, :m], m
             of_h.mul_(d[:, None])
             torch.mm(of_n, last, out=of_second)
             of_r.mul_(of_second)
             under.addcmul_(d, z).addcmul_(of_second, r).addmm_(opened, first)
 
     @staticmethod
-    def products(p: Tensor, others: Operands, h: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def products(p: Tensor, others: Operands, h: Tensor, c: Any) -> list[tuple[Tensor, Tensor]]:
         H = h.shape[1]
         return [(p[:, : 2 * H], h), (p[:, 2 * H :], others[0])]
 
+    @staticmethod
+    def stored(others: Operands) -> Operands:
+        return others[:1]
 
-class Tanh:
-    """kept: nothing, y says it all."""
 
-    gates, states, saved, wide, turned = 1, 1, 0, 1, False
+class Tanh(Tuned):
+    """x: nothing, y says it all."""
+
+    gates, states, saved, width, wide, param_grads = 1, 1, 0, 0, 1, 1
+    order, columns, grads, apart_grads, rows = (), (0,), (0,), (), (0,)
     bend = torch.tanh_
 
     @staticmethod
@@ -271,7 +295,7 @@ class Tanh:
         return h, c
 
     @staticmethod
-    def factors(p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any) -> Operands:
+    def factors(p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         torch.addcmul(torch.ones((), dtype=y.dtype, device=y.device), y, y, value=-1, out=p)
         return ()
 
@@ -285,7 +309,7 @@ class Tanh:
             under.addmm_(gate.mul_(d), operand)
 
     @staticmethod
-    def products(p: Tensor, others: Operands, h: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def products(p: Tensor, others: Operands, h: Tensor, c: Any) -> list[tuple[Tensor, Tensor]]:
         return [(p, h)]
 
 
@@ -296,7 +320,7 @@ class Relu(Tanh):
     bend = torch.relu_
 
     @staticmethod
-    def factors(p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any) -> Operands:
+    def factors(p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         return (y,)
 
     @staticmethod

@@ -36,65 +36,96 @@ def _pieces(w: Walk, like: Tensor) -> tuple[list[list[tuple[int, int, int, int]]
     return found, max((b - a for of_batch in found for _, _, a, b in of_batch), default=0)
 
 
-def scan(
-    part: Any, w: Walk, u: Tensor, fill: Fill, inner: Tensor | None, y: Tensor, c: Tensor | None, kept: Tensor | None
-) -> None:
-    """Fills y and c (None: a cell without) [head+N, H], in whose head are the starts, and kept [N, saved*H], if any.
+def widths(part: Any) -> tuple[int, ...]:
+    """In units of H: of the first state, and of all others side by side, if there are."""
+    return (1, part.states - 1)[: 2 if part.states > 1 else 1]
 
-    part: see `cells`. u [G*H, H], in what is computed in. fill: the input's product with every bias that only adds,
-    [., G*H], the last gate first if part.turned. inner: the bias of the inner gate [H].
+
+def scan(
+    part: Any,
+    w: Walk,
+    u: Tensor,
+    params: Sequence[Tensor],
+    fill: Fill,
+    bias: Tensor | None,
+    y: Tensor,
+    c: Tensor | None,
+    kept: Tensor | None,
+) -> None:
+    """Fills y and c (None: a cell of one state) [head+N, .], in whose head are the starts, and kept [N, saved*H], if
+    any.
+
+    part: see `cells`. u [products*H, H], params [H] each, in what is computed in. fill: gx with every bias that only
+    adds, into part.columns of H. bias: of the products apart [., H].
     """
-    (pieces, largest), operands, H = _pieces(w, y), part.forth(u), u.shape[1]
+    (pieces, largest), H = _pieces(w, y), y.shape[1]
+    operands = [*part.forth(u), *params]
     rounded = y.dtype != u.dtype
-    spare = u.new_empty(max(w.sizes, default=0), H)
-    scratch = u.new_empty(largest, part.saved * H) if kept is None or rounded else kept
-    exact = [None if s is None or not rounded else u.new_empty(largest, H) for s in (y, c)]
+    spare = u.new_empty(part.spares, max(w.sizes, default=0), H)
+    own = rounded or kept is None or not part.direct  # a buffer for x, for one piece after another
+    scratch = u.new_empty(largest, part.width * H) if own or kept is None else kept
+    exact = [None if s is None or not rounded else u.new_empty(largest, s.shape[1]) for s in (y, c)]
     for (_, _, i, j), of_batch in zip(w.batches, pieces, strict=True):
         h, c_now = (None if s is None else w.starts(s, i, j).to(u.dtype) for s in (y, c))
         for begin, end, a, b in of_batch:
-            mine = scratch[: b - a] if kept is None or rounded else kept[a:b]
+            x = scratch[: b - a] if own else scratch[a:b]
             rows = [None if s is None else s[w.head + a : w.head + b] for s in (y, c)]
             outs, cs = (r if e is None else e[: b - a] for r, e in zip(rows, exact, strict=True))
-            before_step(part, mine if part.saved else outs, fill, inner, a, b, u.shape[0])
-            h, c_now = part.walk(w.sizes[begin:end], mine, h, c_now, outs, cs, operands, spare)
+            before_step(part, x if part.width else outs, fill, bias, a, b, H)
+            h, c_now = part.walk(w.sizes[begin:end], x, h, c_now, outs, cs, operands, spare)
             if rounded:
-                rows += [None if kept is None else kept[a:b]]
-                for into, t in zip(rows, (outs, cs, mine), strict=True):
+                for into, t in zip(rows, (outs, cs), strict=True):
                     if into is not None and t is not None:
                         into.copy_(t)
                 # The next piece is written over them.
                 h, c_now = (None if s is None else s.clone() for s in (h, c_now))
+            if kept is not None and own:
+                keep(part, kept[a:b], x, H)
 
 
-def before_step(part: Any, kept: Any, fill: Fill, inner: Tensor | None, a: int, b: int, GH: int) -> None:
-    """What kept's rows a to b have before the recurrent product is added."""
-    fill(kept[:, :GH], a, b)
-    if part.saved > part.gates:
-        kept[:, GH:] = 0 if inner is None else inner
+def keep(part: Any, into: Tensor, x: Tensor, H: int) -> None:
+    """Copies what is kept of x."""
+    if part.direct:
+        into.copy_(x)
+    else:
+        part.keep(into, x, H)
+
+
+def before_step(part: Any, x: Any, fill: Fill, bias: Tensor | None, a: int, b: int, H: int) -> None:
+    """What x's rows a to b have before a recurrent product is added."""
+    fill(x, a, b)
+    for n, column in enumerate(part.apart):
+        x[:, column * H : (column + 1) * H] = 0 if bias is None else bias[n]
+    for column in part.empty:
+        x[:, column * H : (column + 1) * H] = 0
 
 
 def scan_back(
     part: Any,
     w: Walk,
     u: Tensor,
+    params: Sequence[Tensor],
     states: Callable[[int, int], tuple[Any, ...]],
     of_rows: Sequence[Fill | None],
     of_finals: Sequence[Tensor | None],
-    emit: Callable[[int, int, Tensor, Any, Tensor], None],
+    emit: Callable[[int, int, Tensor, Any, Tensor, Any], None],
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the given starts h0 and c0 [B, H] (of a cell with one state, the second means nothing).
+    """The gradients of the given starts h0 [B, H] and c0 [B, (states-1)*H] (of a cell with one state, the second means
+    nothing).
 
-    u as in `scan`; so is what is given to emit, and what is given back.
-    states: (h, c before, y, c after, kept) of rows a to b. of_rows: fill in the gradients of outputs and of cell
-    states; None: zero. of_finals: those of the final states [B, H]. emit: is given rows a to b, their gates' gradients,
-    `others` (see `cells`) and their h before.
+    u, params as in `scan`; of their dtype is what is given to emit, and what is given back.
+    states: (h, c before, y, c after, kept) of rows a to b. of_rows: fill in the gradients of outputs and of the other
+    states; None: zero. of_finals: those of the final states. emit: is given rows a to b, their gates' gradients,
+    `others` (see `cells`), and their h and c before.
     """
-    (pieces, largest), operands, H = _pieces(w, u), part.back_again(u), u.shape[1]
+    (pieces, largest), H = _pieces(w, u), u.shape[1]
+    operands = [*part.back_again(u), *params]
     (dy, dcs), (dhn, dcn) = of_rows, of_finals
-    p, dh, of_cells = (u.new_empty(largest, n * H) for n in (part.wide, 1, int(dcs is not None)))
-    carried, spare = u.new_zeros(w.stretches, H), u.new_empty(max(w.sizes, default=0), H)
-    ends = w.by_stretch(dhn, u) if dhn is not None else carried
-    dc = w.by_stretch(dcn, u) if part.states == 2 else carried
+    C = part.states - 1
+    p, dh, of_cells = (u.new_empty(largest, n * H) for n in (part.wide, 1, 0 if dcs is None else C))
+    carried, spare = u.new_zeros(w.stretches, H), u.new_empty(part.spares_back, max(w.sizes, default=0), H)
+    ends = w.by_stretch(dhn, carried) if dhn is not None else carried
+    dc = w.by_stretch(dcn, u.new_empty(0, C * H)) if C else carried
     for (_, last, i, j), of_batch in reversed(list(zip(w.batches, pieces, strict=True))):
         for begin, end, a, b in reversed(of_batch):
             sizes = w.sizes[begin:end]
@@ -119,8 +150,8 @@ def scan_back(
             found: list[Any] = [None if t is None else t.to(u.dtype) for t in states(a, b)]
             h, c, y, after, kept = found
             mine = p[: b - a]
-            others = part.factors(mine, kept, h, c, y, after)
+            others = part.factors(mine, kept, h, c, y, after, params)
             part.back(sizes, mine, kept, others, each, dc[i:j], added, below, operands, spare)
-            emit(a, b, mine, others, h)
+            emit(a, b, mine, others, h, c)
     dh0 = w.by_sequence(carried, dhn)
-    return dh0, w.by_sequence(dc, dcn) if part.states == 2 else dh0
+    return dh0, w.by_sequence(dc, dcn) if C else dh0

@@ -1,6 +1,6 @@
-"""LSTMCell, GRUCell, RNNCell: torch.nn's modules of those names, with a choice of backend and of the GRU's form.
+"""RecurrentCell: one step of any cell; and LSTMCell, GRUCell, RNNCell, which are it under torch.nn's names.
 
-They are subclasses of torch.nn's cells, of which they take nothing.
+These are subclasses of torch.nn's cells, too, of which they take nothing.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from . import arguments, backends, checks, functional, modules, plain, reference
+from . import arguments, backends, checks, functional, layer_arguments, modules, plain
+from .cell import Cell, get
 
 # As torch's matrix product names dtypes in its errors.
 _NAMES = {
@@ -31,23 +32,83 @@ _NAMES = {
 }
 
 
-class _Cell(modules.Module, nn.RNNCellBase):
-    """One step. weight_ih [G*H, I], weight_hh [G*H, H], bias_ih and bias_hh [G*H], all U(-1/sqrt(H), 1/sqrt(H))."""
+class RecurrentCell(modules.Module):
+    """Apply one step of any cell.
 
-    cell: str
-    bias_ih: nn.Parameter | None  # type: ignore[assignment]
-    bias_hh: nn.Parameter | None  # type: ignore[assignment]
+    It is to :class:`seqcells.Recurrent` what :class:`torch.nn.LSTMCell` is to :class:`torch.nn.LSTM`. LSTMCell, GRUCell
+    and RNNCell are subclasses under torch.nn's names.
+
+    Args:
+        cell: The cell, one that :func:`seqcells.cell` made, or its name.
+        input_size: I, the number of features in the input.
+        hidden_size: H, the number of features in each state.
+        bias: If ``False``, there are no ``bias_ih`` and ``bias_hh``. Default: ``True``
+        device: The device of the parameters. Default: ``None``, torch's
+        dtype: The dtype of the parameters. Default: ``None``, torch's
+        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, what
+            :func:`seqcells.backend` says, else "auto"
+        precision: How the kernels multiply in float32: "ieee", "tf32" or "tf32x3", see
+            :func:`seqcells.functional.scan`. Default: ``None``, by PyTorch's switches for its own RNNs
+        constants: The cell's constants by name, where they are not to have the values of its definition.
+
+    Inputs and outputs are described at :meth:`forward`.
+
+    Attributes:
+        weight_ih: The input weights, [Gx*H, I], of the Gx gates whose x the cell reads, in the order of its ``gates``.
+        weight_hh: The recurrent weights, [Gu*H, H], of the Gu gates whose U it uses; none if there is none.
+        bias_ih, bias_hh: The biases of those gates that have one.
+        [name]: The cell's parameter of that name, [H]; a scalar [1].
+
+    All are drawn from U(-1/sqrt(H), 1/sqrt(H)).
+
+    Raises:
+        TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell does, for arguments of a wrong type or value; so for
+            an unknown cell, for a constant that it has not, and for a parameter with a name that modules have.
+
+    Example::
+
+        >>> @seqcells.cell(gates="z", states="h c", inputs="a")
+        ... def gated(x, U, h, c, a):
+        ...     c = c + a * torch.tanh(x.z + U.z(h))
+        ...     return torch.tanh(c), c
+        >>> cell = seqcells.RecurrentCell(gated, 10, 20)
+        >>> h, c = cell(torch.randn(3, 10), a=torch.rand(3))
+        >>> h, c = cell(torch.randn(3, 10), (h, c), a=torch.rand(3))
+        >>> c.shape
+        torch.Size([3, 20])
+    """
+
+    cell: Cell
+    _hx: str = "state"  # the name of forward's argument
 
     def __init__(
         self,
+        cell: Cell | str,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str | None = None,
+        precision: str | None = None,
+        **constants: float,
+    ) -> None:
+        found = modules.cell_of(cell, constants)
+        self._set_up(found, input_size, hidden_size, bias, device, dtype, backend, precision)
+
+    def _set_up(
+        self,
+        cell: Cell,
         input_size: int,
         hidden_size: int,
         bias: bool,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
-        backend: str | None = None,
-        precision: str | None = None,
+        device: Device,
+        dtype: torch.dtype | None,
+        backend: str | None,
+        precision: str | None,
     ) -> None:
+        """What constructors have in common."""
         nn.Module.__init__(self)
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             checks.integer(name, size, bools=True)
@@ -57,19 +118,33 @@ class _Cell(modules.Module, nn.RNNCellBase):
             checks.boolean("bias", bias)
         checks.device(device, optional=True)
         checks.dtype(dtype, optional=True)
-        arguments.options(backend, precision, cell=self.cell)
+        arguments.options(backend, precision, cell=cell.key)
+        self.cell = cell
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.bias = bias
         self.backend = backend
         self.precision = precision
-        rows = reference.get(self.cell).gates * hidden_size
-        place: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.weight_ih = nn.Parameter(torch.empty(rows, input_size, **place))
-        self.weight_hh = nn.Parameter(torch.empty(rows, hidden_size, **place))
-        self.register_parameter("bias_ih", nn.Parameter(torch.empty(rows, **place)) if bias else None)
-        self.register_parameter("bias_hh", nn.Parameter(torch.empty(rows, **place)) if bias else None)
+        shapes = self._shapes()
+        if taken := [name for name in cell.params if hasattr(self, name)]:
+            raise ValueError(
+                f"cell {cell.name}: its parameter {taken[0]!r} has a name that modules have: give it another"
+            )
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        if not bias and self._hx == "hx":  # as torch.nn's
+            self.register_parameter("bias_ih", None)
+            self.register_parameter("bias_hh", None)
         self.reset_parameters()
+
+    def _shapes(self, layer: int = 0) -> dict[str, tuple[int, ...]]:
+        """Of each parameter."""
+        return modules.shapes(self.cell, self.hidden_size, self.input_size, self.hidden_size, bool(self.bias))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        nn.Module.__setstate__(self, state)
+        # Modules pickled by earlier versions have the name of their cell, LSTMCells not even that.
+        self.__dict__["cell"] = get(self.__dict__.get("cell", "lstm"))
 
     def reset_parameters(self) -> None:
         bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
@@ -87,32 +162,72 @@ class _Cell(modules.Module, nn.RNNCellBase):
         for name in ("backend", "precision"):
             if getattr(self, name) is not None:
                 text += f", {name}={getattr(self, name)!r}"
-        return text
+        return text if self._hx == "hx" else modules.with_cell(self.cell, text)
 
-    def _check(self, input: Any, states: Any) -> None:
+    def forward(self, x: Tensor, state: Tensor | tuple[Tensor, ...] | None = None, **inputs: Tensor) -> Any:
+        """Run one step.
+
+        Args:
+            x: [B, I], or [I] without a batch.
+            state: The states before the step, a tuple of one [B, H] for each, or, of a cell with one state, that
+                tensor; [H] without a batch. Default: ``None``, zeros
+            inputs: The cell's per-step inputs, all of them, by name: [B], one value for all units, or [B, H]; without a
+                batch [], or [H].
+
+        Returns:
+            The states after the step, as the argument; of a cell with ``outputs`` a tuple of the output and that.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell does, for types, shapes, dtypes and devices that
+                do not fit.
+        """
+        known = type(x) is Tensor and not inputs and (state is None or type(state) in (Tensor, tuple))
+        if not known and (call := self._traced(x, state, **inputs)) is not None:
+            return call
+        names = self.cell.states
+        if len(names) > 1 and state is not None and not isinstance(state, (tuple, list)):
+            raise checks.wrong("state", f"a tuple of {len(names)} tensors ({', '.join(names)}) or None", state)
+        states: Any = (state,) if len(names) == 1 and state is not None else state
+        shown = ("state",) if len(names) == 1 else tuple(f"state[{i}]" for i in range(len(names)))
+        try:
+            y, found = self._step(x, states, shown, inputs)
+        except checks.FAILURES as error:
+            raise checks.clearer(error, self._check, x, states, inputs) from None
+        after = found[0] if len(names) == 1 else found
+        return (y, after) if self.cell.outputs else after
+
+    def _check(self, x: Any, states: Any, inputs: dict[str, Any] | None = None) -> None:
         """Raise what is wrong with a call beside what `_step` sees itself."""
-        rows = reference.get(self.cell).gates * self.hidden_size
-        shapes: dict[str, tuple[int, ...]] = {"weight_ih": (rows, self.input_size)}
-        shapes |= {"weight_hh": (rows, self.hidden_size)}
-        arguments.step(self, shapes | ({"bias_ih": (rows,), "bias_hh": (rows,)} if self.bias else {}), input, states)
+        layer_arguments.step(self, x, states, inputs or {}, self._shapes())
 
-    def _step(self, input: Tensor, states: tuple[Tensor, ...] | None, names: tuple[str, ...]) -> tuple[Tensor, ...]:
-        kind, rank = type(self).__name__, input.dim()
+    def _step(
+        self,
+        x: Tensor,
+        states: tuple[Tensor, ...] | None,
+        names: tuple[str, ...],
+        inputs: dict[str, Tensor] | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """The output and the states after a step. names: of the states, in errors."""
+        kind, rank = type(self).__name__, x.dim()
         if rank not in (1, 2):
             raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {rank}D instead")
         if states is not None and len(states) != len(names):
-            raise TypeError(f"{kind}: expected hx to be {len(names)} tensors, got {len(states)}")
+            raise TypeError(f"{kind}: expected {self._hx} to be {len(names)} tensors, got {len(states)}")
         for name, s in zip(names, states or (), strict=False):
             if s.dim() not in (1, 2):
                 raise ValueError(f"{kind}: Expected {name} to be 1D or 2D, got {s.dim()}D instead")
-        batched = rank == 2
-        x = input if batched else input[None]
-        if states is not None and not batched:
-            states = tuple(s[None] for s in states)
+        batched, more = rank == 2, inputs or {}
+        if more or self.cell.inputs:
+            self._check(x, states, more)
+        if not batched:
+            x, more = x[None], {name: t[None] for name, t in more.items()}
+            states = None if states is None else tuple(s[None] for s in states)
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
-        weights = self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh
-        dtype = weights[0].dtype
+        ih, hh, b_ih, b_hh = self.cell.rows
+        weights = self.weight_ih if ih else None, self.weight_hh if hh else None
+        weights += (self.bias_ih if b_ih else None, self.bias_hh if b_hh else None) if self.bias else (None, None)
+        dtype = next((w.dtype for w in weights if w is not None), x.dtype)
         for t in (x, *(states or ())):
             if t.dtype != dtype and not backends.autocasting(x.device):
                 got = f"{_NAMES.get(t.dtype, t.dtype)} and {_NAMES.get(dtype, dtype)}"
@@ -124,18 +239,23 @@ class _Cell(modules.Module, nn.RNNCellBase):
                 raise RuntimeError(
                     f"hidden{i} has inconsistent hidden_size: got {s.shape[1]}, expected {self.hidden_size}"
                 )
-        final = plain.step(self.cell, x, states, weights, self.backend)
+        final = plain.step(self.cell.key, x, states, weights, self.backend)
         if final is None:
             how = functional.How(backend=self.backend, precision=self.precision, one_step=True)
-            _, final, _ = functional.run(self.cell, x[None], states, [weights], how)
+            vectors = [{name: getattr(self, name) for name in self.cell.params}]
+            now = {name: t[None] for name, t in more.items()}
+            y, final, _ = functional.run(self.cell, x[None], states, [weights], how, params=vectors, inputs=now)
             # [1, B, H] from those without an operator for one step; copied, since no view can be detached in place.
             final = tuple(s[0].clone() if s.dim() == 3 else s for s in final)
-        elif not final[0].is_cpu:  # x is: torch's own step takes weights on the meta device, too
-            self._check(x, states)
-        return final if batched else tuple(s[0] for s in final)
+            y = y[0].clone() if self.cell.outputs else final[0]
+        else:
+            y = final[0]
+            if not y.is_cpu:  # x is: torch's own step takes weights on the meta device, too
+                self._check(x, states)
+        return (y, final) if batched else (y[0], tuple(s[0] for s in final))
 
 
-class LSTMCell(_Cell, nn.LSTMCell):
+class LSTMCell(RecurrentCell, nn.LSTMCell):
     """Apply one step of a long short-term memory (LSTM) cell.
 
     It is :class:`torch.nn.LSTMCell` with the same arguments, parameters and results, and with ``backend`` and
@@ -175,7 +295,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
         torch.Size([3, 20])
     """
 
-    cell = "lstm"
+    _hx = "hx"
 
     def __init__(
         self,
@@ -188,9 +308,11 @@ class LSTMCell(_Cell, nn.LSTMCell):
         backend: str | None = None,
         precision: str | None = None,
     ) -> None:
-        super().__init__(input_size, hidden_size, bias, device, dtype, backend, precision)
+        self._set_up(get("lstm"), input_size, hidden_size, bias, device, dtype, backend, precision)
 
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # torch.nn's names of the arguments
+        self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run one step.
 
         Args:
@@ -212,7 +334,7 @@ class LSTMCell(_Cell, nn.LSTMCell):
             raise TypeError(f"LSTMCell: expected hx to be a tuple of two tensors (h, c), got {checks.kind(hx)}")
         # Whether an argument is to blame is asked after a failure: before each step it would cost.
         try:
-            h, c = self._step(input, hx, ("hx[0]", "hx[1]"))
+            h, c = self._step(input, hx, ("hx[0]", "hx[1]"))[1]
         except checks.FAILURES as error:
             raise checks.clearer(error, self._check, input, hx) from None
         return h, c
@@ -222,10 +344,12 @@ class LSTMCell(_Cell, nn.LSTMCell):
         def __call__(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]: ...
 
 
-class _OneState(_Cell):
-    """A cell whose only state is its output."""
+class _OneState(RecurrentCell):
+    """GRUCell and RNNCell: a cell whose only state is its output."""
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+    _hx = "hx"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # type: ignore[override]
         """Run one step.
 
         Args:
@@ -244,7 +368,7 @@ class _OneState(_Cell):
             return call  # type: ignore[return-value]
         states = None if hx is None else (hx,)
         try:
-            return self._step(input, states, ("hidden",))[0]
+            return self._step(input, states, ("hidden",))[0]  # the output, which is the state
         except checks.FAILURES as error:
             raise checks.clearer(error, self._check, input, states) from None
 
@@ -309,8 +433,8 @@ class GRUCell(_OneState, nn.GRUCell):
         precision: str | None = None,
     ) -> None:
         checks.boolean("reset_after", reset_after)
-        self.cell = "gru" if reset_after else "gru_before"
-        super().__init__(input_size, hidden_size, bias, device, dtype, backend, precision)
+        definition = get("gru" if reset_after else "gru_before")
+        self._set_up(definition, input_size, hidden_size, bias, device, dtype, backend, precision)
         self.reset_after = reset_after
 
 
@@ -363,6 +487,6 @@ class RNNCell(_OneState, nn.RNNCell):
         backend: str | None = None,
         precision: str | None = None,
     ) -> None:
-        self.cell = functional.rnn_cell_name(nonlinearity)
-        super().__init__(input_size, hidden_size, bias, device, dtype, backend, precision)
+        definition = get(functional.rnn_cell_name(nonlinearity))
+        self._set_up(definition, input_size, hidden_size, bias, device, dtype, backend, precision)
         self.nonlinearity = nonlinearity

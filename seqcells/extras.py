@@ -1,0 +1,84 @@
+"""What some cells take beside x, states and weights: trained vectors and inputs of each step, by name.
+
+What is wrong with them, and all of them side by side in one tensor, as `autograd` takes them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import checks
+
+
+def params(cell: Any, groups: Sequence[Any] | None, x: Tensor, H: int) -> Tensor | None:
+    """The trained vectors of each group [K, P*H] in the cell's order; of one group [P*H]; None: the cell has none.
+
+    groups: for each a mapping from names to tensors [H], scalars [1]. TypeError, ValueError or RuntimeError for what
+    does not fit.
+    """
+    if groups is None and not cell.params:
+        return None
+    every = []
+    for given in groups or (None,):
+        found = []
+        for name, t in _by_name("params", cell.params, given, cell.key).items():
+            size = 1 if name in cell.scalars else H
+            if t.shape != (size,):
+                raise RuntimeError(f"params[{name!r}] must have shape ({size},), got {tuple(t.shape)}")
+            _fit(f"params[{name!r}]", t, x)
+            found.append(t.expand(H) if size < H else t)
+        if found:
+            every.append(found[0] if len(found) == 1 else torch.cat(found))
+    if not every:
+        return None
+    return every[0] if len(every) == 1 else torch.stack(every)
+
+
+def inputs(cell: Any, given: Any, x: Tensor, H: int, past: Tensor | None) -> Tensor | None:
+    """The inputs of each step [T, B, N*H] in the cell's order, of a mapping from names to tensors [T, B] or [T, B, H];
+    None: the cell has none. past: where padding is [T, B], which may hold anything and is zero here.
+
+    TypeError, ValueError or RuntimeError for what does not fit.
+    """
+    if given is None and not cell.inputs:
+        return None
+    found, shape = [], tuple(x.shape[:2])
+    for name, t in _by_name("inputs", cell.inputs, given, cell.key).items():
+        if tuple(t.shape) not in (shape, (*shape, H)):
+            raise RuntimeError(f"inputs[{name!r}] must have shape {shape} or {(*shape, H)}, got {tuple(t.shape)}")
+        _fit(f"inputs[{name!r}]", t, x)
+        t = t if t.dim() == 3 else t[..., None]
+        if past is not None:
+            t = t.masked_fill(past[..., None], 0)
+        found.append(t.expand(*shape, H))
+    if not found:
+        return None
+    return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+
+def _fit(name: str, t: Tensor, x: Tensor) -> None:
+    if t.dtype != x.dtype:
+        raise RuntimeError(f"{name} must be of the dtype of x, {x.dtype}, got {t.dtype}")
+    if t.device != x.device:
+        raise RuntimeError(f"{name} must be on the device of x, {x.device}, got {t.device}")
+
+
+def _by_name(argument: str, names: Sequence[str], given: Any, cell: str) -> dict[str, Tensor]:
+    """The tensors of those names, in their order."""
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping):
+        raise checks.wrong(argument, "a mapping from names to tensors or None", given)
+    expected = f"{argument} of {cell} must be {', '.join(names) if names else 'None, for it has none'}"
+    for name in names:
+        if name not in given:
+            raise ValueError(f"{expected}: {name} is missing")
+        checks.tensor(f"{argument}[{name!r}]", given[name])
+    for name in given:
+        if name not in names:
+            raise ValueError(f"{expected}: got {name!r}")
+    return {name: given[name] for name in names}

@@ -1,0 +1,316 @@
+"""What a call of a layer or of one step must be given, in torch.nn's words where those are its; see `arguments`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import backends, checks
+from .arguments import dtypes_differ, lengths, readable, resets, together
+
+
+def layer(
+    module: Any,
+    layers: Sequence[Sequence[dict[str, Tensor]]],
+    x: Any,
+    state: Any,
+    resets_: Any,
+    lengths_: Any,
+    states: Any,
+    inputs: dict[str, Any],
+) -> tuple[Tensor | PackedSequence | None, Tensor | None]:
+    """A Recurrent's call. layers: the parameters of each of its layers' directions. Its resets and lengths as tensors,
+    resets packed if they came packed."""
+    checks.boolean("return_cell_states" if _as_torch(module) else "return_states", states)
+    found: Any = None
+    if isinstance(x, PackedSequence):
+        given, masked = _packed(module, layers, x, state, resets_, lengths_)
+        more = _inputs(module, inputs, x, len(x.batch_sizes), packed_batch(x, given))
+        x = x.data
+    else:
+        given, masked, found = _padded(module, layers, x, state, resets_, lengths_)
+        more = _inputs(module, inputs, x)
+    if len(module.cell.states) > 1 and _as_torch(module):
+        if isinstance(state, Tensor):
+            raise checks.wrong("hx", _PAIR, state)
+        if state is not None and len(state) > 2:
+            raise RuntimeError("lstm expects two hidden states")
+    if not x.is_floating_point():
+        raise TypeError(f"input must be of a floating point dtype, got {x.dtype}")
+    if not torch._C._is_any_autocast_enabled():
+        together(x, given, [t for directions in layers for of in directions for t in of.values()])
+    for name, t in more.items():
+        if t.device != x.device or (t.dtype != x.dtype and not torch._C._is_any_autocast_enabled()):
+            raise RuntimeError(f"{name} must be {x.dtype} on {x.device}, as x is, got {t.dtype} on {t.device}")
+    return masked, found
+
+
+def _as_torch(module: Any) -> bool:
+    """Whether it has torch.nn's names, and so its words."""
+    return module._hx == "hx"  # type: ignore[no-any-return]
+
+
+_PAIR = "a tuple of two tensors (h_0, c_0) or None"
+
+
+def _padded(
+    module: Any, layers: Sequence[Any], x: Any, state: Any, resets_: Any, lengths_: Any
+) -> tuple[Sequence[Tensor], Tensor | None, Tensor | None]:
+    """Of an input that is not packed. The states, resets and lengths."""
+    checks.tensor("input" if _as_torch(module) else "x", x, expected="a tensor or a PackedSequence")
+    kind, rank = type(module).__name__, x.dim()
+    if rank not in (2, 3):
+        tensor = " tensor" if kind == "RNN" else ""
+        raise ValueError(f"{kind}: Expected input to be 2D or 3D, got {rank}D{tensor} instead")
+    states = _hidden(module, state, rank)
+    masked = resets(resets_, x.shape[:-1], x.device)
+    if rank == 2:
+        steps, batch = x.shape[0], 1
+        states = [s[:, None] for s in states]
+        if lengths_ is not None:
+            raise ValueError("lengths cannot be given for unbatched 2-D input")
+    else:
+        steps, batch = x.shape[1::-1] if module.batch_first else x.shape[:2]
+    found = lengths(lengths_, (steps, batch), x.device, anywhere=True)
+    _fit_module(module, layers[0][0], x, states, batch)
+    if steps == 0:
+        raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    return states, masked, found
+
+
+def _hidden(module: Any, given: Any, rank: int | None) -> Sequence[Tensor]:
+    """The states in the argument hx or state: one tensor, or several; of that rank, if one is given."""
+    if given is None:
+        return ()
+    name, names = module._hx, module.cell.states
+    shape = "batched 3-D" if rank == 3 else "unbatched 2-D"
+    if len(names) == 1:
+        checks.tensor(name, given, expected="a tensor or None")
+        if rank is not None and given.dim() != rank:
+            raise RuntimeError(f"For {shape} input, {name} should also be {rank}-D but got {given.dim()}-D tensor")
+        return (given,)
+    if _as_torch(module):
+        # torch.nn takes a tensor's rows until it looks at the type; so says what it says of their ranks and sizes.
+        parts = given if isinstance(given, (tuple, list)) or (isinstance(given, Tensor) and given.dim()) else ()
+        expected, called = _PAIR, "hx and cx"
+        fits = len(parts) >= 2
+    else:
+        parts, fits = given, isinstance(given, (tuple, list)) and len(given) == len(names)
+        expected, called = f"a tuple of {len(names)} tensors ({', '.join(names)}) or None", "each state"
+    if not fits:
+        raise checks.wrong(name, expected, given)
+    found = tuple(parts[i] for i in range(len(names)))
+    for i, s in enumerate(found):
+        checks.tensor(f"{name}[{i}]", s)
+    if rank is not None and any(s.dim() != rank for s in found):
+        got = f"({', '.join(f'{s.dim()}-D' for s in found)}) tensors"
+        raise RuntimeError(f"For {shape} input, {called} should also be {rank}-D but got {got}")
+    return found
+
+
+def _fit_module(
+    module: Any,
+    weights: dict[str, Tensor],
+    x: Tensor,
+    states: Sequence[Tensor],
+    batch: int,
+    rank: int | None = None,
+    more: bool = False,
+) -> None:
+    """What torch.nn checks before it runs. x [..., I], of that rank if one is given.
+
+    states [layers * directions, B, .], or of more sequences, if `more`.
+    """
+    dtype = next(iter(weights.values())).dtype
+    if x.dtype != dtype and not torch._C._is_any_autocast_enabled():
+        raise ValueError(dtypes_differ(x.dtype, dtype))
+    if rank is not None and x.dim() != rank:
+        raise RuntimeError(f"input must have {rank} dimensions, got {x.dim()}")
+    if x.shape[-1] != module.input_size:
+        raise RuntimeError(
+            f"input.size(-1) must be equal to input_size. Expected {module.input_size}, got {x.shape[-1]}"
+        )
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    for i, s in enumerate(states):
+        expected = (rows, batch, module.hidden_size if i else module.proj_size or module.hidden_size)
+        shape = list(s.shape)
+        if more and s.dim() > 1:
+            shape[1] = min(shape[1], batch)
+        if tuple(shape) != expected:
+            name = "hidden" if _as_torch(module) else "state"
+            name += f"[{i}]" if len(module.cell.states) > 1 else ""
+            raise RuntimeError(f"Expected {name} size {expected}, got {shape}")
+
+
+def named(what: str, given: dict[str, Any], names: Sequence[str], cell: str) -> None:
+    """TypeError where the per-step inputs of a call are not those of the cell."""
+    missing, unknown = [n for n in names if n not in given], [n for n in given if n not in names]
+    if missing or unknown:
+        takes = f"the per-step inputs {', '.join(names)}" if names else "no per-step inputs"
+        wrong_ = [f"missing {', '.join(missing)}"] * bool(missing) + [f"unknown {', '.join(unknown)}"] * bool(unknown)
+        raise TypeError(f"this {what} of cell {cell} takes {takes}, by name: {', '.join(wrong_)}")
+
+
+def _inputs(
+    module: Any, given: dict[str, Any], x: Tensor | PackedSequence, steps: int = 0, batch: int = 0
+) -> dict[str, Tensor]:
+    """The tensors among a call's per-step inputs, whose shapes are right. steps, batch: of a packed x."""
+    named(type(module).__name__, given, module.cell.inputs, module.cell.name)
+    found: dict[str, Tensor] = {}
+    for name, value in given.items():
+        H, of_x = module.hidden_size, x if isinstance(x, Tensor) else None
+        if of_x is not None:
+            checks.tensor(name, value)
+            shape, found[name] = tuple(of_x.shape[:-1]), value
+        elif isinstance(value, PackedSequence):
+            packed(name, value)
+            _rows(name, value)
+            _same_order(x, value, name)  # type: ignore[arg-type]
+            shape, found[name] = (x.data.shape[0],), value.data
+        else:
+            checks.tensor(name, value, expected="a tensor or a PackedSequence")
+            shape, found[name] = (batch, steps) if module.batch_first else (steps, batch), value
+        if tuple(found[name].shape) not in (shape, (*shape, H)):
+            raise RuntimeError(f"Expected {name} size {shape} or {(*shape, H)}, got {list(found[name].shape)}")
+    return found
+
+
+# Packed sequences
+
+
+def _packed(
+    module: Any, layers: Sequence[Any], x: PackedSequence, state: Any, resets_: Any, lengths_: Any
+) -> tuple[Sequence[Tensor], Tensor | PackedSequence | None]:
+    """Of a packed input. The states, and resets."""
+    if lengths_ is not None:
+        raise ValueError("lengths cannot be given with a PackedSequence, which has its own")
+    packed("input" if _as_torch(module) else "x", x)
+    data, batch_sizes, order, _ = x
+    states = _hidden(module, state, None)
+    batch = packed_batch(x, states)
+    # Of states that are put in order, as in torch.nn, there may be more.
+    _fit_module(module, layers[0][0], data, states, batch, rank=2, more=order is not None)
+    _rows("input" if _as_torch(module) else "x", x)
+    if isinstance(resets_, PackedSequence):
+        packed("resets", resets_)
+        _rows("resets", resets_)
+        _same_order(x, resets_)
+        flags: Any = resets(resets_.data, data.shape[:1], data.device)
+        return states, resets_._replace(data=flags)
+    steps = batch_sizes.shape[0]
+    return states, resets(resets_, (batch, steps) if module.batch_first else (steps, batch), data.device)
+
+
+def packed_batch(input: PackedSequence, states: Sequence[Tensor]) -> int:
+    """The sequences in a PackedSequence."""
+    if input.sorted_indices is not None:
+        return input.sorted_indices.shape[0]
+    if torch.compiler.is_compiling() and len(states) and states[0].dim() == 3:
+        return states[0].shape[1]  # without a value that a compiler could not know
+    return int(input.batch_sizes[0])
+
+
+def well_packed(given: PackedSequence) -> bool:
+    """Whether a PackedSequence on the CPU is as torch makes it. What is not, `packed` and `_rows` say, more slowly."""
+    data, sizes, order, back = given
+    for t in (sizes, order, back):
+        if t is not None and (type(t) is not Tensor or t.dtype is not torch.int64 or t.dim() != 1 or not t.is_cpu):
+            return False
+    values = sizes.tolist()
+    if not values or values[-1] < 1 or values != sorted(values, reverse=True) or sum(values) != data.shape[0]:
+        return False
+    if order is None or back is None:
+        return order is back
+    there, again, each = order.tolist(), back.tolist(), list(range(values[0]))
+    return len(there) == len(each) and sorted(again) == each and [there[i] for i in again] == each
+
+
+def packed(name: str, given: PackedSequence) -> None:
+    """A PackedSequence that somebody may have made by hand."""
+    data, sizes, order, back = given
+    checks.tensor(f"{name}.data", data)
+    checks.tensor(f"{name}.batch_sizes", sizes)
+    if sizes.dtype != torch.int64 or sizes.dim() != 1 or sizes.device.type != "cpu":
+        got = f"one of {sizes.dtype} with {sizes.dim()} dimensions on {sizes.device}"
+        raise RuntimeError(f"{name}.batch_sizes must be a tensor of int64 [T] on the CPU, got {got}")
+    if sizes.shape[0] == 0:
+        raise RuntimeError(f"Expected sequence length to be larger than 0 in RNN, got {name}.batch_sizes without any")
+    values = sizes.tolist() if readable(sizes) else None
+    if values is not None and (values[-1] < 1 or values != sorted(values, reverse=True)):
+        raise RuntimeError(f"{name}.batch_sizes must be greater than zero and never grow, got {_few(values)}")
+    _packed_indices(name, order, back, None if values is None else values[0], data.device)
+
+
+def _rows(name: str, given: PackedSequence) -> None:
+    """RuntimeError where a PackedSequence has not the rows that its batch_sizes say."""
+    count = given.data.shape[0] if given.data.dim() else 0
+    if readable(given.batch_sizes) and (expected := sum(given.batch_sizes.tolist())) != count:
+        raise RuntimeError(f"{name}.data must have the {expected} rows of {name}.batch_sizes, got {count}")
+
+
+def _packed_indices(name: str, order: Any, back: Any, batch: int | None, device: torch.device) -> None:
+    """sorted_indices and unsorted_indices: none, or a permutation and its inverse."""
+    if order is None and back is None:
+        return
+    for field, of in (("sorted_indices", order), ("unsorted_indices", back)):
+        checks.tensor(f"{name}.{field}", of, expected="a tensor, as the other one is,")
+        if of.dtype not in (torch.int64, torch.int32) or of.dim() != 1 or (batch is not None and len(of) != batch):
+            size = "B" if batch is None else batch
+            got = f"one of {of.dtype} {list(of.shape)}"
+            raise RuntimeError(f"{name}.{field} must be a tensor of int64 [{size}], got {got}")
+        if of.device != device:
+            raise RuntimeError(f"{name}.{field} must be on the device of {name}.data, {device}, got {of.device}")
+    if not readable(order, back):
+        return
+    there, again = order.tolist(), back.tolist()
+    each = list(range(len(there)))
+    if sorted(there) != each:
+        raise ValueError(f"{name}.sorted_indices must be a permutation of the sequences, got {_few(there)}")
+    if sorted(again) != each or [there[i] for i in again] != each:
+        raise ValueError(f"{name}.unsorted_indices must undo {name}.sorted_indices, got {_few(again)}")
+
+
+def _same_order(input: PackedSequence, given: PackedSequence, name: str = "resets") -> None:
+    """RuntimeError where packed resets, or per-step inputs, are not packed as the input is."""
+    if backends.traced():
+        return
+    if not torch.equal(given.batch_sizes, input.batch_sizes):
+        raise RuntimeError(f"{name} must have the input's batch_sizes")
+    ours, theirs = given.sorted_indices, input.sorted_indices
+    if ours is theirs:
+        return
+    same = (torch.arange(len(a), device=a.device) for a in (ours, theirs) if a is not None)
+    ours, theirs = (next(same) if a is None else a for a in (ours, theirs))
+    if ours.device != theirs.device or not torch.equal(ours, theirs):
+        raise RuntimeError(f"{name} must be in the input's order: their sorted_indices differ")
+
+
+def _few(values: list[int]) -> str:
+    """A list in a message, cut short."""
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"
+
+
+# Cells
+
+
+def step(
+    module: Any, x: Any, states: Sequence[Any] | None, inputs: dict[str, Any], weights: dict[str, tuple[int, ...]]
+) -> None:
+    """A RecurrentCell's call: what it does not ask at each step, since only a failure makes it worth asking.
+
+    weights: the shapes of the parameters, by name. Other shapes are the module's own to check.
+    """
+    checks.tensor("input" if _as_torch(module) else "x", x)
+    for i, s in enumerate(states or ()):
+        checks.tensor(f"{module._hx}[{i}]" if len(module.cell.states) > 1 else module._hx, s)
+    more = _inputs(module, inputs, x)
+    parameters = [checks.parameter(module, name, shape) for name, shape in weights.items()]
+    together(x, (*(states or ()), *more.values()), parameters, dtypes=False)
+    first = next(iter(weights))
+    for name, t in zip((*weights, *more), (*parameters, *more.values()), strict=True):
+        if t.dtype != parameters[0].dtype and not torch._C._is_any_autocast_enabled():
+            raise RuntimeError(f"{name} must be of the dtype of {first}, {parameters[0].dtype}, got {t.dtype}")

@@ -1,0 +1,245 @@
+"""Values of a derived step as torch operations that write where their result is wanted: the lines of a function.
+
+What is printed is straight-line code. A value that is wanted nowhere in particular goes to a scratch tensor, which the
+next one takes over when it was used for the last time; three or four operations that torch has as one are one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ..derive.values import BOOLEAN, Value, ancestors, constant
+
+_NAMES = {"product": "mul", "times": "mul", "pair": "mul", "and": "logical_and", "or": "logical_or"}
+_NAMES |= {"not": "logical_not"}
+_SIGMOID, _TANH = "_sigmoid_backward", "_tanh_backward"  # of what a function of this package has in its namespace
+PRODUCTS = ("product", "times", "pair")
+SLOPES = {"sigmoid": "sigmoid_slope", "tanh": "tanh_slope"}  # of their results: s (1 - s) and 1 - t t, as values
+
+
+class Code:
+    """Lines, and what their values are called.
+
+    leaves: what is given, by name. wanted: each value as often as someone will `take` it. places: of values, tensors
+    to write them to. vectors: the leaves that are one vector for all rows; what depends on them alone is computed
+    apart, in `before`, which are lines to come first. like: a tensor of the dtype, for numbers that must be tensors.
+    hooks: what makes the lines that some leaves need, called once. together: of a function of one leaf, in the leaf's
+    place: (its values, their names, one name for all of their columns), for one operation.
+    """
+
+    def __init__(
+        self,
+        leaves: Mapping[Value, str],
+        wanted: Iterable[Value],
+        places: Mapping[Value, str] | None = None,
+        vectors: Iterable[Value] = (),
+        like: str = "y",
+        hooks: Mapping[Value, Callable[[], None]] | None = None,
+        together: Mapping[Value, tuple[list[Value], list[str], str]] | None = None,
+    ) -> None:
+        self.names, self.places, self.like = dict(leaves), dict(places or {}), like
+        self.hooks, self.together = dict(hooks or {}), dict(together or {})
+        self.lines: list[str] = []
+        self.before: list[str] = []
+        wanted = list(wanted)
+        order = ancestors(wanted, self.names)
+        self.uses = Counter(wanted)
+        self.uses.update(v for value in order if value not in self.names for v in value.inputs)
+        self.vectors = set(vectors)
+        self.free: list[str] = []
+        self.scratch: dict[Value, str] = {}
+        self.count = 0
+        self.numbers: dict[float, str] = {}
+        for value in order:
+            if value not in self.names and value.inputs and all(self._vector(v) for v in value.inputs):
+                self._hoist(value)
+
+    def _vector(self, value: Value) -> bool:
+        return value in self.vectors or constant(value) is not None
+
+    def _hoist(self, value: Value) -> None:
+        lines, self.lines = self.lines, self.before
+        name = f"w{len(self.before)}"
+        self.lines.append(f"{name} = {self._call(*self._parts(value, fused=False))}")
+        self.lines, self.names[value] = lines, name
+        self.vectors.add(value)
+
+    # --- what others ask for ------------------------------------------------------------------------------------------
+
+    def take(self, value: Value) -> str:
+        """The name of the value, for one use of it."""
+        name = self.name(value)
+        self.drop(value)
+        return name
+
+    def name(self, value: Value) -> str:
+        """The name of the value, whose lines are there then."""
+        if (x := constant(value)) is not None:
+            return self.number(x)
+        if value in self.hooks:
+            self.hooks.pop(value)()
+        if value not in self.names:
+            self.compute(value)
+        return self.names[value]
+
+    def drop(self, value: Value) -> None:
+        """One use less; after the last its scratch tensor is free."""
+        self.uses[value] -= 1
+        if self.uses[value] == 0 and value in self.scratch:
+            self.free.append(self.scratch.pop(value))
+
+    def fresh(self) -> str:
+        """A scratch tensor."""
+        if not self.free:
+            self.free.append(f"s{self.count}")
+            self.count += 1
+        return self.free.pop()
+
+    def number(self, x: float) -> str:
+        """A number as a tensor."""
+        return self.numbers.setdefault(x, f"k{len(self.numbers)}")
+
+    def constants(self) -> list[str]:
+        """The lines that make numbers tensors."""
+        return [f"{name} = {self.like}.new_full((), {_number(x)})" for x, name in self.numbers.items()]
+
+    def compute(self, value: Value) -> None:
+        """The lines of a value, at its place or in a scratch tensor."""
+        if value in self.together:
+            values, names, run = self.together[value]
+            for v in values:
+                self.name(v.inputs[0])
+                self.drop(v.inputs[0])
+            self.names.update(zip(values, names, strict=True))
+            self.lines.append(f"{self._function(value.op)}({run}, out={run})")
+            return
+        call, parts, extra = self._parts(value)
+        for part in parts:
+            if isinstance(part, Value):
+                self.name(part)
+        given = [self.names.get(p) if isinstance(p, Value) else p for p in parts]
+        for part in parts:
+            if isinstance(part, Value):
+                self.drop(part)
+        text = self._call(call, given, extra)
+        if value.op in BOOLEAN:
+            self.names[value] = f"b{value.index}"
+            self.lines.append(f"{self.names[value]} = {text}")
+            return
+        self.names[value] = place = self.places.get(value) or self.fresh()
+        if value not in self.places:
+            self.scratch[value] = place
+        self.lines.append(f"{text[:-1]}, {'grad_input' if call in (_SIGMOID, _TANH) else 'out'}={place})")
+
+    # --- an operation -------------------------------------------------------------------------------------------------
+
+    def _call(self, call: str, parts: list[Any], extra: str) -> str:
+        shown = [self.name(p) if isinstance(p, Value) else p if isinstance(p, str) else _number(p) for p in parts]
+        return f"{call}({', '.join(shown)}{extra})"
+
+    def single(self, value: Value, ops: tuple[str, ...]) -> bool:
+        """Whether nothing else wants it, so that it can be part of another operation."""
+        return value.op in ops and self.uses[value] == 1 and value not in self.names and value not in self.places
+
+    def _parts(self, value: Value, fused: bool = True) -> tuple[str, list[Any], str]:
+        """The function, its arguments (values, numbers, names), and more arguments as text."""
+        if fused and (found := self._fused(value)):
+            return found
+        op, args = value.op, value.args
+        numbers = [constant(a) if isinstance(a, Value) else a for a in args]
+        parts: list[Any] = [a if x is None else x for a, x in zip(args, numbers, strict=True)]
+        if op in ("sigmoid_slope", "tanh_slope"):
+            y = value.inputs[0]
+            first = y if op == "sigmoid_slope" else self.number(1.0)
+            found = [first, y, y]
+            self.uses[y] += found.count(y) - 1  # more often than the value itself says
+            return "torch.addcmul", found, ", value=-1"
+        if op == "where":
+            return "torch.where", [parts[0], *(self._tensor(p) for p in parts[1:])], ""
+        if len(parts) == 2 and not isinstance(parts[0], Value):
+            if op in ("add", *PRODUCTS):
+                parts.reverse()
+            else:
+                parts[0] = self._tensor(parts[0])
+        return self._function(op), parts, ""
+
+    @staticmethod
+    def _function(op: str) -> str:
+        name = _NAMES.get(op, op)
+        return f"torch.{name}" if hasattr(torch, name) else f"torch._C._nn.{name}"
+
+    def _tensor(self, part: Any) -> Any:
+        return part if isinstance(part, Value) else self.number(part)
+
+    def _fused(self, value: Value) -> tuple[str, list[Any], str] | None:
+        if value.op == "where":
+            condition, a, b = value.inputs
+            if condition.op == "lt" and constant(a) == 0 and condition.args == (b, a) and self.uses[condition] == 1:
+                for v in (condition, b):
+                    self.drop(v)
+                return "torch.clamp_min", [b, 0.0], ""
+        if value.op in PRODUCTS:
+            for a, b in (value.inputs, value.inputs[::-1]):
+                if self.single(b, ("sigmoid_slope", "tanh_slope")) and constant(a) is None:
+                    if a in self.vectors:
+                        continue
+                    self.drop(b)
+                    return (_SIGMOID if b.op == "sigmoid_slope" else _TANH), [a, b.inputs[0]], ""
+        if value.op not in ("add", "sub"):
+            return None
+        a, b = value.inputs
+        if value.op == "add" and (found := self._lerp(a, b)):
+            return found
+        for first, second, sign in ((a, b, 1 if value.op == "add" else -1), (b, a, 1)):
+            if (value.op == "sub" and first is b) or not self.single(second, PRODUCTS) or constant(first) is not None:
+                continue
+            x, y = second.inputs
+            if (n := constant(y)) is not None or (n := constant(x)) is not None:
+                self.drop(second)
+                other = x if constant(x) is None else y
+                return "torch.add", [first, other], f", alpha={_number(sign * n)}"
+            if first in self.vectors and x in self.vectors and y in self.vectors:
+                continue
+            self.drop(second)
+            return "torch.addcmul", [first, x, y], "" if sign == 1 else ", value=-1"
+        return None
+
+    def _lerp(self, a: Value, b: Value) -> tuple[str, list[Any], str] | None:
+        """f a + (1 - f) b, and b + f (a - b), if it is one of them."""
+        for first, second in ((a, b), (b, a)):
+            if not self.single(second, PRODUCTS) or constant(first) is not None:
+                continue
+            for weight, rest in (second.inputs, second.inputs[::-1]):
+                if constant(weight) is not None or constant(rest) is not None:
+                    continue
+                if self.single(rest, ("sub",)) and rest.inputs[1] is first and constant(rest.inputs[0]) is None:
+                    if self._full(first, rest.inputs[0], weight):
+                        for v in (second, rest, first):
+                            self.drop(v)
+                        return "torch.lerp", [first, rest.inputs[0], weight], ""
+            if not self.single(first, PRODUCTS):
+                continue
+            for other, end in (second.inputs, second.inputs[::-1]):
+                if other.op != "sub" or constant(other.inputs[0]) != 1 or constant(end) is not None:
+                    continue
+                weight = other.inputs[1]
+                starts = [v for v in first.inputs if v is not weight]
+                if len(starts) != 1 or constant(starts[0]) is not None or not self._full(end, starts[0], weight):
+                    continue
+                for v in (first, second, other):
+                    self.drop(v)
+                if self.uses[other] == 0 and other not in self.names:
+                    self.drop(weight)  # what nothing else computes now
+                return "torch.lerp", [end, starts[0], weight], ""
+        return None
+
+    def _full(self, *values: Value) -> bool:
+        return not any(v in self.vectors for v in values)
+
+
+def _number(x: float) -> str:
+    return repr(x) if x - x == 0 else f'float("{x}")'

@@ -1,0 +1,239 @@
+"""The products around a recurrence: the input's of all steps at once, the weights' gradients; and the kernels' order.
+
+A cell's weights and biases have blocks of H rows, by gate in the cell's order, for the gates that have one. The kernels
+know tiles of gx (the gates whose x is read, then the inputs of each step) and products (see `kernels.form`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from .cell import Cell, get
+from .kernels.buffers import previous_outputs
+from .kernels.form import Form, Segment
+
+Blocks = tuple[int, ...]  # -1 where there is none
+
+
+class Gemm(NamedTuple):
+    """Part of the gradient of U: products whose gradients lie in a row, and their operand.
+
+    state: the operand, before the step; -1: it is column operand of m. apart, column, width: of the gradients, in dhu
+    or else dgx.
+    """
+
+    state: int
+    operand: int
+    apart: bool
+    column: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a cell's blocks are. Fields alone, and no dataclasses in them, for torch.compile to follow.
+
+    states, saved: of its form.
+    output: whether the kernels' first state is an output that no step reads, and no user gives. inputs: of each step.
+    x: gates whose x is read. u: for each product its block of w_hh; w_hh: for each block of w_hh
+    its product.
+    Of biases: b_ih and b_hh: for each tile of gx the block that is added to it; several of b_hh where several products
+    add to one tile. product, apart: for each product, and each of those apart, its block of b_hh. of_b_ih: for each
+    block its tile of gx; of_b_hh: for each block its tile, or, of a product apart, its place in dhu, counted on from
+    the tiles.
+    """
+
+    states: int
+    saved: int
+    output: bool
+    inputs: int
+    x: int
+    u: Blocks
+    w_hh: Blocks
+    b_ih: Blocks
+    b_hh: tuple[Blocks, ...]
+    product: Blocks
+    apart: Blocks
+    of_b_ih: Blocks
+    of_b_hh: Blocks
+    gemms: tuple[Gemm, ...]
+
+
+_PLACES: dict[str, Places] = {}
+
+
+def places(key: str) -> Places:
+    """Of the cell of that key."""
+    if (found := _PLACES.get(key)) is None:
+        found = _PLACES[key] = _places(get(key))
+    return found
+
+
+# torch.compile asks while it traces, and traces no derivation: torch.compiler.assume_constant_result, which imports it.
+places._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _places(cell: Cell) -> Places:
+    form, biased = cell.form, cell.biased
+    of_x = [g for g in cell.x_gates if g in biased]
+    of_u = [g for g in cell.u_gates if g in biased]
+    gates = [cell.u_gates[n] for n in cell.order]  # of each product
+    block = {g: n for n, g in enumerate(of_u)}
+    layers: list[list[int]] = []
+    for tile, gate in zip(form.adds, gates, strict=True):
+        if tile >= 0 and gate in block:
+            free = next((layer for layer in layers if layer[tile] < 0), None)
+            if free is None:
+                layers.append(free := [-1] * form.gates)
+            free[tile] = block[gate]
+    there = [tile if tile >= 0 else form.gates + form.apart.index(n) for n, tile in enumerate(form.adds)]
+    return Places(
+        form.states,
+        form.saved,
+        bool(cell.outputs),
+        len(cell.inputs),
+        len(cell.x_gates),
+        cell.order,
+        tuple(cell.order.index(n) for n in range(len(cell.order))),
+        tuple(of_x.index(g) if g in of_x else -1 for g in cell.x_gates) + (-1,) * len(cell.inputs),
+        tuple(map(tuple, layers)),
+        tuple(block.get(g, -1) for g in gates),
+        tuple(block.get(gates[n], -1) for n in form.apart),
+        tuple(cell.x_gates.index(g) for g in of_x),
+        tuple(there[gates.index(g)] for g in of_u),
+        tuple(_gemm(form, s) for s in form.segments),
+    )
+
+
+def _gemm(form: Form, s: Segment) -> Gemm:
+    state = form.operands[s.operand].state
+    operand = form.stored.index(s.operand) if state is None else -1
+    return Gemm(-1 if state is None else state, operand, s.apart, s.column, s.count)
+
+
+def blocks(t: Tensor, which: Sequence[int], H: int, dim: int = -1) -> Tensor:
+    """Those blocks of H of t's axis, in that order; zeros where -1."""
+    if t.shape[dim] == len(which) * H and tuple(which) == tuple(range(len(which))):
+        return t
+    if not which:
+        return t.narrow(dim, 0, 0)
+    runs: list[list[int]] = []  # first, count
+    for n in which:
+        if runs and (n == runs[-1][0] + runs[-1][1] if n >= 0 else runs[-1][0] < 0):
+            runs[-1][1] += 1
+        else:
+            runs.append([n, 1])
+    shape = list(t.shape)
+    parts = []
+    for first, count in runs:
+        shape[dim] = count * H
+        parts.append(t.new_zeros(shape) if first < 0 else t.narrow(dim, first * H, count * H))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
+
+
+def hidden_size(at: Places, w_ih: Tensor, w_hh: Tensor | None, h0: Tensor | None, c0: Tensor | None) -> int:
+    """H, by the first of these that has it."""
+    if at.x:
+        return w_ih.shape[-2] // at.x
+    if w_hh is not None:
+        return w_hh.shape[-1]
+    assert h0 is not None or c0 is not None
+    return c0.shape[-1] // (at.states - 1) if h0 is None else h0.shape[-1]  # type: ignore[union-attr]
+
+
+def recurrent(at: Places, w_hh: Tensor | None, w_ih: Tensor, H: int) -> Tensor:
+    """The kernels' u [K, products*H, H] of w_hh [K, Gu*H, H]; w_ih [K, Gx*H, I] says what a cell without one lacks."""
+    return w_ih.new_empty(w_ih.shape[0], 0, H) if w_hh is None else blocks(w_hh, at.u, H, 1)
+
+
+def input_biases(at: Places, b_ih: Tensor | None, b_hh: Tensor | None, H: int) -> tuple[Tensor | None, Tensor | None]:
+    """Of biases [K, .] or [.]: the sum of what adds to the tiles of gx [., G*H], and what is apart [., apart*H]; None:
+    zero."""
+    adds = None if b_ih is None or not at.of_b_ih else blocks(b_ih, at.b_ih, H)
+    if b_hh is None or not at.of_b_hh:
+        return adds, None
+    for layer in at.b_hh:
+        more = blocks(b_hh, layer, H)
+        adds = more if adds is None else adds + more
+    return adds, blocks(b_hh, at.apart, H) if at.apart else None
+
+
+def step_biases(at: Places, b_ih: Tensor | None, b_hh: Tensor | None, H: int) -> tuple[Tensor | None, Tensor | None]:
+    """b_ih [Gx*H] by tile of gx, b_hh [products*H] by product, for a step in one launch."""
+    of_x = None if b_ih is None or not at.of_b_ih else blocks(b_ih, at.b_ih[: at.x], H)
+    return of_x, None if b_hh is None or not at.of_b_hh else blocks(b_hh, at.product, H)
+
+
+def input_projection(
+    at: Places, x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, H: int, inputs: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """gx [T, B, K, G*H] with every bias that only adds, by one GEMM; and b_hh of the products apart [K, apart*H].
+
+    x [T, B, I] for all groups, or [T, B, K, I]; w_ih [K, Gx*H, I]; inputs [T, B, N*H], the last tiles of all groups.
+    """
+    K, GH = w_ih.shape[:2]
+    bias, apart = input_biases(at, b_ih, b_hh, H)
+    own = bias if bias is None or inputs is None else bias[..., :GH]
+    if x.dim() == 3:
+        gx = linear(x, w_ih.reshape(K * GH, -1), None if own is None else own.reshape(-1)).unflatten(2, (K, GH))
+    else:
+        gx = torch.einsum("tbki,kgi->tbkg", x, w_ih)
+        gx = (gx if own is None else gx + own).contiguous()
+    if inputs is not None:
+        more = inputs[:, :, None].expand(-1, -1, K, -1)
+        if bias is not None and any(n >= 0 for layer in at.b_hh for n in layer[at.x :]):
+            more = more + bias[..., GH:]
+        gx = torch.cat([gx, more], 3)
+    return gx, apart
+
+
+def input_gradients(
+    at: Places, dgx: Tensor, x: Tensor, w_ih: Tensor, need: Sequence[bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of x, w_ih [K, Gx*H, I] and inputs [T, B, N*H]. need: of which."""
+    K, GH = w_ih.shape[:2]
+    dinputs = dgx[..., GH:].sum(2) if need[2] else None
+    if at.inputs:
+        dgx = dgx[..., :GH]
+    if x.dim() == 4:
+        dx = torch.einsum("tbkg,kgi->tbki", dgx, w_ih) if need[0] else None
+        return dx, torch.einsum("tbkg,tbki->kgi", dgx, x) if need[1] else None, dinputs
+    wide = dgx.reshape(*dgx.shape[:2], K * GH)
+    dx = wide @ w_ih.flatten(0, 1) if need[0] else None
+    return dx, wide.reshape(-1, K * GH).t() @ x.flatten(0, 1) if need[1] else None, dinputs
+
+
+def bias_gradients(at: Places, dgx: Tensor, dhu: Tensor, H: int) -> tuple[Tensor | None, Tensor | None]:
+    """Of b_ih and b_hh [K, .]; None where no gate has one."""
+    sums = every = dgx.sum((0, 1))
+    if at.apart:
+        every = torch.cat([sums, dhu.sum((0, 1))], 1)
+    db_ih = blocks(sums, at.of_b_ih, H) if at.of_b_ih else None
+    db_hh = blocks(every, at.of_b_hh, H) if at.of_b_hh else None
+    return db_ih, db_hh.clone() if db_hh is not None and db_hh is db_ih else db_hh
+
+
+def recurrent_gradient(
+    at: Places, dgx: Tensor, dhu: Tensor, m: Tensor, y: Tensor, c: Tensor, mask: Tensor | None, reversed: int, k: int
+) -> Tensor:
+    """[Gu*H, H] of group k: one GEMM a segment of the products (see kernels.form)."""
+    H = y.shape[3]
+    operands: dict[tuple[int, int], Tensor] = {}
+    parts = []
+    for state, operand, apart, column, width in at.gemms:
+        if (state, operand) not in operands:
+            if state < 0:
+                found = m[:, :, k, operand * H : (operand + 1) * H].reshape(-1, H)
+            else:
+                of = y if state == 0 else c.narrow(3, (state - 1) * H, H)
+                found = previous_outputs(of, mask, reversed, k).flatten(0, 1)
+            operands[state, operand] = found
+        d = (dhu if apart else dgx)[:, :, k].narrow(2, column * H, width * H)
+        parts.append(d.reshape(-1, width * H).t() @ operands[state, operand])
+    return blocks(torch.cat(parts) if len(parts) > 1 else parts[0], at.w_hh, H, 0)
