@@ -109,7 +109,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "progress": set(),
     "tasks": {"init", "layers", "training"},
     "suite": {"files", "progress", "tasks", "training"},
-    "integrations": {"cell_modules", "layers"},
+    "integrations": {"cell_modules", "layers", "recurrent"},
 }
 TOP = {"__init__", "__main__"}  # these may import anything
 
