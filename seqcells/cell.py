@@ -34,7 +34,7 @@ __all__ = ["Cell", "CellError", "cell"]
 T = TypeVar("T")
 _BY_KEY: dict[str, Cell] = {}
 _BY_NAME: dict[str, Cell] = {}  # the latest of each name
-_BUILT_IN = ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")  # names that layers of seqcells rely on
+BUILT_IN = ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")  # names that layers of seqcells rely on
 # What arguments of the step cannot be called, and why.
 _TAKEN = {
     **dict.fromkeys(("x", "U"), "the step's first two arguments are x and U"),
@@ -118,7 +118,9 @@ class Cell:
 
     @cached_property
     def _gates(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
-        """x_gates, u_gates and multiplies: by running the step once, for the derivation takes longer, and may fail.
+        """x_gates, u_gates, and of each of these the state it is multiplied with (-1: none).
+
+        By running the step once, for the derivation takes longer, and may fail.
 
         Where that does not go well the derivation says what is wrong.
         """
@@ -143,18 +145,30 @@ class Cell:
         return self._gates[1]
 
     @_Found
-    def multiplies(self) -> tuple[int, ...]:
-        """Of each of u_gates the state it is multiplied with; -1: something that the step computes."""
-        return self._gates[2]
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Neighbours among u_gates that are multiplied with the same state: that state (-1: something that the step
+        computes), the first of them, their number."""
+        found: list[tuple[int, int, int]] = []
+        for n, state in enumerate(self._gates[2]):
+            if found and found[-1][0] == state:
+                found[-1] = (state, found[-1][1], found[-1][2] + 1)
+            else:
+                found.append((state, n, 1))
+        return tuple(found)
 
     @_Found
     def problem(self) -> str:
         """Why no kernels can be derived from the step; "" where they can."""
         try:
-            self._derived
+            _ = self._derived
         except CellError as error:
             return str(error)
         return ""
+
+    @_Found
+    def operations(self) -> frozenset[str]:
+        """What is computed in the step and in its gradients, by `derive.values`' names; none if nothing is derived."""
+        return frozenset() if self.problem else self._derived.parts.operations
 
     @_Found
     def order(self) -> tuple[int, ...]:
@@ -339,7 +353,7 @@ def cell(
         if not isinstance(step, FunctionType):
             raise checks.wrong("step", "a function", step)
         name = step.__name__
-        own = name in _BUILT_IN and not step.__module__.startswith("seqcells.")
+        own = name in BUILT_IN and not step.__module__.startswith("seqcells.")
         if own or not name.isidentifier():
             reason = "is a cell of seqcells itself" if own else "is no name"
             raise ValueError(f"the step's name is the cell's, and {name!r} {reason}: give it another")
