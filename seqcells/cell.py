@@ -83,7 +83,7 @@ class Cell:
     name: what functions know it by. key: what operators and registries do; a cell defined again under the same name has
     another. gates, states, params, inputs: their names, in order. scalars: those params that are one number. constants:
     {name: number}. outputs: () or the name of a result that is the output in place of the first state. biased: the
-    gates that have biases. step: the function.
+    gates that have biases. step: the function. base: the cell that this one is, but for its constants.
 
     What is derived from the step (form, x_gates and the rest) is found when it is first wanted; that raises CellError
     for a step that no kernels can be derived from.
@@ -101,9 +101,9 @@ class Cell:
     biased: tuple[str, ...]
     step: FunctionType = field(repr=False)
     base: Cell | None = field(default=None, repr=False)  # with other constants
-    _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, repr=False)
+    _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, init=False, repr=False)
     # Each in a list of its own, empty until it is found: Dynamo reads no list before that.
-    _facts: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in _FACTS}, repr=False)
+    _facts: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in _FACTS}, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.step.__doc__)
