@@ -267,6 +267,8 @@ class _Problem:
             return "backward, float32 products without TF32 spill registers"  # found with the report
         if self.itemsize == 8 and self.device.capability >= 100:
             return "float64 products spill registers there"  # likewise
+        if max(operand.products for operand in self.cell.operands) > 8:
+            return "its tiles are tried for at most eight products of an operand"
         if self.device.capability == 0 and self.device is not INTERPRETER:
             return f"{self.device.name} has no cooperative launch here"
         if next(self._grids(), None) is None:
@@ -315,11 +317,16 @@ class _Problem:
 
     def _most_rows(self) -> int:
         """Rows of a `grid` program beyond which some target spills registers (found with the report)."""
+        many = self.tiles > 4 or len(self.cell.operands) > 2
         if self.itemsize == 8:
-            second = self.levels > 1 and not self.backward
-            return 16 if self.H <= 300 else 0 if second else 8
+            if many:
+                return 8 if self.H <= 128 else 0
+            several = len(self.cell.operands) > 1 and not self.backward
+            return 16 if self.H <= 300 else 0 if several else 8
         if self.itemsize > 2:
             return 32 if self.H <= 512 else 16 if self.H <= 768 else 0
+        if many:
+            return 32 if self.H <= 512 else 8 if self.H <= 768 else 0
         if self.H <= 512:
             heavy = self.backward or self.levels > 1
             return 32 if heavy and self.device.capability >= 100 else 64

@@ -79,6 +79,10 @@ class RecurrentCell(modules.Module):
     """
 
     cell: Cell
+    weight_ih: nn.Parameter
+    weight_hh: nn.Parameter
+    bias_ih: nn.Parameter | None
+    bias_hh: nn.Parameter | None
     _hx: str = "state"  # the name of forward's argument
 
     def __init__(
@@ -225,8 +229,8 @@ class RecurrentCell(modules.Module):
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
         ih, hh, b_ih, b_hh = self.cell.rows
-        weights = self.weight_ih if ih else None, self.weight_hh if hh else None
-        weights += (self.bias_ih if b_ih else None, self.bias_hh if b_hh else None) if self.bias else (None, None)
+        biases = (self.bias_ih if b_ih else None, self.bias_hh if b_hh else None) if self.bias else (None, None)
+        weights = (self.weight_ih if ih else None, self.weight_hh if hh else None, *biases)
         dtype = next((w.dtype for w in weights if w is not None), x.dtype)
         for t in (x, *(states or ())):
             if t.dtype != dtype and not backends.autocasting(x.device):

@@ -10,7 +10,7 @@ from walk import drawn as drawn_step
 
 import seqcells
 from seqcells import autograd, backends, functional, products
-from seqcells.check import TOLERANCE, relative
+from seqcells.testing import TOLERANCE, relative
 
 T, B, I, H = 4, 3, 2, 5  # noqa: E741
 ENGINES = ["loop", "triton:resident", "triton:grid", "triton:stepwise"]

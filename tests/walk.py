@@ -39,7 +39,7 @@ def functions(cell):
 
 def inputs(cell, T=4, B=3, I=2, H=5, scale=1.0):  # noqa: E741
     """x, states, w_ih, w_hh, b_ih, b_hh, params, per-step inputs: random, all with gradients."""
-    torch.manual_seed(sum(map(ord, cell.key)))
+    torch.manual_seed(sum(map(ord, cell.name)))
 
     def random(*shape, by=scale):
         return (torch.randn(*shape, dtype=torch.float64) * by).requires_grad_()
@@ -223,7 +223,7 @@ def drawn(seed):
     params = [f"p{n}" for n in range(random.choice([0, 0, 1, 2]))]
     inputs = [f"a{n}" for n in range(random.choice([0, 0, 1, 2]))]
     output = random.choice(["", "", "y"])
-    lines, level = [], {name: 0 for name in (*states, *params, *inputs)}
+    lines, level = [], dict.fromkeys((*states, *params, *inputs), 0)
     unary = ("sigmoid({})", "tanh({})", "relu({})", "F.silu({})", "exp(-{} * {})", "F.softplus({})", "0.5 * {}", "-{}")
     binary = (
         "{} + {}",
