@@ -118,7 +118,9 @@ class Cell:
 
     @cached_property
     def _gates(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
-        """x_gates, u_gates and multiplies: by running the step once, for the derivation takes longer, and may fail.
+        """x_gates, u_gates, and of each of these the state it is multiplied with (-1: none).
+
+        By running the step once, for the derivation takes longer, and may fail.
 
         Where that does not go well the derivation says what is wrong.
         """
@@ -143,15 +145,22 @@ class Cell:
         return self._gates[1]
 
     @_Found
-    def multiplies(self) -> tuple[int, ...]:
-        """Of each of u_gates the state it is multiplied with; -1: something that the step computes."""
-        return self._gates[2]
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Neighbours among u_gates that are multiplied with the same state: that state (-1: something that the step
+        computes), the first of them, their number."""
+        found: list[tuple[int, int, int]] = []
+        for n, state in enumerate(self._gates[2]):
+            if found and found[-1][0] == state:
+                found[-1] = (state, found[-1][1], found[-1][2] + 1)
+            else:
+                found.append((state, n, 1))
+        return tuple(found)
 
     @_Found
     def problem(self) -> str:
         """Why no kernels can be derived from the step; "" where they can."""
         try:
-            self._derived
+            assert self._derived
         except CellError as error:
             return str(error)
         return ""

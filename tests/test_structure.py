@@ -58,7 +58,7 @@ ARROWS = {  # room: the rooms of the project it may import
     },
     "aten": {"backends"},
     "projection": set(),
-    "extras": {"checks"},
+    "extras": {"checks", "masks"},
     "dispatch": {
         "arguments",
         "aten",
