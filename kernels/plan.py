@@ -170,8 +170,9 @@ class _Problem:
         self.device, self.precision, self.backward = device, precision, backward
         self.products = cell.products
         self.levels = len({operand.level for operand in cell.operands})
-        # What a thread has of a step: a tile for each gate or product, and what more than two states take.
-        self.tiles = max(cell.gates, cell.products) + max(0, cell.states - 2)
+        # What a thread has of a step: a tile for each gate or product; two states take as much as three, each more
+        # than two another (found with the report).
+        self.tiles = max(cell.gates, cell.products, 3 if cell.states > 1 else 1) + max(0, cell.states - 2)
 
     def floor(
         self, u_bytes: int, u_rate: float, rows: int, units: int, columns: int, exchange: int, start: float
@@ -405,7 +406,7 @@ class _Problem:
 
     def _most_elements(self) -> int:
         """Elements of a stepwise tile. Blackwell's products come back from tensor memory all at once."""
-        if not self.backward:
+        if not self.backward or self.cell.params or self.tiles > 4:
             return 4096
         return 8192 if self.itemsize == 2 and self.device.capability < 100 else 4096
 

@@ -23,7 +23,16 @@ import torch
 from torch.compiler import is_compiling
 
 from . import checks
-from .derive import CellError, Derived, Names, derive
+from .derive import (
+    CellError,
+    DataDependentBranch,
+    Derived,
+    MixesUnits,
+    Names,
+    TooManyProducts,
+    UnknownOperation,
+    derive,
+)
 from .kernels import registry
 
 if TYPE_CHECKING:
@@ -83,7 +92,7 @@ class Cell:
     name: what functions know it by. key: what operators and registries do; a cell defined again under the same name has
     another. gates, states, params, inputs: their names, in order. scalars: those params that are one number. constants:
     {name: number}. outputs: () or the name of a result that is the output in place of the first state. biased: the
-    gates that have biases. step: the function.
+    gates that have biases. step: the function. base: the cell that this one is, but for its constants.
 
     What is derived from the step (form, x_gates and the rest) is found when it is first wanted; that raises CellError
     for a step that no kernels can be derived from.
@@ -101,9 +110,9 @@ class Cell:
     biased: tuple[str, ...]
     step: FunctionType = field(repr=False)
     base: Cell | None = field(default=None, repr=False)  # with other constants
-    _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, repr=False)
+    _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, init=False, repr=False)
     # Each in a list of its own, empty until it is found: Dynamo reads no list before that.
-    _facts: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in _FACTS}, repr=False)
+    _facts: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in _FACTS}, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.step.__doc__)
@@ -158,10 +167,11 @@ class Cell:
 
     @_Found
     def problem(self) -> str:
-        """Why no kernels can be derived from the step; "" where they can."""
+        """Why no kernels can be derived from the step, which runs all the same; "" where they can. CellError for a step
+        that would run wrongly."""
         try:
             _ = self._derived
-        except CellError as error:
+        except (UnknownOperation, DataDependentBranch, MixesUnits, TooManyProducts) as error:
             return str(error)
         return ""
 

@@ -79,10 +79,10 @@ class RecurrentCell(modules.Module):
     """
 
     cell: Cell
-    weight_ih: nn.Parameter
-    weight_hh: nn.Parameter
-    bias_ih: nn.Parameter | None
-    bias_hh: nn.Parameter | None
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
     _hx: str = "state"  # the name of forward's argument
 
     def __init__(
@@ -259,7 +259,7 @@ class RecurrentCell(modules.Module):
         return (y, final) if batched else (y[0], tuple(s[0] for s in final))
 
 
-class LSTMCell(RecurrentCell, nn.LSTMCell):
+class LSTMCell(RecurrentCell, nn.LSTMCell):  # type: ignore[misc]
     """Apply one step of a long short-term memory (LSTM) cell.
 
     It is :class:`torch.nn.LSTMCell` with the same arguments, parameters and results, and with ``backend`` and
@@ -381,7 +381,7 @@ class _OneState(RecurrentCell):
         def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
 
 
-class GRUCell(_OneState, nn.GRUCell):
+class GRUCell(_OneState, nn.GRUCell):  # type: ignore[misc]
     """Apply one step of a gated recurrent unit (GRU) cell.
 
     It is :class:`torch.nn.GRUCell` with the same arguments, parameters and results, and with ``reset_after``,
@@ -442,7 +442,7 @@ class GRUCell(_OneState, nn.GRUCell):
         self.reset_after = reset_after
 
 
-class RNNCell(_OneState, nn.RNNCell):
+class RNNCell(_OneState, nn.RNNCell):  # type: ignore[misc]
     """Apply one step of an Elman network with a tanh or relu.
 
     It is :class:`torch.nn.RNNCell` with the same arguments, parameters and results, and with ``backend`` and

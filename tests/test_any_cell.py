@@ -314,3 +314,14 @@ def test_steps_drawn_at_random(seed, registered):
     expected = answer(cell, given, backend="reference", **masks("both"))
     for engine in ENGINES:
         close(answer(cell, given, backend=engine, **masks("both")), expected)
+
+
+def test_a_step_that_would_run_wrongly_runs_nowhere():
+    @seqcells.cell(gates="a", states="h")
+    def in_place(x, U, h):
+        return h.add_(torch.tanh(x.a + U.a(h)))
+
+    x, w_ih, w_hh = torch.randn(T, B, I, device=DEVICE), torch.randn(H, I, device=DEVICE), torch.eye(H, device=DEVICE)
+    for backend in ("auto", "reference", "loop"):
+        with pytest.raises(seqcells.CellError, match="h.add_"):
+            functional.scan(in_place, x, None, w_ih, w_hh, backend=backend)
