@@ -223,7 +223,7 @@ def drawn(seed):
     params = [f"p{n}" for n in range(random.choice([0, 0, 1, 2]))]
     inputs = [f"a{n}" for n in range(random.choice([0, 0, 1, 2]))]
     output = random.choice(["", "", "y"])
-    lines, level = [], {name: 0 for name in (*states, *params, *inputs)}
+    lines, level = [], dict.fromkeys((*states, *params, *inputs), 0)
     unary = ("sigmoid({})", "tanh({})", "relu({})", "F.silu({})", "exp(-{} * {})", "F.softplus({})", "0.5 * {}", "-{}")
     binary = (
         "{} + {}",
