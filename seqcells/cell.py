@@ -23,7 +23,16 @@ import torch
 from torch.compiler import is_compiling
 
 from . import checks
-from .derive import CellError, Derived, Names, derive
+from .derive import (
+    CellError,
+    DataDependentBranch,
+    Derived,
+    MixesUnits,
+    Names,
+    TooManyProducts,
+    UnknownOperation,
+    derive,
+)
 from .kernels import registry
 
 if TYPE_CHECKING:
@@ -34,7 +43,7 @@ __all__ = ["Cell", "CellError", "cell"]
 T = TypeVar("T")
 _BY_KEY: dict[str, Cell] = {}
 _BY_NAME: dict[str, Cell] = {}  # the latest of each name
-_BUILT_IN = ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")  # names that layers of seqcells rely on
+BUILT_IN = ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")  # names that layers of seqcells rely on
 # What arguments of the step cannot be called, and why.
 _TAKEN = {
     **dict.fromkeys(("x", "U"), "the step's first two arguments are x and U"),
@@ -83,7 +92,7 @@ class Cell:
     name: what functions know it by. key: what operators and registries do; a cell defined again under the same name has
     another. gates, states, params, inputs: their names, in order. scalars: those params that are one number. constants:
     {name: number}. outputs: () or the name of a result that is the output in place of the first state. biased: the
-    gates that have biases. step: the function.
+    gates that have biases. step: the function. base: the cell that this one is, but for its constants.
 
     What is derived from the step (form, x_gates and the rest) is found when it is first wanted; that raises CellError
     for a step that no kernels can be derived from.
@@ -101,9 +110,9 @@ class Cell:
     biased: tuple[str, ...]
     step: FunctionType = field(repr=False)
     base: Cell | None = field(default=None, repr=False)  # with other constants
-    _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, repr=False)
+    _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, init=False, repr=False)
     # Each in a list of its own, empty until it is found: Dynamo reads no list before that.
-    _facts: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in _FACTS}, repr=False)
+    _facts: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in _FACTS}, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.step.__doc__)
@@ -158,12 +167,18 @@ class Cell:
 
     @_Found
     def problem(self) -> str:
-        """Why no kernels can be derived from the step; "" where they can."""
+        """Why no kernels can be derived from the step, which runs all the same; "" where they can. CellError for a step
+        that would run wrongly."""
         try:
-            assert self._derived
-        except CellError as error:
+            _ = self._derived
+        except (UnknownOperation, DataDependentBranch, MixesUnits, TooManyProducts) as error:
             return str(error)
         return ""
+
+    @_Found
+    def operations(self) -> frozenset[str]:
+        """What is computed in the step and in its gradients, by `derive.values`' names; none if nothing is derived."""
+        return frozenset() if self.problem else self._derived.parts.operations
 
     @_Found
     def order(self) -> tuple[int, ...]:
@@ -348,7 +363,7 @@ def cell(
         if not isinstance(step, FunctionType):
             raise checks.wrong("step", "a function", step)
         name = step.__name__
-        own = name in _BUILT_IN and not step.__module__.startswith("seqcells.")
+        own = name in BUILT_IN and not step.__module__.startswith("seqcells.")
         if own or not name.isidentifier():
             reason = "is a cell of seqcells itself" if own else "is no name"
             raise ValueError(f"the step's name is the cell's, and {name!r} {reason}: give it another")

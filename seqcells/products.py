@@ -196,7 +196,7 @@ def input_projection(
     own = bias if bias is None or inputs is None else bias[..., :GH]
     if x.dim() == 3:
         gx = linear(x, w_ih.reshape(K * GH, -1), None if own is None else own.reshape(-1))
-        gx = gx.reshape(*x.shape[:2], K, GH)
+        gx = gx.reshape(*x.shape[:2], K, GH)  # not unflatten, which Dynamo does not follow under a default device
     else:
         gx = torch.einsum("tbki,kgi->tbkg", x, w_ih)
         gx = (gx if own is None else gx + own).contiguous()

@@ -219,7 +219,6 @@ STEPS = {
     nobody: _declared("i o d n", "h c n s", "p q", "a", saved=6),
 }
 NAMES = [step.__name__ for step in STEPS]
-KNOWN = {"my_" + name: name for name in ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")}  # written by hand, too
 
 
 def define(step, gates="", **others):

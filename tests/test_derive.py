@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from conftest import DEVICE
-from steps import KNOWN, NAMES, STEPS, cifg, define, euler, mgu, registries, slstm  # noqa: F401  (a fixture)
+from steps import NAMES, STEPS, cifg, define, euler, mgu, registries, slstm  # noqa: F401  (a fixture)
 from torch.nn import functional as F
 from walk import differences, drawn, functions
 
@@ -23,6 +23,7 @@ import seqcells
 from seqcells.derive.cut import smallest
 from seqcells.derive.values import BOOLEAN, FORWARD, FROM_TRITON, Graph, ancestors
 from seqcells.kernels import cells, math
+from seqcells.kernels.form import Form, Operand
 
 cell_module = sys.modules["seqcells.cell"]  # seqcells.cell is the function
 sigmoid, tanh = torch.sigmoid, torch.tanh
@@ -55,14 +56,24 @@ def test_what_rounding_would_ruin_is_saved(registered):
     made = registered["slstm"]
     errors = [differences(made, functions(made), stored=torch.bfloat16, scale=s) for s in (1.0, 5.0, 15.0)]
     assert max(max(found.values()) for found in errors) <= 0.03, errors
-    assert sum("= exp(" in tile for tile in made.saved) == 2 and any(tile.startswith("where(") for tile in made.saved)
+    assert sum("= exp(" in tile for tile in made.saved) == 2 and any(
+        tile.startswith("which is larger, ") for tile in made.saved
+    )
 
 
-@pytest.mark.parametrize("mine", KNOWN)
-def test_the_form_that_is_written_by_hand(registered, mine):
-    derived, written = registered[mine].form, cells.get(KNOWN[mine])
-    for fact in ("gates", "states", "saved", "operands", "adds", "params", "late"):
-        assert getattr(derived, fact) == getattr(written, fact), fact
+BUILT_IN = {
+    "lstm": Form("lstm", 4, 2, 4, (Operand(1, 4, 0),), (0, 1, 2, 3)),
+    "gru": Form("gru", 3, 1, 4, (Operand(1, 3, 0),), (0, 1, -1)),
+    "gru_before": Form("gru_before", 3, 1, 3, (Operand(1, 2, 0), Operand(2, 1)), (0, 1, 2)),
+    "rnn_tanh": Form("rnn_tanh", 1, 1, 0, (Operand(1, 1, 0),), (0,)),
+    "rnn_relu": Form("rnn_relu", 1, 1, 0, (Operand(1, 1, 0),), (0,)),
+}
+
+
+@pytest.mark.parametrize("name", BUILT_IN)
+def test_the_forms_of_the_built_in_cells(name):
+    """Buffers and operators are laid out by them; compiled, they cost what kernels written by hand did."""
+    assert getattr(seqcells.cells, name).form == BUILT_IN[name]
 
 
 def test_tiles_saved(registered):

@@ -39,7 +39,7 @@ def functions(cell):
 
 def inputs(cell, T=4, B=3, I=2, H=5, scale=1.0):  # noqa: E741
     """x, states, w_ih, w_hh, b_ih, b_hh, params, per-step inputs: random, all with gradients."""
-    torch.manual_seed(sum(map(ord, cell.key)))
+    torch.manual_seed(sum(map(ord, cell.name)))
 
     def random(*shape, by=scale):
         return (torch.randn(*shape, dtype=torch.float64) * by).requires_grad_()

@@ -122,6 +122,9 @@ class Derived:
         called = self.parts.called
         if short and value in called:
             return called[value]
+        if value in self.parts.graph.orders:
+            a, b = (self._described(v, words, short=True) for v in self.parts.graph.orders[value])
+            return f"which is larger, {a} or {b}"
         text = emit.Function("", words | {v: n for v, n in called.items() if v is not value}, {}, "h").text(value)
         text = text.replace(", FAST)", ")").replace("tl.", "")
         return f"{called[value]} = {text}" if value in called else text

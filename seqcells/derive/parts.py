@@ -79,6 +79,12 @@ class Parts:
         """What backward has without saving it."""
         return [*self.before, *self.params, *self.new]
 
+    @property
+    def operations(self) -> frozenset[str]:
+        """By name, forward and backward."""
+        values = [*self.new, *self.operands, *self.dhu, *self.early.every, *self.finished.every]
+        return frozenset(v.op for v in ancestors(values))
+
     def operand(self, product: int) -> int:
         """The number of a product's operand."""
         number = 0

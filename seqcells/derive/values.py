@@ -70,13 +70,15 @@ def ancestors(values: Iterable[Value], stop: Iterable[Value] = ()) -> list[Value
 class Graph:
     """Makes values.
 
-    fragile: those that are another's number entirely once what they are computed from has been rounded, as tiles that
-    forward saves are, and states: the exponential of a sum, and which of two values is larger.
+    fragile: those that are not to be computed from what has been rounded, as the tiles that forward saves are, and
+    states: a sum whose exponential is taken (of two large numbers that cancel nothing may be left), and which of two
+    values is larger. orders: the latter, with the two.
     """
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], Value] = {}
         self.fragile: set[Value] = set()
+        self.orders: dict[Value, tuple[Value, Value]] = {}
 
     def make(self, op: str, *args: object) -> Value:
         key = (op, *args)
@@ -96,15 +98,17 @@ class Graph:
 
     def exponential(self, name: str, a: Value) -> Value:
         """exp, exp2 or expm1 as the step has it."""
-        found = self.function(name, a)
-        while len(rest := [v for v in a.inputs if constant(v) is None]) == 1 and a.op in ("neg", "product", "div"):
-            a = rest[0]
-        if a.op in ("add", "sub"):
-            self._rounding_ruins(found)
-        return found
+        waiting = [self.as_number(a)]
+        while waiting:
+            value = waiting.pop()
+            if value.op in ("add", "sub"):
+                self._rounding_ruins(value)
+            elif value.op in ("neg", "product", "div", "where"):
+                waiting += [v for v in value.inputs if v.op not in BOOLEAN]
+        return self.function(name, a)
 
     def _rounding_ruins(self, value: Value) -> None:
-        if any(v.op in (*FORWARD, "before") for v in ancestors([value])):  # else it is from trained vectors alone
+        if any(v.op in ("hu", "before") for v in ancestors([value])):  # the other leaves are in the data's type already
             self.fragile.add(value)
 
     def as_number(self, a: Value) -> Value:
@@ -128,6 +132,7 @@ class Graph:
         below = self.choice(self.compared("lt", a, b), self.number(-1), self.number(0))
         found = self.choice(self.compared("gt", a, b), self.number(1), below)
         self._rounding_ruins(found)
+        self.orders[found] = a, b
         return found
 
     def logical(self, op: str, *parts: Value) -> Value:

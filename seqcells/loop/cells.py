@@ -4,9 +4,9 @@ On the CPU a small step costs what its operations cost to call, so their number 
 columns of one buffer: one product fills all gates, one sigmoid or one multiplication serves neighbouring ones. What
 does not depend on a neighbouring step (`factors`) is done for many steps at once. The formulas are in kernels/cells.
 
-Rows are those of a `stretches.Walk`: each step has sizes[k] of them, a leading part of the step's before. A step forward
-works on a buffer x [rows, width*H]: the tiles of gx, and the products that are apart. A part of the engine, a class
-here or an object of `derived.Generated`, says
+Rows are those of a `stretches.Walk`: each step has sizes[k] of them, a leading part of the step's before. A step
+forward works on a buffer x [rows, width*H]: the tiles of gx, and the products that are apart. A part of the engine, a
+class here or an object of `derived.Generated`, says
 
     gates, states, params    as `kernels.form.Form`
     saved            columns of what is kept for backward, in units of H
@@ -60,7 +60,9 @@ def last_first(t: Tensor, H: int) -> Tensor:
 class Tuned:
     """What the cells here have in common: all of x is kept, and p has the same columns."""
 
-    params, operands, direct, empty, apart, spares, spares_back = 0, 0, True, (), (), 1, 1
+    params, operands, direct, spares, spares_back = 0, 0, True, 1, 1
+    empty: tuple[int, ...] = ()
+    apart: tuple[int, ...] = ()
 
     @staticmethod
     def stored(others: Operands) -> Operands:

@@ -69,13 +69,13 @@ def forward(
     for k in range(K):
         back = is_reversed(k, reversed)
         w = walk(mask, back, T, B, gx.device, most_rows(H, gx.device))
-        states = []
+        states: list[Tensor] = []
         for start, width in zip((h0, c0), widths(part), strict=False):
             states.append(out.y.new_empty(w.head + w.rows, width * H))
             states[-1][: w.head] = 0
             if start is not None:
                 states[-1][:B] = start[k]
-        y, c = (*states, None)[:2]
+        y, c = states[0], states[1] if len(states) > 1 else None
         gates = out.saved.new_empty(w.rows, part.saved * H) if out.saved.numel() else None
         fill = _product(part, w, gx[:, :, k].flatten(0, 1), H)
         with torch.inference_mode():

@@ -6,14 +6,18 @@ next one takes over when it was used for the last time; three or four operations
 
 from __future__ import annotations
 
+import itertools
+import linecache
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
 from ..derive.values import BOOLEAN, Value, ancestors, constant
+from .stretches import by_step
 
+_numbers = itertools.count(1)  # of sources: a cell defined again has another file's name
 _NAMES = {"product": "mul", "times": "mul", "pair": "mul", "and": "logical_and", "or": "logical_or"}
 _NAMES |= {"not": "logical_not"}
 _SIGMOID, _TANH = "_sigmoid_backward", "_tanh_backward"  # of what a function of this package has in its namespace
@@ -154,10 +158,9 @@ class Code:
         parts: list[Any] = [a if x is None else x for a, x in zip(args, numbers, strict=True)]
         if op in ("sigmoid_slope", "tanh_slope"):
             y = value.inputs[0]
-            first = y if op == "sigmoid_slope" else self.number(1.0)
-            found = [first, y, y]
-            self.uses[y] += found.count(y) - 1  # more often than the value itself says
-            return "torch.addcmul", found, ", value=-1"
+            first: Any = y if op == "sigmoid_slope" else self.number(1.0)
+            self.uses[y] += 1 + (first is y)  # more often than the value itself says
+            return "torch.addcmul", [first, y, y], ", value=-1"
         if op == "where":
             return "torch.where", [parts[0], *(self._tensor(p) for p in parts[1:])], ""
         if len(parts) == 2 and not isinstance(parts[0], Value):
@@ -216,11 +219,12 @@ class Code:
             for weight, rest in (second.inputs, second.inputs[::-1]):
                 if constant(weight) is not None or constant(rest) is not None:
                     continue
-                if self.single(rest, ("sub",)) and rest.inputs[1] is first and constant(rest.inputs[0]) is None:
-                    if self._full(first, rest.inputs[0], weight):
-                        for v in (second, rest, first):
-                            self.drop(v)
-                        return "torch.lerp", [first, rest.inputs[0], weight], ""
+                if not self.single(rest, ("sub",)) or rest.inputs[1] is not first:
+                    continue
+                if constant(end := rest.inputs[0]) is None and self._full(first, end, weight):
+                    for v in (second, rest, first):
+                        self.drop(v)
+                    return "torch.lerp", [first, end, weight], ""
             if not self.single(first, PRODUCTS):
                 continue
             for other, end in (second.inputs, second.inputs[::-1]):
@@ -243,3 +247,32 @@ class Code:
 
 def _number(x: float) -> str:
     return repr(x) if x - x == 0 else f'float("{x}")'
+
+
+def function(lines: Sequence[str]) -> str:
+    """The first line, and the others as what it defines."""
+    return "\n    ".join(lines) + "\n"
+
+
+def tuple_of(parts: Sequence[str]) -> str:
+    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+
+
+def unpack(names: Sequence[str], source: str) -> list[str]:
+    """The line that takes names from a tuple; none where there are none."""
+    return [f"{tuple_of(names)} = {source}"] if names else []
+
+
+def compiled(source: str, name: str) -> dict[str, Any]:
+    """The functions of a source, which tracebacks and debuggers find."""
+    file = f"<seqcells loop of {name} {next(_numbers)}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    space: dict[str, Any] = {
+        "__name__": __name__,
+        "torch": torch,
+        "by_step": by_step,
+        _SIGMOID: torch.ops.aten.sigmoid_backward.grad_input,
+        _TANH: torch.ops.aten.tanh_backward.grad_input,
+    }
+    exec(compile(source, file, "exec"), space)
+    return space

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import seqcells
 import seqcells.integrations.opacus
-from seqcells.check import TOLERANCE, relative
+from seqcells.testing import TOLERANCE, relative
 
 pytestmark = pytest.mark.integrations
 B, T, I, H = 5, 7, 3, 4  # noqa: E741

@@ -1,0 +1,149 @@
+"""Where the loop keeps what a derived cell's step takes and gives: columns of x and of p (see `derived`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from ..derive.parts import Parts
+from ..derive.values import BOOLEAN, LEAVES, Value, ancestors
+
+Item = tuple[str, int]  # ("gx", tile), ("hu", product), ("param", n) or ("kept", n)
+
+
+class Columns:
+    """Items side by side, each H wide."""
+
+    def __init__(self, items: Sequence[Item]) -> None:
+        self.items = list(items)
+        self.at = {item: n for n, item in enumerate(items)}
+
+    def runs(self, wanted: Iterable[tuple[Item, int]]) -> list[tuple[int, list[int]]]:
+        """Of (item, number): (first column, the numbers of the items side by side from there on)."""
+        found: list[tuple[int, list[int]]] = []
+        for column, number in sorted((self.at[item], number) for item, number in wanted):
+            if found and found[-1][0] + len(found[-1][1]) == column:
+                found[-1][1].append(number)
+            else:
+                found.append((column, [number]))
+        return found
+
+
+class Layout:
+    """found: what was derived."""
+
+    def __init__(self, found: Parts) -> None:
+        self.found, self.form = found, found.form
+        form = self.form
+        self.gates, self.states, self.saved, self.params = form.gates, form.states, form.saved, form.params
+        self.operands = len(form.stored)
+        self.of_product = [n for n, o in enumerate(form.operands) for _ in range(o.products)]
+        self._sum_up()
+        self._lay_out()
+        self._lay_out_gradients()
+
+    # --- columns ------------------------------------------------------------------------------------------------------
+
+    def _sum_up(self) -> None:
+        """Which products are added to their tile of gx in place (summed), and what a tile holds then (tiles)."""
+        found, form = self.found, self.form
+        results = [*found.new, *found.operands, *found.saved]
+        order = ancestors(results)
+        self.uses = Counter(results)
+        users: dict[Value, list[Value]] = {}
+        for value in order:
+            for v in value.inputs:
+                self.uses[v] += 1
+                users.setdefault(v, []).append(value)
+        self.summed: dict[int, int] = {}
+        self.tiles: dict[Item, Value] = {}
+        for t in range(form.gates):
+            at = found.gx[t]
+            waiting = {found.hu[n]: n for n, tile in enumerate(form.adds) if tile == t}
+            waiting = {v: n for v, n in waiting.items() if self.uses[v] == 1}
+            while self.uses[at] == 1 and at in users and (user := users[at][0]).op == "add":
+                other = next((v for v in user.inputs if v is not at), at)
+                if other not in waiting:
+                    break
+                self.summed[waiting.pop(other)] = t
+                at = user
+            self.tiles["gx", t] = at
+        for n in range(form.products):
+            if n not in self.summed:
+                self.tiles["hu", n] = found.hu[n]
+
+    def place(self, n: int) -> Item:
+        """Where in x product n is added."""
+        return ("gx", self.summed[n]) if n in self.summed else ("hu", n)
+
+    def _lay_out(self) -> None:
+        found, form = self.found, self.form
+        self.bent: dict[Item, Value] = {}  # functions of a column alone, in its place
+        free = set(found.new)
+        for value in ancestors([*found.new, *found.operands, *found.saved]):
+            if value.op in LEAVES or value.op in BOOLEAN or len(value.args) != 1 or not value.inputs or value in free:
+                continue
+            for item, tile in self.tiles.items():
+                if value.inputs[0] is tile and self.uses[tile] == 1:
+                    self.bent[item] = value
+
+        def key(item: Item) -> Any:
+            products = [n for n in range(form.products) if self.place(n) == item]
+            operand = self.of_product[products[0]] if products else -1
+            own = item[0] == "hu"
+            bend = self.bent[item].op if item in self.bent else ""
+            return own, operand if own or operand < 0 else -operand + len(form.operands), bend, item
+
+        self.x = Columns(sorted(self.tiles, key=key))
+        held = {value: item for item, value in self.tiles.items() if item not in self.bent}
+        held |= {value: item for item, value in self.bent.items()}
+        more = [v for v in found.saved if v not in held]
+        held |= {v: ("kept", n) for n, v in enumerate(more)}
+        self.x = Columns([*self.x.items, *(("kept", n) for n in range(len(more)))])
+        self.width = len(self.x.items)
+        self.places = {v: self.x.at[item] for v, item in held.items()}
+        self.kept = sorted(found.saved, key=self.places.__getitem__)  # in the order of x's columns
+        self.order = tuple(self.kept.index(v) for v in found.saved)
+        self.direct = len(self.kept) == self.width
+        self.columns = tuple(self.x.at["gx", t] for t in range(form.gates))
+        self.apart = tuple(self.x.at["hu", n] for n in form.apart)
+        self.empty = tuple(  # products that are summed nowhere though they only add: their column begins with nothing
+            self.x.at["hu", n] for n in range(form.products) if n not in self.summed and form.adds[n] >= 0
+        )
+        self.products_in = [  # of each operand: runs of its products in x
+            self.x.runs((self.place(n), n) for n in range(form.products) if self.of_product[n] == o)
+            for o in range(len(form.operands))
+        ]
+        self.keeping: list[list[int]] = []  # runs: first tile kept, column, how many
+        for n, value in enumerate(self.kept):
+            column = self.places[value]
+            if self.keeping and self.keeping[-1][1] + n - self.keeping[-1][0] == column:
+                self.keeping[-1][2] += 1
+            else:
+                self.keeping.append([n, column, 1])
+
+    def _lay_out_gradients(self) -> None:
+        form = self.form
+        adds = {t: self.of_product[n] for n, t in enumerate(form.adds) if t >= 0}
+        items: list[Item] = [("gx", t) for t in range(form.gates)] + [("hu", n) for n in form.apart]
+
+        def key(item: Item) -> Any:
+            operand = self.of_product[item[1]] if item[0] == "hu" else adds.get(item[1], -1)
+            own = item[0] == "hu"
+            return own, operand if own or operand < 0 else len(form.operands) - operand, item
+
+        self.p = Columns([*sorted(items, key=key), *(("param", n) for n in range(form.params))])
+        self.wide = len(self.p.items)
+        self.grads = tuple(self.p.at["gx", t] for t in range(form.gates))
+        self.apart_grads = tuple(self.p.at["hu", n] for n in form.apart)
+        self.param_grads = self.p.at["param", 0] if form.params else self.wide
+        self.products_back = [
+            self.p.runs((self.gradient(n), n) for n in range(form.products) if self.of_product[n] == o)
+            for o in range(len(form.operands))
+        ]
+        self.rows = tuple(n for runs in self.products_back for _, numbers in runs for n in numbers)
+
+    def gradient(self, n: int) -> Item:
+        """Where in p the gradient of product n is."""
+        return ("hu", n) if self.form.adds[n] < 0 else ("gx", self.form.adds[n])
