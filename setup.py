@@ -22,12 +22,12 @@ setup(
     long_description_content_type="text/markdown",
     packages=[
         "seqcells",
+        "seqcells.cells",
         "seqcells.derive",
         "seqcells.tasks",
         "seqcells.loop",
         "seqcells.integrations",
         "seqcells.kernels",
-        "seqcells.kernels.cells",
     ],
     package_data={"seqcells": ["py.typed"]},
     package_dir={"seqcells": "seqcells", "seqcells.kernels": "kernels"},

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from seqcells import check
+from seqcells import testing
 
 KINDS = {"lstm": "LSTM", "gru": "GRU", "gru-before": "GRU", "rnn": "RNN"}
 NAMES = {"lstm": "lstm", "gru": "gru", "gru-before": "gru_before", "rnn": "rnn_tanh"}  # in seqcells.functional
@@ -182,17 +182,17 @@ def answer(problem: Problem, work: Work) -> list[Tensor]:
 def parity(found: list[Tensor], judged: list[Tensor], allowed: float) -> float:
     """The largest relative error of any output or gradient. ValueError if it is more than allowed."""
     assert len(found) == len(judged)
-    worst = max(check.relative(a.detach(), b.detach().cpu()) for a, b in zip(found, judged, strict=True))
+    worst = max(testing.relative(a.detach(), b.detach().cpu()) for a, b in zip(found, judged, strict=True))
     if not worst <= allowed:
         raise ValueError(f"disagrees with the judge by {worst:.1e}, allowed {allowed:.0e}")
     return worst
 
 
 def tolerance(case: Case, device: torch.device) -> float:
-    """check.TOLERANCE's, in low precision as often as there are layers: each rounds its output."""
+    """testing.TOLERANCE's, in low precision as often as there are layers: each rounds its output."""
     if case.dtype in ("float16", "bfloat16"):
-        return case.layers * check.TOLERANCE[DTYPES[case.dtype]]
-    return check.TOLERANCE["tf32" if device.type == "cuda" and case.dtype == "float32" else DTYPES[case.dtype]]
+        return case.layers * testing.TOLERANCE[DTYPES[case.dtype]]
+    return testing.TOLERANCE["tf32" if device.type == "cuda" and case.dtype == "float32" else DTYPES[case.dtype]]
 
 
 # The tasks' own layers.

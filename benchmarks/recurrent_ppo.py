@@ -25,7 +25,7 @@ from sb3_contrib import RecurrentPPO
 
 import seqcells
 from seqcells import suite
-from seqcells.check import AGAINST_TORCH
+from seqcells.testing import AGAINST_TORCH
 
 
 def variants() -> dict[str, tuple[object, bool]]:

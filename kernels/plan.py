@@ -170,8 +170,9 @@ class _Problem:
         self.device, self.precision, self.backward = device, precision, backward
         self.products = cell.products
         self.levels = len({operand.level for operand in cell.operands})
-        # What a thread has of a step: a tile for each gate or product, and what more than two states take.
-        self.tiles = max(cell.gates, cell.products) + max(0, cell.states - 2)
+        # What a thread has of a step: a tile for each gate or product; two states take as much as three, each more
+        # than two another (found with the report).
+        self.tiles = max(cell.gates, cell.products, 3 if cell.states > 1 else 1) + max(0, cell.states - 2)
 
     def floor(
         self, u_bytes: int, u_rate: float, rows: int, units: int, columns: int, exchange: int, start: float
@@ -267,6 +268,8 @@ class _Problem:
             return "backward, float32 products without TF32 spill registers"  # found with the report
         if self.itemsize == 8 and self.device.capability >= 100:
             return "float64 products spill registers there"  # likewise
+        if max(operand.products for operand in self.cell.operands) > 8:
+            return "its tiles are tried for at most eight products of an operand"
         if self.device.capability == 0 and self.device is not INTERPRETER:
             return f"{self.device.name} has no cooperative launch here"
         if next(self._grids(), None) is None:
@@ -315,11 +318,16 @@ class _Problem:
 
     def _most_rows(self) -> int:
         """Rows of a `grid` program beyond which some target spills registers (found with the report)."""
+        many = self.tiles > 4 or len(self.cell.operands) > 2
         if self.itemsize == 8:
-            second = self.levels > 1 and not self.backward
-            return 16 if self.H <= 300 else 0 if second else 8
+            if many:
+                return 8 if self.H <= 128 else 0
+            several = len(self.cell.operands) > 1 and not self.backward
+            return 16 if self.H <= 300 else 0 if several else 8
         if self.itemsize > 2:
             return 32 if self.H <= 512 else 16 if self.H <= 768 else 0
+        if many:
+            return 32 if self.H <= 512 else 8 if self.H <= 768 else 0
         if self.H <= 512:
             heavy = self.backward or self.levels > 1
             return 32 if heavy and self.device.capability >= 100 else 64
@@ -398,7 +406,7 @@ class _Problem:
 
     def _most_elements(self) -> int:
         """Elements of a stepwise tile. Blackwell's products come back from tensor memory all at once."""
-        if not self.backward:
+        if not self.backward or self.cell.params or self.tiles > 4:
             return 4096
         return 8192 if self.itemsize == 2 and self.device.capability < 100 else 4096
 

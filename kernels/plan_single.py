@@ -149,7 +149,7 @@ class _Problem:
         """The floor of the GEMM and of one step of `plan`'s schedule; the copies between them are not counted."""
         cell, B, I, H, d = self.cell, self.B, self.I, self.H, self.device  # noqa: E741
         size = {"B": B, "H": H, "itemsize": self.itemsize}
-        there = plan(cell, **size, device=d, precision=self.precisions[1])  # type: ignore[arg-type]
+        there = plan(cell, **size, device=d, precision=self.precisions[1])
         all_l2 = d.l2 * d.processors
         w = cell.gates * H * I * self.itemsize
         gx = 2 * B * cell.gates * H * self.itemsize  # written, and read again

@@ -1,7 +1,7 @@
 """Cells by name: a declaration, or a function that makes it when it is first asked for.
 
 Imports no triton: a cell whose kernels are derived can be registered where there is none, and nothing is derived before
-it is wanted. Everyone asks `kernels.cells`, where the built-in ones are.
+it is wanted. Everyone asks `kernels.cells`.
 """
 
 from __future__ import annotations

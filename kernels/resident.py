@@ -146,12 +146,12 @@ def forward_kernel(
             if PUBLISHED:
                 v = OPERANDS_1(gx, states, params, FAST)
             for n in tl.static_range(LEVEL):
-                x = inside(v[n], units, H)
+                x = inside(v[n], units, H, TYPE, FAST)
                 hu = hu + products(U, x, start, first_product(GATES, n), first_product(GATES, n + 1), PRECISION)
             if LEVEL < OPERANDS:
                 m = OPERANDS_2(gx, hu, states, params, FAST)
                 for n in tl.static_range(LEVEL, OPERANDS):
-                    x = inside(m[n - LEVEL], units, H)
+                    x = inside(m[n - LEVEL], units, H, TYPE, FAST)
                     hu = hu + products(U, x, start, first_product(GATES, n), first_product(GATES, n + 1), PRECISION)
         new, saved = STEP(gx, hu, states, params, FAST)
         states, stored = after_step(new, states, code, group, STATES, REVERSED, HOLDS)
@@ -323,7 +323,7 @@ def backward_kernel(
             if HOLDS:  # what d_second makes of a held row ends in before_step
                 m = keep_rows(m, live(code), OPERANDS - LEVEL)
             write_tiles(m_ptr + COMPUTED * H, at_m, mask, m, 0, OPERANDS - LEVEL, H)
-            d_second = inside_all(d_second, units, PRODUCTS - FIRST, H)
+            d_second = inside_all(d_second, units, PRODUCTS - FIRST, H, TYPE, FAST)
             d_second = operands(d_second, PRODUCTS - FIRST, TYPE, PRECISION)
             for n in tl.static_range(LEVEL, OPERANDS):
                 d = zero
@@ -340,7 +340,7 @@ def backward_kernel(
                 write_tiles(dhu_ptr + apart_before(ADDS, n) * H, at_i, mask, dhu, n, n + 1, H)
         if COMPUTED > 0:
             write_tiles(m_ptr, at_m, mask, computed, 0, COMPUTED, H)
-        dhu = inside_all(dhu, units, FIRST, H)
+        dhu = inside_all(dhu, units, FIRST, H, TYPE, FAST)
         dhu = operands(dhu, FIRST, TYPE, PRECISION)  # all before the first product: one barrier for them
         dv = ()
         for n in tl.static_range(LEVEL):

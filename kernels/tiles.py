@@ -17,7 +17,7 @@ A row of memory holds one batch row's groups side by side.
 import triton
 import triton.language as tl
 
-from .math import operand, product
+from .math import INTERPRETED, operand, product
 
 
 @triton.constexpr_function
@@ -106,20 +106,27 @@ def products(U, x, start, FROM: tl.constexpr, TO: tl.constexpr, PRECISION: tl.co
 
 
 @triton.jit
-def inside(tile, units, H: tl.constexpr):
-    """The tile with its units beyond H set to zero."""
+def inside(tile, units, H: tl.constexpr, TYPE: tl.constexpr, FAST: tl.constexpr):
+    """The tile, for `operand`, with its units beyond H set to zero."""
     if tile.shape[0] == H:
         return tile
+    elif FAST and not INTERPRETED:
+        # One instruction for two elements, where a selection takes five.
+        x = tile.to(TYPE)
+        ones = tl.broadcast_to(tl.where(units < H, -1, 0).to(tl.int16)[:, None], x.shape)
+        return tl.inline_asm_elementwise(
+            "and.b32 $0, $1, $2;", "=r,r,r", [x, ones], dtype=x.dtype, is_pure=True, pack=2
+        )
     else:
         return tl.where((units < H)[:, None], tile, 0.0)
 
 
 @triton.jit
-def inside_all(tiles, units, N: tl.constexpr, H: tl.constexpr):
+def inside_all(tiles, units, N: tl.constexpr, H: tl.constexpr, TYPE: tl.constexpr, FAST: tl.constexpr):
     """`inside` of the first N tiles."""
     out = ()
     for n in tl.static_range(N):
-        out = out + (inside(tiles[n], units, H),)
+        out = out + (inside(tiles[n], units, H, TYPE, FAST),)
     return out
 
 
@@ -346,8 +353,3 @@ def unpack_tiles(words, N: tl.constexpr, PACK: tl.constexpr, TYPE: tl.constexpr,
             bits = (words[n // PACK] >> (n % PACK * 32)).to(tl.uint32)
             tiles = tiles + (bits.to(TYPE, bitcast=True).to(ACC),)
     return tiles
-
-
-@triton.jit
-def replace_first(tiles, first, N: tl.constexpr):  # until `grid` uses replace_tile
-    return replace_tile(tiles, 0, first)

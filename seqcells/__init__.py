@@ -1,6 +1,6 @@
 """Recurrent cells for PyTorch with fused Triton kernels: torch.nn's API and parameters, plus resets and the rest."""
 
-from . import backends, check, functional, init, interop, reference, subclasses
+from . import backends, cells, functional, init, interop, reference, subclasses, testing
 from .backends import backend
 from .cell import Cell, CellError, cell
 from .cell_modules import GRUCell, LSTMCell, RecurrentCell, RNNCell
@@ -26,7 +26,7 @@ __all__ = [
     "backend",
     "backends",
     "cell",
-    "check",
+    "cells",
     "convert",
     "explain",
     "functional",
@@ -38,4 +38,5 @@ __all__ = [
     "revert",
     "rnn",
     "subclasses",
+    "testing",
 ]

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
+import runpy
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +17,7 @@ import torch
 import seqcells
 
 from . import backends, explanation, precisions
-from .cell import keys
+from .cell import BUILT_IN, Cell, named
 from .kernels.devices import KNOWN
 from .tasks import TASKS
 from .tasks.base import CELLS
@@ -85,7 +87,7 @@ def info(_: argparse.Namespace) -> int:
         print("triton not installed: pip install triton (Linux)")
     print(f"device {torch.cuda.get_device_name() if torch.cuda.is_available() else 'cpu'}")
     device = torch.device(_default_device())
-    for cell in keys():
+    for cell in BUILT_IN:
         chosen = explanation.explain(cell, batch=32, hidden_size=128, device=device)
         print(f"{cell:<11} {chosen.backend:<9} because {chosen.why}")
     return 0
@@ -104,22 +106,37 @@ def check(options: argparse.Namespace) -> int:
         command += [a for dtype in options.dtype or [] for a in ("--dtype", dtype)]
         sys.stdout.flush()
         os.execve(sys.executable, command, os.environ | {"TRITON_INTERPRET": "1"})
-    from . import check as checking
+    from . import testing
     from .progress import bar
 
     where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "Triton's interpreter, CPU"
-    kinds = checking.kinds(device, options.dtype)
+    kinds = testing.kinds(device, options.dtype)
     print(f"largest relative errors against the float64 reference ({where}):\n")
     results = []
-    cells = [cell.replace("-", "_") for cell in options.cell or keys()]
-    with bar(total=len(cells) * len(backends.SCHEDULES) * len(kinds), desc="check") as progress:
-        for result in checking.sweep(device, cells, options.dtype):
+    cells = [_found(name) for name in options.cell or BUILT_IN]
+    with bar(total=len(cells) * len(testing.BACKENDS) * len(kinds), desc="check") as progress, testing.poisoned():
+        for result in testing.sweep(device, cells, options.dtype):
             results.append(result)
             progress.update()
-    print(checking.table(results))
+    print(testing.table(results))
     wrong = [r for r in results if not r.good]
     print(f"\n{len(results) - len(wrong)} of {len(results)} within tolerance")
+    if options.cell and torch.float64 in kinds and not wrong:
+        for cell in cells:
+            testing.derivatives(cell, device)
+        print("gradcheck and gradgradcheck pass")
     return 1 if wrong else 0
+
+
+def _found(name: str) -> Cell:
+    """The cell of that name; of FILE.py:NAME or MODULE:NAME, the one defined there."""
+    where, _, name = name.rpartition(":")
+    if not where:
+        return named(name.replace("-", "_"))
+    made = runpy.run_path(where) if where.endswith(".py") else vars(importlib.import_module(where))
+    if not isinstance(made.get(name), Cell):
+        raise ValueError(f"--cell {where}:{name}: there is no cell {name!r} in {where}")
+    return made[name]
 
 
 def explain(options: argparse.Namespace) -> int:
@@ -243,8 +260,9 @@ def main(argv: list[str] | None = None) -> int:
 
     p = commands.add_parser("check", help=check.__doc__)
     p.add_argument("--device", help="cpu (Triton's interpreter) or cuda; default: cuda if there is one")
-    named = [n.replace("_", "-") for n in keys()]
-    p.add_argument("--cell", action="append", type=_cell, choices=named, help="only this cell (may be repeated)")
+    named = [n.replace("_", "-") for n in BUILT_IN]
+    where = "only this cell, by its name or as FILE.py:NAME or MODULE:NAME (may be repeated); with gradcheck"
+    p.add_argument("--cell", action="append", help=where)
     p.add_argument("--dtype", action="append", type=_dtype(*DTYPES), help="only this one (may be repeated)")
     p.set_defaults(call=check)
 

@@ -230,7 +230,7 @@ def reference_of(
             final = (*final[: 1 - at.output], side_by_side(final[1 - at.output :], -1))
         if not options.states:
             return every[0], *final
-        others = [s.unflatten(2, (K, H)) for s in every[1:]]
+        others = [s.reshape(*s.shape[:2], K, H) for s in every[1:]]
         return every[0], *final, side_by_side(others, -1).flatten(2)
 
     return run
@@ -464,7 +464,7 @@ def apply(
     H = finals[-1].shape[-1] // (S - 1)
     others = finals.pop().split(H, -1)
     if every is not None:
-        each = every[0].unflatten(2, (-1, S - 1, H)).unbind(3)
+        each = every[0].reshape(*y.shape[:2], y.shape[2] // H, S - 1, H).unbind(3)
         every = (*(() if at.output else (y,)), *(s.flatten(2) for s in each))
     return y, (*finals, *others), every
 

@@ -23,7 +23,16 @@ import torch
 from torch.compiler import is_compiling
 
 from . import checks
-from .derive import CellError, Derived, Names, derive
+from .derive import (
+    CellError,
+    DataDependentBranch,
+    Derived,
+    MixesUnits,
+    Names,
+    TooManyProducts,
+    UnknownOperation,
+    derive,
+)
 from .kernels import registry
 
 if TYPE_CHECKING:
@@ -34,7 +43,7 @@ __all__ = ["Cell", "CellError", "cell"]
 T = TypeVar("T")
 _BY_KEY: dict[str, Cell] = {}
 _BY_NAME: dict[str, Cell] = {}  # the latest of each name
-_BUILT_IN = ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")  # names that layers of seqcells rely on
+BUILT_IN = ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")  # names that layers of seqcells rely on
 # What arguments of the step cannot be called, and why.
 _TAKEN = {
     **dict.fromkeys(("x", "U"), "the step's first two arguments are x and U"),
@@ -47,6 +56,9 @@ _TAKEN = {
 }
 
 
+_FACTS: list[str] = []  # the attributes that are found
+
+
 class _Found(Generic[T]):
     """An attribute of a cell that is found when it is first asked for; from then on it is there."""
 
@@ -57,7 +69,7 @@ class _Found(Generic[T]):
         if made is None:
             return self  # type: ignore[return-value]
         _find(made.key, self.name)
-        value = made._facts[self.name]
+        (value,) = made._facts[self.name]
         if not is_compiling():  # Dynamo does not like an object to change that it has seen
             made.__dict__[self.name] = value
         return value
@@ -65,8 +77,8 @@ class _Found(Generic[T]):
 
 def _find(key: str, name: str) -> None:
     made = _BY_KEY[key]
-    if name not in made._facts:
-        made._facts[name] = vars(Cell)[name].find(made)
+    if not made._facts[name]:
+        made._facts[name].append(vars(Cell)[name].find(made))
 
 
 # torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
@@ -80,7 +92,7 @@ class Cell:
     name: what functions know it by. key: what operators and registries do; a cell defined again under the same name has
     another. gates, states, params, inputs: their names, in order. scalars: those params that are one number. constants:
     {name: number}. outputs: () or the name of a result that is the output in place of the first state. biased: the
-    gates that have biases. step: the function.
+    gates that have biases. step: the function. base: the cell that this one is, but for its constants.
 
     What is derived from the step (form, x_gates and the rest) is found when it is first wanted; that raises CellError
     for a step that no kernels can be derived from.
@@ -98,8 +110,9 @@ class Cell:
     biased: tuple[str, ...]
     step: FunctionType = field(repr=False)
     base: Cell | None = field(default=None, repr=False)  # with other constants
-    _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, repr=False)
-    _facts: dict[str, Any] = field(default_factory=dict, repr=False)
+    _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, init=False, repr=False)
+    # Each in a list of its own, empty until it is found: Dynamo reads no list before that.
+    _facts: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in _FACTS}, init=False, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "__doc__", self.step.__doc__)
@@ -114,7 +127,9 @@ class Cell:
 
     @cached_property
     def _gates(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
-        """x_gates, u_gates and multiplies: by running the step once, for the derivation takes longer, and may fail.
+        """x_gates, u_gates, and of each of these the state it is multiplied with (-1: none).
+
+        By running the step once, for the derivation takes longer, and may fail.
 
         Where that does not go well the derivation says what is wrong.
         """
@@ -139,18 +154,31 @@ class Cell:
         return self._gates[1]
 
     @_Found
-    def multiplies(self) -> tuple[int, ...]:
-        """Of each of u_gates the state it is multiplied with; -1: something that the step computes."""
-        return self._gates[2]
+    def runs(self) -> tuple[tuple[int, int, int], ...]:
+        """Neighbours among u_gates that are multiplied with the same state: that state (-1: something that the step
+        computes), the first of them, their number."""
+        found: list[tuple[int, int, int]] = []
+        for n, state in enumerate(self._gates[2]):
+            if found and found[-1][0] == state:
+                found[-1] = (state, found[-1][1], found[-1][2] + 1)
+            else:
+                found.append((state, n, 1))
+        return tuple(found)
 
     @_Found
     def problem(self) -> str:
-        """Why no kernels can be derived from the step; "" where they can."""
+        """Why no kernels can be derived from the step, which runs all the same; "" where they can. CellError for a step
+        that would run wrongly."""
         try:
-            self._derived
-        except CellError as error:
+            _ = self._derived
+        except (UnknownOperation, DataDependentBranch, MixesUnits, TooManyProducts) as error:
             return str(error)
         return ""
+
+    @_Found
+    def operations(self) -> frozenset[str]:
+        """What is computed in the step and in its gradients, by `derive.values`' names; none if nothing is derived."""
+        return frozenset() if self.problem else self._derived.parts.operations
 
     @_Found
     def order(self) -> tuple[int, ...]:
@@ -203,6 +231,9 @@ class Cell:
     def __reduce__(self) -> Any:
         """By reference, as functions are: a cell is copied and unpickled as the one object that it is."""
         return self.step.__qualname__ if self.base is None else (_with_constants, (self.base, dict(self.constants)))
+
+
+_FACTS.extend(name for name, value in vars(Cell).items() if isinstance(value, _Found))
 
 
 def _with_constants(base: Cell, constants: dict[str, float]) -> Cell:
@@ -332,7 +363,7 @@ def cell(
         if not isinstance(step, FunctionType):
             raise checks.wrong("step", "a function", step)
         name = step.__name__
-        own = name in _BUILT_IN and not step.__module__.startswith("seqcells.")
+        own = name in BUILT_IN and not step.__module__.startswith("seqcells.")
         if own or not name.isidentifier():
             reason = "is a cell of seqcells itself" if own else "is no name"
             raise ValueError(f"the step's name is the cell's, and {name!r} {reason}: give it another")

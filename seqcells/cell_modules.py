@@ -79,6 +79,10 @@ class RecurrentCell(modules.Module):
     """
 
     cell: Cell
+    weight_ih: Tensor
+    weight_hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
     _hx: str = "state"  # the name of forward's argument
 
     def __init__(
@@ -225,8 +229,8 @@ class RecurrentCell(modules.Module):
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
         ih, hh, b_ih, b_hh = self.cell.rows
-        weights = self.weight_ih if ih else None, self.weight_hh if hh else None
-        weights += (self.bias_ih if b_ih else None, self.bias_hh if b_hh else None) if self.bias else (None, None)
+        biases = (self.bias_ih if b_ih else None, self.bias_hh if b_hh else None) if self.bias else (None, None)
+        weights = (self.weight_ih if ih else None, self.weight_hh if hh else None, *biases)
         dtype = next((w.dtype for w in weights if w is not None), x.dtype)
         for t in (x, *(states or ())):
             if t.dtype != dtype and not backends.autocasting(x.device):
@@ -255,7 +259,7 @@ class RecurrentCell(modules.Module):
         return (y, final) if batched else (y[0], tuple(s[0] for s in final))
 
 
-class LSTMCell(RecurrentCell, nn.LSTMCell):
+class LSTMCell(RecurrentCell, nn.LSTMCell):  # type: ignore[misc]
     """Apply one step of a long short-term memory (LSTM) cell.
 
     It is :class:`torch.nn.LSTMCell` with the same arguments, parameters and results, and with ``backend`` and
@@ -377,7 +381,7 @@ class _OneState(RecurrentCell):
         def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
 
 
-class GRUCell(_OneState, nn.GRUCell):
+class GRUCell(_OneState, nn.GRUCell):  # type: ignore[misc]
     """Apply one step of a gated recurrent unit (GRU) cell.
 
     It is :class:`torch.nn.GRUCell` with the same arguments, parameters and results, and with ``reset_after``,
@@ -438,7 +442,7 @@ class GRUCell(_OneState, nn.GRUCell):
         self.reset_after = reset_after
 
 
-class RNNCell(_OneState, nn.RNNCell):
+class RNNCell(_OneState, nn.RNNCell):  # type: ignore[misc]
     """Apply one step of an Elman network with a tanh or relu.
 
     It is :class:`torch.nn.RNNCell` with the same arguments, parameters and results, and with ``backend`` and

@@ -169,7 +169,7 @@ def revert(
     def target(module: nn.Module, cls: type[nn.Module]) -> type[nn.Module] | str | None:
         if not issubclass(cls, modules.Module):
             return None
-        if not issubclass(cls, tuple(THEIRS)):
+        if isinstance(module, ANY_CELL) and not issubclass(cls, tuple(THEIRS)):
             raise ValueError(f"torch.nn has no cell {module.cell.name}; name it in exclude= to leave it as it is")
         if (found := theirs.get(cls) or THEIRS.get(cls)) is None:
             return _left(cls, f"mapping={{Yours: {spelled(cls)}}}, Yours a subclass of {spelled(THEIRS[_base(cls)])}")

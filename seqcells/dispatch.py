@@ -149,15 +149,14 @@ def run(
     if len(given) != len(spec.states):
         count = len(spec.states)
         raise RuntimeError(f"states: {spec.key} has {count} state{'s' * (count > 1)}, got {len(given)}")
-    more = (params, inputs)
     if not spec.rows[0]:
         groups = [(x.new_empty(0, x.shape[-1]), *weights[1:]) for weights in groups]
         stacked = None
     if backends.autocasting(x.device):
-        x, given, groups, more = _cast(spec.key, x, given, groups, more, how.one_step)
+        x, given, groups, more = _cast(spec.key, x, given, groups, (params, inputs), how.one_step)
         with torch.autocast(x.device.type, enabled=False):
             return _run(spec, x, given, groups, how, None, *more)
-    return _run(spec, x, given, groups, how, stacked, *more)
+    return _run(spec, x, given, groups, how, stacked, params, inputs)
 
 
 def _run(
@@ -176,12 +175,16 @@ def _run(
         flops.register()
     if not how.fits:
         _fit(x, given, groups, spec.rows)
-    B, H = x.shape[1], _hidden_size(spec, groups[0], given, params, inputs)
-    if not spec.rows[0] and groups[0][1] is None:  # nothing but states says what H is
-        given = _starts(x, given, groups, H)
-    past = None if how.lengths is None or not spec.inputs else masks.ended(how.lengths, x.shape[0])
-    vectors, beside = extras.params(spec, params, x, H), extras.inputs(spec, inputs, x, H, past)
-    tensors = (*given, vectors, beside, *(t for weights in groups for t in weights))
+    B, of_x = x.shape[1], spec.rows[0]
+    if of_x:
+        H = groups[0][0].shape[0] // of_x  # type: ignore[union-attr]
+    else:
+        H = _hidden_size(spec, groups[0], given, params, inputs)
+        given = _starts(x, given, groups, H)  # which say what H is
+    tensors, vectors, beside = [*given, *(t for weights in groups for t in weights)], None, None
+    if spec.params or params or spec.inputs or inputs:
+        vectors, beside = extras.params(spec, params, x, H), extras.inputs(spec, inputs, x, H, how.lengths)
+        tensors += [vectors, beside]
     chosen = choose(spec, x, tensors, how, H, projected=len(groups[0]) == 5)
     bits = sum(1 << k for k in range(K) if how.reverse[k])
     if how.resets is not None and chosen.backend != "triton" and _begins(x):
@@ -235,10 +238,8 @@ def _run(
 
 
 def _hidden_size(spec: Cell, weights: aten.Weights, given: Sequence[Tensor | None], params: Any, inputs: Any) -> int:
-    """H, by the first of these that has it."""
-    w_ih, w_hh, *_ = weights
-    if spec.rows[0]:
-        return w_ih.shape[0] // spec.rows[0]  # type: ignore[union-attr]
+    """H, of a cell that reads no x."""
+    w_hh = weights[1]
     vectors = [t for n, t in ((params or ({},))[0] or {}).items() if n not in spec.scalars]
     wide = [t for t in (inputs or {}).values() if isinstance(t, Tensor) and t.dim() == 3]
     known = next((t for t in (w_hh, *given, *vectors, *wide) if t is not None), None)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from . import arguments, aten, backends, checks, fallback, precisions
-from .cell import named
+from .cell import Cell, named
 from .kernels.devices import KNOWN, known
 from .kernels.plan import Plan
 
@@ -54,7 +54,7 @@ def _described(plan: Plan) -> list[str]:
 
 
 def explain(
-    cell: str,
+    cell: Cell | str,
     *,
     batch: int,
     hidden_size: int,
@@ -70,7 +70,7 @@ def explain(
 ) -> Explanation:
     """What a scan of this shape would run on, without running it.
 
-    cell, batch, hidden_size, dtype, resets, backend: of the scan.
+    cell: itself or its name. batch, hidden_size, dtype, resets, backend: of the scan.
     device: a torch device, or a GPU that need not be present by its name or architecture, in any case: "H100", "sm_90",
     "RTX 4090" (kernels.devices.KNOWN has all).
     groups: of `scan_groups`. steps: None, many. lengths: of a batch with little padding. grad: in training. precision:
@@ -79,7 +79,7 @@ def explain(
         >>> print(seqcells.explain("gru", batch=16, hidden_size=64, device="cpu"))
         loop: the tensors are on the CPU, and it is faster than torch's own fused gru
     """
-    named(cell)
+    cell = named(cell).key
     arguments.options(backend, precision)
     for name, size in (("batch", batch), ("hidden_size", hidden_size), ("groups", groups), ("steps", steps)):
         if size is not None or name != "steps":

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import checks
+from . import checks, masks
 
 
 def params(cell: Any, groups: Sequence[Any] | None, x: Tensor, H: int) -> Tensor | None:
@@ -20,8 +20,6 @@ def params(cell: Any, groups: Sequence[Any] | None, x: Tensor, H: int) -> Tensor
     groups: for each a mapping from names to tensors [H], scalars [1]. TypeError, ValueError or RuntimeError for what
     does not fit.
     """
-    if groups is None and not cell.params:
-        return None
     every = []
     for given in groups or (None,):
         found = []
@@ -38,15 +36,14 @@ def params(cell: Any, groups: Sequence[Any] | None, x: Tensor, H: int) -> Tensor
     return every[0] if len(every) == 1 else torch.stack(every)
 
 
-def inputs(cell: Any, given: Any, x: Tensor, H: int, past: Tensor | None) -> Tensor | None:
+def inputs(cell: Any, given: Any, x: Tensor, H: int, lengths: Tensor | None) -> Tensor | None:
     """The inputs of each step [T, B, N*H] in the cell's order, of a mapping from names to tensors [T, B] or [T, B, H];
-    None: the cell has none. past: where padding is [T, B], which may hold anything and is zero here.
+    None: the cell has none. lengths: beyond them is padding, which may hold anything and is zero here.
 
     TypeError, ValueError or RuntimeError for what does not fit.
     """
-    if given is None and not cell.inputs:
-        return None
     found, shape = [], tuple(x.shape[:2])
+    past = None if lengths is None else masks.ended(lengths, x.shape[0])
     for name, t in _by_name("inputs", cell.inputs, given, cell.key).items():
         if tuple(t.shape) not in (shape, (*shape, H)):
             raise RuntimeError(f"inputs[{name!r}] must have shape {shape} or {(*shape, H)}, got {tuple(t.shape)}")

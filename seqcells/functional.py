@@ -22,8 +22,9 @@ from .dispatch import run as run
 _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 
-def _missing(spec: Cell) -> list[str]:
-    return [name for name, n in zip(_NAMES, spec.rows, strict=True) if not n]
+def _missing(spec: Cell) -> Sequence[str]:
+    """The weights that the cell has not."""
+    return () if all(spec.rows) else [name for name, n in zip(_NAMES, spec.rows, strict=True) if not n]
 
 
 def scan(
@@ -71,7 +72,8 @@ def scan(
     Raises RuntimeError, ValueError or TypeError as torch.nn does for shapes, dtypes and devices that do not fit.
     """
     spec = named(cell)
-    arguments.types(x, states, dict(zip(_NAMES, (w_ih, w_hh, b_ih, b_hh), strict=True)), missing=_missing(spec))
+    weights = {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}
+    arguments.types(x, states, weights, missing=_missing(spec))
     checks.boolean("return_states", return_states)
     masked = arguments.resets(resets, x.shape[:2], x.device), arguments.lengths(lengths, x.shape[:2], x.device)
     how = How(*masked, save=save, backend=backend, precision=precision, cells=return_states)
@@ -116,11 +118,11 @@ def scan_groups(
     ranks = [t.dim() for t in (w_ih, w_hh) if t is not None]
     if ranks != [3] * len(ranks):
         raise RuntimeError(f"w_ih and w_hh must have 3 dimensions, got {' and '.join(map(str, ranks))}")
-    K = next((len(t) for t in (w_hh, w_ih) if t is not None), len(reverse) or 1)
     if not isinstance(reverse, (tuple, list)):
         raise checks.wrong("reverse", "a tuple of bools", reverse)
     for k, flag in enumerate(reverse):
         checks.boolean(f"reverse[{k}]", flag)
+    K = next((len(t) for t in (w_hh, w_ih) if t is not None), len(reverse) or 1)
     flags = tuple(reverse) or (False,) * K
     if len(flags) != K:
         raise ValueError(f"reverse must have one value for each of {K} groups, got {len(flags)}")

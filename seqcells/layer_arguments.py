@@ -51,7 +51,7 @@ def layer(
 
 def _as_torch(module: Any) -> bool:
     """Whether it has torch.nn's names, and so its words."""
-    return module._hx == "hx"  # type: ignore[no-any-return]
+    return bool(module._hx == "hx")
 
 
 _PAIR = "a tuple of two tensors (h_0, c_0) or None"

@@ -18,10 +18,10 @@ def step(
     cell: str, x: Tensor, states: tuple[Tensor, ...] | None, weights: aten.Weights, backend: str | None
 ) -> tuple[Tensor, ...] | None:
     """A cell's states after one step, by torch's own; None where it is not so simple. x [B, I], states [B, H]."""
+    if cell not in aten.CELLS or (backend or chosen.backend) not in ("auto", "aten"):
+        return None
     # Of weights on the meta device torch's own step makes something up.
     if not (x.is_cpu and weights[0].is_cpu and weights[1].is_cpu):  # type: ignore[union-attr]
-        return None
-    if cell not in aten.CELLS or (backend or chosen.backend) not in ("auto", "aten"):
         return None
     if torch.is_autocast_enabled("cpu") or backends.transforming():
         return None

@@ -75,10 +75,6 @@ def places(key: str) -> Places:
     return found
 
 
-# torch.compile asks while it traces, and traces no derivation: torch.compiler.assume_constant_result, which imports it.
-places._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
 def _places(cell: Cell) -> Places:
     form, biased = cell.form, cell.biased
     of_x = [g for g in cell.x_gates if g in biased]
@@ -117,21 +113,41 @@ def _gemm(form: Form, s: Segment) -> Gemm:
     return Gemm(-1 if state is None else state, operand, s.apart, s.column, s.count)
 
 
+_RUNS: dict[Blocks, tuple[tuple[int, int], ...]] = {}
+
+
+def _runs(which: Blocks) -> tuple[tuple[int, int], ...]:
+    """Neighbours among blocks: the first (-1: zeros), and how many."""
+    if which not in _RUNS:
+        found: list[tuple[int, int]] = []
+        for n in which:
+            first, count = found[-1] if found else (-2, 0)
+            if first == n == -1 or (first >= 0 and n == first + count):
+                found[-1] = (first, count + 1)
+            else:
+                found.append((n, 1))
+        _RUNS[which] = tuple(found)
+    return _RUNS[which]
+
+
+# torch.compile asks while it traces: torch.compiler.assume_constant_result, which imports it.
+for _function in (places, _runs):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
+
+
 def blocks(t: Tensor, which: Sequence[int], H: int, dim: int = -1) -> Tensor:
     """Those blocks of H of t's axis, in that order; zeros where -1."""
-    if t.shape[dim] == len(which) * H and tuple(which) == tuple(range(len(which))):
+    runs = _runs(tuple(which))
+    if len(runs) == 1 and runs[0][0] == 0 and t.shape[dim] == len(which) * H:
         return t
-    runs: list[list[int]] = []  # first, count
-    for n in which:
-        if runs and (n == runs[-1][0] + runs[-1][1] if n >= 0 else runs[-1][0] < 0):
-            runs[-1][1] += 1
-        else:
-            runs.append([n, 1])
-    shape = list(t.shape)
-    parts = []
-    for first, count in runs:
-        shape[dim] = count * H
-        parts.append(t.new_zeros(shape) if first < 0 else t.narrow(dim, first * H, count * H))
+    parts = [
+        t.narrow(dim, first * H, count * H)
+        if first >= 0
+        else t.new_zeros(*t.shape[: dim % t.dim()], count * H, *t.shape[dim % t.dim() + 1 :])
+        for first, count in runs
+    ]
+    if not parts:
+        return t.narrow(dim, 0, 0)
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
@@ -179,7 +195,8 @@ def input_projection(
     bias, apart = input_biases(at, b_ih, b_hh, H)
     own = bias if bias is None or inputs is None else bias[..., :GH]
     if x.dim() == 3:
-        gx = linear(x, w_ih.reshape(K * GH, -1), None if own is None else own.reshape(-1)).unflatten(2, (K, GH))
+        gx = linear(x, w_ih.reshape(K * GH, -1), None if own is None else own.reshape(-1))
+        gx = gx.reshape(*x.shape[:2], K, GH)  # not unflatten, which Dynamo does not follow under a default device
     else:
         gx = torch.einsum("tbki,kgi->tbkg", x, w_ih)
         gx = (gx if own is None else gx + own).contiguous()
@@ -207,13 +224,14 @@ def input_gradients(
     return dx, wide.reshape(-1, K * GH).t() @ x.flatten(0, 1) if need[1] else None, dinputs
 
 
-def bias_gradients(at: Places, dgx: Tensor, dhu: Tensor, H: int) -> tuple[Tensor, Tensor]:
-    """Of b_ih and b_hh [K, .]."""
+def bias_gradients(at: Places, dgx: Tensor, dhu: Tensor, H: int) -> tuple[Tensor | None, Tensor | None]:
+    """Of b_ih and b_hh [K, .]; None where no gate has one."""
     sums = every = dgx.sum((0, 1))
     if at.apart:
         every = torch.cat([sums, dhu.sum((0, 1))], 1)
-    db_ih, db_hh = blocks(sums, at.of_b_ih, H), blocks(every, at.of_b_hh, H)
-    return db_ih, db_hh.clone() if db_hh is db_ih else db_hh
+    db_ih = blocks(sums, at.of_b_ih, H) if at.of_b_ih else None
+    db_hh = blocks(every, at.of_b_hh, H) if at.of_b_hh else None
+    return db_ih, db_hh.clone() if db_hh is not None and db_hh is db_ih else db_hh
 
 
 def recurrent_gradient(

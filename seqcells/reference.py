@@ -13,7 +13,6 @@ import math
 from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -55,43 +54,55 @@ def _step(
     inputs: States = (),
 ) -> States:
     H = states[0].shape[-1]
-    x_biases, u_biases = _biases(of, of.x_gates, b_ih, H), _biases(of, of.u_gates, b_hh, H)
-    if all(b is not None for b in x_biases):
+    if b_ih is None or of.rows[2] == of.rows[0]:
         gates = linear(x, w_ih, b_ih).split(H, -1)
     else:
-        products = zip(linear(x, w_ih).split(H, -1), x_biases, strict=True)
+        products = zip(linear(x, w_ih).split(H, -1), _biases(of, of.x_gates, b_ih, H), strict=True)
         gates = tuple(p if b is None else p + b for p, b in products)
-    recurrent = () if w_hh is None else _products(of, states, w_hh, u_biases)
+    recurrent = () if w_hh is None else _products(of, states, w_hh, b_hh)
     found = of(_by_gate(of.x_gates)(*gates), _by_gate(of.u_gates)(*recurrent), *states, *params, *inputs)
-    results = tuple(found) if isinstance(found, (tuple, list)) else (found,)
+    results = found if isinstance(found, (tuple, list)) else (found,)
+    shape = states[0].shape
+    results = tuple(r if r.shape == shape else r.expand(shape) for r in results)  # made of trained vectors alone
     return (*results[len(states) :], *results[: len(states)]) if of.outputs else results
 
 
-def _products(of: Cell, states: States, w_hh: Tensor, biases: list[Tensor | None]) -> list[Callable[[Tensor], Tensor]]:
+def _products(of: Cell, states: States, w_hh: Tensor, b_hh: Tensor | None) -> list[Callable[[Tensor], Tensor]]:
     """U.k of each gate k that has one: those of neighbouring gates with the same state by one product."""
-    H, at = w_hh.shape[1], 0
+    H, count = w_hh.shape[1], len(of.u_gates)
+    if b_hh is not None and of.rows[3] < count:
+        biases = _biases(of, of.u_gates, b_hh, H)
+        return [partial(linear, weight=w, bias=b) for w, b in zip(w_hh.split(H), biases, strict=True)]
     found: list[Callable[[Tensor], Tensor]] = []
-    for state, some in groupby(of.multiplies):
-        count = len(list(some))
-        rows, b = w_hh[at * H : (at + count) * H], biases[at : at + count]
-        if state < 0:
-            found += [partial(linear, weight=w, bias=one) for w, one in zip(rows.split(H), b, strict=True)]
+    for state, first, n in of.runs:
+        w, b = w_hh, b_hh
+        if n < count:
+            w, b = w[first * H : (first + n) * H], None if b is None else b[first * H : (first + n) * H]
+        if state >= 0:
+            together = linear(states[state], w, b).split(H, -1)
+            found += [_product(states[state], p, k, w, b) for k, p in enumerate(together)]
         else:
-            together = linear(states[state], rows).split(H, -1)
-            each = zip(together, rows.split(H), b, strict=True)
-            found += [_product(states[state], p if one is None else p + one, w, one) for p, w, one in each]
-        at += count
+            each = (None,) * n if b is None else b.split(H)
+            found += [partial(linear, weight=one, bias=bias) for one, bias in zip(w.split(H), each, strict=True)]
     return found
 
 
-def _product(state: Tensor, known: Tensor, w: Tensor, b: Tensor | None) -> Callable[[Tensor], Tensor]:
-    return lambda v: known if v is state else linear(v, w, b)
+def _product(state: Tensor, known: Tensor, k: int, w: Tensor, b: Tensor | None) -> Callable[[Tensor], Tensor]:
+    """U.k, the k-th block of w and b; known: of that state."""
+
+    def times(v: Tensor) -> Tensor:
+        if v is state:
+            return known
+        H = known.shape[-1]
+        return linear(v, w[k * H : (k + 1) * H], None if b is None else b[k * H : (k + 1) * H])
+
+    return times
 
 
-def _biases(of: Cell, gates: tuple[str, ...], b: Tensor | None, H: int) -> list[Tensor | None]:
+def _biases(of: Cell, gates: tuple[str, ...], b: Tensor, H: int) -> list[Tensor | None]:
     """Of each gate its bias; None: it has none."""
-    given = iter(() if b is None else b.split(H))
-    return [next(given) if b is not None and g in of.biased else None for g in gates]
+    given = iter(b.split(H))
+    return [next(given) if g in of.biased else None for g in gates]
 
 
 def _by_gate(gates: tuple[str, ...]) -> Any:
@@ -162,7 +173,7 @@ def scan_states(
     """step over all of x [T, B, I]: every state after each step, [T, B, H] each, and the final states [B, H].
 
     A step may return one tensor more than there are states: its output, as the first.
-    params, inputs: further arguments of the step, if there are any: trained vectors [H], and of inputs [T, B, H] each
+    params, inputs: further arguments of the step, if there are any: trained vectors [H] or [1], and of inputs [T, B, H] each
     its step.
     resets: where set, an episode begins at that step: no state crosses from the step before it, in either direction.
     lengths: from step lengths[b] on, row b keeps its states and outputs zero. reverse: walk from the last step to the

@@ -88,7 +88,7 @@ def scan(
     for name, given, expected in (("params", params, (H,)), ("inputs", inputs, (*shape, H))):
         checks.tensors(name, given, "a tuple of tensors")
         for i, t in enumerate(given):
-            if t.shape != expected:
+            if t.shape != expected and (name != "params" or t.shape != (1,)):
                 raise RuntimeError(f"{name}[{i}] must have shape {tuple(expected)}, got {tuple(t.shape)}")
     return arguments.resets(resets, shape, x.device), arguments.lengths(lengths, shape, x.device)
 

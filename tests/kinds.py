@@ -10,10 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from seqcells.kernels import buffers
+from seqcells.kernels import buffers, scan
 from seqcells.kernels.cells import Cell
 from seqcells.kernels.form import Operand
 from seqcells.kernels.math import sigmoid, tanh
+from seqcells.kernels.plan import plan
 
 
 @dataclass(frozen=True)
@@ -299,3 +300,80 @@ def exact(kind, gx, u, bias, h0, c0, params, mask=None, reversed=0):
         every.append([torch.stack(s) for s in zip(*shown, strict=True)])
         final.append(states)
     return [torch.stack(s, 2) for s in zip(*every, strict=True)], [torch.stack(s) for s in zip(*final, strict=True)]
+
+
+def mask_of(name, T, B, reversed):
+    """ "": None; "resets" or "lengths" (and resets): a mask as `scan` takes it, the last row of no step at all."""
+    if not name:
+        return None
+    generator = torch.Generator().manual_seed(2)
+    resets = torch.rand(T, B, generator=generator) < 0.4
+    if name == "resets" and not reversed:
+        return resets
+    back = torch.rand(T, B, generator=generator) < 0.4
+    codes = resets * buffers.RESET + (back * buffers.RESET_REVERSED if reversed else 0)
+    if name == "lengths":
+        ends = torch.randint(1, T + 1, (B,), generator=generator)
+        ends[0], ends[-1] = T, 0
+        codes = torch.where(torch.arange(T)[:, None] >= ends, buffers.HELD, codes)
+    return codes.to(torch.uint8)
+
+
+def run(kind, schedule, given, mask, reversed, save, outer, *, device=None, precision="ieee", launch=scan.run):
+    """Outputs and gradients by the kernels: y, c, hn, cn; of gx, u, bias, h0, c0, params (None where there is none).
+
+    outer: dy, dcs, dhn, dcn. device: whose plan (None: of the device that the tensors are on).
+    """
+    cell, (gx, u, bias, h0, c0, params) = KINDS[kind].cell, given
+    B, K, H = *gx.shape[1:3], u.shape[2]
+    device = device or scan.device_facts(gx.device)
+    size = {"B": B, "H": H, "groups": K, "itemsize": gx.element_size(), "device": device}
+    there, back = (plan(cell, **size, schedule=schedule, precision=precision, backward=b) for b in (False, True))
+    how = {"params": params, "reversed": reversed, "launch": launch}
+    out = scan.forward(cell, gx, u, bias, h0, c0, mask, save=save, plan=there, precision=precision, **how)
+    saved = out.saved
+    if save == "states":
+        saved = scan.recompute(cell, gx, u, bias, out.y, out.c, mask, plan=there, **how)
+    dy, dcs, dhn, dcn = outer
+    state = (u, out.y, out.c, saved, mask)
+    found = scan.backward(cell, dy, dhn, dcn, *state, plan=back, dcs=dcs, precision=precision, **how)
+    y = buffers.outputs(out.y, reversed)
+    c = buffers.outputs(out.c, reversed) if out.c.numel() else None
+    du, dbias = torch.zeros_like(u, dtype=torch.float64), None if bias is None else found.dhu.double().sum((0, 1))
+    product, stored = 0, list(cell.stored)
+    for n, operand in enumerate(cell.operands):
+        for k in range(K):
+            if operand.state is None:
+                at = stored.index(n) * H
+                x = found.m[:, :, k, at : at + H]
+            elif operand.state == 0:
+                x = buffers.previous_outputs(out.y, mask, reversed, k)
+            else:
+                at = (operand.state - 1) * H
+                x = buffers.previous_outputs(out.c, mask, reversed, k)[..., at : at + H]
+            for p in range(product, product + operand.products):
+                apart = cell.adds[p] < 0
+                at = (cell.apart.index(p) if apart else cell.adds[p]) * H
+                d = (found.dhu if apart else found.dgx)[:, :, k, at : at + H]
+                du[k, p * H : (p + 1) * H] = d.flatten(0, 1).double().t() @ x.flatten(0, 1).double()
+        product += operand.products
+    dparams = found.dparams if cell.params else None
+    return [y, c, out.hn, out.cn if out.cn.numel() else None], [
+        found.dgx, du, dbias, found.dh0, found.dc0 if c0 is not None else None, dparams,
+    ]  # fmt: skip
+
+
+def wanted(kind, given, mask, reversed, outer):
+    """What `run` gives, by autograd in float64."""
+    leaves = [None if t is None else t.detach().double().requires_grad_() for t in given]
+    every, final = exact(kind, *leaves, mask, reversed)
+    held = None if mask is None else buffers.held(mask)
+    if held is not None:
+        every = [s.masked_fill(held[:, :, None, None], 0.0) for s in every]
+    cat = [torch.cat(of[1:], -1) if len(of) > 1 else None for of in (every, final)]
+    outputs = [every[0], cat[0], final[0], cat[1]]
+    pairs = [(o, d.double()) for o, d in zip(outputs, outer, strict=True) if d is not None]
+    total = sum((o * d).sum() for o, d in pairs)
+    there = [t for t in leaves if t is not None]
+    grads = iter(torch.autograd.grad(total, there, allow_unused=True, materialize_grads=True))
+    return outputs, [None if t is None else next(grads) for t in leaves]

@@ -7,7 +7,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from wrong_values import B, H, I, T, randn
 
 import seqcells
-from seqcells import check, functional, init, interop, reference
+from seqcells import functional, init, interop, reference, testing
 from seqcells.cell import named
 
 
@@ -282,7 +282,7 @@ def handwritten(random):
 
 
 def checking(random):
-    shape = check.Shape(T, B, I, H)
+    shape = testing.Shape(T, B, I, H)
     given = {"cell": "lstm", "shape": shape, "dtype": torch.float32, "device": "cpu"}
     which = random.choice(["inputs", "errors", "tolerance", "kinds", "relative"])
     if which == "inputs":
@@ -295,7 +295,7 @@ def checking(random):
         given = {"device": "cpu", "dtypes": ["float32"]}
     else:
         given = {"got": randn(3), "exact": randn(3)}
-    return Call(f"check.{which}", getattr(check, which), given)
+    return Call(f"testing.{which}", getattr(testing, which), given)
 
 
 ENTRIES = [

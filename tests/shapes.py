@@ -7,7 +7,7 @@ import torch
 from conftest import DEVICE
 
 from seqcells import explanation
-from seqcells.check import Shape
+from seqcells.testing import Shape
 
 CELLS = ["lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu"]
 SCHEDULES = ["resident", "grid", "stepwise"]

@@ -23,13 +23,13 @@ def my_lstm(x, U, h, c):
 def my_gru(x, U, h):
     r, z = sigmoid(x.r + U.r(h)), sigmoid(x.z + U.z(h))
     n = tanh(x.n + r * U.n(h))
-    return (1 - z) * n + z * h
+    return n + z * (h - n)
 
 
 def my_gru_before(x, U, h):
     r, z = sigmoid(x.r + U.r(h)), sigmoid(x.z + U.z(h))
     n = tanh(x.n + U.n(r * h))
-    return (1 - z) * n + z * h
+    return n + z * (h - n)
 
 
 def my_rnn_tanh(x, U, h):
@@ -201,7 +201,7 @@ STEPS = {
     cifg: _declared("f g o", "h c", saved=3),
     peephole: _declared("i f g o", "h c", "p_i p_f p_o", saved=4),
     indrnn: _declared("n", params="u", saved=0),
-    slstm: _declared("z i f o", "h c n m", saved=4),
+    slstm: _declared("z i f o", "h c n m", saved=6),
     augru: _declared("r z n", inputs="a", saved=5),
     gru_d: _declared("r z n", params="decay shift", inputs="delta", saved=4),
     lem: _declared("a b z y", "y z", constants="dt=0.5", saved=4),
@@ -215,11 +215,10 @@ STEPS = {
     with_output: _declared("a b", "h c", outputs="y", saved=2),
     late: _declared("g a b", saved=5),
     product_with_c: _declared("f g o", "h c", saved=3),
-    peculiar: _declared("a b", "h c", saved=3),
-    nobody: _declared("i o d n", "h c n s", "p q", "a", saved=5),
+    peculiar: _declared("a b", "h c", saved=4),
+    nobody: _declared("i o d n", "h c n s", "p q", "a", saved=6),
 }
 NAMES = [step.__name__ for step in STEPS]
-KNOWN = {"my_" + name: name for name in ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")}  # written by hand, too
 
 
 def define(step, gates="", **others):

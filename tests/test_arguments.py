@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from torch_cases import flat
 
 import seqcells
-from seqcells.check import AGAINST_TORCH
+from seqcells.testing import AGAINST_TORCH
 
 # Of each argument, values that are fine (most are fine with any others), and values that are not, or hardly.
 NORMAL = {

@@ -23,8 +23,9 @@ from collections import deque
 import pytest
 
 
-def program(steps, exchanges, programs, leader=True, without=""):
-    """What one warp does in a launch. Of the two warps of a program the first is the leader."""
+def program(steps, exchanges, programs, leader=True, without="", published=False):
+    """What one warp does in a launch. Of the two warps of a program the first is the leader. published: the first
+    exchange of a step goes through v, else through y."""
     code, barriers = [], 0
 
     def barrier():
@@ -36,14 +37,23 @@ def program(steps, exchanges, programs, leader=True, without=""):
         return [("block", "before"), *([arrive, wait] if leader else []), ("block", "after")]
 
     for t in range(steps):
-        # y has a row for every step, so that a store into it takes nothing from a slower program. m is one buffer.
+        # y has a row for every step, so that a store into it takes nothing from a slower program. m is one buffer, and
+        # v is two.
         row, next_row = (0, 0) if without == "rows of y" else (t, t + 1)
-        code += [("load", "y", row, t)]
+        if published:
+            row = 0 if without == "two of v" else t % 2
+            code += [("store", "v", row, t)]
+            if without != "the barrier before v":
+                code += barrier()
+            code += [("load", "v", row, t)]
+        else:
+            code += [("load", "y", row, t)]
         if exchanges == 2:
             code += [("store", "m", 0, t), *barrier(), ("load", "m", 0, t)]
-        code += [("store", "y", next_row, t + 1)]
-        if without != "the barrier after y":
-            code += barrier()
+        if not published:
+            code += [("store", "y", next_row, t + 1)]
+            if without != "the barrier after y":
+                code += barrier()
     return [line for line in code if " ".join(line[:2]) != without and line[0] != without]
 
 
@@ -51,19 +61,19 @@ def put(items, i, item):
     return (*items[:i], item, *items[i + 1 :])
 
 
-def explore(programs, warps, steps, exchanges, without="", resident=None, launches=1, counters=None):
+def explore(programs, warps, steps, exchanges, without="", resident=None, launches=1, counters=None, published=False):
     """Tries every order of moves. Yields what can come of it, each once, with a shortest way there: "finished",
     "deadlock" or what is wrong with a load, after which the search goes on as if it had been right. Each launch has a
     counter of its own, or they share `counters`. A program that is not among the first `resident` starts when another
     has ended.
     """
     crews = [range(p * warps, (p + 1) * warps) for p in range(launches * programs)]
-    code = [program(steps, exchanges, programs, w == crew[0], without) for crew in crews for w in crew]
+    code = [program(steps, exchanges, programs, w == crew[0], without, published) for crew in crews for w in crew]
     counters = counters or launches
     resident = resident or len(crews)
 
     # A view is the newest step of each place, -1 before the first.
-    rows = [("y", t) for t in range(steps + 1)] + [("m", 0)]
+    rows = [*([("v", 0), ("v", 1)] if published else [("y", t) for t in range(steps + 1)]), ("m", 0)]
     places = {(*row, w): i for i, (w, row) in enumerate((w, row) for w in range(len(code)) for row in rows)}
     empty = tuple(0 if (buffer, row) == ("y", 0) else -1 for buffer, row, _ in places)
     arrived = programs if without == "a counter at zero" else 0
@@ -151,9 +161,10 @@ RIGHT = [
 ]
 
 
+@pytest.mark.parametrize("published", [False, True])
 @pytest.mark.parametrize(("programs", "warps", "steps", "exchanges"), RIGHT)
-def test_the_protocol_gives_every_load_its_step_and_ends(programs, warps, steps, exchanges):
-    found = dict(explore(programs, warps, steps, exchanges))
+def test_the_protocol_gives_every_load_its_step_and_ends(programs, warps, steps, exchanges, published):
+    found = dict(explore(programs, warps, steps, exchanges, published=published))
     assert found.keys() == {"finished"}, found
 
 
@@ -185,6 +196,23 @@ def test_whatever_is_taken_away_is_missed(without, warps, exchanges):
     if without in ("block before", "block after") and warps == 1:
         expected = {"finished"}  # the block barriers are there for the second warp alone
     assert found.keys() == expected, found
+
+
+PUBLISHED = {
+    # likewise, where the first exchange goes through v
+    "release": ({"v too old"}, {"v too old", "m too old"}),
+    "the barrier before v": ({"v too old", "v overwritten"}, {"v too old", "m overwritten"}),
+    "cg of v": ({"v too old in L1"}, {"v too old in L1"}),
+    # With two exchanges the second barrier lies between the loads of v and the next stores into it.
+    "two of v": ({"v overwritten"}, set()),
+}
+
+
+@pytest.mark.parametrize("exchanges", [1, 2])
+@pytest.mark.parametrize("without", PUBLISHED)
+def test_whatever_is_taken_away_of_what_is_published_is_missed(without, exchanges):
+    found = dict(explore(2, 1, 3, exchanges, without, published=True))
+    assert found.keys() == PUBLISHED[without][exchanges - 1] | {"finished"}, found
 
 
 @pytest.mark.parametrize("exchanges", [1, 2])

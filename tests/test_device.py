@@ -5,7 +5,7 @@ import torch
 from conftest import DEVICE
 
 from seqcells import functional
-from seqcells.check import Shape, inputs
+from seqcells.testing import Shape, inputs
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
 

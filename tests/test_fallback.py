@@ -15,9 +15,9 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import seqcells
-from seqcells import backends, check, dispatch, fallback, plain
-from seqcells.check import Shape
+from seqcells import backends, dispatch, fallback, plain, testing
 from seqcells.kernels import scan, single
+from seqcells.testing import Shape
 
 ERRORS = {
     "does not compile": lambda: CompilationError("x = y", None, "unsupported"),
@@ -103,7 +103,7 @@ def pair(cell="lstm", dtype=torch.float64, **options):
 
 def close(found, expected):
     for a, b in zip(found, expected, strict=True):
-        assert check.relative(a.detach(), b.detach()) <= check.TOLERANCE[b.dtype]
+        assert testing.relative(a.detach(), b.detach()) <= testing.TOLERANCE[b.dtype]
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
@@ -171,7 +171,7 @@ def test_the_loop_and_the_kernels_read_each_others_buffers(cell, direction, dtyp
     assert len(said) == 1
     expected = trained(exact.double(), x.double(), **how)
     for a, b in zip(found, expected, strict=True):
-        assert check.relative(a, b) <= check.tolerance(cell, dtype, Shape(3, 2, 3, 4))
+        assert testing.relative(a, b) <= testing.tolerance(cell, dtype, Shape(3, 2, 3, 4))
 
 
 def test_save_states_without_its_kernel(monkeypatch):

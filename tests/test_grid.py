@@ -11,11 +11,11 @@ from conftest import DEVICE
 from kinds import KINDS
 from shapes import CELLS, SCHEDULES, spread
 
-from seqcells import check, functional
-from seqcells.check import Shape, errors, relative, tolerance
+from seqcells import functional, testing
 from seqcells.kernels import cells, grid, scan, stepwise
 from seqcells.kernels.devices import INTERPRETER, KNOWN
 from seqcells.kernels.plan import plan
+from seqcells.testing import Shape, errors, relative, tolerance
 
 # Three programs a batch tile at least and two tiles; H that fills its last program and that does not.
 SHAPES = [
@@ -48,7 +48,7 @@ def test_parity_over_many_programs(cell, shape, dtype, save, resets, poison):
 def test_gradcheck_over_many_programs(cell, H):
     shape = Shape(2, 9, 1, H)  # T=2: one state is handed on, one gradient back
     assert planned(cell, shape, torch.float64).programs >= 6
-    tensors = [t.requires_grad_() for t in check.inputs(cell, shape, torch.float64, DEVICE, scale=0.5)]
+    tensors = [t.requires_grad_() for t in testing.inputs(cell, shape, torch.float64, DEVICE, scale=0.5)]
 
     def function(x, w_ih, w_hh, b_ih, b_hh, *states):
         y, final = functional.scan(cell, x, states, w_ih, w_hh, b_ih, b_hh, backend="triton:grid")

@@ -7,11 +7,11 @@ import triton.language as tl
 from conftest import DEVICE
 from shapes import CELLS, SCHEDULES, spread
 
-from seqcells import check, functional, reference
-from seqcells.check import Shape
+from seqcells import functional, reference, testing
 from seqcells.kernels import buffers, cells, scan
 from seqcells.kernels.math import operand, sigmoid, tanh
 from seqcells.kernels.plan import plan
+from seqcells.testing import Shape
 
 GUARD = 4096  # bytes on either side of a buffer
 
@@ -47,9 +47,9 @@ class Guards:
 def scan_arguments(cell, shape, dtype=torch.float32, groups=1):
     """The cell, and gx, u, bias, h0, c0, resets of `scan.forward`: the same scan in every group."""
     declared = cells.get(cell)
-    x, w_ih, w_hh, _, b_hh, *states = check.inputs(cell, shape, dtype, DEVICE)
+    x, w_ih, w_hh, _, b_hh, *states = testing.inputs(cell, shape, dtype, DEVICE)
     h0, c0 = states if len(states) == 2 else (states[0], None)
-    inner = b_hh[-declared.inner * shape.H :] if declared.inner else None
+    inner = b_hh[-len(declared.apart) * shape.H :] if declared.apart else None
     resets = torch.rand(shape.T, shape.B, generator=torch.Generator().manual_seed(0)) < 0.3
     gx = torch.stack([x @ w_ih.t()] * groups, 2)
     u, inner, h0, c0 = (None if t is None else torch.stack([t] * groups) for t in (w_hh, inner, h0, c0))
@@ -141,7 +141,7 @@ def test_activations_are_exact(dtype):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_large_inputs_give_no_nan(cell, schedule):
     shape = Shape(3, 2, 1, 3)
-    x, w_ih, w_hh, b_ih, b_hh, *states = check.inputs(cell, shape, torch.float32, DEVICE)
+    x, w_ih, w_hh, b_ih, b_hh, *states = testing.inputs(cell, shape, torch.float32, DEVICE)
     w_ih = torch.ones_like(w_ih).requires_grad_()
     x = torch.full_like(x, 1e4)
     x[1] = -1e4
@@ -153,7 +153,7 @@ def test_large_inputs_give_no_nan(cell, schedule):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_a_split_sequence_is_the_whole(cell, schedule):
-    x, w_ih, w_hh, b_ih, b_hh, *states = check.inputs(cell, Shape(5, 3, 2, 20), torch.float64, DEVICE)
+    x, w_ih, w_hh, b_ih, b_hh, *states = testing.inputs(cell, Shape(5, 3, 2, 20), torch.float64, DEVICE)
     weights, options = (w_ih, w_hh, b_ih, b_hh), {"backend": f"triton:{schedule}"}
     y, final = functional.scan(cell, x, states, *weights, **options)
     first, between = functional.scan(cell, x[:2], states, *weights, **options)
@@ -164,7 +164,7 @@ def test_a_split_sequence_is_the_whole(cell, schedule):
 
 @pytest.mark.parametrize(("cell", "schedule", "save"), spread(CELLS, SCHEDULES, ["gates", "states"], most=1))
 def test_two_backward_calls_and_two_runs_give_the_same_bits(cell, schedule, save):
-    tensors = [t.requires_grad_() for t in check.inputs(cell, Shape(4, 9, 2, 20), torch.float32, DEVICE)]
+    tensors = [t.requires_grad_() for t in testing.inputs(cell, Shape(4, 9, 2, 20), torch.float32, DEVICE)]
     x, w_ih, w_hh, b_ih, b_hh, *states = tensors
     found = []
     for _ in range(2):
@@ -177,7 +177,7 @@ def test_two_backward_calls_and_two_runs_give_the_same_bits(cell, schedule, save
 
 
 def test_an_output_changed_in_place_is_refused_in_backward():
-    tensors = [t.requires_grad_() for t in check.inputs("lstm", Shape(3, 2, 2, 4), torch.float32, DEVICE)]
+    tensors = [t.requires_grad_() for t in testing.inputs("lstm", Shape(3, 2, 2, 4), torch.float32, DEVICE)]
     x, w_ih, w_hh, b_ih, b_hh, _, _ = tensors
     y, _ = functional.lstm(x, None, w_ih, w_hh, b_ih, b_hh, backend="triton")
     with torch.no_grad():
@@ -190,7 +190,7 @@ def test_an_output_changed_in_place_is_refused_in_backward():
 def test_memory_kept_for_backward(cell):
     """gates: at most (G+2) T B H elements beside the inputs; states: at most 2 T B H; no grad: nothing."""
     T, B, H = 12, 5, 16
-    tensors = [t.requires_grad_() for t in check.inputs(cell, Shape(T, B, 2, H), torch.float32, DEVICE)]
+    tensors = [t.requires_grad_() for t in testing.inputs(cell, Shape(T, B, 2, H), torch.float32, DEVICE)]
     x, w_ih, w_hh, b_ih, b_hh, *states = tensors
     inputs = {t.untyped_storage().data_ptr() for t in tensors}
     gates = cells.get(cell).gates
@@ -271,25 +271,25 @@ class RoundedProduct(torch.autograd.Function):
 def test_tf32_operands_are_rounded_to_nearest(cell, schedule, H, monkeypatch):
     """Not cut off, as the tensor cores do by themselves, nor left alone, as the interpreter would."""
     shape = Shape(4, 3, 3 if H == 2 else 2, H)
-    tensors = check.inputs(cell, shape, torch.float32, DEVICE)
-    got = check.run(cell, tensors, None, backend=f"triton:{schedule}", precision="tf32")
+    tensors = testing.inputs(cell, shape, torch.float32, DEVICE)
+    got = testing.run(cell, tensors, None, backend=f"triton:{schedule}", precision="tf32")
     tensors = [t.cpu().double() for t in tensors]
-    exact = check.run(cell, tensors, None, backend="reference")
+    exact = testing.run(cell, tensors, None, backend="reference")
     plain = reference.linear
 
-    def linear(v, w, b=None):
-        if w.shape[1] != H:
-            return plain(v, w, b)
-        return RoundedProduct.apply(v, w) + (0 if b is None else b)
+    def linear(v, weight, bias=None):
+        if weight.shape[1] != H:
+            return plain(v, weight, bias)
+        return RoundedProduct.apply(v, weight) + (0 if bias is None else bias)
 
     monkeypatch.setattr(reference, "linear", linear)
-    rounded = check.run(cell, tensors, None, backend="reference")
-    allowed = max(check.relative(rounded[n], exact[n]) for n in exact)
-    found = max(check.relative(got[n], exact[n]) for n in exact)
-    assert found <= 1.1 * allowed + check.TOLERANCE[torch.float32]
-    assert found <= check.tolerance(cell, "tf32", shape)
+    rounded = testing.run(cell, tensors, None, backend="reference")
+    allowed = max(testing.relative(rounded[n], exact[n]) for n in exact)
+    found = max(testing.relative(got[n], exact[n]) for n in exact)
+    assert found <= 1.1 * allowed + testing.TOLERANCE[torch.float32]
+    assert found <= testing.tolerance(cell, "tf32", shape)
     # A state a little off may be rounded the other way; not many are.
-    assert max(check.relative(got[n], rounded[n]) for n in exact) <= 0.3 * allowed + check.TOLERANCE[torch.float32]
+    assert max(testing.relative(got[n], rounded[n]) for n in exact) <= 0.3 * allowed + testing.TOLERANCE[torch.float32]
 
 
 def test_rounding_to_tf32_is_ptxs():

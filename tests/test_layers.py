@@ -324,9 +324,9 @@ def test_handwritten_cells_load_into_the_fused_ones(kind, dtype):
         fused.zero_grad()
         y, _ = fused(x)
         y.square().sum().backward()
-        assert seqcells.check.relative(y.detach(), expected.detach()) < 1e-6
+        assert seqcells.testing.relative(y.detach(), expected.detach()) < 1e-6
         for name, exact in gradients.cell_state_dict().items():
-            assert seqcells.check.relative(getattr(fused, f"{name}_l0").grad, exact) < 1e-6
+            assert seqcells.testing.relative(getattr(fused, f"{name}_l0").grad, exact) < 1e-6
     again = type(hand)(2, 20).to(dtype)
     again.load_cell_state_dict({k.removesuffix("_l0"): v for k, v in fused.state_dict().items()})
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), hand.parameters(), strict=True))
@@ -358,7 +358,7 @@ def test_autocast(name, backend):
     y.float().sum().backward()
     exact = flat(module.double()(before.double()(x.double())))[0]
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
-    assert seqcells.check.relative(y.detach(), exact.detach()) < 0.02
+    assert seqcells.testing.relative(y.detach(), exact.detach()) < 0.02
 
 
 @pytest.mark.parametrize("name", LAYERS)

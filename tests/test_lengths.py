@@ -9,9 +9,9 @@ from conftest import DEVICE
 from shapes import CELLS, SCHEDULES
 
 from seqcells import masks, reference
-from seqcells.check import TOLERANCE, relative
 from seqcells.kernels import buffers, cells, scan
 from seqcells.kernels.plan import plan
+from seqcells.testing import TOLERANCE, relative
 
 T, H = 5, 20
 LENGTHS = (3, 5, 1)  # odd on purpose; T and 1 among them
@@ -34,7 +34,8 @@ class Problem:
 
         self.gx = random(T, B, self.K, G * H)
         self.u = random(self.K, G * H, H, scale=H**-0.5)
-        self.bias = random(self.K, self.cell.inner * H) if self.cell.inner else None
+        self.apart = len(self.cell.apart)
+        self.bias = random(self.K, self.apart * H) if self.apart else None
         self.states = [random(self.K, B, H) for _ in range(self.cell.states)]
         self.dfinal = [random(self.K, B, H) for _ in range(self.cell.states)]
         self.dy = random(T, B, self.K, H)
@@ -51,7 +52,7 @@ class Problem:
         G, H = self.cell.gates, u.shape[2]
         b_hh = None
         if bias is not None:
-            b_hh = torch.cat([u.new_zeros(self.K, (G - self.cell.inner) * H), bias], 1)
+            b_hh = torch.cat([u.new_zeros(self.K, (G - self.apart) * H), bias], 1)
         weights = (torch.eye(G * H, dtype=torch.float64).expand(self.K, -1, -1), u, None, b_hh)
         how = {"resets": self.resets, "lengths": torch.tensor(self.lengths), "reversed": self.reversed}
         step = reference.step_of(self.cell.name)
@@ -93,19 +94,19 @@ class Problem:
         # As ops makes the weights' gradients of these.
         cell, H = self.cell, u.shape[2]
         du = torch.empty_like(u)
-        split, plain = cell.split * H, (cell.split - cell.inner) * H
+        split, plain = cell.first_products * H, (cell.first_products - self.apart) * H
         for k in range(self.K):
             h = buffers.previous_outputs(out.y, mask, self.reversed, k).flatten(0, 1)
             d = grads.dgx[:, :, k].flatten(0, 1)
             du[k, :plain] = d[:, :plain].t() @ h
-            if cell.inner:
+            if self.apart:
                 du[k, plain:] = grads.dhu[:, :, k].flatten(0, 1).t() @ h
-            if cell.split < cell.gates:
+            if cell.first_products < cell.gates:
                 du[k, split:] = d[:, split:].t() @ grads.m[:, :, k].flatten(0, 1)
         # A reversed group's held rows hold its first states, for backward; they are not outputs.
         y = y.masked_fill(self.held.to(DEVICE)[:, :, None, None], 0)
         found = {"y": y, "dgx": grads.dgx, "du": du, "final 0": out.hn, "final 1": out.cn}
-        found |= {"d0": grads.dh0, "d1": grads.dc0, f"d{cell.states}": grads.dhu.sum((0, 1)) if cell.inner else None}
+        found |= {"d0": grads.dh0, "d1": grads.dc0, f"d{cell.states}": grads.dhu.sum((0, 1)) if self.apart else None}
         return found
 
     def held_steps_are_as_promised(self, y, c, grads):

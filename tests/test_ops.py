@@ -12,14 +12,14 @@ from conftest import DEVICE
 from shapes import CELLS, SAVES
 
 import seqcells
-from seqcells import aten, autograd, backends, check, functional, masks, precisions, products
-from seqcells.check import Shape
+from seqcells import aten, autograd, backends, functional, masks, precisions, products, testing
 from seqcells.kernels import buffers
+from seqcells.testing import Shape
 
 
 def op_arguments(engine, cell, save, groups=1, lengths=False, leaf=False):
     """The arguments of an engine's three operators for one small scan; of two groups, one reversed."""
-    x, w_ih, w_hh, b_ih, b_hh, *states = check.inputs(cell, Shape(3, 2, 2, 4), torch.float64, DEVICE)
+    x, w_ih, w_hh, b_ih, b_hh, *states = testing.inputs(cell, Shape(3, 2, 2, 4), torch.float64, DEVICE)
     w_ih, w_hh, b_ih, b_hh, *states = (torch.stack([t] * groups) for t in (w_ih, w_hh, b_ih, b_hh, *states))
     h0, c0 = states if len(states) == 2 else (states[0], None)
     gx, bias = products.input_projection(products.places(cell), x, w_ih, b_ih, b_hh, 4)
@@ -66,7 +66,7 @@ def test_opcheck_of_inputs_that_require_gradients(engine):
 @pytest.mark.skipif(not aten.onednn("lstm", torch.device("cpu"), torch.float32), reason="no oneDNN")
 @pytest.mark.parametrize("reverse", [False, True])
 def test_opcheck_of_onednn(reverse):
-    x, w_ih, w_hh, b_ih, b_hh, h0, c0 = check.inputs("lstm", Shape(3, 2, 2, 4), torch.float32, "cpu")
+    x, w_ih, w_hh, b_ih, b_hh, h0, c0 = testing.inputs("lstm", Shape(3, 2, 2, 4), torch.float32, "cpu")
     inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     y, h, _ = aten._forward_op(*inputs, reverse)
     # oneDNN's own rounding differs from call to call, so only what does not compare values to the last bit.
@@ -80,7 +80,7 @@ def test_opcheck_of_onednn(reverse):
 @pytest.mark.parametrize("save", SAVES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_compile_without_a_break(cell, save):
-    tensors = [t.requires_grad_() for t in check.inputs(cell, Shape(3, 2, 2, 4), torch.float64, DEVICE)]
+    tensors = [t.requires_grad_() for t in testing.inputs(cell, Shape(3, 2, 2, 4), torch.float64, DEVICE)]
 
     def step(x, w_ih, w_hh, b_ih, b_hh, *states):
         y, _ = functional.scan(cell, x, states, w_ih, w_hh, b_ih, b_hh, save=save, backend="triton")
@@ -266,7 +266,9 @@ def test_importing_seqcells_imports_no_triton_nor_a_compiler():
     )
     others, ours, name, used = result.stdout.splitlines()
     assert eval(others) == ["seqcells"], result.stderr
-    assert eval(ours) == [f"seqcells.kernels.{n}" for n in ("buffers", "form", "plan", "plan_single", "registry")]
+    assert eval(ours) == [
+        f"seqcells.kernels.{n}" for n in ("buffers", "devices", "form", "plan", "plan_single", "registry")
+    ]
     assert (name, used) == ("seqcells::scan_forward", "False")
 
 

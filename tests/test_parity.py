@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shapes import CELLS, HALVES, SAVES, SCHEDULES, SHAPES, fits, spread
 
-from seqcells import check, functional, precisions, reference
-from seqcells.check import Shape, errors, tolerance
+from seqcells import functional, precisions, reference, testing
+from seqcells.testing import Shape, errors, tolerance
 
 
 def assert_parity(cell, schedule, save, dtype, shape, resets=False, scale=1.0):
@@ -85,7 +85,7 @@ def test_every_shape(cell, schedule, T, B, H, poison):
 
 
 def gradcheck_inputs(cell, T, B, I, H):  # noqa: E741
-    tensors = [t.requires_grad_() for t in check.inputs(cell, Shape(T, B, I, H), torch.float64, DEVICE)]
+    tensors = [t.requires_grad_() for t in testing.inputs(cell, Shape(T, B, I, H), torch.float64, DEVICE)]
     mask = torch.zeros(T, B, dtype=torch.bool, device=DEVICE)
     mask[T // 2, 0] = True
 

@@ -148,7 +148,8 @@ def compiled(*arguments):
 def in_a_process_that_compiles(*arguments):
     """Python in a process of its own: this one interprets."""
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=600)
+    how = {"env": env, "cwd": ROOT, "capture_output": True, "text": True, "timeout": 600}
+    return subprocess.run([sys.executable, *arguments], **how)
 
 
 def few():
@@ -212,6 +213,30 @@ def test_everything_compiles_without_spills_and_fits(target, tmp_path):
     assert f"Static cost of the kernels on {target}" in static.document(target, content)
     if target == "sm_90":
         check_the_step(rows)
+
+
+KINDS_MEASURED = """
+import sys
+sys.path.insert(0, "tests")
+import kinds
+from seqcells.kernels import registry, report
+case = report.Case("", "", "bf16", 16, 0, sys.argv[1], mask="lengths")
+for kind in kinds.KINDS.values():
+    registry.register(kind.cell)
+    for schedule, hidden in (("resident", 64), ("grid", 300), ("stepwise", 300)):
+        for direction in ("train", "backward"):
+            of = dict(cell=kind.cell.name, schedule=schedule, hidden=hidden, direction=direction)
+            for row in report.measure(report.replace(case, **of)):
+                assert row.good and row.schedule == schedule, row
+                print("good")
+"""
+
+
+@pytest.mark.parametrize("target", ["sm_90", *(pytest.param(t, marks=pytest.mark.slow) for t in ("sm_80", "sm_100"))])
+def test_cells_of_other_kinds_compile_without_spills(target):
+    result = in_a_process_that_compiles("-c", KINDS_MEASURED, target)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("good") >= 6 * len(KINDS)
 
 
 def check_the_step(rows):

@@ -1,6 +1,6 @@
 """How large the kernels' errors are by dtype and length, beside torch.nn's own on the CPU; and the keyword precision=.
 
-Errors are relative and against float64 on the same (rounded) inputs, as everywhere in seqcells.check. The kernels
+Errors are relative and against float64 on the same (rounded) inputs, as everywhere in seqcells.testing. The kernels
 interpreted and, behind the slash, torch.nn, on an x86-64 CPU with oneDNN's bfloat16 LSTM; H 20, B 3. `python
 tests/test_precision.py` prints all of it (three minutes).
 
@@ -34,10 +34,10 @@ if __name__ == "__main__":  # before triton is imported, as conftest.py does
 from conftest import DEVICE
 
 import seqcells
-from seqcells import backends, check, functional, precisions, reference
-from seqcells.check import Shape
+from seqcells import backends, functional, precisions, reference, testing
 from seqcells.kernels import scan
 from seqcells.loop import steps
+from seqcells.testing import Shape
 
 NAMES = ("y", "dx", "dw_hh")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -92,7 +92,7 @@ def measured(cell, dtype, T, gradients=True):
     sums = torch.zeros(len(names), 2, dtype=torch.float64)
     draws = DRAWS.get(T, 1)
     for seed in range(draws):
-        tensors = check.inputs(cell, Shape(T, 3, 4, 20), dtype, DEVICE, seed=seed)
+        tensors = testing.inputs(cell, Shape(T, 3, 4, 20), dtype, DEVICE, seed=seed)
         found = []
         for run, device, kind in (
             (lambda t: scanned(cell, t, "reference"), "cpu", torch.float64),
@@ -106,7 +106,7 @@ def measured(cell, dtype, T, gradients=True):
             found.append([y.detach(), *(torch.autograd.grad(y, wanted, signs) if gradients else ())])
         exact, *others = found
         for i, got in enumerate(others):
-            sums[:, i] += torch.tensor([check.relative(g, e) for g, e in zip(got, exact, strict=True)])
+            sums[:, i] += torch.tensor([testing.relative(g, e) for g, e in zip(got, exact, strict=True)])
     return {name: tuple(pair) for name, pair in zip(names, (sums / draws).tolist(), strict=True)}
 
 
@@ -120,7 +120,7 @@ def assert_small(cell, dtype, T, errors):
     print(line(cell, dtype, T, errors))
     for name, (ours, theirs) in errors.items():
         assert ours <= FACTOR * theirs, f"{name}: {ours} > {FACTOR} * torch.nn's {theirs}"
-        assert ours <= check.TOLERANCE[dtype], f"{name}: {ours}"
+        assert ours <= testing.TOLERANCE[dtype], f"{name}: {ours}"
 
 
 @pytest.mark.parametrize("T", LENGTHS[:3])
@@ -171,8 +171,8 @@ def outputs_and_gradients(run, cell, tensors, dtype):
     generator = torch.Generator().manual_seed(7)
     signs = [torch.randn(o.shape, generator=generator).sign().to(o.dtype) for o in (y, *final)]
     gradients = torch.autograd.grad((y, *final), leaves, signs)
-    named = dict(zip(check.OUTPUTS, (o.detach() for o in (y, *final)), strict=False))
-    return named | {f"d{n}": g for n, g in zip(check.INPUTS, gradients, strict=False)}
+    named = dict(zip(testing.OUTPUTS, (o.detach() for o in (y, *final)), strict=False))
+    return named | {f"d{n}": g for n, g in zip(testing.INPUTS, gradients, strict=False)}
 
 
 @pytest.mark.parametrize("T", [100, pytest.param(2000, marks=pytest.mark.slow)])
@@ -189,11 +189,11 @@ def test_no_larger_errors_than_torchs(cell, dtype, T):
     for scale in (1.0, 0.5):
         sums = {}
         for seed in range(2):
-            tensors = check.inputs(cell, Shape(T, 8, 4, 20), dtype, "cpu", scale=scale, seed=seed)
+            tensors = testing.inputs(cell, Shape(T, 8, 4, 20), dtype, "cpu", scale=scale, seed=seed)
             exact = outputs_and_gradients(runs["reference"], cell, tensors, torch.float64)
             for name, run in runs.items():
                 for what, got in outputs_and_gradients(run, cell, tensors, dtype).items():
-                    sums[name, what] = sums.get((name, what), 0) + check.relative(got, exact[what])
+                    sums[name, what] = sums.get((name, what), 0) + testing.relative(got, exact[what])
         for backend in backends:
             ratios = {what: sums[backend, what] / sums["theirs", what] for what in exact}
             assert max(ratios.values()) <= BESIDE_TORCH, f"{backend}, scale {scale}: {ratios}"
@@ -207,7 +207,7 @@ def test_the_loop_rounds_only_what_it_keeps(cell, masked, dtype, monkeypatch):
     monkeypatch.setattr(steps, "CHUNK", 2 * 3 * 20)
     resets = torch.rand(30, 3, generator=torch.Generator().manual_seed(0)) < 0.1
     masks = {"resets": resets, "lengths": torch.tensor([30, 17, 4])} if masked else {}
-    x, *weights, h0, c0 = [*check.inputs(cell, Shape(30, 3, 4, 20), dtype, "cpu"), None][:7]
+    x, *weights, h0, c0 = [*testing.inputs(cell, Shape(30, 3, 4, 20), dtype, "cpu"), None][:7]
     states, found = (h0, c0) if cell == "lstm" else (h0,), []
     for kind, save in ((torch.float32, "gates"), (dtype, "gates"), (dtype, "states")):
         leaves = [t.to(kind, copy=True).requires_grad_() for t in (x, *weights, *states)]
@@ -219,7 +219,7 @@ def test_the_loop_rounds_only_what_it_keeps(cell, masked, dtype, monkeypatch):
     for got in others:
         for i, (a, b) in enumerate(zip(got, exact, strict=True)):
             # Rounded once, an output is off by less than half of eps; a gradient, from what is kept, by a few of them.
-            assert check.relative(a.detach(), b.detach()) < torch.finfo(dtype).eps * (0.5 if i <= len(states) else 3)
+            assert testing.relative(a.detach(), b.detach()) < torch.finfo(dtype).eps * (0.5 if i <= len(states) else 3)
 
 
 @pytest.fixture

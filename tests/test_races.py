@@ -19,11 +19,11 @@ from shapes import CELLS, SCHEDULES, spread
 from test_kernels import scan_arguments
 from triton.runtime import interpreter
 
-from seqcells import check
-from seqcells.check import Shape
+from seqcells import testing
 from seqcells.kernels import buffers, cells, scan, single
 from seqcells.kernels.plan import plan
 from seqcells.kernels.plan_single import plan_single
+from seqcells.testing import Shape
 
 pytestmark = pytest.mark.skipif(DEVICE != "cpu", reason="notes the addresses of interpreted kernels")
 NONE = np.empty(0, np.uint64)
@@ -123,7 +123,7 @@ def test_no_race(cell, schedule, mask):
 @pytest.mark.parametrize("cell", [name for name in CELLS if name != "gru_before"])
 def test_no_race_in_one_step(cell):
     declared = cells.get(cell)
-    x, w_ih, w_hh, b_ih, b_hh, *states = check.inputs(cell, Shape(1, 9, 3, 20), torch.float32, "cpu")
+    x, w_ih, w_hh, b_ih, b_hh, *states = testing.inputs(cell, Shape(1, 9, 3, 20), torch.float32, "cpu")
     chosen = plan_single(declared, B=9, I=3, H=20, itemsize=4, device=scan.device_facts(x.device), precision="ieee")
     watch = Watch()
     h0, c0 = [*states, None][:2]

@@ -1,88 +1,26 @@
 """Layers of any cell against a loop over its step: values, gradients, and every option that torch.nn's layers have."""
 
-import copy
-import io
-import pickle
+from functools import partial
 
 import pytest
 import torch
 from conftest import DEVICE
+from own_cells import CELLS, LENGTHS, B, H, I, T, device, four, given_to, made, minimal  # noqa: F401
+from steps import registries  # noqa: F401  (a fixture)
 from torch import nn
-from torch.nn.functional import linear, silu
+from torch.nn.functional import dropout, linear
 from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import seqcells
-from seqcells import init, interop
 
-sigmoid, tanh = torch.sigmoid, torch.tanh
-
-
-@seqcells.cell(gates="f n", states="h")
-def minimal(x, U, h):
-    """Zhou et al. 2016."""
-    f = sigmoid(x.f + U.f(h))
-    n = tanh(x.n + U.n(f * h))
-    return h + f * (n - h)
+NAMES = [*CELLS, "nobody"]  # the last one: see steps
+pytestmark = pytest.mark.usefixtures("on_the_device")
 
 
-@seqcells.cell(gates="f g o", states="h c")
-def coupled(x, U, h, c):
-    """Greff et al. 2017."""
-    f, g, o = sigmoid(x.f + U.f(h)), tanh(x.g + U.g(h)), sigmoid(x.o + U.o(h))
-    c = f * c + (1 - f) * g
-    return o * tanh(c), c
-
-
-@seqcells.cell(gates="a b d", states="h c n m", params="p q:1", inputs="w", constants="leak=0.3", bias="a d")
-def four(x, U, h, c, n, m, p, q, w, leak):
-    """Four states; a vector, a scalar, an input for each step and a constant; a gate without product, one without x."""
-    a = silu(x.a + U.a(h) + p * c)
-    b = torch.log(1 + torch.exp(x.b - q * n))  # softplus
-    d = w * sigmoid(U.d(h))
-    c = (1 - leak) * c * d + a
-    n = leak * n + b
-    m = torch.maximum(m - 0.1, a)
-    return tanh(c) / (1 + n) + 0.1 * m, c, n, m
-
-
-@seqcells.cell(gates="n", states="h", params="u")
-def independent(x, U, h, u):
-    """Without a recurrent product (Li et al. 2018, IndRNN)."""
-    return torch.relu(x.n + u * h)
-
-
-@seqcells.cell(gates="g r", states="c", outputs="y", inputs="w")
-def shown(x, U, c, w):
-    """Its output is no state."""
-    c = tanh(x.g + U.g(c)) + w * c
-    return c, sigmoid(x.r) * c
-
-
-CELLS = {cell.name: cell for cell in (minimal, coupled, four, independent, shown)}
-I, H, T, B = 3, 4, 5, 3
-LENGTHS = [3, 5, 2]
-
-
-@pytest.fixture(autouse=True)
-def on_the_device():
-    torch.set_default_device(DEVICE)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_device(None)
-
-
-def made(cell, *args, **options):
-    layer = seqcells.Recurrent(cell, I, H, *args, **{"dtype": torch.float64} | options)
-    with torch.no_grad():
-        for p in layer.parameters():
-            p.mul_(1.5)
-    return layer
-
-
-def given_to(cell, *shape, dtype=torch.float64):
-    """Its per-step inputs: one value a unit."""
-    return {name: torch.rand(*shape, H, dtype=dtype) for name in cell.inputs}
+@pytest.fixture(name="cells")
+def every_cell(registered):
+    return registered | CELLS
 
 
 def blocks(weight, gates):
@@ -105,7 +43,7 @@ def one_step(layer, suffix, x, states, inputs):
             for k, g in parts(cell)
         )
     of_x = Gates({g: linear(x, w, b_ih.get(g)) for g, w in w_ih.items()})
-    of_u = Gates({g: lambda v, w=w, b=b_hh.get(g): linear(v, w, b) for g, w in w_hh.items()})
+    of_u = Gates({g: partial(linear, weight=w, bias=b_hh.get(g)) for g, w in w_hh.items()})
     params = {name: getattr(layer, name + suffix).expand(H) for name in cell.params}
     found = cell.step(of_x, of_u, *states, **params, **inputs, **cell.constants)
     found = found if isinstance(found, tuple) else (found,)
@@ -167,9 +105,9 @@ FORMS = {
 
 @pytest.mark.parametrize("backend", ["reference", None])
 @pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("name", CELLS)
-def test_a_layer_is_a_loop_over_the_step(name, form, backend):
-    cell, options = CELLS[name], FORMS[form]
+@pytest.mark.parametrize("name", NAMES)
+def test_a_layer_is_a_loop_over_the_step(name, form, backend, cells):
+    cell, options = cells[name], FORMS[form]
     layer = made(cell, backend=backend, **options)
     batch = 1 if form == "unbatched" else B
     x, inputs = torch.randn(T, batch, I, dtype=torch.float64), given_to(cell, T, batch)
@@ -223,9 +161,9 @@ def test_a_layer_is_a_loop_over_the_step(name, form, backend):
         torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_one_step_is_a_sequence_of_one(name):
-    cell, x = CELLS[name], torch.randn(B, I, dtype=torch.float64)
+@pytest.mark.parametrize("name", NAMES)
+def test_one_step_is_a_sequence_of_one(name, cells):
+    cell, x = cells[name], torch.randn(B, I, dtype=torch.float64)
     module = seqcells.RecurrentCell(cell, I, H, dtype=torch.float64)
     layer = made(cell)
     layer.load_state_dict({f"{part}_l0": value for part, value in module.state_dict().items()})
@@ -249,45 +187,6 @@ def _with_axis(given):
     return tuple(s[None] for s in given) if isinstance(given, tuple) else given[None]
 
 
-def test_parameters():
-    """Rows of the gates whose x is read, of those whose U is used, of those among them with a bias; the cell's own."""
-    layer = seqcells.Recurrent(four, I, H, num_layers=2, bidirectional=True)
-    shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-    one = {"weight_ih": (2 * H, I), "weight_hh": (2 * H, H), "bias_ih": (H,), "bias_hh": (2 * H,), "p": (H,), "q": (1,)}
-    two = one | {"weight_ih": (2 * H, 2 * H)}
-    expected = {}
-    for k, of in enumerate((one, two)):
-        for suffix in ("", "_reverse"):
-            expected |= {f"{name}_l{k}{suffix}": shape for name, shape in of.items()}
-    assert shapes == expected and list(shapes) == list(expected)
-    assert not hasattr(seqcells.Recurrent(independent, I, H), "weight_hh_l0")
-    assert [n for n, _ in seqcells.Recurrent(four, I, H, bias=False).named_parameters()] == [
-        "weight_ih_l0",
-        "weight_hh_l0",
-        "p_l0",
-        "q_l0",
-    ]
-    wide = seqcells.Recurrent(four, 100, 100)
-    for name, p in wide.named_parameters():
-        assert p.abs().max() <= 0.1 and (p.numel() < 9 or p.std() > 0.05), f"{name} is of U(-1/sqrt(H), 1/sqrt(H))"
-
-
-def test_the_built_in_layers_are_recurrent():
-    for ours, cell in (("LSTM", "lstm"), ("GRU", "gru"), ("RNN", "rnn_tanh")):
-        torch.manual_seed(0)
-        named = getattr(seqcells, ours)(I, H, 2, bidirectional=True)
-        torch.manual_seed(0)
-        layer = seqcells.Recurrent(cell, I, H, 2, bidirectional=True)
-        assert isinstance(named, seqcells.Recurrent) and named.cell is layer.cell
-        x = torch.randn(T, B, I)
-        torch.testing.assert_close(named(x), layer(x))
-        step = getattr(seqcells, f"{ours}Cell")(I, H)
-        assert isinstance(step, seqcells.RecurrentCell) and isinstance(step, getattr(nn, f"{ours}Cell"))
-        other = seqcells.RecurrentCell(cell, I, H)
-        other.load_state_dict(step.state_dict())
-        torch.testing.assert_close(step(x[0]), other(x[0]))
-
-
 def test_one_value_for_all_units():
     """A per-step input [T, B], and its gradient, which is a sum over the units, layers and directions."""
     layer = made(four, 2, bidirectional=True)
@@ -302,10 +201,10 @@ def test_one_value_for_all_units():
 
 
 @pytest.mark.parametrize("backend", ["triton:resident", "triton:grid", "triton:stepwise"])
-@pytest.mark.parametrize("name", CELLS)
-def test_kernels(name, backend):
+@pytest.mark.parametrize("name", NAMES)
+def test_kernels(name, backend, cells):
     """Two directions of two layers, with all options; what the schedules do in more cases is for other tests."""
-    cell = CELLS[name]
+    cell = cells[name]
     layer = made(cell, 2, bidirectional=True)
     x = torch.randn(T, B, I, dtype=torch.float64)
     inputs = given_to(cell, T, B)
@@ -318,26 +217,38 @@ def test_kernels(name, backend):
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
 
 
-def test_dropout():
-    """Between layers, in training only, of a packed input as of others; per-step inputs are not dropped."""
-    layer = made(four, 2, dropout=0.5)
+def test_constants():
     x, inputs = torch.randn(T, B, I, dtype=torch.float64), given_to(four, T, B)
-    layer.eval()
-    still, _ = layer(x, **inputs)
-    torch.testing.assert_close(still, layer(x, **inputs)[0], rtol=0, atol=0)
-    layer.train()
-    assert not torch.equal(still, layer(x, **inputs)[0])
-    layer.dropout = 1.0
-    lower, upper = made(four), made(four)
+    own, usual = made(four, leak=0.7), made(four)
+    own.load_state_dict(usual.state_dict())
+    zero = [torch.zeros(1, B, H, dtype=torch.float64)] * 4
+    never = torch.zeros(T, B, dtype=torch.bool)
+    y, _, _ = loop(own, x, zero, inputs, never)
+    torch.testing.assert_close(own(x, **inputs)[0], y)
+    assert not torch.allclose(own(x, **inputs)[0], usual(x, **inputs)[0])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_dropout(packed):
+    """Of what one layer hands to the next, in training; of a packed input's rows alone, as torch.nn draws them."""
+    layer = made(four, 2, dropout=0.5)
+    lower, upper = made(four), seqcells.Recurrent(four, H, H, dtype=torch.float64)
     for module, k in ((lower, 0), (upper, 1)):
-        module.load_state_dict(
-            {f"{n[:-1]}0": p for n, p in layer.state_dict().items() if n.endswith(f"_l{k}")}
-        ) if k == 0 else None
-    nothing, _ = layer(x, **inputs)
-    with torch.no_grad():
-        layer.weight_ih_l1.zero_()
+        module.load_state_dict({f"{n[:-1]}0": p for n, p in layer.state_dict().items() if n.endswith(f"_l{k}")})
+    x, inputs = torch.randn(T, B, I, dtype=torch.float64), given_to(four, T, B)
+    if packed:
+        x = pack_padded_sequence(x, LENGTHS, enforce_sorted=False)
+
+    def dropped(y):
+        return y._replace(data=dropout(y.data, 0.5)) if packed else dropout(y, 0.5)
+
+    torch.manual_seed(1)
+    y, _ = layer(x, **inputs)
+    torch.manual_seed(1)
+    expected, _ = upper(dropped(lower(x, **inputs)[0]), **inputs)
+    torch.testing.assert_close(y, expected)
     layer.eval()
-    torch.testing.assert_close(nothing, layer(x, **inputs)[0])
+    torch.testing.assert_close(layer(x, **inputs)[0], upper(lower(x, **inputs)[0], **inputs)[0])
 
 
 def test_parametrizations():
@@ -371,61 +282,10 @@ def test_parametrizations():
     torch.testing.assert_close(plain(x)[0], layer(x)[0])
 
 
-@pytest.mark.parametrize("kind", [seqcells.Recurrent, seqcells.RecurrentCell])
-def test_copies(kind):
-    """deepcopy, pickle, torch.save and state_dict: the same cell, with the layer's constants."""
-    module = kind(four, I, H, leak=0.7)
-    x, inputs = torch.randn(T, B, I), given_to(four, T, B, dtype=torch.float32)
-    if kind is seqcells.RecurrentCell:
-        x, inputs = x[0], {name: v[0] for name, v in inputs.items()}
-    saved = io.BytesIO()
-    torch.save(module, saved)
-    saved.seek(0)
-    loaded = kind(four, I, H, leak=0.7)
-    loaded.load_state_dict(module.state_dict())
-    others = (copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(saved, weights_only=False), loaded)
-    for other in others:
-        assert other.cell.name == "four" and dict(other.cell.constants) == {"leak": 0.7}
-        assert all(p is not q for p, q in zip(other.parameters(), module.parameters(), strict=True))
-        torch.testing.assert_close(other(x, **inputs), module(x, **inputs), rtol=0, atol=0)
-
-
-def test_constants():
-    x, inputs = torch.randn(T, B, I, dtype=torch.float64), given_to(four, T, B)
-    own, usual = made(four, leak=0.7), made(four)
-    own.load_state_dict(usual.state_dict())
-    zero = [torch.zeros(1, B, H, dtype=torch.float64)] * 4
-    never = torch.zeros(T, B, dtype=torch.bool)
-    y, _, _ = loop(own, x, zero, inputs, never)
-    torch.testing.assert_close(own(x, **inputs)[0], y)
-    assert not torch.allclose(own(x, **inputs)[0], usual(x, **inputs)[0])
-    assert repr(own) == f"seqcells.Recurrent(four, {I}, {H}, leak=0.7)"
-    assert (
-        repr(seqcells.RecurrentCell(minimal, I, H, bias=False))
-        == f"seqcells.RecurrentCell(minimal, {I}, {H}, bias=False)"
-    )
-
-
-def test_a_cell_that_is_defined_again():
-    """A layer keeps the cell that it was made with."""
-
-    def define(factor):
-        @seqcells.cell(gates="n", states="h")
-        def again(x, U, h):
-            return factor * tanh(x.n + U.n(h))
-
-        return seqcells.Recurrent(again, I, H)
-
-    first, second = define(1.0), define(2.0)
-    second.load_state_dict(first.state_dict())
-    x = torch.randn(1, B, I)
-    torch.testing.assert_close(2 * first(x)[0], second(x)[0])
-
-
-@pytest.mark.parametrize("name", CELLS)
-def test_per_sample_gradients(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_per_sample_gradients(name, cells):
     """By vmap over grad, as opposed to one backward for each sample."""
-    cell = CELLS[name]
+    cell = cells[name]
     layer = made(cell, num_layers=2, bidirectional=True)
     x, inputs = torch.randn(T, B, I, dtype=torch.float64), given_to(cell, T, B)
     weights = {name: p.detach() for name, p in layer.named_parameters()}
@@ -442,10 +302,10 @@ def test_per_sample_gradients(name):
             torch.testing.assert_close(found[name][b], grad, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_compile(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_compile(name, cells):
     """In one graph, forward and backward."""
-    cell = CELLS[name]
+    cell = cells[name]
     layer = made(cell, num_layers=2, bidirectional=True)
     x, inputs = torch.randn(T, B, I, dtype=torch.float64), given_to(cell, T, B)
     torch._dynamo.reset()
@@ -457,9 +317,9 @@ def test_compile(name):
     torch.testing.assert_close(found[1], found[0], rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_export(name):
-    cell = CELLS[name]
+@pytest.mark.parametrize("name", NAMES)
+def test_export(name, cells):
+    cell = cells[name]
     layer = made(cell, bidirectional=True)
     x, inputs = torch.randn(T, B, I, dtype=torch.float64), given_to(cell, T, B)
 
@@ -468,20 +328,20 @@ def test_export(name):
             super().__init__()
             self.layer = layer
 
-        def forward(self, x, w=None):
-            return self.layer(x, **({} if w is None else {"w": w}))
+        def forward(self, x, inputs):
+            return self.layer(x, **inputs)
 
     batch = torch.export.Dim("batch", min=2)
-    model, dynamic = Model(), {name: {1: batch} for name in ("x", *inputs)}
-    program = torch.export.export(model, (x,), inputs, dynamic_shapes=dynamic)
+    model, dynamic = Model(), {"x": {1: batch}, "inputs": {name: {1: batch} for name in inputs}}
+    program = torch.export.export(model, (x, inputs), dynamic_shapes=dynamic)
     x, inputs = torch.randn(T, B + 2, I, dtype=torch.float64), given_to(cell, T, B + 2)
-    torch.testing.assert_close(program.module()(x, **inputs), model(x, **inputs), rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(program.module()(x, inputs), model(x, inputs), rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.parametrize("name", CELLS)
-def test_autocast(name):
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast(name, cells):
     """In autocast's dtype, parameters and per-step inputs too, and with gradients in the parameters' own."""
-    cell = CELLS[name]
+    cell = cells[name]
     layer = seqcells.Recurrent(cell, I, H, num_layers=2)
     x, inputs = torch.randn(T, B, I), given_to(cell, T, B, dtype=torch.float32)
     y, _ = layer(x, **inputs)
@@ -491,152 +351,3 @@ def test_autocast(name):
     torch.testing.assert_close(low.float(), y, rtol=0.1, atol=0.05)
     low.sum().backward()
     assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in layer.parameters())
-
-
-def test_fx():
-    """One node, per-step inputs among its arguments."""
-
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = made(four)
-
-        def forward(self, x, w):
-            return self.layer(x, w=w, return_states=True)
-
-    model = Model()
-    graph = torch.fx.symbolic_trace(model)
-    (node,) = [n for n in graph.graph.nodes if n.op == "call_module"]
-    assert node.target == "layer" and set(node.kwargs) == {"w", "return_states"}
-    x, w = torch.randn(T, B, I, dtype=torch.float64), torch.rand(T, B, dtype=torch.float64)
-    torch.testing.assert_close(graph(x, w), model(x, w))
-
-
-def test_initialisers_know_gates_by_name():
-    layer = init.forget_bias_(seqcells.Recurrent(coupled, I, H, num_layers=2, bidirectional=True), 2.0)
-    for suffix in ("_l0", "_l0_reverse", "_l1", "_l1_reverse"):
-        ih, hh = getattr(layer, f"bias_ih{suffix}"), getattr(layer, f"bias_hh{suffix}")
-        assert (ih[:H] == 2).all() and (hh[:H] == 0).all() and (hh[H:] != 0).all() and (ih[H:] != 2).all()
-    step = init.chrono_(seqcells.RecurrentCell(coupled, I, H), 50)
-    drawn = step.bias_ih.detach()
-    assert (drawn[:H] > 0).all() and not torch.equal(drawn[H : 2 * H], -drawn[:H]), "there is no input gate to set"
-    assert (init.accumulator_(step).bias_ih[:H] == 8).all()
-
-    @seqcells.cell(gates="g f i", states="h", bias="f i")
-    def three(x, U, h):
-        return sigmoid(U.f(h)) * h + sigmoid(x.i) * tanh(x.g + U.g(h))
-
-    cell = seqcells.RecurrentCell(three, I, H)
-    init.accumulator_(cell, keep=3.0, add=-2.0)  # f has no x: its bias is in bias_hh, the only one there
-    assert (cell.bias_hh == 3).all() and (cell.bias_ih == -2).all()
-    with pytest.raises(
-        TypeError, match="forget_bias_: module must be .* a gate f, got a Recurrent, whose gates are g, r"
-    ):
-        init.forget_bias_(seqcells.Recurrent(shown, I, H))
-    with pytest.raises(TypeError, match="chrono_: module must be .* a gate f or z, got a Recurrent, whose gates are n"):
-        init.chrono_(seqcells.Recurrent(independent, I, H), 10)
-    with pytest.raises(ValueError, match="a RecurrentCell adds by 1 - f"):
-        init.accumulator_(step, add=1.0)
-
-
-def test_weights_of_one_step_go_into_a_layer():
-    step, layer = seqcells.RecurrentCell(four, 2 * H, H), made(four, 2, bidirectional=True, dtype=torch.float32)
-    assert interop.load_(layer, step.state_dict(), 1, reverse=True) is layer
-    for name, value in step.state_dict().items():
-        assert torch.equal(getattr(layer, f"{name}_l1_reverse"), value)
-    with pytest.raises(ValueError, match=r"missing \['p'\]"):
-        interop.load_(step, {n: v for n, v in step.state_dict().items() if n != "p"})
-    with pytest.raises(TypeError, match="to_keras: module must be .*, whose cell is minimal"):
-        interop.to_keras(seqcells.Recurrent(minimal, I, H))
-
-
-def test_convert_and_revert_leave_it():
-    model = nn.ModuleList([seqcells.Recurrent(minimal, I, H), nn.LSTM(I, H)])
-    assert type(seqcells.convert(model)[0]) is seqcells.Recurrent
-    with pytest.raises(ValueError, match="0: torch.nn has no cell minimal; name it in exclude="):
-        seqcells.revert(model)
-    assert type(seqcells.revert(model, exclude="0")[1]) is nn.LSTM
-
-
-X = torch.zeros(T, B, I)
-W = torch.zeros(T, B)
-STATE = torch.zeros(1, B, H)
-WRONG = {
-    "cell": (lambda: seqcells.Recurrent(tanh, I, H), TypeError, "cell"),
-    "name": (lambda: seqcells.Recurrent("nobody", I, H), ValueError, "nobody"),
-    "constant": (
-        lambda: seqcells.Recurrent(four, I, H, decay=1.0),
-        TypeError,
-        "unexpected keyword argument 'decay': cell four has the constants leak",
-    ),
-    "no constant": (
-        lambda: seqcells.RecurrentCell(minimal, I, H, proj_size=1),
-        TypeError,
-        "unexpected keyword argument 'proj_size': cell minimal has no constants",
-    ),
-    "constant's type": (lambda: seqcells.Recurrent(four, I, H, leak="x"), TypeError, "leak must be a number"),
-    "missing": (
-        lambda: seqcells.Recurrent(four, I, H)(X),
-        TypeError,
-        "this Recurrent of cell four takes the per-step inputs w, by name: missing w",
-    ),
-    "unknown": (
-        lambda: seqcells.Recurrent(minimal, I, H)(X, a=W),
-        TypeError,
-        "this Recurrent of cell minimal takes no per-step inputs, by name: unknown a",
-    ),
-    "step": (lambda: seqcells.RecurrentCell(four, I, H)(X[0]), TypeError, "missing w"),
-    "size": (
-        lambda: seqcells.Recurrent(four, I, H)(X, w=W[:, :2]),
-        RuntimeError,
-        r"Expected w size \(5, 3\) or \(5, 3, 4\), got \[5, 2\]",
-    ),
-    "input's type": (lambda: seqcells.Recurrent(four, I, H)(X, w=[1.0]), TypeError, "w must be a tensor"),
-    "dtype": (lambda: seqcells.Recurrent(four, I, H)(X, w=W.double()), RuntimeError, "w must be torch.float32 on"),
-    "states": (
-        lambda: seqcells.Recurrent(four, I, H)(X, (STATE, STATE), w=W),
-        TypeError,
-        r"state must be a tuple of 4 tensors \(h, c, n, m\) or None, got a tuple of 2",
-    ),
-    "one state": (lambda: seqcells.Recurrent(minimal, I, H)(X, (STATE,)), TypeError, "state must be a tensor or None"),
-    "state size": (
-        lambda: seqcells.Recurrent(coupled, I, H)(X, (STATE, STATE[..., 1:])),
-        RuntimeError,
-        r"Expected state\[1\] size \(1, 3, 4\), got \[1, 3, 3\]",
-    ),
-    "state rank": (
-        lambda: seqcells.Recurrent(coupled, I, H)(X, (STATE, STATE[0])),
-        RuntimeError,
-        r"each state should also be 3-D but got \(3-D, 2-D\) tensors",
-    ),
-    "step's states": (
-        lambda: seqcells.RecurrentCell(coupled, I, H)(X[0], STATE[0]),
-        TypeError,
-        r"state must be a tuple of 2 tensors \(h, c\) or None, got a tensor",
-    ),
-    "flag": (lambda: seqcells.Recurrent(minimal, I, H)(X, return_states=1), TypeError, "return_states should be"),
-    "packed": (
-        lambda: seqcells.Recurrent(four, I, H)(
-            pack_padded_sequence(X, [5, 4, 2]), w=pack_padded_sequence(W, [5, 3, 2])
-        ),
-        RuntimeError,
-        "w must have the input's batch_sizes",
-    ),
-}
-
-
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_calls(name):
-    call, error, words = WRONG[name]
-    with pytest.raises(error, match=words):
-        call()
-
-
-def test_a_parameter_that_modules_have():
-    @seqcells.cell(gates="n", states="h", params="training")
-    def named(x, U, h, training):
-        return tanh(x.n + training * h)
-
-    assert seqcells.Recurrent(named, I, H).training_l0.shape == (H,)
-    with pytest.raises(ValueError, match="cell named: its parameter 'training' has a name that modules have"):
-        seqcells.RecurrentCell(named, I, H)

@@ -44,8 +44,6 @@ def test_gradients_at_what_is_no_number_are_torchs(backend, create_graph):
     inf, nan = torch.inf, torch.nan
     cases = [(place, value) for place in PLACES for value in (nan, inf, -inf)] + [("zero", 1), ("zero", nan)]
     for place, value in cases:
-        if backend == "triton" and (place, value) == ("h0", -inf):
-            continue  # a tile's padding makes inf * 0 of an infinite state
         if place == "zero":
             for module in (ours, theirs):
                 torch.nn.init.zeros_(module.bias_ih_l0)

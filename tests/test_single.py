@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 from kinds import KINDS, arguments
 from test_kernels import Guards
 
-from seqcells import check, reference
+from seqcells import reference, testing
 from seqcells.cell import named
-from seqcells.check import TOLERANCE, Shape
 from seqcells.kernels import cells, scan, single
 from seqcells.kernels.devices import INTERPRETER, KNOWN
 from seqcells.kernels.plan import PRECISIONS, plan
 from seqcells.kernels.plan_single import plan_single, shared_bytes, slots, unfit
+from seqcells.testing import TOLERANCE, Shape
 
 NAMES = ["lstm", "gru", "rnn_tanh", "rnn_relu"]
 # One unit; rows of W and U aligned alike and not, and more than one program either way; several turns of the loop.
@@ -25,7 +25,7 @@ SHAPES = [Shape(1, 1, 1, 1), Shape(1, 3, 5, 20), Shape(1, 17, 40, 20), Shape(1, 
 
 def step_of(name, shape, dtype, *, biases=True, states=True):
     """The cell, x [B, I], the weights and biases, and h0, c0 (None where it has none or none are wanted)."""
-    x, w_ih, w_hh, b_ih, b_hh, *given = check.inputs(name, shape, dtype, DEVICE)
+    x, w_ih, w_hh, b_ih, b_hh, *given = testing.inputs(name, shape, dtype, DEVICE)
     h0, c0 = [*given, None][:2] if states else (None, None)
     return cells.get(name), [x[0], w_ih, w_hh, *((b_ih, b_hh) if biases else (None, None)), h0, c0]
 
@@ -86,10 +86,10 @@ def check_step(name, shape, dtype, **options):
     states, grads = exact(name, tensors, weights)
     allowed = TOLERANCE[dtype]
     for got, wanted in zip((out.hn, out.cn if cell.states == 2 else None), states, strict=False):
-        assert check.relative(got, wanted) <= allowed
+        assert testing.relative(got, wanted) <= allowed
     dcn = weights[1] if cell.states == 2 else None
     for got, wanted in zip(gradients(cell, tensors, out, weights[0], dcn), grads, strict=True):
-        assert check.relative(got, wanted) <= allowed
+        assert testing.relative(got, wanted) <= allowed
     return out
 
 

@@ -9,8 +9,8 @@ from conftest import DEVICE
 from shapes import HALVES, SAVES, SCHEDULES, spread
 
 from seqcells import functional
-from seqcells.check import Shape, errors, inputs, tolerance
 from seqcells.kernels import cells
+from seqcells.testing import Shape, errors, inputs, tolerance
 
 
 @pytest.fixture(autouse=True)

@@ -378,10 +378,10 @@ def test_check_command_starts_the_interpreter_itself():
 
 def test_check_fails_on_a_wrong_kernel(monkeypatch):
     wrong = dict.fromkeys(("y", "h_n", "dx"), 1e-3)
-    monkeypatch.setattr(seqcells.check, "errors", lambda *a, **k: wrong)
-    results = list(seqcells.check.sweep(DEVICE, ["rnn_tanh"]))
+    monkeypatch.setattr(seqcells.testing, "errors", lambda *a, **k: wrong)
+    results = list(seqcells.testing.sweep(DEVICE, ["rnn_tanh"]))
     assert not any(r.good for r in results if r.dtype in ("float64", "float32"))
-    assert "WRONG" in seqcells.check.table(results)
+    assert "WRONG" in seqcells.testing.table(results)
 
 
 EXAMPLES = {

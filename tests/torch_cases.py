@@ -6,7 +6,7 @@ import torch
 from torch.nn.utils.rnn import PackedSequence
 
 import seqcells
-from seqcells.check import AGAINST_TORCH
+from seqcells.testing import AGAINST_TORCH
 
 # The name of the class, and the options beside those of every layer.
 KINDS = {

@@ -4,9 +4,11 @@
 """
 
 from functools import partial
+from random import Random
 from types import SimpleNamespace
 
 import torch
+from torch.nn import functional as F
 from torch.nn.functional import linear
 
 from seqcells.derive.values import FROM_MATH, FROM_TRITON
@@ -37,7 +39,7 @@ def functions(cell):
 
 def inputs(cell, T=4, B=3, I=2, H=5, scale=1.0):  # noqa: E741
     """x, states, w_ih, w_hh, b_ih, b_hh, params, per-step inputs: random, all with gradients."""
-    torch.manual_seed(sum(map(ord, cell.key)))
+    torch.manual_seed(sum(map(ord, cell.name)))
 
     def random(*shape, by=scale):
         return (torch.randn(*shape, dtype=torch.float64) * by).requires_grad_()
@@ -82,14 +84,15 @@ def by_step(cell, given, resets=None):
             *extras,
             *(i[t] for i in of_kind(given, "input", cell.inputs)),
         )
-        found = list(found) if isinstance(found, tuple) else [found]
+        found = [s.expand(states[0].shape) for s in (found if isinstance(found, tuple) else [found])]
         states = found[: len(cell.states)]
         ys.append(found[-1] if cell.outputs else states[0])
     return torch.stack(ys), states
 
 
-def walk(cell, functions, given, dy, dfinal, resets=None):
-    """y, the final states, and gradients of all that is given, by the functions."""
+def walk(cell, functions, given, dy, dfinal, resets=None, stored=None):
+    """y, the final states, and gradients of all that is given, by the functions. stored: a dtype of what backward is
+    given of forward."""
     form, f = cell.form, functions
     given = {n: t.detach() for n, t in given.items()}
     x, w_ih, w_hh, b_ih, b_hh = (given[n] for n in ("x", "w_ih", "w_hh", "b_ih", "b_hh"))
@@ -140,6 +143,8 @@ def walk(cell, functions, given, dy, dfinal, resets=None):
     dparams = [torch.zeros(H).double() for _ in params]
     for t in range(T - 1, -1, -1):
         before, after, saved, operands = past[t]
+        if stored:
+            saved, before, after = (tuple(s.to(stored).double() for s in part) for part in (saved, before, after))
         have = (saved, before, after, params)
         dstates = (dstates[0] + dy[t], *dstates[1:])
         dm, again = (), ()
@@ -154,7 +159,8 @@ def walk(cell, functions, given, dy, dfinal, resets=None):
         if f.backward_2 is not None:
             assert all(torch.allclose(a, c, atol=1e-13) for a, c in zip(dhu_2, dhu[form.first_products :], strict=True))
         m = [operands[n] for n in form.stored]
-        assert all(torch.allclose(a, c, atol=1e-13) for a, c in zip((*computed, *again), m, strict=True))
+        near = 1e-13 if stored is None else 1.0
+        assert all(torch.allclose(a, c, atol=near) for a, c in zip((*computed, *again), m, strict=True))
         through = [sum(dhu[n] @ u[n] for n in r) for r in of_operand[: form.level]]
         dv = tuple(d for d, o in zip(through, form.operands, strict=False) if o.state is None)
         early = dgx
@@ -209,8 +215,56 @@ def autograd(cell, given, dy, dfinal, resets=None):
     return {n: t.detach() for n, t in found.items()}
 
 
-def differences(cell, functions, resets=False, **sizes):
-    """Of each result, the largest difference by the largest value."""
+def drawn(seed):
+    """A step at random, and how it is declared: one to four states, any operands of two levels, vectors and inputs."""
+    random = Random(seed)
+    gates = [f"g{n}" for n in range(random.randint(1, 5))]
+    states = [f"s{n}" for n in range(random.randint(1, 4))]
+    params = [f"p{n}" for n in range(random.choice([0, 0, 1, 2]))]
+    inputs = [f"a{n}" for n in range(random.choice([0, 0, 1, 2]))]
+    output = random.choice(["", "", "y"])
+    lines, level = [], dict.fromkeys((*states, *params, *inputs), 0)
+    unary = ("sigmoid({})", "tanh({})", "relu({})", "F.silu({})", "exp(-{} * {})", "F.softplus({})", "0.5 * {}", "-{}")
+    binary = (
+        "{} + {}",
+        "{} - {}",
+        "{} * {}",
+        "torch.maximum({}, {})",
+        "torch.where({} > 0.1, {}, 0.3)",
+        "{} / (1 + {} ** 2)",
+    )
+
+    def add(text, of, new):
+        lines.append(f"{new} = {text}")
+        level[new] = max((level[o] for o in of), default=0)
+
+    for number, gate in enumerate(gates):
+        for n in range(random.randint(0, 2)):
+            form, of = random.choice(unary + binary), random.choices(list(level), k=2)
+            add(form.format(*of) if form.count("{}") == 2 else form.format(of[0]), of, f"v{number}_{n}")
+        kind = random.choice(["x", "both", "both", "both", "apart", "U"]) if number else "both"
+        operand = random.choice([o for o, at in level.items() if at < 2 and o not in params])
+        product = f"U.{gate}({random.choice([states[0], operand, operand])})"
+        of = [product[product.index("(") + 1 : -1]] if kind != "x" else []
+        text = {"x": f"x.{gate}", "both": f"x.{gate} + {product}", "U": product, "apart": f"x.{gate} * {product}"}[kind]
+        add(text, of, f"k{number}")
+        level[f"k{number}"] += kind != "x"
+        add(random.choice(unary[:3]).format(f"k{number}"), [f"k{number}"], f"w{number}")
+    results = [f"tanh({v})" for v in random.choices(list(level), k=len(states))]
+    results[0] = f"tanh({' + '.join(f'w{n}' for n in range(len(gates)))} + {states[-1]})"
+    if len(states) > 1:
+        results[-1] = random.choice(list(level))
+    results += [random.choice([v for v in level if v not in params])] if output else []
+    head = f"def step{seed}({', '.join(('x', 'U', *states, *params, *inputs))}):"
+    source = "\n    ".join([head, *lines, f"return {', '.join(results)}"])
+    space = {"torch": torch, "F": F, **{n: getattr(torch, n) for n in ("sigmoid", "tanh", "relu", "exp")}}
+    exec(source, space)
+    declared = {"gates": gates, "states": states, "params": params, "inputs": inputs}
+    return space[f"step{seed}"], {**{k: " ".join(v) for k, v in declared.items()}, "outputs": output}, source
+
+
+def differences(cell, functions, resets=False, stored=None, **sizes):
+    """Of each result, the largest difference by the largest value; stored: see `walk`."""
     given = inputs(cell, **sizes)
     T, B = given["x"].shape[:2]
     H = of_kind(given, "state", cell.states)[0].shape[-1]
@@ -218,7 +272,7 @@ def differences(cell, functions, resets=False, **sizes):
     dy = torch.randn(T, B, H, dtype=torch.float64, generator=generator)
     dfinal = tuple(torch.randn(B, H, dtype=torch.float64, generator=generator) for _ in cell.states)
     mask = torch.rand(T, B, generator=generator) < 0.3 if resets else None
-    found = walk(cell, functions, given, dy, dfinal, mask)
+    found = walk(cell, functions, given, dy, dfinal, mask, stored)
     expected = autograd(cell, given, dy, dfinal, mask)
     assert list(found) == list(expected)
     return {

@@ -11,7 +11,7 @@ def gru(x, U, h):
     """GRU, the reset gate applied after the product, as torch.nn.GRU defines it."""
     r, z = torch.sigmoid(x.r + U.r(h)), torch.sigmoid(x.z + U.z(h))
     n = torch.tanh(x.n + r * U.n(h))
-    return (1 - z) * n + z * h
+    return n + z * (h - n)
 
 
 @cell(gates="r z n", states="h")
@@ -19,4 +19,4 @@ def gru_before(x, U, h):
     """GRU, the reset gate applied to h before the product (Cho et al. 2014, v3)."""
     r, z = torch.sigmoid(x.r + U.r(h)), torch.sigmoid(x.z + U.z(h))
     n = torch.tanh(x.n + U.n(r * h))
-    return (1 - z) * n + z * h
+    return n + z * (h - n)

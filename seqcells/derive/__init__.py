@@ -14,7 +14,6 @@ by hand: pointwise functions, and the form that says what they are for.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -123,6 +122,9 @@ class Derived:
         called = self.parts.called
         if short and value in called:
             return called[value]
+        if value in self.parts.graph.orders:
+            a, b = (self._described(v, words, short=True) for v in self.parts.graph.orders[value])
+            return f"which is larger, {a} or {b}"
         text = emit.Function("", words | {v: n for v, n in called.items() if v is not value}, {}, "h").text(value)
         text = text.replace(", FAST)", ")").replace("tl.", "")
         return f"{called[value]} = {text}" if value in called else text
@@ -153,8 +155,5 @@ def derive(name: str, step: Callable[..., Any], names: Names, constants: Mapping
 
     In a thread of its own: what the caller is in the middle of (a transform, a mode, autocast) stays out of it.
     """
-    with _LOCK, ThreadPoolExecutor(1) as apart:
+    with ThreadPoolExecutor(1) as apart:
         return apart.submit(lambda: Derived(arrange(name, names, trace(step, names, constants)))).result()
-
-
-_LOCK = threading.Lock()

@@ -3,13 +3,14 @@
 Backward has the states before and after the step, and the trained vectors. Everything else that it needs of forward
 must come from there, or from tiles that forward saves. Which: a minimum cut, by maximum flow, of the graph from the
 products and inputs (which backward does not have) to the values that backward uses, where cutting a value, saving it,
-costs one tile. Of several such cuts the one nearest to backward, which leaves it the least to compute again.
+costs one tile. Of several such cuts the one nearest to backward, which leaves it the least to compute again. Tiles are
+saved in the data's type, so what rounding would ruin is not computed again but saved itself, or what follows from it.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from .values import BOOLEAN, FORWARD, Value, ancestors, constant
 
@@ -17,8 +18,11 @@ Point = tuple[Value, str] | str
 _NEVER = 1 << 20  # more tiles than any step has values
 
 
-def smallest(needed: Iterable[Value], free: Iterable[Value]) -> list[Value]:
-    """The values to save so that the needed ones (none a gradient) can be computed from them and from the free ones."""
+def smallest(needed: Iterable[Value], free: Iterable[Value], fragile: Collection[Value] = ()) -> list[Value]:
+    """The values to save so that the needed ones (none a gradient) can be computed from them and from the free ones.
+
+    fragile: values that are not to be computed again.
+    """
     given = set(free)
     needed = [v for v in needed if v not in given and constant(v) is None]
     room: dict[Point, dict[Point, int]] = defaultdict(dict)
@@ -31,7 +35,7 @@ def smallest(needed: Iterable[Value], free: Iterable[Value]) -> list[Value]:
     for value in values:
         # A boolean would take a tile as wide as a number's, and is a comparison away.
         connect((value, "in"), (value, "out"), _NEVER if value.op in BOOLEAN else 1)
-        if value.op in FORWARD:
+        if value.op in FORWARD or value in fragile:
             connect("products", (value, "in"), _NEVER)
         for source in value.inputs:
             if source not in given:

@@ -19,6 +19,7 @@ _RESERVED = {
 _SIGNS = {**COMPARISONS, "add": "+", "sub": "-", "product": "*", "times": "*", "div": "/", "and": "&", "or": "|"}
 _BINDS = {"add": 3, "sub": 3, "product": 4, "times": 4, "div": 4}  # how tightly; comparisons, & and | in parentheses
 _LOOSE, _UNARY, _ATOM = 1, 5, 6
+_LONG = 70  # characters of an expression that gets a line of its own
 
 
 class Function:
@@ -45,8 +46,8 @@ class Function:
         order = [v for v in ancestors(results, self.leaves) if v not in self.leaves and constant(v) is None]
         uses = Counter(v for value in order for v in value.inputs) + Counter(results)
         for value in order:
-            if uses[value] > 1 or value in self.names:
-                text = self.text(value)
+            text = self.text(value)
+            if uses[value] > 1 or value in self.names or len(text) > _LONG:
                 name = self._fresh(value)
                 self.lines.append(f"    {name} = {text}")
                 self.leaves[value] = name

@@ -24,6 +24,10 @@ def _function(name: str) -> Callable[..., Value]:
     return lambda g, a: g.function(name, a)
 
 
+def _exponential(name: str) -> Callable[..., Value]:
+    return lambda g, a: g.exponential(name, a)
+
+
 def _comparison(name: str) -> Callable[..., Value]:
     return lambda g, a, b: g.compared(name, a, b)
 
@@ -156,8 +160,9 @@ OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.neg.default: lambda g, a: g.negative(a),
     aten.reciprocal.default: lambda g, a: g.quotient(g.number(1), a),
     aten.pow.Tensor_Scalar: lambda g, a, n: g.power(a, constant(n)),
-    aten.pow.Scalar: lambda g, n, a: g.exponential(constant(n), a),
+    aten.pow.Scalar: lambda g, n, a: g.power_of(constant(n), a),
     **{getattr(aten, n).default: _function(n) for n in FUNCTIONS},
+    **{getattr(aten, n).default: _exponential(n) for n in ("exp", "exp2", "expm1")},
     aten.rsqrt.default: lambda g, a: g.power(a, -0.5),
     aten.relu.default: lambda g, a: g.choice(g.compared("lt", a, g.number(0)), g.number(0), a),
     aten.leaky_relu.default: _leaky_relu,

@@ -79,6 +79,12 @@ class Parts:
         """What backward has without saving it."""
         return [*self.before, *self.params, *self.new]
 
+    @property
+    def operations(self) -> frozenset[str]:
+        """By name, forward and backward."""
+        values = [*self.new, *self.operands, *self.dhu, *self.early.every, *self.finished.every]
+        return frozenset(v.op for v in ancestors(values))
+
     def operand(self, product: int) -> int:
         """The number of a product's operand."""
         number = 0
@@ -137,7 +143,7 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
 
     stored = [v for v, o in zip(operands, described, strict=True) if o.state is None]
     free = [*before, *params, *found.new]
-    saved = _saved([*early.every, *dhu, *through.every], stored, free)
+    saved = _saved(graph, [*early.every, *dhu, *through.every], stored, free)
     form = Form(
         name,
         gates=len(gx),
@@ -211,9 +217,9 @@ def _only_sum(results: list[Value], a: Value, b: Value) -> bool:
     return all(x == y for x, y in map(share, results))
 
 
-def _saved(gradients: list[Value], stored: list[Value], free: list[Value]) -> list[Value]:
+def _saved(graph: Graph, gradients: list[Value], stored: list[Value], free: list[Value]) -> list[Value]:
     """What forward saves: so that all that multiplies a gradient, and the operands, can be computed again."""
     used = {v for value in ancestors(gradients, free) if value.gradient for v in value.inputs if not v.gradient}
     needed: Iterable[Value] = [*sorted(used, key=lambda v: v.index), *stored]
-    found = smallest(needed, free)
+    found = smallest(needed, free, graph.fragile)
     return sorted(found, key=lambda v: (not v.inputs, v.index))

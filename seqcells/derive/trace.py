@@ -111,7 +111,7 @@ class _Run:
 
     def tile(self, leaf: Value) -> Tensor:
         """A tensor that stands for a leaf."""
-        found = torch.full(SHAPE, 0.5, dtype=torch.float64)
+        found = torch.full(SHAPE, 0.5, dtype=torch.float64, device="cpu")
         self.note(found, leaf)
         return found if leaf.gradient else found.requires_grad_()
 
@@ -290,9 +290,9 @@ class _Record(_Recorder, TorchDispatchMode):
 
 def _functional(func: Any) -> Any:
     """The operation that gives what this one, which ends in _, changes its first argument to; else itself."""
-    name = spoken(func)
+    _, name, overload = str(func).split(".")
     packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
-    return func if packet is None else getattr(packet, func._overloadname, func)
+    return func if packet is None else getattr(packet, overload, func)
 
 
 def _mixes(name: str, line: Line | None) -> MixesUnits:
@@ -323,33 +323,33 @@ def trace(step: Callable[..., Any], names: Names, constants: Mapping[str, float]
     G = len(names.gates)
     x, inputs, hu = tiles("gx", G), tiles("input", len(names.inputs)), tiles("hu", G)
     before, params = tiles("before", len(names.states), first), tiles("param", len(names.params))
-    with _Record(run):
-        with _Watch(run):
-            found = step(_Inputs(run, x), _Products(run, hu), *before, *params, *inputs, *constants.values())
-        new = _results(found, run, names)
-        variables = {} if run.frame is None else dict(run.frame.f_locals)
-        run.frame = None
-        _check_gates(run, names)
-        levels = _levels(run)
+    with _Record(run), _Watch(run):
+        found = step(_Inputs(run, x), _Products(run, hu), *before, *params, *inputs, *constants.values())
+    new = _results(found, run, names)
+    variables = {} if run.frame is None else dict(run.frame.f_locals)
+    run.frame = None
+    _check_gates(run, names)
+    levels = _levels(run)
 
-        def back(results: list[tuple[Tensor, Value]]) -> Gradients:
-            """Gradients of all that the step takes, from those of results, which are leaves."""
-            given = [(t, run.tile(leaf)) for t, leaf in results if t.requires_grad]
-            every = [*x, *inputs, *hu, *before, *params]
-            gradients: Any = [None] * len(every)
-            if given:
-                outputs, outer = zip(*given, strict=True)
-                # create_graph: so autograd makes each sum anew, and changes none.
-                gradients = torch.autograd.grad(outputs, every, outer, create_graph=True, allow_unused=True)
-            values = iter([run.value(g) for g in gradients])
-            parts = [[next(values) for _ in part] for part in (x, inputs, hu, before, params)]
-            return Gradients(*parts)
+    def back(results: list[tuple[Tensor, Value]]) -> Gradients:
+        """Gradients of all that the step takes, from those of results, which are leaves."""
+        # Of a sum: autograd imports half a second of modules where it is handed gradients.
+        total = sum((t * run.tile(leaf)).sum() for t, leaf in results if t.requires_grad)
+        parts = (x, inputs, hu, before, params)
+        every = [t for part in parts for t in part]
+        gradients: Any = [None] * len(every)
+        if isinstance(total, Tensor):
+            run.note(total, run.graph.number(0))  # whatever it is: its gradient is one
+            # With create_graph autograd makes each sum anew, and changes none. Nothing asks for a NaN among its steps.
+            with torch.autograd.set_detect_anomaly(False), _Record(run):
+                gradients = torch.autograd.grad(total, every, create_graph=True, allow_unused=True)
+        values = iter([run.value(g) for g in gradients])
+        return Gradients(*([next(values) for _ in part] for part in parts))
 
-        second = [(t, make("dm", n)) for n, (t, _, _) in enumerate(run.operands) if levels[n] == 2]
-        gradients = back([*((t, make("dstate", n)) for n, t in enumerate(new)), *second])
-        finish = back(
-            [(t, make("dv", n)) for n, (t, v, _) in enumerate(run.operands) if v.op != "before" and levels[n] == 1]
-        )
+    second = [(t, make("dm", n)) for n, (t, _, _) in enumerate(run.operands) if levels[n] == 2]
+    gradients = back([*((t, make("dstate", n)) for n, t in enumerate(new)), *second])
+    computed = [n for n, (_, v, _) in enumerate(run.operands) if v.op != "before" and levels[n] == 1]
+    finish = back([(run.operands[n][0], make("dv", n)) for n in computed])
     called = {run.value(t): n for n, t in reversed(variables.items()) if isinstance(t, Tensor) and run.knows(t)}
     operands = [v for _, v, _ in run.operands]
     values = [run.value(t) for t in new]

@@ -68,10 +68,17 @@ def ancestors(values: Iterable[Value], stop: Iterable[Value] = ()) -> list[Value
 
 
 class Graph:
-    """Makes values."""
+    """Makes values.
+
+    fragile: those that are not to be computed from what has been rounded, as the tiles that forward saves are, and
+    states: a sum whose exponential is taken (of two large numbers that cancel nothing may be left), and which of two
+    values is larger. orders: the latter, with the two.
+    """
 
     def __init__(self) -> None:
         self._known: dict[tuple[object, ...], Value] = {}
+        self.fragile: set[Value] = set()
+        self.orders: dict[Value, tuple[Value, Value]] = {}
 
     def make(self, op: str, *args: object) -> Value:
         key = (op, *args)
@@ -88,6 +95,21 @@ class Graph:
         if (x := constant(a)) is not None:
             return self.number(float(getattr(torch, name)(torch.tensor(x, dtype=torch.float64))))
         return self.make(name, a)
+
+    def exponential(self, name: str, a: Value) -> Value:
+        """exp, exp2 or expm1 as the step has it."""
+        waiting = [self.as_number(a)]
+        while waiting:
+            value = waiting.pop()
+            if value.op in ("add", "sub"):
+                self._rounding_ruins(value)
+            elif value.op in ("neg", "product", "div", "where"):
+                waiting += [v for v in value.inputs if v.op not in BOOLEAN]
+        return self.function(name, a)
+
+    def _rounding_ruins(self, value: Value) -> None:
+        if any(v.op in ("hu", "before") for v in ancestors([value])):  # the other leaves are in the data's type already
+            self.fragile.add(value)
 
     def as_number(self, a: Value) -> Value:
         """a; of a boolean, 1 or 0."""
@@ -108,7 +130,10 @@ class Graph:
     def order(self, a: Value, b: Value) -> Value:
         """1 where a is larger, -1 where b is, 0 where neither."""
         below = self.choice(self.compared("lt", a, b), self.number(-1), self.number(0))
-        return self.choice(self.compared("gt", a, b), self.number(1), below)
+        found = self.choice(self.compared("gt", a, b), self.number(1), below)
+        self._rounding_ruins(found)
+        self.orders[found] = a, b
+        return found
 
     def logical(self, op: str, *parts: Value) -> Value:
         found = [self.as_boolean(p) for p in parts]
@@ -229,9 +254,9 @@ class Graph:
         found = self.product(half, half) if n > 1 else half
         return self.product(found, a) if n % 2 else found
 
-    def exponential(self, x: float, a: Value) -> Value | None:
+    def power_of(self, x: float, a: Value) -> Value | None:
         """x to the a, for a positive x."""
-        return self.function("exp", self.product(a, self.number(math.log(x)))) if x > 0 else None
+        return self.exponential("exp", self.product(a, self.number(math.log(x)))) if x > 0 else None
 
 
 def factors(value: Value) -> tuple[Value, ...]:

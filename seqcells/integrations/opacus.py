@@ -22,10 +22,10 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .. import cell_modules, layers
+from .. import cell_modules, layers, recurrent
 
-CELLS = (cell_modules.LSTMCell, cell_modules.GRUCell, cell_modules.RNNCell)
-CLASSES = (layers.LSTM, layers.GRU, layers.RNN, *CELLS)
+CELLS = (cell_modules.RecurrentCell, cell_modules.LSTMCell, cell_modules.GRUCell, cell_modules.RNNCell)
+CLASSES = (recurrent.Recurrent, layers.LSTM, layers.GRU, layers.RNN, *CELLS)
 # Between a layer's backward and opacus' call of the sampler, which comes right from it.
 _FOUND: dict[nn.Module, dict[Tensor, Tensor]] = {}
 
@@ -45,7 +45,7 @@ def grad_sampler(module: nn.Module, activations: Any, backprops: Any) -> dict[Te
 
 
 def per_sample_gradients(
-    module: nn.Module, input: Tensor, given: dict[str, Any], gradients: Sequence[Tensor]
+    module: Any, input: Tensor, given: dict[str, Any], gradients: Sequence[Tensor]
 ) -> dict[Tensor, Tensor]:
     """The gradients [B, *shape] of each parameter that requires one, by parameter.
 
@@ -66,12 +66,13 @@ def per_sample_gradients(
     if input.shape[axis] == 0:  # a Poisson sample may be empty; vmap takes none
         return {p: p.new_zeros(0, *p.shape) for p in module.parameters(recurse=False) if p.requires_grad}
     state_axis = 0 if isinstance(module, CELLS) else 1
-    axes = {"hx": state_axis, "resets": axis, "lengths": 0}
-    # Of an LSTM: output, h_n, c_n and, if asked for, all cell states. A cell's outputs are states.
+    axes = {module._hx: state_axis, "resets": axis, "lengths": 0, **dict.fromkeys(module.cell.inputs, axis)}
+    # Of a layer: output, the final states and, if asked for, states after every step. A cell's outputs are states.
     every = [state_axis] * len(gradients)
     if not isinstance(module, CELLS):
+        after = 1 + len(module.cell.states)
         every[0] = axis
-        every[3:] = [axis] * len(every[3:])
+        every[after:] = [axis] * len(every[after:])
     mapped = {name: value for name, value in given.items() if name in axes and value is not None}
     fixed = {name: value for name, value in given.items() if name not in mapped}
     for name in {"resets", "lengths"} & set(mapped):  # which may be lists
@@ -119,8 +120,9 @@ def _watched(hook: Callable[..., None], module: nn.Module) -> bool:
 
 def _enter(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A forward pre-hook: what opacus cannot take raises; the input alone stays a positional argument."""
-    if not args and "input" in kwargs:
-        args, kwargs = (kwargs["input"],), {name: value for name, value in kwargs.items() if name != "input"}
+    first = "input" if module._hx == "hx" else "x"
+    if not args and first in kwargs:
+        args, kwargs = (kwargs[first],), {name: value for name, value in kwargs.items() if name != first}
     if not _watched(hook, module) or not 1 <= len(args) <= 2:
         return None
     kind, cell = type(module).__name__, isinstance(module, CELLS)
@@ -132,10 +134,10 @@ def _enter(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs
         raise RuntimeError(f"input of a {kind} under opacus must be a batch {expected}, got {tuple(input.shape)}")
     if not cell and module.dropout > 0 and module.num_layers > 1:
         raise ValueError(f"dropout of a {kind} under opacus must be 0, got {module.dropout}: put it between two layers")
-    usual = {"weight_ih", "weight_hh", "bias_ih", "bias_hh"} if cell else {n for of in module._all_weights for n in of}
+    usual = set(module._shapes()) if cell else {n for of in module._all_weights for n in of}
     if others := [name for name, _ in module.named_parameters(recurse=False) if name not in usual]:
         raise ValueError(f"a {kind} under opacus must have no parameters but its own, got {', '.join(others)}")
-    return (input,), kwargs | ({"hx": states[0]} if states else {})
+    return (input,), kwargs | ({module._hx: states[0]} if states else {})
 
 
 def _leave(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import seqcells
-from seqcells.check import TOLERANCE, relative
+from seqcells.testing import TOLERANCE, relative
 
 pytestmark = pytest.mark.integrations
 T, I, H = 4, 3, 4  # noqa: E741

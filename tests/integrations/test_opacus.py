@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import seqcells
 import seqcells.integrations.opacus
-from seqcells.check import TOLERANCE, relative
+from seqcells.testing import TOLERANCE, relative
 
 pytestmark = pytest.mark.integrations
 B, T, I, H = 5, 7, 3, 4  # noqa: E741
@@ -256,3 +256,51 @@ def test_converted_to_subclasses_of_torch_nns(kind):
     x = torch.randn(B, T, I, dtype=torch.float64)
     assert isinstance(net.rnn, getattr(nn, kind)) and ModuleValidator.is_valid(net)
     assert_samples(net, x, samples=[((x[b : b + 1],), {}) for b in range(B)])
+
+
+@seqcells.cell(gates="a b", states="h c", params="p", inputs="w", outputs="y")
+def attended(x, U, h, c, p, w):
+    h = torch.tanh(x.a + U.a(c)) + w * h
+    c = c + torch.sigmoid(x.b + p * h)
+    return h, c, torch.tanh(c)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_a_cell_of_ones_own(batch_first):
+    """Its parameters and per-step inputs, and the states after every step."""
+
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.rnn = seqcells.Recurrent(attended, I, H, 2, batch_first=batch_first, dtype=torch.float64)
+
+        def forward(self, x, **given):
+            y, final, every = self.rnn(x, return_states=True, **given)
+            axis = 1 if batch_first else 0
+            return sum(s.sin().sum((axis, 2)) for s in (y, *every)) + sum(s.sum((0, 2)) for s in final)
+
+    axis = 0 if batch_first else 1
+    x, w = torch.randn(B, T, I, dtype=torch.float64), torch.rand(B, T, dtype=torch.float64)
+    x, w = (x, w) if batch_first else (x.transpose(0, 1), w.t())
+    samples = [((x.narrow(axis, b, 1),), {"w": w.narrow(axis, b, 1)}) for b in range(B)]
+    assert_samples(Own(), x, batch_axis=axis, given={"w": w}, samples=samples)
+
+
+def test_one_step_of_a_cell_of_ones_own():
+    class Steps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.cell = seqcells.RecurrentCell(attended, I, H, dtype=torch.float64)
+
+        def forward(self, x, w):
+            state, score = None, 0
+            for step, now in zip(x.unbind(1), w.unbind(1), strict=True):
+                y, state = self.cell(step, state, w=now)
+                score = score + y.sum(1)
+            return score
+
+    x, w = torch.randn(B, T, I, dtype=torch.float64), torch.rand(B, T, dtype=torch.float64)
+    samples = [((x[b : b + 1], w[b : b + 1]), {}) for b in range(B)]
+    assert_samples(Steps(), x, w, reduction="sum", samples=samples)

@@ -14,7 +14,7 @@ from torch import nn
 from torch_cases import assert_same
 
 import seqcells
-from seqcells.check import TOLERANCE, relative
+from seqcells.testing import TOLERANCE, relative
 
 pytestmark = pytest.mark.integrations
 QUIET = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}

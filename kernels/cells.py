@@ -1,8 +1,8 @@
 """Cells: what one time step computes for one hidden unit, forward and backward.
 
 A cell is a form (`kernels.form`) and pointwise ``@triton.jit`` functions on tuples of tiles [units, rows], in the
-accumulation type. They are derived from a step in PyTorch (`seqcells.cell`), or written by hand, as those in this
-folder. Every schedule (`resident`, `grid`, `stepwise`), dtype, mask and save mode then works for the cell.
+accumulation type. They are derived from a step in PyTorch (`seqcells.cell`); written by hand they may be registered in
+place of those. Every schedule (`resident`, `grid`, `stepwise`), dtype, mask and save mode then works for the cell.
 
 ``operands_1(gx, states, params, FAST) -> operands``
     All operands of level 1, also those that are a state. None where the form is not published: there is no operand, or
@@ -30,8 +30,8 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
-from ..form import Form
-from ..registry import get, names, register
+from .form import Form
+from .registry import get, names, register
 
 
 @dataclass(frozen=True)
@@ -60,25 +60,5 @@ class Cell(Form):
         if problems:
             raise ValueError(f"cell {self.name!r}: {'; '.join(problems)}")
 
-    # What is left of an older form, for the modules that do not know the new one yet: plan, plan_single, single, report
-    # and some tests.
-
-    @property
-    def split(self) -> int:
-        """Products of level 1."""
-        return self.first_products
-
-    @property
-    def inner(self) -> int:
-        """Products that are apart."""
-        return len(self.apart)
-
-    @property
-    def first(self) -> int | None:
-        """Products of level 1; None without level 2."""
-        return self.first_products if self.level < len(self.operands) else None
-
 
 __all__ = ["Cell", "get", "names", "register"]
-
-from . import gru, gru_before, lstm, rnn  # noqa: E402, F401  (each registers its cells)

@@ -1,0 +1,13 @@
+"""Minimal gated unit (Zhou et al. 2016, arXiv:1603.09420): one gate, which forgets and resets."""
+
+import torch
+
+from ..cell import cell
+
+
+@cell(gates="f n", states="h")
+def mgu(x, U, h):
+    """Minimal gated unit (Zhou et al. 2016)."""
+    f = torch.sigmoid(x.f + U.f(h))
+    n = torch.tanh(x.n + U.n(f * h))
+    return h + f * (n - h)

@@ -1,0 +1,380 @@
+"""Is a cell right? Every backend against the cell's step in float64: every output and every gradient.
+
+`check` judges a cell of one's own. TOLERANCE is the project's one table: its tests use it too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends, checks, explanation, functional, reference
+from .cell import BUILT_IN, Cell, named
+
+# Largest relative error ||a - b|| / ||b|| against float64 on the same (rounded) inputs. Half precision: a few roundings
+# of 2^-8 (bfloat16) or 2^-11 (float16) a value, gathered over the steps. "tf32": products rounded to 2^-11. "tf32x3":
+# an operand's two parts leave 2^-22 of it.
+TOLERANCE: dict[torch.dtype | str, float] = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    "tf32": 3e-3,
+    "tf32x3": 1e-5,
+    torch.float16: 5e-3,
+    torch.bfloat16: 4e-2,
+}
+# Largest absolute difference of any element from torch.nn's, in networks of a few units and steps.
+AGAINST_TORCH = {torch.float64: 1e-10, torch.float32: 5e-5}
+# Operations whose result or derivative jumps, or has no bound.
+_ROUGH = {"lt", "le", "gt", "ge", "eq", "ne", "where", "div", "exp", "log", "sqrt"}
+
+
+def tolerance(cell: str | Cell, dtype: torch.dtype | str, shape: Shape) -> float:
+    """The table's; but for a cell that compares, divides or has exponentials, twice the error of its own steps rounded
+    to that precision, if that is more.
+
+    Where rounding moves a pre-activation across zero, relu's derivative jumps, and that element's gradient is lost
+    whole, in any implementation, the more the longer the sequence.
+    """
+    _check_shape(cell, shape)
+    if not isinstance(dtype, (str, torch.dtype)) or dtype not in TOLERANCE:
+        raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(map(str, TOLERANCE))}")
+    if dtype in (torch.float64, "tf32x3") or not _ROUGH & named(cell).operations:
+        return TOLERANCE[dtype]
+    # float16 rounds as TF32 does.
+    low = torch.float16 if dtype == "tf32" else dtype
+    assert isinstance(low, torch.dtype)
+    rounded = max(errors(cell, shape, low, "cpu", backend=None).values())
+    return max(TOLERANCE[dtype], 2 * rounded) if math.isfinite(rounded) else TOLERANCE[dtype]
+
+
+@dataclass(frozen=True)
+class Shape:
+    T: int
+    B: int
+    I: int  # noqa: E741  (the letter the whole project uses)
+    H: int
+
+
+# Odd on purpose: no size is a multiple of a tile, B needs several programs, H one tile and several.
+SMALL = (Shape(4, 3, 2, 20), Shape(3, 17, 3, 33))
+# On a device: the largest resident sizes, several batch tiles, and a U that must be spread over all of it or streamed.
+LARGE = (
+    Shape(50, 17, 5, 20),
+    Shape(60, 33, 7, 64),
+    Shape(40, 130, 20, 128),
+    Shape(20, 70, 9, 300),
+    Shape(9, 3, 9, 1000),
+)
+
+
+def _check_shape(cell: str | Cell, shape: Shape) -> None:
+    named(cell)
+    if not isinstance(shape, Shape):
+        raise checks.wrong("shape", "a Shape", shape)
+
+
+def names(cell: str | Cell) -> list[str]:
+    """What `inputs` makes: x, w_ih, w_hh, b_ih, b_hh (those that the cell has), the states before the first step as h0,
+    then trained vectors and per-step inputs by their own names."""
+    known = named(cell)
+    weights = {"w_ih": known.x_gates, "w_hh": known.u_gates}
+    weights |= {"b_ih": _biased(known, known.x_gates), "b_hh": _biased(known, known.u_gates)}
+    starts = [f"{state}0" for state in known.states]
+    return ["x", *(name for name, gates in weights.items() if gates), *starts, *known.params, *known.inputs]
+
+
+def _biased(cell: Cell, gates: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(gate for gate in gates if gate in cell.biased)
+
+
+def outputs(cell: str | Cell) -> list[str]:
+    """y, and each final state as h_n."""
+    return ["y", *(f"{state}_n" for state in named(cell).states)]
+
+
+def inputs(
+    cell: str | Cell,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str | torch.device,
+    scale: float = 1.0,
+    seed: int = 0,
+) -> list[Tensor]:
+    """Tensors of a cell, random, in the order of `names`; at scale 1 gates work from one end to the other.
+
+    The states are some that the cell comes to from zero, for it need not be defined for others.
+    """
+    _check_shape(cell, shape)
+    checks.dtype(dtype)
+    checks.device(device)
+    checks.number("scale", scale)
+    checks.integer("seed", seed)
+    known, generator = named(cell), torch.Generator().manual_seed(seed)
+    T, B, I, H = shape.T, shape.B, shape.I, shape.H  # noqa: E741
+    sizes: dict[str, tuple[float, tuple[int, ...]]] = {
+        "x": (1.0, (T, B, I)),
+        "w_ih": (I**-0.5, (len(known.x_gates) * H, I)),
+        "w_hh": (H**-0.5, (len(known.u_gates) * H, H)),
+        "b_ih": (0.5, (len(_biased(known, known.x_gates)) * H,)),
+        "b_hh": (0.5, (len(_biased(known, known.u_gates)) * H,)),
+    }
+    sizes |= {f"{state}0": (0.5, (B, H)) for state in known.states}
+    sizes |= {name: (0.5, (1 if name in known.scalars else H,)) for name in known.params}
+    sizes |= {name: (0.5, (T, B, H) if n % 2 else (T, B)) for n, name in enumerate(known.inputs)}
+    made = {}
+    for name in names(cell):
+        by, size = sizes[name]
+        made[name] = scale * by * torch.randn(size, generator=generator, dtype=torch.float64)
+    starts = [f"{state}0" for state in known.states]
+    before = made | {"x": 2 * made["x"].flip(0)} | {name: torch.zeros_like(made[name]) for name in starts}
+    with torch.no_grad():
+        reached = scan(known, list(before.values()), backend=None)[1:]
+    made |= dict(zip(starts, reached, strict=True))
+    return [t.to(device, dtype) for t in made.values()]
+
+
+def scan(cell: str | Cell, tensors: Sequence[Tensor], *, backend: str | None, **options: Any) -> tuple[Tensor, ...]:
+    """y and the final states of a backend for tensors in the order of `names`.
+
+    backend: None is the reference with every operation rounded to the tensors' dtype. options: of functional.scan.
+    """
+    known, given = named(cell), dict(zip(names(cell), tensors, strict=True))
+    states = tuple(given[f"{state}0"] for state in known.states)
+    weights = [given.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    params, steps = ({n: given[n] for n in wanted} for wanted in (known.params, known.inputs))
+    if backend is None:
+        wide = (t if t.dim() == 3 else t[..., None].expand(*t.shape, states[0].shape[-1]) for t in steps.values())
+        rounded: Any = {n: options.get(n) for n in ("resets", "lengths")}
+        rounded |= {"params": tuple(params.values()), "inputs": tuple(wide)}
+        y, final = reference.scan(reference.step_of(known), given["x"], states, *weights, **rounded)
+    else:
+        extras: Any = {"params": params, "inputs": steps}
+        y, final = functional.scan(known, given["x"], states, *weights, **extras, backend=backend, **options)
+    return y, *final
+
+
+def run(
+    cell: str | Cell,
+    tensors: Sequence[Tensor],
+    resets: Tensor | None = None,
+    *,
+    backend: str | None,
+    lengths: Tensor | None = None,
+    save: str = "gates",
+    precision: str | None = None,
+    seed: int = 1,
+) -> dict[str, Tensor]:
+    """Every output and every gradient of a weighted sum of the outputs, by name (gradients with a leading d).
+
+    backend: None is the reference with every operation rounded to the tensors' dtype.
+    """
+    leaves = [t.detach().requires_grad_() for t in tensors]
+    how: dict[str, Any] = {"resets": resets, "lengths": lengths, "save": save, "precision": precision}
+    found = scan(cell, leaves, backend=backend, **how)
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in found]
+    # What does not reach an output has a gradient of zero, which a backend may leave out.
+    gradients = torch.autograd.grad(found, leaves, weights, allow_unused=True, materialize_grads=True)
+    named = dict(zip(outputs(cell), (o.detach() for o in found), strict=True))
+    return named | {f"d{n}": g for n, g in zip(names(cell), gradients, strict=True)}
+
+
+def errors(
+    cell: str | Cell,
+    shape: Shape,
+    dtype: torch.dtype,
+    device: str,
+    *,
+    backend: str | None,
+    save: str = "gates",
+    precision: str | None = None,
+    resets: bool = False,
+    lengths: bool = False,
+    scale: float = 1.0,
+) -> dict[str, float]:
+    """The relative error of each output and gradient of a backend against the reference in float64."""
+    tensors = inputs(cell, shape, dtype, device, scale)
+    checks.boolean("resets", resets)
+    checks.boolean("lengths", lengths)
+    generator = torch.Generator().manual_seed(2)
+    begins = torch.rand(shape.T, shape.B, generator=generator) < 0.3 if resets else None
+    ends = torch.randint(1, shape.T + 1, (shape.B,), generator=generator) if lengths else None
+    masked: Any = {"resets": None if begins is None else begins.to(device), "lengths": ends}
+    got = run(cell, tensors, **masked, backend=backend, save=save, precision=precision)
+    # The reference runs on the CPU: the device's own matmuls are not to judge themselves.
+    exact = run(cell, [t.cpu().double() for t in tensors], begins, lengths=ends, backend="reference")
+    return {name: relative(got[name], exact[name]) for name in exact}
+
+
+def relative(got: Tensor, exact: Tensor) -> float:
+    """||got - exact|| / ||exact||; infinite if anything is not finite."""
+    for name, t in (("got", got), ("exact", exact)):
+        checks.tensor(name, t)
+        if t.is_meta:
+            raise RuntimeError(f"{name} is on the meta device: it has no values")
+    if got.shape != exact.shape:
+        raise RuntimeError(f"got must have the shape of exact, {tuple(exact.shape)}, not {tuple(got.shape)}")
+    difference = (got.cpu().double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)
+    return float(difference.nan_to_num(nan=torch.inf))
+
+
+@dataclass(frozen=True)
+class Result:
+    """The largest error of each output and gradient of a cell, by a backend, in a dtype.
+
+    missing: why there are none: no shape fits the backend.
+    """
+
+    cell: str
+    backend: str
+    dtype: str
+    errors: dict[str, float]
+    tolerance: float
+    missing: str = ""
+
+    @property
+    def good(self) -> bool:
+        return all(e <= self.tolerance for e in self.errors.values())
+
+
+def kinds(device: str, dtypes: list[str] | None = None) -> list[torch.dtype | str]:
+    """What `sweep` runs a cell and backend in, of those named, None: of all. Keys of TOLERANCE.
+
+    ValueError if none is left: tf32 and tf32x3 are a CUDA device's.
+    """
+    checks.device(device)
+    if dtypes is not None and (not isinstance(dtypes, (tuple, list)) or not all(isinstance(n, str) for n in dtypes)):
+        raise checks.wrong("dtypes", "a list of names or None", dtypes)
+    products = ["tf32", "tf32x3"] if torch.device(device).type == "cuda" else []
+    every: list[torch.dtype | str] = [torch.float64, torch.float32, *products, torch.float16, torch.bfloat16]
+    chosen = [kind for kind in every if dtypes is None or str(kind).removeprefix("torch.") in dtypes]
+    if not chosen:
+        raise ValueError(f"dtypes must be some that {device} has, got {', '.join(dtypes or ())}")
+    return chosen
+
+
+BACKENDS = (*(f"triton:{schedule}" for schedule in backends.SCHEDULES), "loop")
+
+
+def sweep(
+    device: str,
+    cells: Sequence[str | Cell] | None = None,
+    dtypes: list[str] | None = None,
+    backends: Sequence[str] = BACKENDS,
+) -> Iterator[Result]:
+    """The largest errors over the device's shapes, with and without masks, by cell, backend and dtype.
+
+    On a device float32 is checked at every precision; the interpreter has only one.
+    """
+    shapes = LARGE if torch.device(device).type == "cuda" else SMALL
+    for cell in cells or BUILT_IN:
+        for backend in backends:
+            for kind in kinds(device, dtypes):
+                yield _worst(cell, backend, kind, device, shapes)
+
+
+def _worst(cell: str | Cell, backend: str, kind: torch.dtype | str, device: str, shapes: tuple[Shape, ...]) -> Result:
+    dtype, precision = (kind, "ieee") if isinstance(kind, torch.dtype) else (torch.float32, kind)
+    worst: dict[str, float] = {}
+    allowed, missing = 0.0, ""
+    for shape in shapes:
+        size: dict[str, Any] = {"batch": shape.B, "hidden_size": shape.H, "dtype": dtype}
+        try:
+            explanation.explain(cell, device=device, backend=backend, precision=precision, **size)
+        except ValueError as error:  # U does not fit on chip: there the schedule does not exist
+            missing = str(error)
+            if "schedule does not fit" not in missing:
+                raise
+            continue
+        allowed = max(allowed, tolerance(cell, kind, shape))
+        for save, masked in (("gates", {}), ("states", {"resets": True}), ("gates", {"resets": True, "lengths": True})):
+            how: dict[str, Any] = {"save": save, "precision": precision, **masked}
+            found = errors(cell, shape, dtype, device, backend=backend, **how)
+            worst = {n: max(e, worst.get(n, 0.0)) for n, e in found.items()}
+    return Result(named(cell).name, backend, str(kind).removeprefix("torch."), worst, allowed, "" if worst else missing)
+
+
+def table(results: Sequence[Result]) -> str:
+    """One line a cell, backend and dtype; one column an output or gradient."""
+    columns = list(dict.fromkeys(name for r in results for name in r.errors))
+    lines = [("cell", "backend", "dtype", *columns, "allowed", "")]
+    for r in results:
+        shown = [f"{r.errors[c]:.0e}" if c in r.errors else "-" for c in columns]
+        verdict = r.missing or ("ok" if r.good else "WRONG")
+        lines.append((r.cell, r.backend, r.dtype, *shown, f"{r.tolerance:.0e}", verdict))
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Within it uninitialized memory is full of NaN: what a kernel does not write, or reads too early, shows."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+
+
+def check(
+    cell: str | Cell,
+    *,
+    device: str | None = None,
+    backends: Sequence[str] = BACKENDS,
+    dtypes: list[str] | None = None,
+) -> list[Result]:
+    """Check every backend of a cell against its step, differentiated by autograd in float64.
+
+    Every output and every gradient, at sizes that fill no tile, with uninitialized memory full of NaN: each schedule of
+    the kernels and the loop, each dtype, both save modes, resets, lengths. Then torch.autograd.gradcheck and
+    gradgradcheck of each backend in float64. Tolerances are `tolerance`'s. Takes minutes where kernels are interpreted.
+
+    cell: a Cell, or its name. device: None is "cuda" if there is one, else "cpu", where kernels need Triton's
+    interpreter: TRITON_INTERPRET=1, set before Python starts. backends, dtypes: which ones, as "triton:grid" and
+    "float32".
+
+    Returns the results; `table` shows them. AssertionError with that table if something is wrong. RuntimeError where
+    the kernels cannot run. CellError for a step that no kernels can be derived from.
+
+        >>> @seqcells.cell(gates="n", states="h")
+        ... def leaky(x, U, h):
+        ...     return 0.5 * h + 0.5 * torch.tanh(x.n + U.n(h))
+        >>> results = seqcells.testing.check(leaky, backends=["loop"], dtypes=["float32"])
+        >>> print(results[0].good)
+        True
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    chosen = kinds(device, dtypes)
+    with poisoned():
+        results = list(sweep(device, [cell], dtypes, backends))
+        if torch.float64 in chosen:
+            derivatives(cell, device, backends)
+    wrong = [r for r in results if not r.good]
+    if wrong:
+        raise AssertionError(f"{len(wrong)} of {len(results)} are not within tolerance:\n\n{table(results)}")
+    return results
+
+
+def derivatives(cell: str | Cell, device: str, backends: Sequence[str] = BACKENDS) -> None:
+    """torch.autograd.gradcheck and gradgradcheck of each backend in float64. AssertionError if one fails."""
+    tensors = [t.requires_grad_() for t in inputs(cell, Shape(2, 2, 1, 2), torch.float64, device)]
+    for backend in backends:
+
+        def function(*given: Tensor, backend: str = backend) -> tuple[Tensor, ...]:
+            return scan(cell, given, backend=backend)
+
+        try:
+            torch.autograd.gradcheck(function, tensors, fast_mode=True)
+            torch.autograd.gradgradcheck(function, tensors, fast_mode=True)
+        except RuntimeError as error:  # torch.autograd.gradcheck.GradcheckError is one
+            raise AssertionError(f"{named(cell).name}, {backend}: {error}") from error
