@@ -4,11 +4,9 @@ import pytest
 import torch
 from shapes import spread
 from steps import STEPS, define
-from torch.autograd import gradcheck
 
-import seqcells
 from seqcells import functional
-from seqcells.loop import part_of, steps
+from seqcells.loop import steps
 
 T, B, I, H = 7, 4, 3, 5  # noqa: E741
 KINDS = ["plain", "resets", "lengths", "both"]
@@ -56,7 +54,11 @@ def case(cell, kind="plain", ways=(False,), dtype=torch.float64, bias=True, hx=T
 
     rows = cell.rows
     w_hh = drawn(K, rows[1] * H, H) if rows[1] else None
-    weights = [drawn(K, rows[0] * H, I), w_hh, *((drawn(K, n * H) if n else None for n in rows[2:]) if bias else (None, None))]
+    weights = [
+        drawn(K, rows[0] * H, I),
+        w_hh,
+        *((drawn(K, n * H) if n else None for n in rows[2:]) if bias else (None, None)),
+    ]
     x, states = drawn(T, B, I), tuple(drawn(K, B, H) for _ in cell.states) if hx else None
     options = {"reverse": ways}
     if cell.params:
