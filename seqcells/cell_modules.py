@@ -228,9 +228,10 @@ class RecurrentCell(modules.Module):
             states = None if states is None else tuple(s[None] for s in states)
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
-        ih, hh, b_ih, b_hh = self.cell.rows
-        biases = (self.bias_ih if b_ih else None, self.bias_hh if b_hh else None) if self.bias else (None, None)
-        weights = (self.weight_ih if ih else None, self.weight_hh if hh else None, *biases)
+        held, weights = self._parameters, []  # which nn.Module's __getattr__ would find slowly
+        for part, rows in zip(modules.PARTS, self.cell.rows, strict=True):
+            there = rows and (self.bias or part.startswith("w"))
+            weights.append((held[part] if part in held else getattr(self, part)) if there else None)
         dtype = next((w.dtype for w in weights if w is not None), x.dtype)
         for t in (x, *(states or ())):
             if t.dtype != dtype and not backends.autocasting(x.device):
