@@ -1,0 +1,139 @@
+"""seqcells.testing.check and `python -m seqcells check --cell`: what is right passes, what is wrong does not."""
+
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DEVICE
+from shapes import SCHEDULES, spread
+
+import seqcells
+from seqcells import __main__, cells, testing
+from seqcells.kernels import cells as kernels
+
+GALLERY = [name for name in cells.__all__ if name not in ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")]
+BACKENDS = [*(f"triton:{schedule}" for schedule in SCHEDULES), "loop"]
+DTYPES = ["float64", "float32", "float16", "bfloat16"]
+
+
+# float64 is in test_any_cell, at a smaller size.
+@pytest.mark.parametrize(("name", "how"), spread(GALLERY, list(product(BACKENDS, reversed(DTYPES))), most=1), ids=str)
+def test_the_gallery(name, how):
+    """At two shapes, of which one takes three programs a tile and two tiles in the grid schedule."""
+    results = testing.check(getattr(cells, name), device=DEVICE, backends=[how[0]], dtypes=[how[1]])
+    assert len(results) == 1 and results[0].errors and not results[0].missing
+
+
+@pytest.mark.parametrize("name", GALLERY)
+def test_a_definition_is_short_and_cited(name):
+    text = Path(cells.__file__).with_name(f"{name}.py").read_text()
+    assert len(text.splitlines()) <= 20
+    assert any(f" {year}" in text for year in range(1990, 2030)), "the paper"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_slstm_is_stable_far_out(backend):
+    """Gate inputs of +-30: finite, forward and backward, and as in float64."""
+    generator = torch.Generator().manual_seed(0)
+    signs = torch.randn(20, 3, 4, generator=generator, dtype=torch.float64).sign()
+    exact, layer = (
+        seqcells.Recurrent(cells.slstm, 4, 5, dtype=d, device=DEVICE) for d in (torch.float64, torch.float32)
+    )
+    with torch.no_grad():
+        for a, b in zip(exact.parameters(), layer.parameters(), strict=True):
+            a.copy_(torch.randn(a.shape, generator=generator, dtype=torch.float64))
+            b.copy_(a)
+    x = 15 * signs.to(DEVICE)
+    with seqcells.backend("reference"):
+        expected, _ = exact(x)
+    with seqcells.backend(backend):
+        y, _ = layer(x.float())
+    y.sum().backward()
+    assert (exact.weight_ih_l0.detach() @ x[0, 0]).abs().max() > 30
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+    assert testing.relative(y.detach(), expected.detach()) < 1e-4
+
+
+@seqcells.cell(gates="n", states="h")
+def elman(x, U, h):
+    return torch.tanh(x.n + U.n(h))
+
+
+@pytest.fixture
+def overridden():
+    """Puts kernels of another cell in the place of elman's."""
+    derived = kernels.get(elman.key)
+    yield lambda other: kernels.register(replace(kernels.get(other), name=elman.key))
+    kernels.register(derived)
+
+
+def test_kernels_written_by_hand_are_judged_by_the_same_check(overridden):
+    how = {"device": DEVICE, "backends": ["triton:resident"], "dtypes": ["float32"]}
+    overridden("rnn_tanh")
+    testing.check(elman, **how)
+    overridden("rnn_relu")
+    with pytest.raises(AssertionError, match=r"1 of 1 are not within tolerance(.|\n)*WRONG"):
+        testing.check(elman, **how)
+
+
+def test_a_wrong_derivative_is_found(overridden):
+    """Not by its size, which a tolerance may allow, but by gradcheck."""
+    overridden("rnn_relu")
+    with pytest.raises(AssertionError, match=r"elman, triton:grid: (.|\n)*Jacobian"):
+        testing.derivatives(elman, DEVICE, ["triton:grid"])
+
+
+def test_a_schedule_that_does_not_exist_says_why():
+    (found,) = testing.sweep(DEVICE, ["lstm"], ["float64"], ["triton:resident"])
+    assert found.good and not found.missing
+    shapes = (testing.Shape(2, 2, 2, 600),)
+    missing = testing._worst("lstm", "triton:resident", torch.float64, DEVICE, shapes)
+    assert not missing.errors and "does not fit" in missing.missing and missing.missing in testing.table([missing])
+
+
+def test_what_cannot_be_derived_is_refused():
+    @seqcells.cell(gates="n", states="h")
+    def sorts(x, U, h):
+        return torch.sort(x.n + U.n(h)).values
+
+    with pytest.raises(seqcells.CellError, match="sort"):
+        testing.check(sorts, device=DEVICE)
+
+
+def test_memory_is_poisoned_and_what_was_set_comes_back():
+    before = torch.are_deterministic_algorithms_enabled()
+    with testing.poisoned():
+        assert torch.empty(100).isnan().all()
+    assert torch.are_deterministic_algorithms_enabled() == before
+
+
+STEP = '@seqcells.cell(gates="n", states="h")\ndef mine(x, U, h):\n    return torch.tanh(x.n + U.n(h))\n'
+
+
+def test_the_command_takes_a_cell_of_a_file(tmp_path, monkeypatch, capsys):
+    """And of a module; in this process, where kernels are interpreted already."""
+    (tmp_path / "some_cells.py").write_text("import torch\nimport seqcells\n\n" + STEP)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(testing, "SMALL", (testing.Shape(2, 3, 2, 5),))
+    assert __main__._found("some_cells:mine").name == "mine"
+    code = __main__.main(["check", "--device", DEVICE, "--dtype", "float64", "--cell", "some_cells.py:mine"])
+    shown = capsys.readouterr().out
+    assert code == 0 and "4 of 4 within tolerance" in shown and "gradcheck and gradgradcheck pass" in shown
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("empty.py:mine", "there is no cell 'mine' in empty.py"),
+        ("nothing", "unknown cell"),
+        ("no_such:mine", "no_such"),
+    ],
+)
+def test_the_command_says_what_there_is_not(where, said, tmp_path, monkeypatch, capsys):
+    (tmp_path / "empty.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    assert __main__.main(["check", "--device", DEVICE, "--cell", where]) != 0
+    assert said in capsys.readouterr().err
