@@ -96,7 +96,7 @@ def choose(
 ) -> backends.Choice:
     """The backend for a scan of x. tensors: states and weights; hidden: H; packed: T and B of a PackedSequence whose
     data is x; projected: whether an LSTM has a projection. Raises as backends.choose does."""
-    spec = get(cell)
+    spec = cell if type(cell) is Cell else get(cell)
     grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
     key = spec.key
     onednn = x.numel() > 0 and aten.onednn(key, x.device, x.dtype) and (x.dim() == 3 or packed is not None)
@@ -143,7 +143,7 @@ def run(
     K, if there is such a tensor already.
     x [T, B, I] or [T, B, K, I]; states [K, B, H] (of one group also [B, H]). params: of each group; inputs: see `scan`.
     """
-    spec = named(cell)
+    spec = cell if type(cell) is Cell else named(cell)
     arguments.options(how.backend, how.precision, how.save)
     given = (None,) * len(spec.states) if states is None else tuple(states)
     if len(given) != len(spec.states):

@@ -24,7 +24,7 @@ _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 def _missing(spec: Cell) -> Sequence[str]:
     """The weights that the cell has not."""
-    return () if all(spec.rows) else [name for name, n in zip(_NAMES, spec.rows, strict=True) if not n]
+    return () if 0 not in spec.rows else [name for name, n in zip(_NAMES, spec.rows, strict=True) if not n]
 
 
 def scan(
@@ -75,7 +75,9 @@ def scan(
     weights = {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}
     arguments.types(x, states, weights, missing=_missing(spec))
     checks.boolean("return_states", return_states)
-    masked = arguments.resets(resets, x.shape[:2], x.device), arguments.lengths(lengths, x.shape[:2], x.device)
+    masked: tuple[Tensor | None, Tensor | None] = (None, None)
+    if resets is not None or lengths is not None:
+        masked = arguments.resets(resets, x.shape[:2], x.device), arguments.lengths(lengths, x.shape[:2], x.device)
     how = How(*masked, save=save, backend=backend, precision=precision, cells=return_states)
     vectors = None if params is None else [params]
     y, final, every = run(spec, x, states, [(w_ih, w_hh, b_ih, b_hh)], how, None, vectors, inputs)

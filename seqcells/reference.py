@@ -173,8 +173,8 @@ def scan_states(
     """step over all of x [T, B, I]: every state after each step, [T, B, H] each, and the final states [B, H].
 
     A step may return one tensor more than there are states: its output, as the first.
-    params, inputs: further arguments of the step, if there are any: trained vectors [H] or [1], and of inputs [T, B, H] each
-    its step.
+    params, inputs: further arguments of the step, if there are any: trained vectors [H] or [1], and of inputs [T, B, H]
+    each its step.
     resets: where set, an episode begins at that step: no state crosses from the step before it, in either direction.
     lengths: from step lengths[b] on, row b keeps its states and outputs zero. reverse: walk from the last step to the
     first.

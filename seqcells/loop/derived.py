@@ -76,10 +76,8 @@ def get(key: str) -> Any:
     """The part of the cell of that key: a tuned one, or one made of its step when it is first wanted."""
     if key in CELLS:
         return CELLS[key]
-    if key not in _FOUND:
-        _FOUND[key] = Generated(defined(key)._derived.parts)
-    return _FOUND[key]
-
-
-# torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
-get._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    parts = defined(key)._derived.parts
+    found = _FOUND.get(key)
+    if found is None or found.found is not parts:
+        found = _FOUND[key] = Generated(parts)
+    return found

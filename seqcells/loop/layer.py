@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..autograd import Options
 from ..kernels.buffers import is_reversed
-from ..products import blocks, input_biases, places
+from ..products import blocks, hidden_size, input_biases, places
 from . import steps
 from .derived import get
 from .stretches import Walk, walk
@@ -48,7 +48,7 @@ class _Group:
         mine = weights if w_ih.dim() == 2 else [None if t is None else t[k] for t in weights]
         w_ih, u, b_ih, b_hh, params = (None if t is None else t.to(exact) for t in mine)
         assert w_ih is not None
-        self.H = H = w_ih.shape[0] // at.x
+        self.H = H = hidden_size(at, w_ih, u, *inputs[1:3])
         if w is None:
             T, B = x.shape[:2]
             w = walk(mask, is_reversed(k, options.reversed), T, B, x.device, steps.most_rows(H, x.device))
