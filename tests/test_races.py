@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from conftest import DEVICE
+from kinds import KINDS, arguments, run
 from shapes import CELLS, SCHEDULES, spread
 from test_kernels import scan_arguments
 from triton.runtime import interpreter
@@ -117,6 +118,21 @@ def test_no_race(cell, schedule, mask):
     dcn, dcs = (out.cn, dy) if two else (None, None)
     state = (u, out.y, out.c, out.saved, given)
     scan.backward(declared, dy, out.hn, dcn, *state, plan=back, dcs=dcs, **how)
+    assert not watch.races
+
+
+@pytest.mark.parametrize(("kind", "schedule", "mask"), spread(KINDS, SCHEDULES, ["", "resets", "lengths"], most=1))
+def test_no_race_in_cells_of_other_kinds(kind, schedule, mask):
+    T, B, H = 3, 9, 20
+    groups, reversed = (2, 2) if mask == "lengths" else (1, 0)
+    given = arguments(kind, T, B, H, groups, torch.float32)
+    others = (KINDS[kind].cell.states - 1) * H
+    outer = [
+        torch.ones(*size) for size in ((T, B, groups, H), (T, B, groups, others), (groups, B, H), (groups, B, others))
+    ]
+    outer = [d if d.numel() else None for d in outer]
+    watch = Watch()
+    run(kind, schedule, given, masks_of(mask, T, B, reversed), reversed, "states", outer, launch=watch)
     assert not watch.races
 
 
