@@ -3,8 +3,8 @@
     python benchmarks/crossover.py [--threads 2] [--table FILE]      # make crossover
 
 How many times as long torch.nn takes as the loop (above 1: the loop is faster), training / inference, medians of
-interleaved samples; the same of packed batches in training; and how many times as long the loop takes as marked steps,
-for an LSTM with masks.
+interleaved samples; the same of packed batches in training; how many times as long the loop takes as marked steps,
+for an LSTM with masks; and how many times as long autograd's loop takes as the loop made of a derived cell's step.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from seqcells import backends, suite
 
 SENTENCES = ((8, 32), (32, 32), (32, 64), (64, 64), (32, 128), (64, 256))
 SIZES = ((1, 16), (1, 128), (16, 32), (16, 128), (16, 512), (64, 64), (64, 256), (256, 32), (256, 128), (512, 4))
+DERIVED = ("mgu", "ugrnn", "cifg", "peephole_lstm")
+MADE = tuple((B, H) for B in (1, 16, 64) for H in (32, 64, 128, 256))
 MASKED = ((8, 32), (16, 64), (16, 128), (16, 256), (64, 64), (64, 128), (64, 256), (8, 512))
 
 
@@ -92,6 +94,18 @@ def packed(kind: str, T: int, seconds: float) -> list[str]:
     return line
 
 
+def derived(name: str, T: int, seconds: float) -> list[str]:
+    line = []
+    for B, H in MADE:
+        x = torch.randn(T, B, min(H, 64))
+        modules = [
+            seqcells.Recurrent(getattr(seqcells.cells, name), x.shape[2], H, backend=backend)
+            for backend in ("reference", "loop")
+        ]
+        line.append(" / ".join(f"{ratio(modules, x, training, seconds):.2f}" for training in (True, False)))
+    return line
+
+
 def table(head: str, sizes: tuple[tuple[int, int], ...], lines: dict[str, list[str]]) -> str:
     shown = [f"| {head} | {' | '.join(f'{B} x {H}' for B, H in sizes)} |", f"|---|{'---|' * len(sizes)}"]
     return "\n".join(shown + [f"| {name} | {' | '.join(line)} |" for name, line in lines.items()])
@@ -118,6 +132,8 @@ def main() -> None:
                 sentences[f"{kind} T={T}"] = packed(kind, T, options.seconds)
                 print("packed", kind, T, sentences[f"{kind} T={T}"], file=sys.stderr, flush=True)
         masked = {f"{masks} T=100": marked(masks, 100, options.seconds) for masks in ("resets", "lengths")}
+        made = {f"{name} T={T}": derived(name, T, options.seconds) for name in DERIVED for T in (1, 4, 100)}
+        print("derived", made, file=sys.stderr, flush=True)
         facts = ", ".join(f"{k} {v}" for k, v in compare.machine("cpu").items())
         parts += [
             f"## {threads} thread{'s' * (threads > 1)}\n\n{facts}.\n",
@@ -128,6 +144,8 @@ def main() -> None:
             f"{table('cell', SENTENCES, sentences)}\n",
             "An LSTM with masks, the loop's time by that of marked steps, training / inference:\n",
             f"{table('masks', MASKED, masked)}\n",
+            "Derived cells, the reference's time by the loop's, training / inference:\n",
+            f"{table('cell', MADE, made)}\n",
         ]
     command = " ".join(["python benchmarks/crossover.py", *sys.argv[1:]])
     written = f"# What auto goes by on the CPU\n\nWritten by `{command}`.\n\n" + "\n".join(parts)

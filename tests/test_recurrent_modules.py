@@ -75,6 +75,19 @@ def test_copies(kind):
         torch.testing.assert_close(other(x, **inputs), module(x, **inputs), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell", "GRUCell"])
+def test_modules_that_earlier_versions_pickled(name):
+    """They have the name of their cell, an LSTM not even that."""
+    module = getattr(seqcells, name)(I, H)
+    state = {key: value for key, value in module.__getstate__().items() if key != "cell"}
+    state |= {} if name.startswith("LSTM") else {"cell": "gru"}
+    other = object.__new__(type(module))
+    other.__setstate__(state)
+    assert other.cell is module.cell and repr(other) == repr(module)
+    x = torch.randn(B, I)
+    torch.testing.assert_close(other(x), module(x))
+
+
 def test_repr():
     own = seqcells.Recurrent(four, I, H, num_layers=2, leak=0.7)
     assert repr(own) == f"seqcells.Recurrent(four, {I}, {H}, num_layers=2, leak=0.7)"

@@ -81,7 +81,3 @@ def get(key: str) -> Any:
     if found is None or found.found is not parts:
         found = _FOUND[key] = Generated(parts)
     return found
-
-
-# torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
-get._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -137,7 +137,7 @@ def forward(
     for buffer, start in zip(states, starts, strict=False):
         buffer[:, :head] = 0
         if start is not None:
-            buffer[:, :B] = start.reshape(K, B, -1)
+            buffer[:, :B] = start.reshape(K, B, start.shape[-1])
     gates = x.new_empty(K, rows, part.saved * H) if save == "gates" and part.saved else None
     with torch.inference_mode():  # fewer questions asked in each of many small operations
         for k, group in enumerate(groups):
