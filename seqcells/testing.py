@@ -155,7 +155,7 @@ def scan(cell: str | Cell, tensors: Sequence[Tensor], *, backend: str | None, **
         y, final = reference.scan(reference.step_of(known), given["x"], states, *weights, **rounded)
     else:
         extras: Any = {"params": params, "inputs": steps}
-        y, final = functional.scan(known, given["x"], states, *weights, **extras, backend=backend, **options)
+        y, final = functional.scan(known, given["x"], states, *weights, **extras, backend=backend, **options)  # type: ignore[misc]
     return y, *final
 
 
