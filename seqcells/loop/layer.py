@@ -61,16 +61,14 @@ class _Group:
         self.apart = None if apart is None else apart.view(-1, H)
         self.w_ih = w_ih
         # The tiles of gx are filled in the order of their columns, so that neighbours are one product.
-        self.order, self.fills = self._by_columns(part.columns[: at.x])
+        self.order, self.fills = self.by_columns(part.columns[: at.x])
         self.w_fill, self.bias, self.bias_of_extra = blocks(w_ih, self.order, H, 0), None, None
         if adds is not None:
             self.bias = blocks(adds[: at.x * H], self.order, H)
             if any(n >= 0 for layer in at.b_hh for n in layer[at.x :]):
                 self.bias_of_extra = adds[at.x * H :]
-        self.order_back, self.grads = self._by_columns(part.grads[: at.x])
-        self.w_back = blocks(w_ih, self.order_back, H, 0)
 
-    def _by_columns(self, columns: Sequence[int]) -> tuple[list[int], list[Run]]:
+    def by_columns(self, columns: Sequence[int]) -> tuple[list[int], list[Run]]:
         """The tiles in the order of their columns, and runs of these."""
         order = sorted(range(len(columns)), key=columns.__getitem__)
         return order, _runs([columns[n] for n in order], self.H)
@@ -207,25 +205,27 @@ def backward(
 def _group_back(group: _Group, need: tuple[bool, ...], of: Any, dys: Any) -> tuple[Tensor | None, ...]:
     """The 9 gradients of one group, dx [T*B, I]. of: its y, c, gates, dhn, dcn; dys: its dy and dcs [T*B, .]."""
     w, u, x, H, part, at = group.w, group.u, group.x, group.H, group.part, group.at
+    order, columns = group.by_columns(part.grads[: at.x])
+    w_back = blocks(group.w_ih, order, H, 0)
     y, c, gates, dhn, dcn = of
     dx = x.new_empty(w.head + w.rows, x.shape[1]) if need[0] else None
     dextra = x.new_empty(w.head + w.rows, at.inputs * H) if need[8] and group.extra is not None else None
-    dw = torch.zeros_like(group.w_back) if need[3] else None
+    dw = torch.zeros_like(w_back) if need[3] else None
     du = torch.zeros_like(u) if need[4] else None
     # Of the columns that are sums over rows alone: biases' and trained vectors'.
     sums = u.new_zeros(part.wide * H) if need[5] or need[6] or (need[7] and part.params) else None
 
     def emit(a: int, b: int, p: Tensor, others: Any, h: Tensor, c: Any) -> None:
-        for n, (first, end, i, j) in enumerate(group.grads):
+        for n, (first, end, i, j) in enumerate(columns):
             d = p[:, first:end]
             if dx is not None:
                 place = dx[w.head + a : w.head + b]
                 if n:
-                    place.add_(d @ group.w_back[i:j])
+                    place.add_(d @ w_back[i:j])
                 elif dx.dtype == u.dtype:
-                    torch.mm(d, group.w_back[i:j], out=place)
+                    torch.mm(d, w_back[i:j], out=place)
                 else:
-                    place.copy_(d @ group.w_back[i:j])
+                    place.copy_(d @ w_back[i:j])
             if dw is not None:
                 dw[i:j].addmm_(d.t(), group.rows(a, b))
         if dextra is not None:
@@ -246,7 +246,7 @@ def _group_back(group: _Group, need: tuple[bool, ...], of: Any, dys: Any) -> tup
     dx, dextra = (None if d is None else _in_place(w, d) for d in (dx, dextra))
     dw, du, sums = (None if t is None else t.to(x.dtype) for t in (dw, du, sums))
     if dw is not None:
-        dw = blocks(dw, _inverse(group.order_back), H, 0)
+        dw = blocks(dw, _inverse(order), H, 0)
     if du is not None:  # its rows are part.rows, in the order of the kernels' products, which have at.u of w_hh
         du = blocks(du, _inverse([at.u[n] for n in part.rows]), H, 0)
     db_ih = db_hh = dparams = None
