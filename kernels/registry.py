@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .cells import Cell
 
+BUILT_IN = ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")  # names that layers of seqcells rely on
 _CELLS: dict[str, Cell] = {}
 _LATER: dict[str, Callable[[], Cell]] = {}
 

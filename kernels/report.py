@@ -30,7 +30,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cells, devices, plan, plan_single, scan, single
+from . import cells, devices, plan, plan_single, registry, scan, single
 
 KINDS = ("BAR", "HMMA", "HGMMA", "UTCHMMA", "LDS", "LDSM", "STS", "STSM", "LDG", "STG", "MUFU", "LDL", "STL")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -398,7 +398,7 @@ def main(argv: list[str] | None = None) -> int:
     if knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: the report compiles kernels, it does not interpret them")
     targets = list(TARGETS) if options.target == "all" else [options.target]
-    chosen = (quick if options.quick else whole)(targets, options.cell or cells.names())
+    chosen = (quick if options.quick else whole)(targets, options.cell or list(registry.BUILT_IN))
     cases = distinct(chosen)
     rows: list[Row] = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:

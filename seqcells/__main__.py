@@ -17,8 +17,9 @@ import torch
 import seqcells
 
 from . import backends, explanation, precisions
-from .cell import BUILT_IN, Cell, named
+from .cell import Cell, named
 from .kernels.devices import KNOWN
+from .kernels.registry import BUILT_IN
 from .tasks import TASKS
 from .tasks.base import CELLS
 

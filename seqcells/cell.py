@@ -43,7 +43,6 @@ __all__ = ["Cell", "CellError", "cell"]
 T = TypeVar("T")
 _BY_KEY: dict[str, Cell] = {}
 _BY_NAME: dict[str, Cell] = {}  # the latest of each name
-BUILT_IN = ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")  # names that layers of seqcells rely on
 # What arguments of the step cannot be called, and why.
 _TAKEN = {
     **dict.fromkeys(("x", "U"), "the step's first two arguments are x and U"),
@@ -363,7 +362,7 @@ def cell(
         if not isinstance(step, FunctionType):
             raise checks.wrong("step", "a function", step)
         name = step.__name__
-        own = name in BUILT_IN and not step.__module__.startswith("seqcells.")
+        own = name in registry.BUILT_IN and not step.__module__.startswith("seqcells.")
         if own or not name.isidentifier():
             reason = "is a cell of seqcells itself" if own else "is no name"
             raise ValueError(f"the step's name is the cell's, and {name!r} {reason}: give it another")

@@ -171,8 +171,8 @@ def outputs_and_gradients(run, cell, tensors, dtype):
     generator = torch.Generator().manual_seed(7)
     signs = [torch.randn(o.shape, generator=generator).sign().to(o.dtype) for o in (y, *final)]
     gradients = torch.autograd.grad((y, *final), leaves, signs)
-    named = dict(zip(testing.OUTPUTS, (o.detach() for o in (y, *final)), strict=False))
-    return named | {f"d{n}": g for n, g in zip(testing.INPUTS, gradients, strict=False)}
+    named = dict(zip(testing.outputs(cell), (o.detach() for o in (y, *final)), strict=True))
+    return named | {f"d{n}": g for n, g in zip(testing.names(cell), gradients, strict=True)}
 
 
 @pytest.mark.parametrize("T", [100, pytest.param(2000, marks=pytest.mark.slow)])

@@ -32,7 +32,9 @@ ARROWS = {  # room: the rooms of the project it may import
     },
     "kernels.plan_single": {f"kernels.{n}" for n in ("devices", "form", "plan")},
     "kernels.single": {f"kernels.{n}" for n in ("cells", "math", "plan", "plan_single", "scan", "tiles")},
-    "kernels.report": {f"kernels.{n}" for n in ("cells", "devices", "plan", "plan_single", "scan", "single")},
+    "kernels.report": {
+        f"kernels.{n}" for n in ("cells", "devices", "plan", "plan_single", "registry", "scan", "single")
+    },
     "kernels": {"kernels.cells", "kernels.scan", "kernels.single"},
     "chosen": set(),
     "backends": {"chosen"},
@@ -102,7 +104,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "weights": {"cell", "cell_modules", "checks", "modules", "recurrent"},
     "init": {"checks", "weights"},
     "interop": {"cell", "checks", "weights"},
-    "testing": {"backends", "cell", "checks", "explanation", "functional", "reference"},
+    "testing": {"backends", "cell", "checks", "explanation", "functional", "reference", "kernels.registry"},
     "files": set(),
     "training": {"files"},
     "plots": {"files", "suite", "tasks"},

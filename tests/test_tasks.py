@@ -373,7 +373,7 @@ def test_check_command_starts_the_interpreter_itself():
     command += ["--dtype", "float32"]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert "3 of 3 within tolerance" in result.stdout and "stepwise" in result.stdout
+    assert "4 of 4 within tolerance" in result.stdout and "stepwise" in result.stdout
 
 
 def test_check_fails_on_a_wrong_kernel(monkeypatch):
