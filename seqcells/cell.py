@@ -59,7 +59,7 @@ _FACTS: list[str] = []  # the attributes that are found
 
 
 class _Found(Generic[T]):
-    """An attribute of a cell that is found when it is first asked for; from then on it is there."""
+    """An attribute of a cell that is found when it is first asked for."""
 
     def __init__(self, find: Callable[[Any], T]) -> None:
         self.find, self.name, self.__doc__ = find, find.__name__, find.__doc__
@@ -67,17 +67,23 @@ class _Found(Generic[T]):
     def __get__(self, made: Cell | None, owner: Any = None) -> T:
         if made is None:
             return self  # type: ignore[return-value]
-        _find(made.key, self.name)
-        (value,) = made._facts[self.name]
-        if not is_compiling():  # Dynamo does not like an object to change that it has seen
-            made.__dict__[self.name] = value
-        return value
+        if not (found := made._facts[self.name]) or is_compiling():
+            fact = _find(made.key, self.name)
+            if self.name != "form":
+                # Not read from the cell: where a second cell's numbers differ, Dynamo would take them for variables, and
+                # `0 in cell.rows` for false. (A Form from a constant function would have no properties.)
+                return fact
+        return found[0]
+
+    def __set__(self, made: Cell, value: T) -> None:
+        raise AttributeError(f"{self.name} is derived from the cell's step")
 
 
-def _find(key: str, name: str) -> None:
+def _find(key: str, name: str) -> Any:
     made = _BY_KEY[key]
     if not made._facts[name]:
         made._facts[name].append(vars(Cell)[name].find(made))
+    return made._facts[name][0]
 
 
 # torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.

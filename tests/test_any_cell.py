@@ -326,3 +326,12 @@ def test_a_step_that_would_run_wrongly_runs_nowhere():
     for backend in ("auto", "reference", "loop"):
         with pytest.raises(seqcells.CellError, match=r"h\.add_"):
             functional.scan(in_place, x, None, w_ih, w_hh, backend=backend)
+
+
+def test_one_compiled_function_takes_cells_that_differ():
+    """Where numbers of a second cell differ from the first's, Dynamo is not to take them for variables."""
+    compiled = torch.compile(lambda layer, x: layer(x)[0], fullgraph=True, backend="eager")
+    x = torch.randn(T, B, I)
+    for cell in (seqcells.cells.mgu, seqcells.cells.indrnn, seqcells.cells.slstm, seqcells.cells.peephole_lstm):
+        layer = seqcells.Recurrent(cell, I, H, backend="loop")
+        torch.testing.assert_close(compiled(layer, x), layer(x)[0])
