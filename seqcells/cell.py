@@ -70,8 +70,8 @@ class _Found(Generic[T]):
         if not (found := made._facts[self.name]) or is_compiling():
             fact = _find(made.key, self.name)
             if self.name != "form":
-                # Not read from the cell: where a second cell's numbers differ, Dynamo would take them for variables, and
-                # `0 in cell.rows` for false. (A Form from a constant function would have no properties.)
+                # Not read from the cell: if a second cell's numbers differ, Dynamo takes them for variables, and
+                # `0 in cell.rows` is false. (A Form from a constant function would have no properties.)
                 return fact
         return found[0]
 

@@ -116,6 +116,13 @@ def test_groups(name, heads, kind, registered):
 
 
 FEW = ["nobody", "with_output", "indrnn", "mut3"]
+# The largest cells take long where kernels are interpreted.
+_LONG = {("nobody", "triton"), ("mut3", "triton")}
+BOTH = [
+    pytest.param(name, engine, marks=[pytest.mark.slow] * ((name, engine) in _LONG))
+    for name in FEW
+    for engine in ("loop", "triton")
+]
 
 
 def scanned(cell, given, backend):
@@ -133,8 +140,7 @@ def scanned(cell, given, backend):
     return run, leaves(given)
 
 
-@pytest.mark.parametrize("backend", ["loop", "triton"])
-@pytest.mark.parametrize("name", FEW)
+@pytest.mark.parametrize(("name", "backend"), BOTH)
 def test_gradcheck(name, backend, registered):
     run, tensors = scanned(registered[name], drawn(registered[name]), backend)
     assert torch.autograd.gradcheck(run, tensors, fast_mode=True)
@@ -282,8 +288,9 @@ def test_a_step_that_nothing_can_be_derived_from_runs_by_the_reference():
         functional.scan(normalized, x, None, w_ih, w_hh, backend="loop")
 
 
-@pytest.mark.parametrize("engine", ["loop", "triton"])
-@pytest.mark.parametrize("name", ["nobody", "indrnn", "with_output"])
+@pytest.mark.parametrize(
+    ("name", "engine"), [pair for pair in BOTH if pair.values[0] in ("nobody", "indrnn", "with_output")]
+)
 def test_opcheck(name, engine, registered):
     """Schema, fakes and tracing of the operators."""
     cell, walker = registered[name], autograd.ENGINES[engine]

@@ -57,7 +57,7 @@ def test_training_compiled_is_training(backend, compiler):
 
 
 @pytest.mark.parametrize("resets", [pytest.param(False, marks=pytest.mark.slow), True])
-@pytest.mark.parametrize("backend", BACKENDS[:3])
+@pytest.mark.parametrize("backend", [pytest.param(b, marks=[pytest.mark.slow] * (b == "triton")) for b in BACKENDS[:3]])
 def test_other_lengths_and_batches_compile_no_more(backend, resets):
     """The first T compiles, the second compiles for any T, and so with B: no third of either."""
     module, counter = net(backend, torch.float32), CompileCounterWithBackend("aot_eager")

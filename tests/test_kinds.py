@@ -1,5 +1,7 @@
 """The schedules and cells of kinds that no built-in one is: against autograd through the step in float64."""
 
+from itertools import product
+
 import pytest
 import torch
 from conftest import DEVICE
@@ -53,11 +55,12 @@ def compare(kind, schedule, shape, mask, K, reversed, save, dtype=torch.float64,
 
 
 @pytest.mark.parametrize(
-    ("kind", "schedule", "shape", "mask", "save"),
-    spread(KINDS, SCHEDULES, SHAPES, MASKS, ["gates", "states"], most=1),
+    ("kind", "schedule", "shape", "how"),
+    spread(KINDS, SCHEDULES, SHAPES, list(product(MASKS, ["gates", "states"])), most=1),
     ids=str,
 )
-def test_parity(kind, schedule, shape, mask, save, poison):
+def test_parity(kind, schedule, shape, how, poison):
+    mask, save = how
     groups, reversed = {"": (1, 0), "resets": (2, 2), "lengths": (2, 1)}[mask]
     compare(kind, schedule, shape, mask, groups, reversed, save)
 
@@ -75,8 +78,7 @@ def test_parity_in_other_types(kind, schedule, dtype, poison):
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="notes the addresses of interpreted kernels")
-@pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("kind", "schedule"), spread(KINDS, SCHEDULES, most=1))
 def test_no_race(kind, schedule):
     """See test_races.py; and nothing is read or written beside the buffers."""
     T, B, H, K = 2, 9, 20, 2

@@ -34,7 +34,7 @@ def test_parity(dtype, schedule, save, resets, poison):
     assert max(found.values()) <= tolerance("coupled_lstm", dtype, shape), found
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ["resident", *(pytest.param(s, marks=pytest.mark.slow) for s in SCHEDULES[1:])])
 def test_gradcheck(schedule):
     tensors = [t.requires_grad_() for t in inputs("coupled_lstm", Shape(2, 2, 1, 2), torch.float64, DEVICE)]
 
