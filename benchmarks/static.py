@@ -130,12 +130,53 @@ def document(target: str, content: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def against(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
+    """How the kernels of two reports of the same cases differ: how many by how much, and each that got dearer by more
+    than 1 % forward or 3 % backward, or spills."""
+
+    def found(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+        return {(*sorted(r["case"].items(), key=str), r["schedule"], r["phase"], r["block"]): r for r in rows}
+
+    old, new = found(before), found(after)
+    both = [(old[k], new[k]) for k in old.keys() & new.keys()]
+    ratios = [(_work(b) / _work(a), a, b) for a, b in both]
+    lines = [
+        f"{len(both)} kernels in both, {len(old) - len(both)} only before, {len(new) - len(both)} only after.",
+        f"The same work: {sum(r == 1 for r, *_ in ratios)}; less: {sum(r < 1 for r, *_ in ratios)}; "
+        f"more: {sum(r > 1 for r, *_ in ratios)}.",
+        f"Other barriers: {sum(a['counts'].get('BAR', 0) != b['counts'].get('BAR', 0) for a, b in both)}. "
+        f"Spill before: {sum(a['spills'] > 0 for a, _ in both)}; after: {sum(b['spills'] > 0 for _, b in both)}.",
+    ]
+    dearer = [
+        [
+            *(str(a["case"][n]) for n in ("cell", "direction", "dtype", "hidden", "batch", "mask")),
+            *(a[n] for n in ("schedule", "phase", "block")),
+            f"{_work(a):.0f} -> {_work(b):.0f}",
+            f"{100 * (ratio - 1):+.1f} %",
+            f"{a['spills']} -> {b['spills']}",
+        ]
+        for ratio, a, b in sorted(ratios, key=lambda found: -found[0])
+        if ratio > (1.03 if a["case"]["direction"] == "backward" else 1.01) or b["spills"] > a["spills"]
+    ]
+    head = ["cell", "direction", "dtype", "H", "B", "mask", "schedule", "phase", "tile", "slots", "more", "spills"]
+    return "\n\n".join([*lines, markdown_table(head, dearer)])
+
+
+def _work(row: dict[str, Any]) -> float:
+    """Slots of the loop; where there is none, instructions of the kernel."""
+    return row["slots"] or row["code"]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("report", type=Path, help="JSON written by python -m seqcells.kernels.report --json")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--against", type=Path, metavar="JSON", help="an earlier report: only say how they differ")
     options = parser.parse_args()
     content = json.loads(options.report.read_text())
+    if options.against:
+        print(against(json.loads(options.against.read_text())["rows"], content["rows"]))
+        return
     options.folder.mkdir(parents=True, exist_ok=True)
     for target in sorted({r["case"]["target"] for r in content["rows"]}):
         path = options.folder / f"static-{target}.md"
