@@ -135,7 +135,11 @@ def against(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
     than 1 % forward or 3 % backward, or spills."""
 
     def found(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
-        return {(*sorted(r["case"].items(), key=str), r["schedule"], r["phase"], r["block"]): r for r in rows}
+        """By case, and the how manieth of its kernels it is: phases may be called otherwise."""
+        cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+        for r in rows:
+            cases.setdefault((*sorted(r["case"].items()), r["schedule"], r["block"]), []).append(r)
+        return {(*case, n): r for case, launches in cases.items() for n, r in enumerate(launches)}
 
     old, new = found(before), found(after)
     both = [(old[k], new[k]) for k in old.keys() & new.keys()]
