@@ -67,13 +67,13 @@ class _Found(Generic[T]):
     def __get__(self, made: Cell | None, owner: Any = None) -> T:
         if made is None:
             return self  # type: ignore[return-value]
-        if not (found := made._facts[self.name]) or is_compiling():
+        if not made._facts[self.name] or is_compiling():
             fact = _find(made.key, self.name)
             if self.name != "form":
                 # Not read from the cell: if a second cell's numbers differ, Dynamo takes them for variables, and
                 # `0 in cell.rows` is false. (A Form from a constant function would have no properties.)
                 return fact
-        return found[0]
+        return made._facts[self.name][0]
 
     def __set__(self, made: Cell, value: T) -> None:
         raise AttributeError(f"{self.name} is derived from the cell's step")

@@ -148,7 +148,7 @@ def run(
     given = (None,) * len(spec.states) if states is None else tuple(states)
     if len(given) != len(spec.states):
         count = len(spec.states)
-        raise RuntimeError(f"states: {spec.key} has {count} state{'s' * (count > 1)}, got {len(given)}")
+        raise RuntimeError(f"states: {spec.name} has {count} state{'s' * (count > 1)}, got {len(given)}")
     if not spec.rows[0]:
         groups = [(x.new_empty(0, x.shape[-1]), *weights[1:]) for weights in groups]
         stacked = None
@@ -244,7 +244,7 @@ def _hidden_size(spec: Cell, weights: aten.Weights, given: Sequence[Tensor | Non
     wide = [t for t in (inputs or {}).values() if isinstance(t, Tensor) and t.dim() == 3]
     known = next((t for t in (w_hh, *given, *vectors, *wide) if t is not None), None)
     if known is None:
-        raise ValueError(f"states must be given: nothing else says what the hidden size of {spec.key} is")
+        raise ValueError(f"states must be given: nothing else says what the hidden size of {spec.name} is")
     return known.shape[-1]
 
 

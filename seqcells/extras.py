@@ -23,7 +23,7 @@ def params(cell: Any, groups: Sequence[Any] | None, x: Tensor, H: int) -> Tensor
     every = []
     for given in groups or (None,):
         found = []
-        for name, t in _by_name("params", cell.params, given, cell.key).items():
+        for name, t in _by_name("params", cell.params, given, cell.name).items():
             size = 1 if name in cell.scalars else H
             if t.shape != (size,):
                 raise RuntimeError(f"params[{name!r}] must have shape ({size},), got {tuple(t.shape)}")
@@ -44,7 +44,7 @@ def inputs(cell: Any, given: Any, x: Tensor, H: int, lengths: Tensor | None) -> 
     """
     found, shape = [], tuple(x.shape[:2])
     past = None if lengths is None else masks.ended(lengths, x.shape[0])
-    for name, t in _by_name("inputs", cell.inputs, given, cell.key).items():
+    for name, t in _by_name("inputs", cell.inputs, given, cell.name).items():
         if tuple(t.shape) not in (shape, (*shape, H)):
             raise RuntimeError(f"inputs[{name!r}] must have shape {shape} or {(*shape, H)}, got {tuple(t.shape)}")
         _fit(f"inputs[{name!r}]", t, x)

@@ -195,7 +195,7 @@ W = torch.zeros(T, B)
 STATE = torch.zeros(1, B, H)
 WRONG = {
     "cell": (lambda: seqcells.Recurrent(tanh, I, H), TypeError, "cell"),
-    "name": (lambda: seqcells.Recurrent("nobody", I, H), ValueError, "nobody"),
+    "name": (lambda: seqcells.Recurrent("no_such_cell", I, H), ValueError, "no_such_cell"),
     "constant": (
         lambda: seqcells.Recurrent(four, I, H, decay=1.0),
         TypeError,
