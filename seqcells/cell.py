@@ -67,12 +67,13 @@ class _Found(Generic[T]):
     def __get__(self, made: Cell | None, owner: Any = None) -> T:
         if made is None:
             return self  # type: ignore[return-value]
-        if not made._facts[self.name] or is_compiling():
+        if is_compiling():
+            # Not read from the cell: if a second cell's numbers differ, Dynamo takes them for variables, and
+            # `0 in cell.rows` is false. But a Form from a constant function would have no properties.
             fact = _find(made.key, self.name)
-            if self.name != "form":
-                # Not read from the cell: if a second cell's numbers differ, Dynamo takes them for variables, and
-                # `0 in cell.rows` is false. (A Form from a constant function would have no properties.)
-                return fact
+            return made._facts[self.name][0] if self.name == "form" else fact
+        if not made._facts[self.name]:
+            _find(made.key, self.name)
         return made._facts[self.name][0]
 
     def __set__(self, made: Cell, value: T) -> None:
