@@ -135,7 +135,7 @@ def against(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
     than 1 % forward or 3 % backward, or spills."""
 
     def found(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
-        """By case, and the how manieth of its kernels it is: phases may be called otherwise."""
+        """By case, and by position among its kernels: the numbers of phases may differ."""
         cases: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
         for r in rows:
             cases.setdefault((*sorted(r["case"].items()), r["schedule"], r["block"]), []).append(r)

@@ -224,10 +224,10 @@ class _Problem:
         if itemsize == 4 and self.precision == "tf32x3" and block_h > 16:
             block_b = 8
         # Tiles beyond 16 KB in all, and beyond 4 KB or 64 columns a warp, spill registers on some target (found with
-        # the report; float64 at half that, at a quarter where units are padded, and products without tensor cores at half
-        # or a quarter of the columns).
+        # the report; float64 at half that, with padded units at a quarter, and products without tensor cores at half or
+        # a quarter of the columns).
         tensor_cores = itemsize < 4 or (itemsize == 4 and self.precision != "ieee")
-        most = min(16384 if itemsize < 8 else 8192 if H == block_h else 4096, block_h * 256)
+        most = min(16384 if itemsize < 8 else 8192 if block_h == H else 4096, block_h * 256)
         while block_b > 8 and (
             tiles * block_b > (64 if tensor_cores else 32 if block_h < 64 else 16)
             or tiles * block_h * block_b * itemsize > most

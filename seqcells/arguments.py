@@ -133,7 +133,7 @@ def _listed(given: Any) -> Tensor:
 def types(x: Any, states: Any, weights: dict[str, Any], rank: int | None = 3, missing: Sequence[str] = ()) -> None:
     """x, states and weights (by name) of a scan: tensors where they must be, x of that rank if one is given.
 
-    missing: of the weights, those that the cell has not."""
+    missing: the weights that the cell does not have."""
     checks.tensor("x", x)
     if rank is not None and x.dim() != rank:
         raise RuntimeError(f"input must have {rank} dimensions, got {x.dim()}")

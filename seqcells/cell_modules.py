@@ -63,7 +63,7 @@ class RecurrentCell(modules.Module):
 
     Raises:
         TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell does, for arguments of a wrong type or value; so for
-            an unknown cell, for a constant that it has not, and for a parameter with a name that modules have.
+            an unknown cell, for a constant that it does not have, and for a parameter with a name that modules have.
 
     Example::
 

@@ -23,7 +23,7 @@ _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 
 def _missing(spec: Cell) -> Sequence[str]:
-    """The weights that the cell has not."""
+    """The weights that the cell does not have."""
     return () if 0 not in spec.rows else [name for name, n in zip(_NAMES, spec.rows, strict=True) if not n]
 
 

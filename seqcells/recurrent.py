@@ -72,7 +72,7 @@ class Recurrent(modules.Module):
 
     Raises:
         TypeError, ValueError: As torch.nn.LSTM does, for arguments of a wrong type or value; so for an unknown cell and
-            for a constant that the cell has not. CellError for a cell whose step cannot be understood.
+            for a constant that the cell does not have. CellError for a cell whose step cannot be understood.
 
     Example::
 
