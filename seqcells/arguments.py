@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import backends, checks, precisions
+from . import backends, checks
+from .precisions import PRECISIONS
 
 SAVES = ("gates", "states")
 FEW = 128  # values that are looked at faster in a list than in a tensor
@@ -30,9 +31,9 @@ def options(backend: Any, precision: Any, save: Any = "gates", cell: str | None 
     checks.one_of("save", save, SAVES)
     if backend is not None:
         name, _ = backends.parse(backend)
-        if cell is not None:
-            backends.refuse(name, cell)
-    checks.one_of("precision", precision, precisions.PRECISIONS, optional=True)
+        if name == "aten" and cell is not None and cell not in backends.ATEN_CELLS:
+            raise backends.no_aten(f"torch has no fused {cell}")
+    checks.one_of("precision", precision, PRECISIONS, optional=True)
 
 
 def readable(*tensors: Tensor) -> bool:

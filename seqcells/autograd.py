@@ -1,16 +1,14 @@
-"""The autograd.Function of a scan: what every engine's forward and backward over time have around them.
+"""The autograd.Function of a scan, around the engines that walk the steps.
 
-An engine walks the steps (the Triton kernels in `ops`, torch operations in `loop`). Here is the rest, in ordinary
-tensor operations that a compiler and torch.func see through: the input projection of all steps and the weight
-gradients, one large product each; second derivatives and forward mode, through the reference.
+First derivatives are the engine's. Second derivatives and forward mode differentiate the reference.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,34 +16,30 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from . import backends, masks, products, reference
-from .kernels.buffers import outputs
-from .products import Places, places
+from .products import places
+
+if TYPE_CHECKING:
+    from .dispatch import Call, Case
+
+Tensors = tuple["Tensor | None", ...]
 
 
 class Engine(NamedTuple):
-    """What walks the steps. Shapes: kernels.buffers; P trained vectors, products in the kernels' order.
+    """What walks the steps. P trained vectors, N inputs of each step, S states; the rest as `functional.scan` has it.
 
-    forward(gx [T, B, K, G*H], u [K, products*H, H], bias [K, apart*H], h0 [K, B, H], c0 [K, B, (S-1)*H], mask, cell,
-    save, reversed, schedule, precision, params [K, P*H]) -> y, c, saved, hn, cn
-    backward(dy, dhn, dcn, dcs, u, y, c, saved, mask, cell, reversed, schedule, precision, params) -> dgx, dhu, m, dh0,
-    dc0, dparams
-    recompute(gx, u, bias, y, c, mask, cell, reversed, schedule, params) -> saved
-    single(x [B, I], w_ih, w_hh, b_ih, b_hh, h0, c0 [B, .], cell, save, schedule, precision, input_precision, params
-    [P*H]) -> as forward, but hn, cn [B, .]: one step and its input's product together, of weights in the cell's order;
-    None where there is none
-    whole(options, save, the 9 inputs, mask) -> what `_visible` gives, the three tensors `kept`, and `more`
-    whole_backward(options, the 9 inputs, mask, kept, the outputs' gradients, need, more or None) -> the 9 gradients
-    Both, or None: a layer from its input to all gradients, where nothing looks on
-    exact: whether it takes gx, bias and params in float32 where the rest is of half precision
+    forward(options, save, inputs, mask) -> outputs, buffers
+        save: "gates", "states" (backward recomputes the gates) or "none" (there is no backward). inputs, the 9 tensors:
+        x [T, B, I] or [T, B, K, I], h0 [K, B, H], c0 [K, B, (S-1)*H], w_ih [K, Gx*H, I], w_hh [K, Gu*H, H], b_ih and
+        b_hh [K, .], params [K, P*H], inputs [T, B, N*H]; of one group also without K; None where there is none.
+        outputs: y [T, B, K*H]; the final first state [K, B, H] (not of a cell whose first state is an output that no
+        step reads); the other final states [K, B, (S-1)*H], if there are; and, if options.states, those after each step
+        [T, B, K*(S-1)*H]. buffers: three tensors that backward needs, None where it recomputes.
+    backward(options, inputs, mask, buffers, grads, need) -> the gradients of the 9 inputs, in their shapes
+        grads: of the outputs, None is zero. need: which gradients are wanted; the others are None.
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    recompute: Callable[..., Any]
-    single: Callable[..., Any] | None = None
-    whole: Callable[..., Any] | None = None
-    whole_backward: Callable[..., Any] | None = None
-    exact: bool = False
 
 
 ENGINES: dict[str, Engine] = {}
@@ -53,12 +47,12 @@ ENGINES: dict[str, Engine] = {}
 
 @dataclass(frozen=True)
 class Options:
-    """What a scan is told beside its tensors. cell: its key. reversed: bits, see kernels.buffers. states: also give
+    """What a scan is told beside its tensors. cell: its key. reversed: bits, see kernels.buffers. states: also return
     the states but the first after each step.
 
-    single: the precision of the input's product in one step by the engine's `single`; "" is a scan. whole: by its
-    `whole`.
-    need: of a scan's gradients, which of the 9 are wanted. Not a tuple: torch.func takes those apart.
+    single: the precision of the input's product where one step is one launch; "" is a scan. traced: a compiler, a
+    tracer, a transform or a mode is active: the engine must go through its operators. notes: where the engine's forward
+    leaves its backward what is no tensor; it may be lost.
     """
 
     engine: str
@@ -69,34 +63,8 @@ class Options:
     precision: str = "ieee"
     states: bool = False
     single: str = ""
-    whole: bool = False
-    need: tuple[bool, ...] = ()
-
-
-def _projection(
-    engine: Engine, at: Places, x: Tensor, weights: Sequence[Tensor | None], H: int, inputs: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """`products.input_projection` of w_ih, b_ih, b_hh, as the engine wants it."""
-    if engine.exact and x.dtype.itemsize < 4:
-        x, inputs = x.float(), None if inputs is None else inputs.float()
-        weights = [None if t is None else t.float() for t in weights]
-    w_ih, b_ih, b_hh = weights
-    assert w_ih is not None
-    return products.input_projection(at, x, w_ih, b_ih, b_hh, H, inputs)
-
-
-def _grouped(*tensors: Tensor | None) -> list[Tensor | None]:
-    """w_ih, w_hh, b_ih, b_hh, params of groups as they are; of one group without an axis for it, with one."""
-    w_ih = tensors[0]
-    assert w_ih is not None
-    return list(tensors) if w_ih.dim() == 3 else [None if t is None else t[None] for t in tensors]
-
-
-def _params(engine: Engine, params: Tensor | None) -> tuple[Tensor, ...]:
-    """The engine's last argument, where there is one."""
-    if params is None:
-        return ()
-    return (params.float() if engine.exact and params.dtype.itemsize < 4 else params,)
+    traced: bool = False
+    notes: Any = None
 
 
 def _range(options: Options, direction: str) -> Any:
@@ -106,104 +74,10 @@ def _range(options: Options, direction: str) -> Any:
     return torch.profiler.record_function(f"seqcells {options.cell} {direction} ({options.engine})")
 
 
-def _run(options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: Tensor | None) -> tuple[Tensor, ...]:
-    """What the engine's forward gives for `apply`'s arguments."""
-    x, h0, c0, *weights, extra = inputs
-    at, engine = places(options.cell), ENGINES[options.engine]
-    assert x is not None
-    if options.single and engine.single is not None:
-        h0, c0 = (None if s is None else s.reshape(s.shape[-2:]) for s in (h0, c0))
-        *own, params = weights
-        given = (options.cell, save, options.schedule, options.precision, options.single, *_params(engine, params))
-        return engine.single(x[0], *own, h0, c0, *given)
-    w_ih, w_hh, b_ih, b_hh, params = _grouped(*weights)
-    assert w_ih is not None
-    H = products.hidden_size(at, w_ih, w_hh, h0, c0)
-    gx, bias = _projection(engine, at, x, (w_ih, b_ih, b_hh), H, extra)
-    K, B = gx.shape[2], gx.shape[1]
-    h0, c0 = (None if s is None else s.reshape(K, B, s.shape[-1]) for s in (h0, c0))
-    how = (options.cell, save, options.reversed, options.schedule, options.precision, *_params(engine, params))
-    return engine.forward(gx, products.recurrent(at, w_hh, w_ih, H), bias, h0, c0, mask, *how)
-
-
-def _visible(
-    options: Options, out: tuple[Tensor, ...], inputs: tuple[Tensor | None, ...], mask: Tensor | None
-) -> tuple[Tensor, ...]:
-    """y [T, B, K*H]; the final first state [K, B, H] (not of a cell whose first state is an output of its own); the
-    final others [K, B, (S-1)*H], if there are; and, if asked for, those after each step [T, B, K*(S-1)*H]."""
-    y, c, _, hn, cn = out
-    finals = _finals(places(options.cell), hn, cn)
-    if options.single:
-        return hn[None], *finals
-    every = [y, c] if options.states else [y]
-    shown = [outputs(s, options.reversed) for s in every]
-    ended = None if mask is None else masks.held(mask)
-    if ended is not None and options.reversed and any(s is not None for s in inputs[1:3]):
-        # A reversed group waits in its given start, which its buffer holds, until its row begins.
-        shown = [s.masked_fill(ended[..., None, None], 0) for s in shown]
-    return shown[0].flatten(2), *finals, *(s.flatten(2) for s in shown[1:])
-
-
-def _finals(at: Places, first: Any, others: Any) -> tuple[Any, ...]:
-    """Those of the two that users see."""
-    return (others,) if at.output else (first, others)[: at.states]
-
-
-def _gradients(
-    options: Options,
-    inputs: tuple[Tensor | None, ...],
-    mask: Tensor | None,
-    kept: tuple[Tensor | None, ...],
-    grads: tuple[Tensor | None, ...],
-) -> tuple[Tensor | None, ...]:
-    """The gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs, in their shapes, through the engine."""
-    name, reversed, need = options.cell, options.reversed, options.need
-    if options.whole:
-        return ENGINES[options.engine].whole_backward(options, inputs, mask, kept, grads, need, None)  # type: ignore[misc]
-    x, _, _, *weights, extra = inputs
-    y, c, saved = kept
-    w_ih, w_hh, b_ih, b_hh, params = _grouped(*weights)
-    assert x is not None and y is not None and c is not None and w_ih is not None
-    at, walker = places(name), ENGINES[options.engine]
-    K, H = y.shape[2:]
-    u, more = products.recurrent(at, w_hh, w_ih, H), _params(walker, params)
-    if saved is None:
-        gx, bias = _projection(walker, at, x, (w_ih, b_ih, b_hh), H, extra)
-        saved = walker.recompute(gx, u, bias, y, c, mask, name, reversed, options.schedule, *more)
-    dy, dhn, dcn, dcs = _of_outputs(at, grads)
-    dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, -1) for d in (dy, dcs))
-    if options.single:  # whose states have no axis of groups
-        dhn, dcn = (None if d is None else d[None] for d in (dhn, dcn))
-    how = (name, reversed, options.schedule, options.precision, *more)
-    dgx, dhu, m, dh0, dc0, *rest = walker.backward(dy, dhn, dcn, dcs, u, y, c, saved, mask, *how)
-    dparams = rest[0].to(x.dtype) if rest and rest[0].numel() else None
-    dx, dw_ih, dinputs = products.input_gradients(at, dgx, x, w_ih, (need[0], need[3], need[8]))
-    dw_hh = db_ih = db_hh = None
-    if need[4]:
-        each = [products.recurrent_gradient(at, dgx, dhu, m, y, c, mask, reversed, k) for k in range(K)]
-        dw_hh = each[0] if K == 1 else torch.stack(each)
-    if need[5] or need[6]:
-        db_ih, db_hh = products.bias_gradients(at, dgx, dhu, H)
-    found = [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dparams, dinputs]
-    # In the shapes the inputs had; the optional ones answer with None where they were None.
-    return tuple(
-        g.reshape(t.shape) if n and g is not None and t is not None else None
-        for g, t, n in zip(found, inputs, need, strict=True)
-    )
-
-
-def _of_outputs(at: Places, grads: Sequence[Any]) -> tuple[Any, Any, Any, Any]:
-    """dy, dhn, dcn, dcs of the gradients of what `_visible` gives."""
-    dy, *rest = grads
-    dhn = None if at.output else rest.pop(0)
-    return dy, dhn, *(*rest, None, None)[:2]
-
-
 def reference_of(
     options: Options, present: list[bool], resets: Tensor | None, lengths: Tensor | None
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """The scan as a function of its present tensors among the 9, differentiable any number of times: what `_visible`
-    gives."""
+    """The scan as a function of its present tensors among the 9, differentiable any number of times: its outputs."""
     at, step = places(options.cell), reference.step_of(options.cell)
     S = at.states
 
@@ -267,101 +141,116 @@ def _forward_mode(run: Callable[..., Any], primals: list[Tensor], tangents: list
     return forth(tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)))[0]
 
 
-def _gradients_by_reference(
-    options: Options, inputs: tuple[Tensor | None, ...], mask: Tensor | None, grads: tuple[Tensor | None, ...]
-) -> tuple[Tensor | None, ...]:
-    """`_gradients`, in operations that can be transformed."""
-    present = [t is not None for t in inputs]
-    wanted = [n and p for n, p in zip(options.need, present, strict=True)]
-    run = reference_of(options, present, *masks.decode(mask))
-    first = _gradients_of(run, [w for w, p in zip(wanted, present, strict=True) if p], [g is not None for g in grads])
-    found = iter(first(*(t for t in (*inputs, *grads) if t is not None)))
-    return tuple(next(found) if w else None for w in wanted)
+@dataclass(frozen=True)
+class _Scan:
+    """What the Function computes: of mask and the 9 inputs, the engine's outputs and buffers."""
+
+    options: Options
+
+    def run(self, mask: Tensor | None, *inputs: Tensor | None) -> Tensors:
+        options = self.options
+        outputs, buffers = ENGINES[options.engine].forward(options, options.save, inputs, mask)
+        if forward_ad._current_level >= 0:  # views of other outputs have no tangents
+            outputs = tuple(o.clone() for o in outputs)
+        return *outputs, *buffers
+
+    def saved(self, tensors: Tensors, output: Tensors) -> tuple[Tensors, Tensors]:
+        """What is saved for backward, and which outputs are not differentiable."""
+        return (*tensors, *output[-3:]), output[-3:]
+
+    def backward(self, saved: Tensors, need: tuple[bool, ...], grads: Tensors) -> Tensors:
+        mask, *inputs, y, c, gates = saved
+        options, need, grads = self.options, need[1:], grads[:-3]
+        again = options.save == "states" and places(options.cell).saved
+        first = _Gradients(options, need)
+        rest = (mask, y, c, None if again else gates, *inputs, *grads)
+        batched = any(g is not None and is_legacy_batchedtensor(g) for g in grads)  # is_grads_batched=True
+        if batched or (not options.traced and backends.transforming()):
+            return None, *first.by_reference(rest)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            return None, *SeqcellsScan.apply(first, *rest)
+        with _range(options, "backward"):
+            return None, *first.run(*rest)
+
+    def jvp(self, saved: Tensors, tangents: Tensors) -> Tensors:
+        mask, *inputs = saved[:10]
+        present = [t is not None for t in inputs]
+        run = reference_of(self.options, present, *masks.decode(mask))
+        pairs = [(t, d) for t, d in zip(inputs, tangents[1:], strict=True) if t is not None]
+        return *_forward_mode(run, [t for t, _ in pairs], [d for _, d in pairs]), None, None, None
+
+
+@dataclass(frozen=True)
+class _Gradients:
+    """The gradients of a _Scan: of mask, buffers, the 9 inputs and the gradients of the outputs, up to 9. need: which.
+
+    Their own derivatives are the reference's.
+    """
+
+    options: Options
+    need: tuple[bool, ...]
+
+    def run(self, mask: Tensor | None, *tensors: Tensor | None) -> Tensors:
+        options = self.options
+        found = ENGINES[options.engine].backward(options, tensors[3:12], mask, tensors[:3], tensors[12:], self.need)
+        return tuple(found)
+
+    def saved(self, tensors: Tensors, output: Tensors) -> tuple[Tensors, Tensors]:
+        return (tensors[0], *tensors[4:]), ()
+
+    def function(self, mask: Tensor | None, tensors: Tensors) -> tuple[Callable[..., Tensors], list[Tensor], list[bool]]:
+        """The gradients as a function of the tensors (inputs and gradients) that are present; these; and which of the 9
+        it gives."""
+        present = [t is not None for t in tensors[:9]]
+        run = reference_of(self.options, present, *masks.decode(mask))
+        wanted = [n for n, p in zip(self.need, present, strict=True) if p]
+        found = [n and p for n, p in zip(self.need, present, strict=True)]
+        gradients = _gradients_of(run, wanted, [g is not None for g in tensors[9:]])
+        return gradients, [t for t in tensors if t is not None], found
+
+    def by_reference(self, tensors: Tensors) -> Tensors:
+        """What `run` gives, in operations that can be transformed."""
+        gradients, primals, given = self.function(tensors[0], tensors[4:])
+        found = iter(gradients(*primals))
+        return tuple(next(found) if g else None for g in given)
+
+    def backward(self, saved: Tensors, need: tuple[bool, ...], grads: Tensors) -> Tensors:
+        gradients, primals, given = self.function(saved[0], saved[1:])
+        values, back = vjp(gradients, *primals)
+        weights = [g for g, there in zip(grads, given, strict=True) if there]
+        found = iter(back(tuple(torch.zeros_like(v) if w is None else w for v, w in zip(values, weights, strict=True))))
+        return *(None,) * 4, *(next(found) if t is not None else None for t in saved[1:])
+
+    def jvp(self, saved: Tensors, tangents: Tensors) -> Tensors:
+        gradients, primals, given = self.function(saved[0], saved[1:])
+        along = [d for t, d in zip(saved[1:], tangents[4:], strict=True) if t is not None]
+        found = iter(_forward_mode(gradients, primals, along))
+        return tuple(next(found) if g else None for g in given)
 
 
 # The names of these classes are what a profile shows.
 
 
-class SeqcellsGradients(torch.autograd.Function):
-    """The gradients, through the engine; their own gradients, through the reference.
-
-    options, mask, y, c, saved; the 9 inputs; the gradients of the outputs (None: zero). Gives 9.
-    """
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(options: Options, mask: Any, y: Any, c: Any, saved: Any, *rest: Any) -> Any:
-        return _gradients(options, rest[:9], mask, (y, c, saved), rest[9:])
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        ctx.options, mask, _, _, _, *rest = inputs
-        ctx.save_for_backward(mask, *rest)
-        ctx.save_for_forward(mask, *rest)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def _function(ctx: Any) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], list[bool]]:
-        """The gradients as a function, its arguments, and which of the 9 it gives."""
-        mask, *rest = ctx.saved_tensors
-        present = [t is not None for t in rest[:9]]
-        wanted = [n for n, p in zip(ctx.options.need, present, strict=True) if p]
-        run = reference_of(ctx.options, present, *masks.decode(mask))
-        primals = [t for t in rest if t is not None]
-        given = [n and p for n, p in zip(ctx.options.need, present, strict=True)]
-        return _gradients_of(run, wanted, [g is not None for g in rest[9:]]), primals, given
-
-    @staticmethod
-    def backward(ctx: Any, *outer: Tensor | None) -> tuple[Tensor | None, ...]:
-        first, primals, given = SeqcellsGradients._function(ctx)
-        values, back = vjp(first, *primals)
-        weights = [o for o, g in zip(outer, given, strict=True) if g]
-        found = iter(back(tuple(torch.zeros_like(v) if w is None else w for v, w in zip(values, weights, strict=True))))
-        return *(None,) * 5, *(next(found) if t is not None else None for t in ctx.saved_tensors[1:])
-
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        first, primals, given = SeqcellsGradients._function(ctx)
-        along = [d for t, d in zip(ctx.saved_tensors[1:], tangents[5:], strict=True) if t is not None]
-        found = iter(_forward_mode(first, primals, along))
-        return tuple(next(found) if g else None for g in given)
-
-
 class SeqcellsScanCompiled(torch.autograd.Function):
-    """options, mask; the 9 inputs (see `_gradients`), to what `_visible` gives, then y, c and saved for backward."""
+    """A _Scan or its _Gradients, and then the tensors of its `run`."""
 
     @staticmethod
-    def forward(options: Options, mask: Any, *inputs: Any) -> Any:
-        out = _run(options, options.save, inputs, mask)
-        shown = _visible(options, out, inputs, mask)
-        # Views of other outputs have no tangents in forward mode, and may not be changed in place, as torch's own
-        # outputs on the CPU may. The kernels' stay views, for speed: cuDNN's may not be changed either.
-        if forward_ad._current_level >= 0 or options.engine == "loop":
-            shown = tuple(s.clone() for s in shown)
-        return *shown, *out[:3]
+    def forward(operation: Any, *tensors: Any) -> Any:
+        return operation.run(*tensors)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        options, mask, *tensors = inputs
-        *_, y, c, saved = output
-        ctx.mark_non_differentiable(y, c, saved)
+        operation, *tensors = inputs
+        saved, constant = operation.saved(tuple(tensors), output)
+        ctx.mark_non_differentiable(*constant)
         ctx.set_materialize_grads(False)
-        ctx.options = options
-        kept = (mask, *tensors, y, c, saved)
-        ctx.save_for_backward(*kept)
-        ctx.save_for_forward(*kept)  # the same: torch.func's vmap has one list of their dimensions
+        ctx.operation = operation
+        ctx.save_for_backward(*saved)
+        ctx.save_for_forward(*saved)  # the same: torch.func's vmap has one list of their dimensions
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        mask, *inputs, y, c, saved = ctx.saved_tensors
-        options = replace(ctx.options, need=ctx.needs_input_grad[2:])
-        again = options.save == "states" and places(options.cell).saved
-        kept = (y, c, None if again else saved)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            return None, None, *SeqcellsGradients.apply(options, mask, *kept, *inputs, *grads[:-3])
-        with _range(options, "backward"):
-            return None, None, *_gradients(options, tuple(inputs), mask, kept, grads[:-3])
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return None, *ctx.operation.backward(ctx.saved_tensors, ctx.needs_input_grad[1:], grads)
 
 
 class SeqcellsScan(SeqcellsScanCompiled):
@@ -370,93 +259,38 @@ class SeqcellsScan(SeqcellsScanCompiled):
     generate_vmap_rule = True
 
     @staticmethod
-    def jvp(ctx: Any, _options: Any, _mask: Any, *tangents: Tensor | None) -> tuple[Tensor | None, ...]:
-        mask, *inputs = ctx.saved_tensors[:10]
-        present = [t is not None for t in inputs]
-        run = reference_of(ctx.options, present, *masks.decode(mask))
-        pairs = [(t, d) for t, d in zip(inputs, tangents, strict=True) if t is not None]
-        found = _forward_mode(run, [t for t, _ in pairs], [d for _, d in pairs])
-        return *found, None, None, None
-
-
-class SeqcellsLayer(torch.autograd.Function):
-    """A scan by an engine's `whole`, where no compiler, mode or transform sees it: options, mask; the 9 inputs.
-
-    Gives what `_visible` gives.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, options: Options, mask: Tensor | None, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        shown, kept, ctx.more = ENGINES[options.engine].whole(options, options.save, inputs, mask)  # type: ignore[misc]
-        ctx.set_materialize_grads(False)
-        ctx.options = options
-        ctx.save_for_backward(mask, *inputs, *kept)
-        return shown
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        mask, *inputs, y, c, saved = ctx.saved_tensors
-        options, need = ctx.options, ctx.needs_input_grad[2:]
-        kept = (y, c, saved if saved.dim() > 1 else None)
-        # is_grads_batched=True: torch's older vmap, which runs backward as it is.
-        if backends.transforming() or any(g is not None and is_legacy_batchedtensor(g) for g in grads):
-            found = _gradients_by_reference(replace(options, need=need), tuple(inputs), mask, grads)
-        elif torch.is_grad_enabled():  # create_graph=True
-            found = SeqcellsGradients.apply(replace(options, need=need), mask, *kept, *inputs, *grads)
-        else:
-            back: Any = ENGINES[options.engine].whole_backward
-            more, ctx.more = ctx.more, None  # a second backward can do without
-            with _range(options, "backward"):
-                found = back(options, tuple(inputs), mask, kept, grads, need, more)
-        return None, None, *found
-
-
-def unseen(engine: str, x: Tensor, others: Iterable[Tensor | None]) -> bool:
-    """Whether the engine can do all by itself: nothing looks on, and all are tensors with values, no wrappers."""
-    if backends.watched():
-        return False
-    plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in (x, *others)) and x.device.type != "meta"
-    return plain and ENGINES[engine].whole is not None and not backends.traced()
+    def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> Any:
+        return ctx.operation.jvp(ctx.saved_tensors, tangents)
 
 
 def apply(
-    options: Options,
-    x: Tensor,
-    states: tuple[Tensor | None, ...],
-    weights: Sequence[Tensor | None],
-    params: Tensor | None,
-    inputs: Tensor | None,
-    mask: Tensor | None,
+    options: Options, case: Case, call: Call, weights: Sequence[Tensor | None], params: Tensor | None
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """y [T, B, K*H], the final states [K, B, H] and, if options.states, the states after each step [T, B, K*H].
 
-    x [T, B, I] or [T, B, K, I]; states [K, B, H]; weights: w_ih [K, Gx*H, I], w_hh [K, Gu*H, H], b_ih, b_hh [K, .];
-    params [K, P*H]; of one group also without their K. inputs [T, B, N*H]. mask: see `masks`. Arguments are taken as
-    checked.
+    weights: w_ih [K, Gx*H, I], w_hh [K, Gu*H, H], b_ih, b_hh [K, .]; params [K, P*H]; of one group also without their
+    K. Arguments are taken as checked.
     """
-    at = places(options.cell)
+    at, states = places(options.cell), call.states
     S = at.states
     if S == 1 or (S == 2 and not at.output):
         h0, c0 = states if S == 2 else (*states, None)
     else:
         h0, c0 = None if at.output else states[0], _joined(states[1 - at.output :])
-    given = (x, h0, c0, *weights, params, inputs)
-    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
-    if torch.jit.is_tracing():  # a trace can hold operators, but no Function: it has no gradients
+    given = (call.x, h0, c0, *weights, params, call.inputs)
+    if case.jit:  # a trace can hold operators, but no Function: it has no gradients
         wanted = False
-    elif backends.transforming():  # within vmap requires_grad does not show, nor does a tangent ever
+    elif case.transforming:  # within vmap requires_grad does not show, nor does a tangent ever
         wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    else:
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
     with _range(options, "forward"):
-        if options.whole:
-            whole: Any = ENGINES[options.engine].whole
-            save = "states" if options.states else "none"
-            shown = SeqcellsLayer.apply(options, mask, *given) if wanted else whole(options, save, given, mask)[0]
-        elif wanted:
-            function = SeqcellsScanCompiled if torch.compiler.is_compiling() else SeqcellsScan
-            shown = function.apply(options, mask, *given)[:-3]
+        if wanted:
+            function = SeqcellsScanCompiled if case.compiling else SeqcellsScan
+            shown = function.apply(_Scan(options), call.mask, *given)[:-3]
         else:
             save = "states" if options.states else "none"
-            shown = _visible(options, _run(options, save, given, mask), given, mask)
+            shown, _ = ENGINES[options.engine].forward(options, save, given, call.mask)
     y, *finals = shown
     every = (finals.pop(),) if options.states else None
     if S <= 2:

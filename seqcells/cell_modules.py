@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from . import arguments, backends, checks, functional, layer_arguments, modules, plain
+from . import arguments, backends, checks, dispatch, layer_arguments, modules
 from .cell import Cell, get
+from .engines import aten
 
 # As torch's matrix product names dtypes in its errors.
 _NAMES = {
@@ -244,19 +245,20 @@ class RecurrentCell(modules.Module):
                 raise RuntimeError(
                     f"hidden{i} has inconsistent hidden_size: got {s.shape[1]}, expected {self.hidden_size}"
                 )
-        final = plain.step(self.cell.key, x, states, weights, self.backend)
-        if final is None:
-            how = functional.How(backend=self.backend, precision=self.precision, one_step=True)
+        on_cpu = x.is_cpu and weights[0] is not None and weights[0].is_cpu and weights[1] is not None and weights[1].is_cpu
+        if dispatch.own_step(self.cell.key, self.backend, on_cpu) and not torch.is_autocast_enabled("cpu"):
+            final = aten.step(self.cell.key, x, states, weights)
+            y = final[0]
+            if not y.is_cpu:  # torch's own step takes biases on the meta device, too
+                self._check(x, states)
+        else:
+            options = dispatch.ScanOptions(backend=self.backend, precision=self.precision, one_step=True)
             vectors = [{name: getattr(self, name) for name in self.cell.params}]
             now = {name: t[None] for name, t in more.items()}
-            y, final, _ = functional.run(self.cell, x[None], states, [weights], how, params=vectors, inputs=now)
+            y, final, _ = dispatch.run(self.cell, x[None], states, [weights], options, None, vectors, now)
             # [1, B, H] from those without an operator for one step; copied, since no view can be detached in place.
             final = tuple(s[0].clone() if s.dim() == 3 else s for s in final)
             y = y[0].clone() if self.cell.outputs else final[0]
-        else:
-            y = final[0]
-            if not y.is_cpu:  # x is: torch's own step takes weights on the meta device, too
-                self._check(x, states)
         return (y, final) if batched else (y[0], tuple(s[0] for s in final))
 
 

@@ -15,6 +15,7 @@ import torch
 
 backend: str  # a spelling of backends.parse; "auto" where there is no choice
 _backend: ContextVar[str] = ContextVar("seqcells.backend", default="")
+of_context = _backend.get  # for where nothing compiles; "" if the context has none of its own yet: then ask `backend`
 
 
 def _of_caller() -> str:

@@ -1,46 +1,51 @@
-"""From a checked call to an engine: what `functional` and the modules share.
+"""Which engine runs a call: `Case` holds the facts about it, gathered once; `choose` is the one table of rules.
 
-Shapes as there: x [T, B, I]; states [B, H]; weights and biases of G*H rows; resets bool [T, B]; lengths int [B].
+Then `run` and `execute` do what the choice says. Shapes: x [T, B, I]; states [B, H]; weights and biases of G*H rows;
+resets bool [T, B]; lengths int [B].
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.autograd import forward_ad
+from torch.nn.utils.rnn import PackedSequence
 
 from . import (
     arguments,
-    aten,
     autograd,
     backends,
+    chosen,
     extras,
     fallback,
     flops,
-    marked,
     masks,
-    ops,
     precisions,
+    products,
     projection,
     reference,
 )
-from . import loop as loop  # its engine
-from .cell import Cell, get, named
+from .cell import Cell
+from . import loop as loop  # an engine: registers itself
+from .engines import aten, reset_steps
+
+from .engines import triton
+
+KERNEL_DEVICES = ("cuda",)  # where "auto" is the kernels
+_TENSORS = (Tensor, torch.nn.Parameter)
+_PRECISIONS = (None, *precisions.PRECISIONS)
 
 
-@dataclass(frozen=True)
-class How:
-    """How a scan is to be done: the options of `scan`, as the modules hand them on.
+class ScanOptions(NamedTuple):
+    """The options of `functional.scan`, as modules pass them on.
 
-    reverse: for each group, whether it walks from the last step to the first. cells: the states after each step, too.
-    padded: beyond lengths x is zero already, as packing and a layer below leave it.
-    one_step: a cell's call, x [1, B, I], for which aten and triton have kernels of their own; from them the final
-    states are [B, H].
-    fits: whether it is known that shapes, dtypes and devices do.
+    reverse: for each group, whether it runs from the last step to the first. all_states: the states after each step
+    are wanted, too. padded: x is zero beyond lengths already, as packing and a layer below leave it. one_step: a
+    cell's call, x [1, B, I], for which aten and triton have kernels of their own.
     """
 
     resets: Tensor | None = None
@@ -49,212 +54,497 @@ class How:
     save: str = "gates"
     backend: str | None = None
     precision: str | None = None
-    cells: bool = False
+    all_states: bool = False
     padded: bool = False
     one_step: bool = False
-    fits: bool = False
 
 
-def _cast(
+class Case(NamedTuple):
+    """The facts about one call.
+
+    steps, batch: None where a compiler does not know them. grad: gradients are wanted. real: the share of rows that are
+    not padding. onednn: oneDNN's LSTM takes such an input. plain: all tensors are torch.Tensor itself, with values.
+    exporting: to a program that torch's own layers can be in. observed: a TorchDispatchMode is active. problem: why
+    neither kernels nor a loop can be derived from the cell's step. refused: its kernels failed before (see `fallback`).
+    """
+
+    cell: str
+    backend: str
+    device: torch.device
+    dtype: torch.dtype
+    hidden_size: int
+    steps: int | None = None
+    batch: int | None = None
+    grad: bool = True
+    save: str = "gates"
+    resets: bool = False
+    lengths: bool = False
+    packed: bool = False
+    real: float = 1.0
+    all_states: bool = False
+    projected: bool = False
+    one_step: bool = False
+    empty: bool = False
+    onednn: bool = False
+    plain: bool = True
+    compiling: bool = False
+    exporting: bool = False
+    onnx: bool = False
+    jit: bool = False
+    transforming: bool = False
+    observed: bool = False
+    problem: str = ""
+    refused: bool = False
+
+    @property
+    def traced(self) -> bool:
+        """Whether values mean nothing, or operators have to be seen: then an engine goes through its operators."""
+        return self.compiling or self.jit or self.transforming or self.observed or not self.plain
+
+
+class Choice(NamedTuple):
+    """What runs a call, and why. engine: triton, aten, loop or reference.
+
+    schedule: of triton: "" is the plan's choice; "auto", too, but there another schedule or engine may run where it
+    fails; else the one that was asked for. reset_steps: aten runs it with steps of its own for resets and padding (see
+    `engines.reset_steps`). stack: aten runs all layers of a module in one call.
+    """
+
+    engine: str
+    schedule: str
+    why: str
+    reset_steps: bool = False
+    stack: bool = False
+
+
+class Call(NamedTuple):
+    """The tensors of one scan, checked.
+
+    x [T, B, I] or [T, B, K, I]; states [K, B, H], of one group also [B, H], None is zero; groups: each group's w_ih,
+    w_hh, b_ih, b_hh (and w_hr, of an LSTM with a projection); stacked: the same with an axis K, where there are such
+    tensors already; params [K, P*H], of one group [P*H]; inputs [T, B, N*H]; mask: see `masks`.
+    """
+
+    x: Tensor
+    states: tuple[Tensor | None, ...]
+    groups: Sequence[aten.Weights]
+    stacked: aten.Weights | None = None
+    params: Tensor | None = None
+    inputs: Tensor | None = None
+    mask: Tensor | None = None
+
+
+Result = tuple[Tensor, tuple[Tensor, ...], "tuple[Tensor, ...] | None"]
+
+
+def case_of(
+    cell: Cell,
+    x: Tensor,
+    tensors: Iterable[Tensor | None],
+    options: ScanOptions,
+    hidden_size: int,
+    *,
+    packed: tuple[int, int] | None = None,
+    projected: bool = False,
+) -> Case:
+    """The facts about a scan of x. tensors: states and weights; packed: T and B of a PackedSequence whose data is x."""
+    key, device, dtype, backend = cell.key, x.device, x.dtype, options.backend
+    compiling = torch.compiler.is_compiling()
+    transforming = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    jit = torch.jit.is_tracing()
+    if backend is None:
+        backend = chosen.backend if compiling else chosen.of_context() or chosen.backend
+    grad, plain = x.requires_grad, type(x) in _TENSORS and device.type != "meta"
+    for t in tensors:
+        if t is not None:
+            grad, plain = grad or t.requires_grad, plain and type(t) in _TENSORS
+    grad = grad and torch.is_grad_enabled()
+    T, B = packed or x.shape[:2]
+    onnx = torch.onnx.is_in_onnx_export()
+    # torch.export needs to know the number of steps, as it does for torch.nn's.
+    exporting = torch.compiler.is_exporting() and isinstance(T, int) and not torch.compiler.is_dynamo_compiling()
+    # Resets of one step zero the states before it: see `run`.
+    resets = options.resets is not None and (compiling or jit or transforming or x.dim() == 2 or T != 1)
+    onednn = key == "lstm" and x.dim() == (3 if packed is None else 2) and x.numel() > 0
+    onednn = onednn and aten.onednn(key, device, dtype)
+    real = 1.0
+    if options.lengths is not None and not compiling and B > 0:
+        if packed is not None:
+            real = x.shape[0] / (T * B)
+        elif onednn and plain and not (projected or transforming or jit):
+            real = int(options.lengths.sum()) / (T * B)
+    return Case(
+        key,
+        backend,
+        device,
+        dtype,
+        hidden_size,
+        None if compiling else T,
+        None if compiling else B,
+        grad,
+        options.save,
+        resets,
+        options.lengths is not None,
+        packed is not None and type(x) is Tensor,
+        real,
+        options.all_states,
+        projected,
+        options.one_step,
+        B == 0,
+        onednn,
+        plain,
+        compiling,
+        onnx or exporting,
+        onnx,
+        jit,
+        transforming,
+        not compiling and torch._C._len_torch_dispatch_stack() > 0,
+        "" if key in backends.ATEN_CELLS else cell.problem,  # those have kernels
+        bool(fallback.refused_kernels) and fallback.refused(device, key, dtype, hidden_size, grad),
+    )
+
+
+# Measured by benchmarks/crossover.py: benchmarks/results/crossover-cpu.md. With more threads than one torch's own gain
+# more than the loop does.
+_STEPS = {"rnn_tanh": 20, "rnn_relu": 20}  # below which the loop's call costs more than its steps save
+_OTHERS, _INFERENCE = 10, 96  # steps of the other cells; without gradients
+_WORKSPACE = 1 << 20  # T*B*H above which oneDNN's, of 16 such, is memory new in every call
+# B*H up to which oneDNN's LSTM with reset steps is faster than the loop, with gradients and without; a quarter of it
+# with lengths, for the loop leaves padding out, and nothing where less than this share of the rows is real.
+_RESET_STEPS, _REAL = {True: 4096, False: 8192}, 0.5
+
+
+def loop_pays(case: Case, lengths: bool) -> bool:
+    """Whether on the CPU the loop is faster than torch's own cell. lengths: torch's own would be packed."""
+    least = _STEPS.get(case.cell, _OTHERS)
+    steps, batch = case.steps, case.batch
+    if steps is None or batch is None:
+        return False
+    if lengths:
+        return case.grad and steps >= 2 * least
+    if case.onednn and not case.resets:
+        large = batch >= 64 and steps * batch * case.hidden_size >= _WORKSPACE
+        return case.grad and large and torch.get_num_threads() == 1
+    if case.grad:
+        return steps >= least
+    return steps >= _INFERENCE and case.hidden_size >= 16 and torch.get_num_threads() == 1
+
+
+def _reset_steps_fit(case: Case) -> bool:
+    """Whether oneDNN's LSTM can run a case with resets or lengths, by reset steps."""
+    if not case.onednn or case.all_states or case.projected or not case.plain:
+        return False
+    if case.compiling or case.jit or case.transforming:
+        return False
+    # torch's own takes a packed batch, and short ones are faster by it.
+    return not case.packed or case.resets or case.steps is None or loop_pays(case, True)
+
+
+def _reset_steps_pay(case: Case) -> bool:
+    """Whether they are faster than the loop."""
+    if case.steps is None or case.batch is None:
+        return True
+    most = _RESET_STEPS[case.grad] // (4 if case.lengths else 1)
+    return case.save != "states" and case.real >= _REAL and case.batch * case.hidden_size <= most
+
+
+def aten_lacks(case: Case, reset_steps: bool = False) -> str:
+    """Why aten cannot run a case; "" if it can."""
+    if case.cell not in backends.ATEN_CELLS:
+        return f"torch has no fused {case.cell}"
+    if case.all_states:
+        return "torch's fused RNNs do not give all cell states"
+    if case.projected and case.onnx:
+        return "ONNX's LSTM has no projection"
+    return "torch's fused RNNs have no resets" if case.resets and not reset_steps else ""
+
+
+def _triton_lacks(device: torch.device, dtype: torch.dtype) -> str:
+    """Why triton cannot run there; "" if it can."""
+    if not backends.installed():
+        return backends.NO_TRITON
+    if dtype not in backends.TRITON_DTYPES:
+        return f"the triton backend has no kernels for {dtype}: expected one of {backends.TRITON_DTYPES}"
+    if device.type == "cuda" or (device.type == "cpu" and backends.interpreted()):
+        return ""
+    advice = "set TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU (slow, for testing)"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+        advice = "TRITON_INTERPRET=1 was set after triton was imported: set it before Python starts"
+    return f"the triton backend needs CUDA tensors, got tensors on {device}; {advice}"
+
+
+# As torch.compiler.assume_constant_result does, which imports the compiler: torch.compile asks it while it traces, and
+# does not trace the import.
+_triton_lacks._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def own_step(cell: str, backend: str | None, on_cpu: bool) -> bool:
+    """Whether one step of a cell is torch's own: the first rule, which a cell asks before it gathers a Case."""
+    if not on_cpu or cell not in backends.ATEN_CELLS or (backend or chosen.backend) not in ("auto", "aten"):
+        return False
+    return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+
+
+def choose(case: Case) -> Choice:
+    """The engine for a case: the first rule that holds.
+
+    Raises ModuleNotFoundError (no triton), RuntimeError (wrong device, or something a backend lacks), TypeError
+    (dtype), ValueError (unknown backend).
+    """
+    name, schedule = case.backend, ""
+    if name not in backends.NAMES:
+        name, schedule = backends.parse(name)
+    # 1. One step on the CPU, and where nothing but torch's own operators works.
+    if case.one_step and own_step(case.cell, case.backend, case.device.type == "cpu"):
+        asked = "it was asked for" if name == "aten" else f"the tensors are on the CPU, and torch has a fused {case.cell}"
+        return Choice("aten", "", asked)
+    if name != "aten" and case.compiling and case.transforming:
+        return Choice("reference", "", "within torch.compile, torch.func has no vmap of a Function")
+    # 2. What was asked for by name, or an error.
+    if name == "triton":
+        if lacking := _triton_lacks(case.device, case.dtype):
+            if lacking == backends.NO_TRITON:
+                raise ModuleNotFoundError(lacking)  # no name=: torch.compile cannot trace an exception's keywords
+            raise (TypeError if case.dtype not in backends.TRITON_DTYPES else RuntimeError)(lacking)
+        if case.empty:
+            return Choice("reference", "", "it was asked for, but there are no rows")
+        return Choice("triton", schedule, "it was asked for")
+    reset_steps = (case.resets or case.lengths) and _reset_steps_fit(case)
+    # torch.compile cannot trace torch's own layers, but torch.export can.
+    stack = case.packed or not (case.lengths or (case.compiling and not case.exporting))
+    stack = stack and not (reset_steps or case.resets or case.one_step)
+    simple = case.cell in backends.ATEN_CELLS and not (case.resets or case.all_states or case.projected)
+    lacking = "" if simple else aten_lacks(case, reset_steps)
+    if name == "aten":
+        if lacking:
+            raise backends.no_aten(lacking)
+        return Choice("aten", "", "it was asked for", reset_steps, stack)
+    if name != "auto":
+        return Choice(name, "", "it was asked for")
+    # 3. "auto": on CUDA the kernels, where they run.
+    where = "the tensors are on the CPU"
+    if case.device.type in KERNEL_DEVICES:
+        problem = _triton_lacks(case.device, case.dtype)
+        if case.onnx:
+            problem = "ONNX has no operators for the kernels"
+        if not problem and not case.refused and not case.problem and not case.empty:
+            return Choice("triton", "auto", "the tensors are on CUDA")
+        where = problem or "the kernels failed there (a RuntimeWarning said how)"
+        if case.empty:
+            where = "there are no rows"
+        if case.problem:
+            where = f"the tensors are on the {case.device.type.upper()}"
+    elif case.device.type != "cpu":
+        where = f"the tensors are on the {case.device.type.upper()}"
+    # 4. "auto" elsewhere: torch's own layer or the loop.
+    engine, why = _without_kernels(case, reset_steps, lacking)
+    own = engine == "aten"
+    return Choice(engine, "", f"{where}, and {why}", reset_steps and own, stack and own)
+
+
+def _without_kernels(case: Case, reset_steps: bool, lacking: str) -> tuple[str, str]:
+    """What "auto" is where the kernels do not run, and why. lacking: why that cannot be aten."""
+    if case.problem:
+        return "reference", f"from the step nothing else can be derived: {case.problem}"
+    packed_only = case.lengths and not case.packed and "torch's own fused RNNs take lengths only packed"
+    if lacking or (packed_only and case.exporting):
+        return "reference" if case.onnx else "loop", lacking or packed_only  # ONNX has no operators of our own
+    own = f"torch's own fused {case.cell} runs there"
+    if case.exporting:
+        return "aten", "an exported program then needs no operator of our own"
+    if case.jit or (case.one_step and not case.transforming):  # on another device than the CPU
+        return "aten", own
+    if case.transforming:
+        return "loop", "torch.func and forward mode want operators that can be transformed"
+    masked = case.resets or case.lengths
+    onednn = case.onednn and not masked
+    large = not case.compiling and case.steps * case.batch * case.hidden_size >= _WORKSPACE  # type: ignore[operator]
+    if reset_steps:
+        looped = not _reset_steps_pay(case)
+    else:
+        looped = (large or not onednn) and loop_pays(case, case.lengths)
+    if (reset_steps or onednn) and not looped:
+        return "aten", "oneDNN's LSTM is the fastest there"
+    if case.compiling:
+        return "loop", "torch.compile would unroll torch's own for every length"
+    if packed_only:
+        return "loop", packed_only
+    if looped and case.device.type == "cpu":
+        return "loop", f"it is faster than torch's own fused {case.cell}"
+    return "aten", own
+
+
+def autocast(
     cell: str,
     x: Tensor,
-    given: tuple[Tensor | None, ...],
+    states: tuple[Tensor | None, ...],
     groups: Sequence[aten.Weights],
     more: tuple[Any, Any] = (None, None),
     one_step: bool = False,
 ) -> tuple[Tensor, tuple[Tensor | None, ...], Sequence[aten.Weights], tuple[Any, Any]]:
-    """x, states, weights, and params and inputs (see `run`), in the dtype that torch's own cell answers in."""
+    """x, states, weights, and params and inputs (see `run`), in the dtype in which torch's own cell answers."""
     dtype, low = torch.get_autocast_dtype(x.device.type), (torch.float16, torch.bfloat16, torch.float32)
     if x.device.type == "cpu" and (cell in ("gru", "gru_before") or (cell == "lstm" and one_step)):
         # There torch has no fused kernel to cast for. It rounds the products' operands, and the state keeps its dtype.
-        dtype = torch.promote_types(dtype, next((s.dtype for s in given if s is not None), x.dtype))
+        dtype = torch.promote_types(dtype, next((s.dtype for s in states if s is not None), x.dtype))
 
-    def cast(tensors: Iterable[Tensor | None]) -> tuple[Any, ...]:
-        return tuple(t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for t in tensors)
+    def cast(tensors: Iterable[Any]) -> tuple[Any, ...]:
+        wide = (t.data if isinstance(t, PackedSequence) else t for t in tensors)
+        found = (t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for t in wide)
+        return tuple(t._replace(data=f) if isinstance(t, PackedSequence) else f for t, f in zip(tensors, found, strict=True))
 
-    def named(given: Any) -> Any:
+    def by_name(given: Any) -> Any:
         return dict(zip(given, cast(given.values()), strict=True)) if isinstance(given, Mapping) else given
 
     params, inputs = more
-    params = params if params is None else [named(p) for p in params]
-    return cast([x])[0], cast(given), [cast(weights) for weights in groups], (params, named(inputs))
-
-
-def _begins(x: Tensor) -> bool:
-    """Whether resets are of one step: to zero the states before it is all there is to do."""
-    return not backends.traced() and x.dim() > 2 and x.shape[0] == 1
-
-
-def choose(
-    cell: str | Cell,
-    x: Tensor,
-    tensors: Iterable[Tensor | None],
-    how: How,
-    hidden: int,
-    packed: tuple[int, int] | None = None,
-    projected: bool = False,
-) -> backends.Choice:
-    """The backend for a scan of x. tensors: states and weights; hidden: H; packed: T and B of a PackedSequence whose
-    data is x; projected: whether an LSTM has a projection. Raises as backends.choose does."""
-    spec = cell if type(cell) is Cell else get(cell)
-    grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *tensors))
-    key = spec.key
-    onednn = x.numel() > 0 and aten.onednn(key, x.device, x.dtype) and (x.dim() == 3 or packed is not None)
-    T, B = packed or x.shape[:2]
-    compiling, rows = torch.compiler.is_compiling(), x.shape[0]
-    seen = projected or type(x) is not Tensor or backends.traced()
-    if packed is None and how.lengths is not None and onednn and not seen:
-        rows = int(how.lengths.sum())
-    request = backends.request(
-        key,
-        None if compiling else (T, B, hidden),
-        grad,
-        refused=fallback.refused(x.device, key, x.dtype, hidden, grad),
-        resets=how.resets is not None and not _begins(x),
-        lengths=how.lengths is not None,
-        packed=packed is not None and type(x) is Tensor,
-        cells=how.cells,
-        one_step=how.one_step,
-        onednn=onednn,
-        seen=seen,
-        real=1.0 if how.lengths is None or compiling else rows / max(T * B, 1),
-        lean=how.save == "states",
-        projected=projected,
-        exported=backends.exporting(T),
-        problem="" if key in backends.ATEN_CELLS else spec.problem,  # those have kernels
-    )
-    return backends.choose(key, x.device, x.dtype, request, how.backend)
+    params = params if params is None else [by_name(p) for p in params]
+    return cast([x])[0], cast(states), [cast(weights) for weights in groups], (params, by_name(inputs))
 
 
 def run(
-    cell: str | Cell,
+    cell: Cell,
     x: Tensor,
     states: tuple[Tensor | None, ...] | None,
     groups: Sequence[aten.Weights],
-    how: How,
+    options: ScanOptions,
     stacked: aten.Weights | None = None,
     params: Sequence[Mapping[str, Tensor] | None] | None = None,
     inputs: Mapping[str, Tensor] | None = None,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-    """What `scan`, `scan_groups` and the modules share: y [T, B, K*H], final states [K, B, H], and, if how.cells, the
-    states after each step [T, B, K*H].
+) -> Result:
+    """A scan of one layer: y [T, B, K*H], final states [K, B, H], and, if options.all_states, the states after each
+    step [T, B, K*H].
 
-    groups: each group's w_ih, w_hh, b_ih, b_hh (and w_hr, of an LSTM with a projection); stacked: the same with an axis
-    K, if there is such a tensor already.
-    x [T, B, I] or [T, B, K, I]; states [K, B, H] (of one group also [B, H]). params: of each group; inputs: see `scan`.
+    x [T, B, I] or [T, B, K, I]; states [K, B, H], of one group also [B, H]; groups, stacked: see `Call`; params: of
+    each group; inputs: see `functional.scan`.
     """
-    spec = cell if type(cell) is Cell else named(cell)
-    arguments.options(how.backend, how.precision, how.save)
-    given = (None,) * len(spec.states) if states is None else tuple(states)
-    if len(given) != len(spec.states):
-        count = len(spec.states)
-        raise RuntimeError(f"states: {spec.name} has {count} state{'s' * (count > 1)}, got {len(given)}")
-    if not spec.rows[0]:
-        groups = [(x.new_empty(0, x.shape[-1]), *weights[1:]) for weights in groups]
-        stacked = None
-    if backends.autocasting(x.device):
-        x, given, groups, more = _cast(spec.key, x, given, groups, (params, inputs), how.one_step)
+    given = (None,) * len(cell.states) if states is None else tuple(states)
+    if len(given) != len(cell.states):
+        count = len(cell.states)
+        raise RuntimeError(f"states: {cell.name} has {count} state{'s' * (count > 1)}, got {len(given)}")
+    if not cell.rows[0]:
+        groups, stacked = [(x.new_empty(0, x.shape[-1]), *weights[1:]) for weights in groups], None
+    if torch._C._is_any_autocast_enabled() and backends.autocasting(x.device):
+        x, given, groups, (params, inputs) = autocast(cell.key, x, given, groups, (params, inputs), options.one_step)
         with torch.autocast(x.device.type, enabled=False):
-            return _run(spec, x, given, groups, how, None, *more)
-    return _run(spec, x, given, groups, how, stacked, params, inputs)
+            return run(cell, x, given, groups, options, None, params, inputs)
+    _fit(x, given, groups, cell.rows)
+    H = _hidden_size(cell, groups[0], given, params, inputs)
+    if not cell.rows[0]:
+        given = starts(x, given, groups, H)  # which say what H is
+    vectors = beside = None
+    if cell.params or params or cell.inputs or inputs:
+        vectors, beside = extras.params(cell, params, x, H), extras.inputs(cell, inputs, x, H, options.lengths)
+    tensors = (*given, *(t for weights in groups for t in weights), vectors, beside)
+    choice = choose(case := case_of(cell, x, tensors, options, H, projected=len(groups[0]) == 5))
+    x, given, options, mask = prepared(case, choice, x, given, options)
+    return execute(cell, Call(x, given, groups, stacked, vectors, beside, mask), options, case, choice)
 
 
-def _run(
-    spec: Cell,
-    x: Tensor,
-    given: tuple[Tensor | None, ...],
-    groups: Sequence[aten.Weights],
-    how: How,
-    stacked: aten.Weights | None,
-    params: Any,
-    inputs: Any,
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-    """`run`, autocast done with. Five weights a group: an LSTM with a projection."""
-    cell, K = spec.key, len(groups)
-    if backends.watched():
+def prepared(
+    case: Case, choice: Choice, x: Tensor, states: tuple[Tensor | None, ...], options: ScanOptions
+) -> tuple[Tensor, tuple[Tensor | None, ...], ScanOptions, Tensor | None]:
+    """x, states and options as the engine takes them, and its mask: what layers have in common.
+
+    Padding of x is zeroed, for it takes no part, whatever it is: NaN, too.
+    """
+    if case.observed:
         flops.register()
-    if not how.fits:
-        _fit(x, given, groups, spec.rows)
-    B, of_x = x.shape[1], spec.rows[0]
-    if of_x:
-        H = groups[0][0].shape[0] // of_x  # type: ignore[union-attr]
-    else:
-        H = _hidden_size(spec, groups[0], given, params, inputs)
-        given = _starts(x, given, groups, H)  # which say what H is
-    tensors, vectors, beside = [*given, *(t for weights in groups for t in weights)], None, None
-    if spec.params or params or spec.inputs or inputs:
-        vectors, beside = extras.params(spec, params, x, H), extras.inputs(spec, inputs, x, H, how.lengths)
-        tensors += [vectors, beside]
-    chosen = choose(spec, x, tensors, how, H, projected=len(groups[0]) == 5)
-    bits = sum(1 << k for k in range(K) if how.reverse[k])
-    if how.resets is not None and chosen.backend != "triton" and _begins(x):
-        given, how = masks.cleared(given, how.resets[0, :, None], how.reverse), replace(how, resets=None)
-    if len(groups[0]) == 5 and chosen.backend != "aten":
-        return _projected(spec, x, given, groups, how)
-    if chosen.backend in ("triton", "loop") and (B > 0 or chosen.backend == "loop"):
-        weights, vectors = _stacked(groups, stacked, vectors)
-        precision = precisions.of_products(how.precision, x.dtype, x.device)
-        # It may not fit: say so before anything runs. (A compiler cannot trace the plan; the operator says it then.)
-        if chosen.schedule in backends.SCHEDULES and not torch.compiler.is_compiling():
-            for backward in (False, True):
-                ops.plan_for(cell, B, (K, H), x, chosen.schedule, precision, backward)
-        told = autograd.Options(
-            chosen.backend,
-            cell,
-            how.save,
-            bits,
-            chosen.schedule,
-            precision,
-            how.cells and len(spec.states) + len(spec.outputs) > 1,
-            "",
-            autograd.unseen(chosen.backend, x, tensors),
-        )
-        named = chosen.schedule in backends.SCHEDULES
-        if how.one_step and chosen.backend == "triton" and beside is None and not named and not backends.traced():
-            through = precisions.of_inputs(x.dtype, x.device)
-            if ops.one_launch(cell, x[0], H, precision, through):
-                told = replace(told, save="gates", single=through)
-        x, mask = _masked(x, how, bits)
-        y, final, every = autograd.apply(told, x, given, weights, vectors, beside, mask)
-        return y, final, (y,) if how.cells and every is None else every
-    if chosen.marked:
-        if (found := _marked(x, given, groups, how, bits)) is None:
-            return _run(spec, x, given, groups, replace(how, backend="loop"), stacked, params, inputs)
-        return *found, None
-    full = _starts(x, given, groups, H)
-    if chosen.backend == "aten" and how.one_step:
-        final = aten.step(cell, x[0], tuple(s[0] for s in full), groups[0])
+    if options.resets is not None and not case.resets and choice.engine != "triton":
+        states = masks.cleared(states, options.resets[0, :, None], options.reverse)
+        options = options._replace(resets=None)
+    masked = options.resets is not None or options.lengths is not None
+    if not masked or not (choice.engine in ("triton", "loop") or choice.reset_steps):
+        return x, states, options, None
+    if options.lengths is not None and not options.padded:
+        past = masks.ended(options.lengths, x.shape[0])
+        x = x.masked_fill(past.reshape(*past.shape, *(1,) * (x.dim() - 2)), 0)
+    mask = masks.encode(options.resets, options.lengths, x.shape[0], _bits(options.reverse))
+    return x, states, options, mask
+
+
+def _bits(reverse: Sequence[bool]) -> int:
+    """Bit k is set where group k is reversed."""
+    return sum(1 << k for k, back in enumerate(reverse) if back)
+
+
+def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Choice) -> Result:
+    """Do what was chosen; see `run`."""
+    if len(call.groups[0]) == 5 and choice.engine != "aten":
+        return _projected(cell, call, options, case, choice)
+    if choice.engine in ("triton", "loop"):
+        return _differentiable(cell, call, options, case, choice)
+    if choice.reset_steps:
+        found = reset_steps.scan(call.x, call.states, call.groups, call.mask, options.reverse)  # type: ignore[arg-type]
+        # None where something is not finite, which reset steps cannot separate.
+        return (*found, None) if found else _differentiable(cell, call, options, case, Choice("loop", "", choice.why))
+    full = starts(call.x, call.states, call.groups, case.hidden_size)
+    if choice.engine == "aten" and options.one_step:
+        final = aten.step(cell.key, call.x[0], tuple(s[0] for s in full), call.groups[0])
         return final[0][None], final, None
-    if chosen.backend == "aten":
-        return *_aten(cell, x, full, groups, how), None
-    weights, vectors = _stacked(groups, stacked, vectors)
-    options: Any = {"resets": how.resets, "lengths": how.lengths, "reversed": bits}
-    if vectors is not None:
-        options["params"] = vectors.split(H, -1)
-    if beside is not None:
-        options["inputs"] = beside.split(H, -1)
-    states, final = reference.scan_groups(reference.step_of(spec), x, full, *weights, **options)  # type: ignore[arg-type]
-    return states[0], final, states[len(spec.outputs) :] if how.cells else None
+    if choice.engine == "aten":
+        return *aten.scan(cell.key, call.x, full, call.groups, (options.lengths, options.reverse)), None
+    weights, params = _stacked(call)
+    extra: Any = {"resets": options.resets, "lengths": options.lengths, "reversed": _bits(options.reverse)}
+    if params is not None:
+        extra["params"] = params.split(case.hidden_size, -1)
+    if call.inputs is not None:
+        extra["inputs"] = call.inputs.split(case.hidden_size, -1)
+    states, final = reference.scan_groups(reference.step_of(cell), call.x, full, *weights, **extra)  # type: ignore[arg-type]
+    return states[0], final, states[len(cell.outputs) :] if options.all_states else None
 
 
-def _hidden_size(spec: Cell, weights: aten.Weights, given: Sequence[Tensor | None], params: Any, inputs: Any) -> int:
-    """H, of a cell that reads no x."""
-    w_hh = weights[1]
-    vectors = [t for n, t in ((params or ({},))[0] or {}).items() if n not in spec.scalars]
+def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Choice) -> Result:
+    """By the autograd.Function, and an engine that walks the steps."""
+    weights, params = _stacked(call)
+    schedule, single, precision = choice.schedule, "", "ieee"
+    if case.dtype == torch.float32 and choice.engine == "triton" and (options.precision or case.device.type == "cuda"):
+        precision = precisions.of_products(options.precision, case.dtype, case.device)
+    if schedule in backends.SCHEDULES:
+        # It may not fit: say so before anything runs. (A compiler cannot trace the plan; the operator says it then.)
+        if not case.compiling:
+            size = (len(call.groups), case.hidden_size)
+            for backward in (False, True):
+                triton.plan_for(cell.key, call.x.shape[1], size, call.x, schedule, precision, backward)
+    elif options.one_step and choice.engine == "triton" and call.inputs is None and not case.traced:
+        through = precisions.of_inputs(case.dtype, case.device)
+        if triton.one_launch(cell.key, call.x[0], case.hidden_size, precision, through):
+            single = through
+    told = autograd.Options(
+        choice.engine,
+        cell.key,
+        "gates" if single else options.save,
+        _bits(options.reverse) if True in options.reverse else 0,
+        schedule,
+        precision,
+        options.all_states and len(cell.states) + len(cell.outputs) > 1,
+        single,
+        case.traced,
+        None if case.traced else {},
+    )
+    y, final, every = autograd.apply(told, case, call, weights, params)
+    return y, final, (y,) if options.all_states and every is None else every
+
+
+def _hidden_size(cell: Cell, weights: aten.Weights, given: Sequence[Tensor | None], params: Any, inputs: Any) -> int:
+    """H; of a cell that reads no x by the first of its tensors that has it."""
+    if cell.rows[0]:
+        return weights[0].shape[0] // cell.rows[0]  # type: ignore[union-attr]
+    vectors = [t for n, t in ((params or ({},))[0] or {}).items() if n not in cell.scalars]
     wide = [t for t in (inputs or {}).values() if isinstance(t, Tensor) and t.dim() == 3]
-    known = next((t for t in (w_hh, *given, *vectors, *wide) if t is not None), None)
+    known = next((t for t in (weights[1], *given, *vectors, *wide) if t is not None), None)
     if known is None:
-        raise ValueError(f"states must be given: nothing else says what the hidden size of {spec.name} is")
+        raise ValueError(f"states must be given: nothing else says what the hidden size of {cell.name} is")
     return known.shape[-1]
 
 
-def _stacked(
-    groups: Sequence[aten.Weights], stacked: aten.Weights | None, vectors: Tensor | None
-) -> tuple[aten.Weights, Tensor | None]:
+def _stacked(call: Call) -> tuple[aten.Weights, Tensor | None]:
     """The groups' weights and trained vectors with an axis K; of one group as they are."""
-    if stacked is None:
-        return groups[0] if len(groups) == 1 else [_stack(ts) for ts in zip(*groups, strict=True)], vectors
-    return stacked, vectors[None] if vectors is not None and vectors.dim() == 1 else vectors
+    params = call.params
+    if call.stacked is not None:
+        return call.stacked, params[None] if params is not None and params.dim() == 1 else params
+    if len(call.groups) == 1:
+        return call.groups[0], params
+    return [None if ts[0] is None else torch.stack(ts) for ts in zip(*call.groups, strict=True)], params  # type: ignore[arg-type]
 
 
 def _fit(
@@ -266,32 +556,7 @@ def _fit(
         arguments.fit(x if x.dim() == 3 else x[:, :, k], states, weights, rows)
 
 
-def _masked(x: Tensor, how: How, bits: int) -> tuple[Tensor, Tensor | None]:
-    """x, zero where padding, which takes no part, whatever it is: NaN, too; and the mask of resets and lengths."""
-    if how.lengths is not None and not how.padded:
-        past = masks.ended(how.lengths, x.shape[0])
-        x = x.masked_fill(past.reshape(*past.shape, *(1,) * (x.dim() - 2)), 0)
-    return x, masks.encode(how.resets, how.lengths, x.shape[0], bits)
-
-
-def _marked(
-    x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], how: How, bits: int
-) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """By `marked`, group after group; None where it cannot."""
-    x, mask = _masked(x, how, bits)
-    assert mask is not None
-    found = []
-    for k, weights in enumerate(groups):
-        h0, c0 = (None if s is None else s.reshape(len(groups), *s.shape[-2:])[k : k + 1] for s in given)
-        of = marked.layer(x if x.dim() == 3 else x[:, :, k], h0, c0, weights, mask, how.reverse[k])
-        if of is None:
-            return None
-        found.append(of)
-    ys, hs, cs = zip(*found, strict=True)
-    return (ys[0], (hs[0], cs[0])) if len(groups) == 1 else (torch.cat(ys, 2), (torch.cat(hs), torch.cat(cs)))
-
-
-def _starts(
+def starts(
     x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], H: int, batch: int | None = None
 ) -> tuple[Tensor, ...]:
     """The given states [K, B, .], zeros where there is none."""
@@ -301,73 +566,15 @@ def _starts(
     return tuple(x.new_zeros(K, B, n) if s is None else s.reshape(K, B, n) for s, n in zip(given, sizes, strict=True))
 
 
-def _projected(
-    spec: Cell, x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], how: How
-) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+def _projected(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Choice) -> Result:
     """An LSTM with a projection, by one without: see `projection`."""
-    h0, c0 = given
+    x, (h0, c0), groups = call.x, call.states, call.groups
     plain = projection.unprojected(groups)
     if h0 is not None:
         h0 = h0.reshape(len(groups), x.shape[1], h0.shape[-1])
-        x, plain = projection.with_start(x, h0, groups, plain, how.reverse, how.resets, how.lengths)
-    y, (m, c), every = _run(spec, x, (None, c0), plain, how, None, None, None)
-    hn = projection.project_final(m, groups, h0, how.lengths)
+        x, plain = projection.with_start(x, h0, groups, plain, options.reverse, options.resets, options.lengths)
+    call = call._replace(x=x, states=(None, c0), groups=plain, stacked=None)
+    y, (m, c), every = execute(cell, call, options, case, choice)
+    hn = projection.project_final(m, groups, h0, options.lengths)
     y = projection.project(y, groups)
     return y, (hn, c), None if every is None else (y, *every[1:])
-
-
-def aten_packed(
-    cell: str,
-    data: Tensor,
-    batch_sizes: Tensor,
-    batch: int,
-    states: tuple[Tensor, ...] | None,
-    groups: Sequence[aten.Weights],
-    how: tuple[int, float, bool, bool],
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """All layers by torch's own over a PackedSequence's data; states [layers * directions, B, .] in its order. Shapes
-    are not checked. groups: the weights of each layer's directions; how: num_layers, dropout, training, bidirectional.
-    """
-    spec = named(cell)
-    given: tuple[Tensor | None, ...] = (None,) * len(spec.states) if states is None else states
-    if backends.autocasting(data.device):
-        data, given, groups, _ = _cast(cell, data, given, groups)
-    H = groups[0][1].shape[0] // spec.rows[1]  # type: ignore[union-attr]
-    with torch.autocast(data.device.type, enabled=False):
-        return aten.packed(cell, data, batch_sizes, _starts(data, given, groups, H, batch), groups, how)
-
-
-def _stack(tensors: Sequence[Tensor | None]) -> Tensor | None:
-    present = [t for t in tensors if t is not None]
-    return torch.stack(present) if present else None
-
-
-def _aten(
-    cell: str, x: Tensor, states: tuple[Tensor, ...], groups: Sequence[aten.Weights], how: How
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """By torch's own layers: in one call where the groups are a layer's directions, else group after group."""
-    K = len(groups)
-    if x.dim() == 3 and how.reverse in ((False,), (False, True)):
-        if how.lengths is None:
-            return aten.layer(cell, x, states, groups)
-        packed = pack_padded_sequence(x, how.lengths.cpu(), enforce_sorted=False)
-        order, back = packed.sorted_indices, packed.unsorted_indices
-        assert order is not None and back is not None
-        starts, how_many = [s[:, order] for s in states], (1, 0.0, False, K == 2)
-        y, final = aten.packed(cell, packed.data, packed.batch_sizes, starts, groups, how_many)
-        padded, _ = pad_packed_sequence(PackedSequence(y, packed.batch_sizes, order, back), total_length=x.shape[0])
-        return padded, tuple(s[:, back] for s in final)
-    outputs, finals = [], []
-    for k in range(K):
-        mine = x if x.dim() == 3 else x[:, :, k]
-        # A reversed group alone: the second direction of a layer whose first is thrown away would be waste.
-        flipped = how.reverse[k]
-        if flipped and how.lengths is not None:
-            raise RuntimeError("the aten backend takes lengths only with both directions: use backend='loop'")
-        part = replace(how, reverse=(False,))
-        y, final = _aten(
-            cell, mine.flip(0) if flipped else mine, tuple(s[k : k + 1] for s in states), groups[k : k + 1], part
-        )
-        outputs.append(y.flip(0) if flipped else y)
-        finals.append(tuple(s[0] for s in final))
-    return torch.cat(outputs, 2), tuple(torch.stack(s) for s in zip(*finals, strict=True))

@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
-from . import arguments, aten, backends, checks, fallback, precisions
+from . import arguments, backends, checks, dispatch, fallback, precisions
 from .cell import Cell, named
+from .dispatch import Case, Choice
+from .engines import aten
 from .kernels.devices import KNOWN, known
 from .kernels.plan import Plan
 
@@ -20,13 +22,22 @@ WIDTH = 80  # of a printed line
 class Explanation:
     """Which backend a scan would use, and why; for triton, the Plan forward and the one backward, with its own why.
 
-    str() gives all of it in words, in lines of at most 80 characters.
+    choice: what the call itself would find; case: by which facts. str() gives all of it in words, in lines of at most
+    80 characters.
     """
 
-    backend: str
-    plan: Any
-    why: str
+    case: Case
+    choice: Choice
+    plan: Any = None
     backward: Any = None
+
+    @property
+    def backend(self) -> str:
+        return self.choice.engine
+
+    @property
+    def why(self) -> str:
+        return self.choice.why
 
     def __str__(self) -> str:
         lines = textwrap.wrap(f"{self.backend}: {self.why}", WIDTH)
@@ -95,23 +106,33 @@ def explain(
     place = torch.device("cuda") if elsewhere else _place(device)
     if place.type == "cuda" and place.index is None and torch.cuda.is_available():
         place = torch.device("cuda", torch.cuda.current_device())
-    # Resets of one step zero the states before it.
-    how: Any = {"resets": resets and steps != 1, "lengths": lengths, "onednn": aten.onednn(cell, place, dtype)}
-    how["refused"] = not elsewhere and fallback.refused(place, cell, dtype, hidden_size, grad)
-    asks = backends.request(cell, (1 << 10 if steps is None else steps, batch, hidden_size), grad, **how)
-    chosen = backends.choose(cell, place, dtype, asks, backend)
-    if chosen.backend != "triton":
-        return Explanation(chosen.backend, None, chosen.why)
+    case = Case(
+        cell,
+        backends.spelled(backend),
+        place,
+        dtype,
+        hidden_size,
+        1 << 10 if steps is None else steps,
+        batch,
+        grad,
+        resets=resets and steps != 1,  # resets of one step zero the states before it
+        lengths=lengths,
+        onednn=aten.onednn(cell, place, dtype),
+        refused=not elsewhere and fallback.refused(place, cell, dtype, hidden_size, grad),
+    )
+    choice = dispatch.choose(case)
+    if choice.engine != "triton":
+        return Explanation(case, choice)
     from .kernels import cells, plan, scan
 
     facts = elsewhere or scan.device_facts(place)
     options: Any = {"B": batch, "H": hidden_size, "groups": groups, "itemsize": dtype.itemsize, "device": facts}
     options |= {
-        "schedule": chosen.schedule.removeprefix("auto") or None,
+        "schedule": choice.schedule.removeprefix("auto") or None,
         "precision": precisions.of_products(precision, dtype, place),
     }
-    there, back = (plan.plan(cells.get(cell), backward=b, **options) for b in (False, True))
-    return Explanation("triton", there, chosen.why, back)
+    forward, backward = (plan.plan(cells.get(cell), backward=b, **options) for b in (False, True))
+    return Explanation(case, choice, forward, backward)
 
 
 def _place(device: str | torch.device) -> torch.device:

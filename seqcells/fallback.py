@@ -48,7 +48,7 @@ _NOT_CAUGHT = (
     "uncorrectable",
 )
 _failed: set[tuple[Kernel, str]] = set()  # and schedule
-_refused: set[Kernel] = set()  # all of whose schedules failed
+refused_kernels: set[Kernel] = set()  # all of whose schedules failed
 
 
 def guarded(call: Callable[[], None]) -> None:
@@ -71,7 +71,7 @@ def first_that_runs(
     error of the last one is raised.
     """
     errors: list[tuple[str, BaseException]] = []
-    if otherwise is not None and kernel._replace(direction="forward") in _refused:
+    if otherwise is not None and kernel._replace(direction="forward") in refused_kernels:
         return otherwise()  # as forward did, and the warning said; the next call is another's
     for schedule, attempt in attempts:
         if (kernel, schedule) in _failed:
@@ -86,7 +86,7 @@ def first_that_runs(
         return result
     if otherwise is None:
         raise errors[-1][1] if errors else RuntimeError(f"the kernels for {kernel} failed before in this process")
-    _refused.add(kernel)
+    refused_kernels.add(kernel)
     result = otherwise()
     _warn(kernel, errors, "a loop of torch operations, and from the next call on torch's own layer where it has one,")
     return result
@@ -106,7 +106,7 @@ def _warn(kernel: Kernel, errors: list[tuple[str, BaseException]], instead: str)
 
 def refused(device: torch.device, cell: str, dtype: torch.dtype, hidden_size: int, grad: bool) -> bool:
     """Whether the kernels of a scan, and with grad those of its backward, were tried and failed."""
-    if not _refused:
+    if not refused_kernels:
         return False
     directions = ("forward", "backward", "recompute") if grad else ("forward",)
-    return any(Kernel(cell, d, dtype, hidden_size, device) in _refused for d in directions)
+    return any(Kernel(cell, d, dtype, hidden_size, device) in refused_kernels for d in directions)

@@ -14,10 +14,7 @@ from torch import Tensor
 
 from . import arguments, batching, checks
 from .cell import Cell, named
-from .dispatch import How as How
-from .dispatch import aten_packed as aten_packed
-from .dispatch import choose as choose
-from .dispatch import run as run
+from .dispatch import ScanOptions, run
 
 _NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
 
@@ -58,7 +55,7 @@ def scan(
     state crosses from the step before it. (On a device other numbers than 0 count as 1; on the CPU they raise.)
     lengths: int [B], or a list: the steps of each row. Outputs beyond are zero, the final states those after its last
     step, and padding may hold anything.
-    save: what the triton backend keeps for backward: "gates", or "states" (about a third of the memory, one more GEMM).
+    save: what the triton backend saves for backward: "gates", or "states" (about a third of the memory, one more GEMM).
     backend: see seqcells.backends; None is the context's, else "auto".
     precision: of float32 recurrent products on the triton backend: "ieee" (float32 itself), "tf32" (operands rounded to
     nearest, to 11 bits), or "tf32x3" (three TF32 products for one of nearly float32's precision; NVIDIA only); None is
@@ -78,9 +75,10 @@ def scan(
     masked: tuple[Tensor | None, Tensor | None] = (None, None)
     if resets is not None or lengths is not None:
         masked = arguments.resets(resets, x.shape[:2], x.device), arguments.lengths(lengths, x.shape[:2], x.device)
-    how = How(*masked, save=save, backend=backend, precision=precision, cells=return_states)
+    arguments.options(backend, precision, save)
+    options = ScanOptions(*masked, save=save, backend=backend, precision=precision, all_states=return_states)
     vectors = None if params is None else [params]
-    y, final, every = run(spec, x, states, [(w_ih, w_hh, b_ih, b_hh)], how, None, vectors, inputs)
+    y, final, every = run(spec, x, states, [(w_ih, w_hh, b_ih, b_hh)], options, None, vectors, inputs)
     final = tuple(s[0] for s in final)
     return (y, final, every) if return_states else (y, final)
 
@@ -142,13 +140,14 @@ def scan_groups(
     if any(flags) and K > batching.MOST:
         raise ValueError(f"at most {batching.MOST} groups where some are reversed, got {K}")
     masked = arguments.resets(resets, x.shape[:2], x.device), arguments.lengths(lengths, x.shape[:2], x.device)
-    how = How(*masked, flags, save, backend, precision, return_states)
+    arguments.options(backend, precision, save)
+    options = ScanOptions(*masked, flags, save, backend, precision, return_states)
     own: Any = params
     if isinstance(params, Mapping):
         own = [{n: t[k] if isinstance(t, Tensor) else t for n, t in params.items()} for k in range(K)]
     elif params is not None:
         own = [params]
-    y, final, every = run(spec, x, states, groups, how, weights, own, inputs)
+    y, final, every = run(spec, x, states, groups, options, weights, own, inputs)
     return (y, final, every) if return_states else (y, final)
 
 
@@ -169,8 +168,8 @@ def lstm(
     """
     if hx is not None:
         checks.tensors("hx", hx, "a tuple of two tensors (h0, c0) or None", 2, optional=True)
-    how: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
-    y, final = scan("lstm", x, hx, w_ih, w_hh, b_ih, b_hh, **how)
+    options: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
+    y, final = scan("lstm", x, hx, w_ih, w_hh, b_ih, b_hh, **options)
     return y, (final[0], final[1])
 
 
@@ -193,8 +192,8 @@ def gru(
     checks.boolean("reset_after", reset_after)
     checks.tensor("hx", hx, optional=True)
     cell = "gru" if reset_after else "gru_before"
-    how: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
-    y, final = scan(cell, x, (hx,), w_ih, w_hh, b_ih, b_hh, **how)
+    options: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
+    y, final = scan(cell, x, (hx,), w_ih, w_hh, b_ih, b_hh, **options)
     return y, final[0]
 
 
@@ -214,8 +213,8 @@ def rnn(
         (torch.Size([5, 3, 20]), torch.Size([3, 20]))
     """
     checks.tensor("hx", hx, optional=True)
-    how: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
-    y, final = scan(rnn_cell_name(nonlinearity), x, (hx,), w_ih, w_hh, b_ih, b_hh, **how)
+    options: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
+    y, final = scan(rnn_cell_name(nonlinearity), x, (hx,), w_ih, w_hh, b_ih, b_hh, **options)
     return y, final[0]
 
 

@@ -13,26 +13,67 @@ from . import backends, checks
 from .arguments import dtypes_differ, lengths, readable, resets, together
 
 
-def layer(
-    module: Any,
-    layers: Sequence[Sequence[dict[str, Tensor]]],
-    x: Any,
-    state: Any,
-    resets_: Any,
-    lengths_: Any,
-    states: Any,
-    inputs: dict[str, Any],
-) -> tuple[Tensor | PackedSequence | None, Tensor | None]:
-    """A Recurrent's call. layers: the parameters of each of its layers' directions. Its resets and lengths as tensors,
-    resets packed if they came packed."""
+def plain(module: Any, x: Any, states: Any, resets_: Any) -> list[Tensor] | None:
+    """All parameters of a Recurrent, if all about a call is as it should be, at first sight; else None: ask `layer`.
+
+    states: a tuple, or None. Resets are plain where there is one step.
+    """
+    packed_ = type(x) is PackedSequence
+    data = x.data if packed_ else x
+    if type(data) is not Tensor or data.layout is not torch.strided or data.is_nested or torch.compiler.is_compiling():
+        return None
+    dtype, device, H = data.dtype, data.device, module.hidden_size
+    if packed_:
+        if data.dim() != 2 or not data.is_cpu or resets_ is not None or not _well_packed(x):
+            return None
+        B = int(x.batch_sizes[0])
+    else:
+        if data.dim() != 3 or data.numel() == 0:
+            return None
+        T, B = data.shape[1::-1] if module.batch_first else data.shape[:2]
+        if resets_ is not None and (
+            T != 1
+            or type(resets_) is not Tensor
+            or resets_.dtype is not torch.bool
+            or resets_.shape != data.shape[:2]
+            or resets_.device != device
+        ):
+            return None
+    if data.shape[-1] != module.input_size or not dtype.is_floating_point:
+        return None
+    own, found = module._parameters, []
+    for names, shapes in zip(module._all_weights, module._all_shapes, strict=True):
+        for name, shape in zip(names, shapes, strict=True):
+            w = own.get(name)
+            if w is None or w.shape != shape or w.dtype != dtype or w.device != device or w.layout is not torch.strided:
+                return None
+            found.append(w)
+    if states is None:
+        return found
+    if type(states) is not tuple or len(states) != len(module.cell.states):
+        return None
+    shape = (len(module._all_weights), B, module.proj_size or H)
+    for s in states:
+        if type(s) is not Tensor or s.shape != shape or s.dtype != dtype or s.device != device:
+            return None
+        shape = (*shape[:2], H)
+    return found
+
+
+def layer(module: Any, weights: Sequence[Tensor], call: tuple[Any, ...]) -> tuple[Any, Tensor | None]:
+    """A Recurrent's call: x, state, resets, lengths, whether to return states, inputs by name. weights: its parameters.
+
+    Its resets and lengths as tensors, resets packed if they came packed.
+    """
+    x, state, resets_, lengths_, states, inputs = call
     checks.boolean("return_cell_states" if _as_torch(module) else "return_states", states)
     found: Any = None
     if isinstance(x, PackedSequence):
-        given, masked = _packed(module, layers, x, state, resets_, lengths_)
+        given, masked = _packed(module, weights[0], x, state, resets_, lengths_)
         more = _inputs(module, inputs, x, len(x.batch_sizes), packed_batch(x, given))
         x = x.data
     else:
-        given, masked, found = _padded(module, layers, x, state, resets_, lengths_)
+        given, masked, found = _padded(module, weights[0], x, state, resets_, lengths_)
         more = _inputs(module, inputs, x)
     if len(module.cell.states) > 1 and _as_torch(module):
         if isinstance(state, Tensor):
@@ -42,7 +83,7 @@ def layer(
     if not x.is_floating_point():
         raise TypeError(f"input must be of a floating point dtype, got {x.dtype}")
     if not torch._C._is_any_autocast_enabled():
-        together(x, given, [t for directions in layers for of in directions for t in of.values()])
+        together(x, given, weights)
     for name, t in more.items():
         if t.device != x.device or (t.dtype != x.dtype and not torch._C._is_any_autocast_enabled()):
             raise RuntimeError(f"{name} must be {x.dtype} on {x.device}, as x is, got {t.dtype} on {t.device}")
@@ -58,7 +99,7 @@ _PAIR = "a tuple of two tensors (h_0, c_0) or None"
 
 
 def _padded(
-    module: Any, layers: Sequence[Any], x: Any, state: Any, resets_: Any, lengths_: Any
+    module: Any, first: Tensor, x: Any, state: Any, resets_: Any, lengths_: Any
 ) -> tuple[Sequence[Tensor], Tensor | None, Tensor | None]:
     """Of an input that is not packed. The states, resets and lengths."""
     checks.tensor("input" if _as_torch(module) else "x", x, expected="a tensor or a PackedSequence")
@@ -76,7 +117,7 @@ def _padded(
     else:
         steps, batch = x.shape[1::-1] if module.batch_first else x.shape[:2]
     found = lengths(lengths_, (steps, batch), x.device, anywhere=True)
-    _fit_module(module, layers[0][0], x, states, batch)
+    _fit_module(module, first, x, states, batch)
     if steps == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     return states, masked, found
@@ -114,7 +155,7 @@ def _hidden(module: Any, given: Any, rank: int | None) -> Sequence[Tensor]:
 
 def _fit_module(
     module: Any,
-    weights: dict[str, Tensor],
+    weight: Tensor,
     x: Tensor,
     states: Sequence[Tensor],
     batch: int,
@@ -125,7 +166,7 @@ def _fit_module(
 
     states [layers * directions, B, .], or of more sequences, if `more`.
     """
-    dtype = next(iter(weights.values())).dtype
+    dtype = weight.dtype
     if x.dtype != dtype and not torch._C._is_any_autocast_enabled():
         raise ValueError(dtypes_differ(x.dtype, dtype))
     if rank is not None and x.dim() != rank:
@@ -183,7 +224,7 @@ def _inputs(
 
 
 def _packed(
-    module: Any, layers: Sequence[Any], x: PackedSequence, state: Any, resets_: Any, lengths_: Any
+    module: Any, first: Tensor, x: PackedSequence, state: Any, resets_: Any, lengths_: Any
 ) -> tuple[Sequence[Tensor], Tensor | PackedSequence | None]:
     """Of a packed input. The states, and resets."""
     if lengths_ is not None:
@@ -193,7 +234,7 @@ def _packed(
     states = _hidden(module, state, None)
     batch = packed_batch(x, states)
     # Of states that are put in order, as in torch.nn, there may be more.
-    _fit_module(module, layers[0][0], data, states, batch, rank=2, more=order is not None)
+    _fit_module(module, first, data, states, batch, rank=2, more=order is not None)
     _rows("input" if _as_torch(module) else "x", x)
     if isinstance(resets_, PackedSequence):
         packed("resets", resets_)
@@ -214,7 +255,7 @@ def packed_batch(input: PackedSequence, states: Sequence[Tensor]) -> int:
     return int(input.batch_sizes[0])
 
 
-def well_packed(given: PackedSequence) -> bool:
+def _well_packed(given: PackedSequence) -> bool:
     """Whether a PackedSequence on the CPU is as torch makes it. What is not, `packed` and `_rows` say, more slowly."""
     data, sizes, order, back = given
     for t in (sizes, order, back):

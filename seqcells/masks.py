@@ -38,12 +38,14 @@ def encode(resets: Tensor | None, lengths: Tensor | None, steps: int, reversed: 
 
 
 def cleared(states: Sequence[Tensor | None], begins: Tensor, reverse: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The states [K, B, .] or [B, .] that enter one step, zero where an episode begins [B, 1].
+    """The states [L*K, B, .], of L layers of K groups, or [B, .], before one step: zero where an episode begins [B, 1].
 
     Not those of a reversed group, which come from the step after.
     """
     if any(reverse):
         begins = torch.stack([begins & (not back) for back in reverse])
+        rows = next((s.shape[0] for s in states if s is not None), len(reverse))
+        begins = begins.repeat(rows // len(reverse), 1, 1)
     return tuple(None if s is None else s.masked_fill(begins, 0) for s in states)
 
 

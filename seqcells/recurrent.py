@@ -18,11 +18,12 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import arguments, checks, functional, layer_arguments, modules, packing, plain
+from . import arguments, backends, checks, dispatch, extras, layer_arguments, modules, packing
 from .cell import Cell, get
-from .functional import How
+from .dispatch import ScanOptions
+from .engines import aten
 
-Parameters = dict[str, Tensor]  # of one layer and direction, by the names of `_shapes`
+_SAVES, _PRECISIONS = arguments.SAVES, (None, *arguments.PRECISIONS)
 
 
 class Recurrent(modules.Module):
@@ -164,12 +165,15 @@ class Recurrent(modules.Module):
         self.save = save
         self.precision = precision
         self._all_weights: list[list[str]] = []
+        self._all_shapes: list[tuple[tuple[int, ...], ...]] = []
         for layer in range(num_layers):
             shapes = self._shapes(layer)
             for suffix in ("", "_reverse")[: 2 if bidirectional else 1]:
                 self._all_weights.append([f"{name}_l{layer}{suffix}" for name in shapes])
+                self._all_shapes.append(tuple(shapes.values()))
                 for name, shape in zip(self._all_weights[-1], shapes.values(), strict=True):
                     self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+        self._parts = tuple(shapes)
         self.reset_parameters()
 
     def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
@@ -209,6 +213,9 @@ class Recurrent(modules.Module):
         self.__dict__["cell"] = get(self.__dict__.get("cell", "lstm"))
         names = ["weight_ih_l0", "weight_hh_l0"] + (["bias_ih_l0", "bias_hh_l0"] if self.bias else [])
         self.__dict__.setdefault("_all_weights", [names])
+        layers = [self._shapes(k // (2 if self.bidirectional else 1)) for k in range(len(self._all_weights))]
+        self.__dict__["_all_shapes"] = [tuple(shapes.values()) for shapes in layers]
+        self.__dict__["_parts"] = tuple(layers[0])
         for name, default in (("precision", None), ("save", "gates"), ("backend", None)):
             self.__dict__.setdefault(name, default)
 
@@ -271,24 +278,20 @@ class Recurrent(modules.Module):
         state = final[0] if one else final
         return (y, state, every[0] if one else every) if return_states else (y, state)
 
-    def _directions(self) -> list[list[Parameters]]:
-        """Of each layer its one or two directions' parameters."""
-        count = 2 if self.bidirectional else 1
-        found: list[list[Parameters]] = []
-        for layer in range(self.num_layers):
-            shapes = self._shapes(layer)
-            found.append([])
-            for names in self._all_weights[layer * count : (layer + 1) * count]:
-                each = zip(shapes.items(), names, strict=True)
-                found[-1].append({part: checks.parameter(self, name, shape) for (part, shape), name in each})
+    def _weights(self) -> list[Tensor]:
+        """All parameters, in the order of their names. RuntimeError for one that is missing or has another shape."""
+        found = []
+        for k, names in enumerate(self._all_weights):
+            shapes = self._shapes(k // (2 if self.bidirectional else 1))
+            found += [checks.parameter(self, n, s) for n, s in zip(names, shapes.values(), strict=True)]
         return found
 
     def _check(
-        self, x: Any, state: Any, resets: Any = None, lengths: Any = None, states: Any = False, inputs: Any = None
-    ) -> tuple[list[list[Parameters]], Any, Tensor | None]:
-        """Raise what is wrong with a call; else give `_directions`, and resets and lengths as tensors."""
-        layers = self._directions()
-        return layers, *layer_arguments.layer(self, layers, x, state, resets, lengths, states, inputs or {})
+        self, x: Any, state: Any, resets: Any, lengths: Any, states: Any, inputs: Any
+    ) -> tuple[list[Tensor], Any, Tensor | None]:
+        """Raise what is wrong with a call; else the parameters, and resets and lengths as tensors."""
+        weights = self._weights()
+        return weights, *layer_arguments.layer(self, weights, (x, state, resets, lengths, states, inputs))
 
     def _run(
         self,
@@ -300,33 +303,32 @@ class Recurrent(modules.Module):
         inputs: Mapping[str, Any] | None = None,
     ) -> tuple[Any, tuple[Tensor, ...], Any]:
         """Output, final states, and the last layer's states after every step or None, in the layout of x."""
+        given = None if state is None else (state,) if len(self.cell.states) == 1 else state
+        weights = None
         if lengths is None and states is False and not inputs:
-            try:
-                found: Any
-                if not isinstance(x, PackedSequence):
-                    found = plain.layers(self, x, state, resets)
-                else:
-                    found = plain.packed(self, x, state) if resets is None else None
-            except checks.FAILURES as error:
-                raise checks.clearer(error, self._check, x, state, resets) from None
-            if found is not None:
-                return *found, None
-        layers, resets, lengths = self._check(x, state, resets, lengths, states, inputs)
-        given = None if state is None else (state,) if len(self.cell.states) == 1 else tuple(state)
-        more = dict(inputs or {})
-        if isinstance(x, PackedSequence):
-            return self._run_packed(layers, x, given, resets, states, more)
+            weights = layer_arguments.plain(self, x, given, resets)
+        if weights is None:
+            weights, resets, lengths = self._check(x, state, resets, lengths, states, inputs or {})
+            given = None if given is None else tuple(given)
+        if not (self.save in _SAVES and self.precision in _PRECISIONS):
+            arguments.options(self.backend, self.precision, self.save)
+        reverse = (False, True) if self.bidirectional else (False,)
+        packed, more = None if isinstance(x, Tensor) else x, inputs or {}
+        own = (reverse, self.save, self.backend, self.precision, states, packed is not None)
+        options = ScanOptions(resets, lengths, *own)
+        if packed is not None:
+            return self._run_packed(packed, given, weights, options, more)
         batched = x.dim() == 3
         if not batched:
             x = x[:, None]
-            resets = None if resets is None else resets[:, None]
             given = None if given is None else tuple(s[:, None] for s in given)
+            options = options._replace(resets=None if resets is None else resets[:, None])
             more = {name: t[:, None] for name, t in more.items()}
         elif self.batch_first:
             x = x.transpose(0, 1)
-            resets = None if resets is None else resets.t()
+            options = options._replace(resets=None if resets is None else resets.t())
             more = {name: t.transpose(0, 1) for name, t in more.items()}
-        y, final, every = self._layers(layers, x, given, How(resets=resets, lengths=lengths), states, more)
+        y, final, every = self._scan(x, given, weights, options, more)
         if not batched:
             return y[:, 0], tuple(s[:, 0] for s in final), None if every is None else tuple(s[:, 0] for s in every)
         if self.batch_first:
@@ -335,40 +337,102 @@ class Recurrent(modules.Module):
 
     def _run_packed(
         self,
-        layers: list[list[Parameters]],
         x: PackedSequence,
         given: tuple[Tensor, ...] | None,
-        resets: Tensor | PackedSequence | None,
-        states: bool,
+        weights: list[Tensor],
+        options: ScanOptions,
         inputs: Mapping[str, Any],
     ) -> tuple[PackedSequence, tuple[Tensor, ...], tuple[PackedSequence, ...] | None]:
-        data, batch_sizes, order, back = x
+        """`_run` of a PackedSequence."""
+        _, batch_sizes, order, back = x
         if given is not None and order is not None:
             given = tuple(s.index_select(1, order) for s in given)
-        batch = layer_arguments.packed_batch(x, given or ())
-        # resets and lengths as stand-ins: their values do not matter.
-        asked = How(resets, batch_sizes, save=self.save, backend=self.backend, cells=states)  # type: ignore[arg-type]
-        tensors = (*(t for directions in layers for of in directions for t in of.values()), *(given or ()))
-        more: Any = {"packed": (batch_sizes.shape[0], batch), "projected": self.proj_size > 0}
-        chosen = functional.choose(self.cell.key, data, tensors, asked, self.hidden_size, **more)
-        every = None
-        if chosen.backend == "aten" and not chosen.marked:
-            groups = [_weights(of) for directions in layers for of in directions]
-            own = (self.num_layers, self.dropout, self.training, self.bidirectional)
-            y, final = functional.aten_packed(self.cell.key, data, batch_sizes, batch, given, groups, own)
-        else:
-            where = packing.layout(batch_sizes, batch, data.shape[0], data.device)
-            flags = None if resets is None else self._padded(resets, x, where)
-            how = How(resets=flags, lengths=where.lengths, padded=True)
-            extras = {name: self._padded(t, x, where) for name, t in inputs.items()}
-            y, final, found = self._layers(layers, packing.pad(data, where), given, how, states, extras, where)
-            y = packing.pack(y, where)
-            every = None if found is None else [packing.pack(s, where) for s in found]
+        y, final, every = self._scan(x.data, given, weights, options, inputs, x)
         if back is not None:
             final = tuple(s.index_select(1, back) for s in final)
         packed = PackedSequence(y, batch_sizes, order, back)
         shown = None if every is None else tuple(PackedSequence(s, batch_sizes, order, back) for s in every)
         return packed, final, shown
+
+    def _scan(
+        self,
+        x: Tensor,
+        given: tuple[Tensor, ...] | None,
+        weights: Sequence[Tensor],
+        options: ScanOptions,
+        inputs: Mapping[str, Any],
+        packed: PackedSequence | None = None,
+    ) -> dispatch.Result:
+        """All layers over x [T, B, I], or over packed's data; given [layers * directions, B, .], in packed's order.
+
+        Results as x is: [T, B, .], or rows.
+        """
+        cell, H = self.cell, self.hidden_size
+        states = (None,) * len(cell.states) if given is None else given
+        if torch._C._is_any_autocast_enabled() and backends.autocasting(x.device):
+            x, states, (weights,), (_, inputs) = dispatch.autocast(cell.key, x, states, [weights], (None, inputs))
+            given = None if given is None else states  # type: ignore[assignment]
+            with torch.autocast(x.device.type, enabled=False):
+                return self._scan(x, given, weights, options, inputs, packed)
+        sizes, where = None, None
+        if packed is not None:
+            steps, batch = len(packed.batch_sizes), layer_arguments.packed_batch(packed, given or ())
+            sizes, options = (steps, batch), options._replace(lengths=packed.batch_sizes)
+        tensors = (*weights, *states, *(t.data if isinstance(t, PackedSequence) else t for t in inputs.values()))
+        case = dispatch.case_of(cell, x, tensors, options, H, packed=sizes, projected=self.proj_size > 0)
+        choice = dispatch.choose(case)
+        if choice.stack:
+            if case.observed or options.resets is not None:
+                _, states, options, _ = dispatch.prepared(case, choice, x, states, options)
+            return *aten.stack(self, x, None if packed is None else packed.batch_sizes, states, weights, case.grad), None
+        if packed is not None:
+            where = packing.layout(packed.batch_sizes, batch, x.shape[0], x.device)
+            x, flags = packing.pad(x, where), options.resets
+            flags = None if flags is None else self._padded(flags, packed, where)
+            options = options._replace(resets=flags, lengths=where.lengths)
+            inputs = {name: self._padded(t, packed, where) for name, t in inputs.items()}
+        mask = None
+        if case.observed or options.resets is not None or options.lengths is not None:
+            x, states, options, mask = dispatch.prepared(case, choice, x, states, options)
+        beside = extras.inputs(cell, inputs, x, H, options.lengths) if inputs else None
+        finals, every, count = [], None, len(options.reverse)
+        n = len(weights) // (count * self.num_layers)
+        for layer in range(self.num_layers):
+            if layer:
+                x = self._dropped(x, where)
+            each = [self._group(weights[k * n : (k + 1) * n], x) for k in range(layer * count, (layer + 1) * count)]
+            groups, vectors = zip(*each, strict=True)
+            mine = tuple(None if s is None else s[layer * count : (layer + 1) * count] for s in states)
+            if not cell.rows[0]:
+                mine = dispatch.starts(x, mine, groups, H)  # which say what H is
+            params = extras.params(cell, vectors, x, H) if cell.params else None
+            call = dispatch.Call(x, mine, groups, None, params, beside, mask)
+            own = options if layer == self.num_layers - 1 else options._replace(all_states=False)
+            x, final, every = dispatch.execute(cell, call, own, case, choice)
+            finals.append(final)
+        joined = finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True))
+        if where is None:
+            return x, joined, every
+        return packing.pack(x, where), joined, None if every is None else tuple(packing.pack(s, where) for s in every)
+
+    def _dropped(self, x: Tensor, where: packing.Layout | None) -> Tensor:
+        """A layer's output, as the next one gets it: with dropout in training. where: the rows of a packed input."""
+        if not self.dropout or not self.training:
+            return x
+        if where is None:
+            return dropout(x, self.dropout)
+        # Of a packed input only its rows: torch.nn draws as many random numbers.
+        return packing.pad(dropout(packing.pack(x, where), self.dropout), where)
+
+    def _group(self, weights: Sequence[Tensor], x: Tensor) -> tuple[aten.Weights, Mapping[str, Tensor]]:
+        """Of one direction's parameters: w_ih, w_hh, b_ih, b_hh (and w_hr), and the cell's own by name."""
+        if self._parts == modules.PARTS:
+            return weights, {}
+        of = dict(zip(self._parts, weights, strict=True))
+        w_ih, *others = (of.get(part) for part in modules.PARTS)
+        w_ih = x.new_empty(0, x.shape[-1]) if w_ih is None else w_ih
+        projection = (of["weight_hr"],) if "weight_hr" in of else ()
+        return (w_ih, *others, *projection), {name: of[name] for name in self.cell.params}
 
     def _padded(self, given: Tensor | PackedSequence, x: PackedSequence, where: packing.Layout) -> Tensor:
         """resets or a per-step input of a packed x, packed like it or padded in the batch's own order: [T, B, ...] in
@@ -378,44 +442,6 @@ class Recurrent(modules.Module):
         given = given.transpose(0, 1) if self.batch_first else given
         given = given if x.sorted_indices is None else given.index_select(1, x.sorted_indices)
         return given.masked_fill(where.padding.reshape(*where.padding.shape, *(1,) * (given.dim() - 2)), 0)
-
-    def _layers(
-        self,
-        layers: list[list[Parameters]],
-        x: Tensor,
-        given: tuple[Tensor, ...] | None,
-        how: How,
-        states: bool,
-        inputs: Mapping[str, Tensor],
-        where: packing.Layout | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
-        """All layers over x [T, B, I]; given [layers * directions, B, .]. where: the rows of a packed input."""
-        count, finals, every = 2 if self.bidirectional else 1, [], None
-        own = ((False, True)[:count], self.save, self.backend, self.precision)
-        fits = not torch._C._is_any_autocast_enabled()  # under autocast it shows when all is cast
-        for layer, directions in enumerate(layers):
-            last = layer == self.num_layers - 1
-            mine = None if given is None else tuple(s[layer * count : (layer + 1) * count] for s in given)
-            options = How(how.resets, how.lengths, *own, states and last, how.padded or layer > 0, fits=fits)
-            groups = [_weights(of) for of in directions]
-            vectors = [{name: of[name] for name in self.cell.params} for of in directions]
-            x, final, every = functional.run(self.cell, x, mine, groups, options, params=vectors, inputs=inputs)
-            finals.append(final)
-            if self.dropout and self.training and not last:
-                # Of a packed input only its rows: torch.nn draws as many random numbers.
-                rows = x if where is None else packing.pack(x, where)
-                rows = dropout(rows, self.dropout)
-                x = rows if where is None else packing.pad(rows, where)
-        joined = finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True))
-        return x, joined, every
-
-
-def _weights(of: Parameters) -> tuple[Tensor | None, ...]:
-    """w_ih, w_hh, b_ih, b_hh (and w_hr), as functional.run takes them."""
-    projection = (of["weight_hr"],) if "weight_hr" in of else ()
-    return (*(of.get(part) for part in modules.PARTS), *projection)
-
-
 def _outside(module: nn.Module) -> int:
     """A warning's stacklevel, from a function that a constructor's helper calls: the line that makes the module."""
     level, frame = 2, sys._getframe(1)

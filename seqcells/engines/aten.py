@@ -1,4 +1,4 @@
-"""PyTorch's own fused RNNs, a layer at a time: cuDNN's on CUDA, oneDNN's LSTM and ATen's loops on the CPU.
+"""The engine aten, PyTorch's own fused RNNs: cuDNN's on CUDA, oneDNN's LSTM and ATen's loops on the CPU.
 
 torch.compile cannot trace torch.lstm: for it, oneDNN's LSTM is called through operators of our own.
 """
@@ -10,10 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from . import backends
-
-CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _STEPS: dict[str, Any] = {"gru": torch.gru_cell, "rnn_tanh": torch.rnn_tanh_cell, "rnn_relu": torch.rnn_relu_cell}
 LAYERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 _ONEDNN = torch.backends.mkldnn.is_available()  # asked here: torch.compile cannot trace the question
@@ -30,25 +28,69 @@ def _flat(weights: Weights) -> list[Tensor]:
     return [t for t in (w_ih, w_hh, b_ih, b_hh, *projection) if t is not None]
 
 
-def packed(
-    cell: str,
-    data: Tensor,
-    batch_sizes: Tensor,
-    states: Sequence[Tensor],
-    groups: Sequence[Weights],
-    how: tuple[int, float, bool, bool],
+def stack(
+    module: Any,
+    x: Tensor,
+    batch_sizes: Tensor | None,
+    states: Sequence[Tensor | None],
+    weights: Sequence[Tensor],
+    grad: bool,
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """y and the final states of all layers over a PackedSequence's data. groups: of each layer its directions.
+    """y and the final states of all layers of a module in one call, over x [T, B, I] or a PackedSequence's data.
 
-    how: num_layers, dropout, training, bidirectional. states [layers * directions, B, .].
+    states [layers * directions, B, .], None is zero; weights: of each layer and direction, in torch's order.
     """
-    flat, biases = [t for weights in groups for t in _flat(weights)], groups[0][2] is not None
-    layers, dropout, training, both = how
-    rate = dropout if training else 0.0
-    train = rate > 0 or _trains(data, *states, *flat)
-    hx: Any = list(states) if cell == "lstm" else states[0]
-    y, *final = LAYERS[cell](data, batch_sizes, hx, flat, biases, layers, rate, train, both)  # type: ignore[operator]
+    H, own = module.hidden_size, LAYERS[module.cell.key]
+    rows, B = len(module._all_weights), x.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    outer = module.proj_size or H
+    full = [x.new_zeros(rows, B, H if n else outer) if s is None else s for n, s in enumerate(states)]
+    hx: Any = full if len(full) > 1 else full[0]
+    rate = module.dropout if module.training else 0.0
+    # cuDNN saves what its backward needs only in training mode; and what is traced may be trained.
+    train = rate > 0 or grad or torch.jit.is_tracing()
+    options = (module.bias, module.num_layers, rate, train, module.bidirectional)
+    if batch_sizes is None:
+        y, *final = own(x, hx, weights, *options, False)  # type: ignore[operator]
+    else:
+        y, *final = own(x, batch_sizes, hx, weights, *options)  # type: ignore[operator]
     return y, tuple(final)
+
+
+def scan(
+    cell: str,
+    x: Tensor,
+    states: tuple[Tensor, ...],
+    groups: Sequence[Weights],
+    options: tuple[Tensor | None, tuple[bool, ...]],
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """One layer's groups: in one call where they are a layer's directions, else one after another.
+
+    x [T, B, I] or [T, B, K, I]; states [K, B, .]; options: lengths, and whether each group is reversed.
+    """
+    K, (lengths, reverse) = len(groups), options
+    if x.dim() == 3 and reverse in ((False,), (False, True)):
+        if lengths is None:
+            return layer(cell, x, states, groups)
+        packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
+        order, back = packed.sorted_indices, packed.unsorted_indices
+        assert order is not None and back is not None
+        starts, flat = [s[:, order] for s in states], [t for weights in groups for t in _flat(weights)]
+        own = (groups[0][2] is not None or groups[0][3] is not None, 1, 0.0, _trains(x, *starts, *flat), K == 2)
+        hx: Any = starts if cell == "lstm" else starts[0]
+        y, *final = LAYERS[cell](packed.data, packed.batch_sizes, hx, flat, *own)  # type: ignore[operator]
+        padded, _ = pad_packed_sequence(PackedSequence(y, packed.batch_sizes, order, back), total_length=x.shape[0])
+        return padded, tuple(s[:, back] for s in final)
+    outputs, finals = [], []
+    for k in range(K):
+        mine = x if x.dim() == 3 else x[:, :, k]
+        # A reversed group alone: to run a second direction only to drop the first would be waste.
+        if reverse[k] and lengths is not None:
+            raise RuntimeError("the aten backend takes lengths only with both directions: use backend='loop'")
+        mine = mine.flip(0) if reverse[k] else mine
+        y, final = scan(cell, mine, tuple(s[k : k + 1] for s in states), groups[k : k + 1], (lengths, (False,)))
+        outputs.append(y.flip(0) if reverse[k] else y)
+        finals.append(tuple(s[0] for s in final))
+    return torch.cat(outputs, 2), tuple(torch.stack(s) for s in zip(*finals, strict=True))
 
 
 def _trains(*tensors: Tensor) -> bool:
@@ -67,8 +109,9 @@ def layer(
     """
     flat = [t for weights in groups for t in _flat(weights)]
     biases = groups[0][2] is not None or groups[0][3] is not None
-    own = torch.compiler.is_compiling() and not backends.exporting(x.shape[0]) and len(groups[0]) == 4 and x.numel() > 0
-    if own and onednn(cell, x.device, x.dtype):
+    exporting = torch.compiler.is_exporting() and not torch.compiler.is_dynamo_compiling()
+    compiled = torch.compiler.is_compiling() and not exporting
+    if compiled and len(groups[0]) == 4 and x.numel() > 0 and onednn(cell, x.device, x.dtype):
         return _directions(x, states, groups)
     hx: Any = list(states) if cell == "lstm" else states[0]
     how = (1, 0.0, _trains(x, *states, *flat), len(groups) == 2, False)
@@ -76,8 +119,11 @@ def layer(
     return y, tuple(final)
 
 
-def step(cell: str, x: Tensor, states: tuple[Tensor, ...], weights: Weights) -> tuple[Tensor, ...]:
-    """torch's own fused cell, x [B, I]."""
+def step(cell: str, x: Tensor, states: tuple[Tensor, ...] | None, weights: Weights) -> tuple[Tensor, ...]:
+    """torch's own fused cell. x [B, I]; states [B, H], None is zero."""
+    if states is None:
+        zero = x.new_zeros(x.shape[0], weights[1].shape[1])  # type: ignore[union-attr]
+        states = (zero, zero)
     if cell == "lstm":
         return torch.lstm_cell(x, states, *weights)  # type: ignore[arg-type]
     return (_STEPS[cell](x, states[0], *weights),)
@@ -95,7 +141,7 @@ def _directions(x: Tensor, states: Sequence[Tensor], groups: Sequence[Weights]) 
     for k, (w_ih, w_hh, *biases) in enumerate(groups):
         assert w_ih is not None and w_hh is not None
         b_ih, b_hh = (w_ih.new_zeros(w_ih.shape[0]) if b is None else b for b in biases[:2])
-        each.append(_OneDNN.apply(k == 1, x, *(s[k : k + 1] for s in states), w_ih, w_hh, b_ih, b_hh))
+        each.append(_forward_op(x, *(s[k : k + 1] for s in states), w_ih, w_hh, b_ih, b_hh, k == 1))
     if len(each) == 1:
         y, *final = each[0]
     else:
@@ -165,19 +211,15 @@ def _(dy: Any, dh: Any, dc: Any, *inputs: Any) -> tuple[Tensor, ...]:
     return tuple(t.new_empty(t.shape) for t in inputs[:7])
 
 
-class _OneDNN(torch.autograd.Function):
-    """reverse, x [T, B, I], h0, c0 [1, B, H], w_ih, w_hh, b_ih, b_hh: y, h_n, c_n.
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    # The workspace's size is known to oneDNN alone, so a compiler cannot pass it on: backward makes it anew.
+    *tensors, ctx.reverse = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*tensors)
 
-    The workspace's size is known to oneDNN alone, so a compiler cannot hand it on: backward makes it anew.
-    """
 
-    @staticmethod
-    def forward(ctx: Any, reverse: bool, *inputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
-        ctx.reverse = reverse
-        ctx.save_for_backward(*inputs)
-        return _forward_op(*inputs, reverse)
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    return *_backward_op(*grads, *ctx.saved_tensors, ctx.reverse), None
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return None, *_backward_op(*grads, *ctx.saved_tensors, ctx.reverse)
+
+_forward_op.register_autograd(_gradients, setup_context=_save)

@@ -1,40 +1,43 @@
-"""oneDNN's LSTM with resets and lengths, which it has not got: by steps of another kind, which two more inputs mark.
+"""Resets and lengths for oneDNN's LSTM, which lacks them: by extra steps, which two more inputs mark.
 
-Before a step at which an episode begins a step is put that clears: with i, f and o shut, c and h are zero after it.
-After a sequence's end come steps that hold: with i and o shut and f open, c stays. An input of 1e30 shuts and opens
-exactly, since sigmoid is 0 or 1 there and its derivative 0: values and gradients are those without such steps, as long
-as they are finite. (What is given back are no views: people detach states in place.)
+A clearing step stands before each step at which an episode begins: with i, f and o shut, c and h are zero after it.
+Holding steps follow a sequence's end: with i and o shut and f open, c stays. An input of 1e30 shuts and opens exactly,
+since sigmoid is 0 or 1 there and its derivative 0: values and gradients are those without such steps, as long as they
+are finite. (The results are no views: people detach states in place.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from . import aten, packing
-from .kernels.buffers import held, resets_of
+from .. import packing
+from ..kernels.buffers import held, resets_of
+from . import aten
 
 FAR = 1e30
 
 
 def _steps(mask: Tensor, back: bool, given: bool) -> tuple[packing.Layout, Tensor, Tensor]:
-    """Where the steps go, the two marks of each [T', B, 2], and each sequence's last row, of T'*B rows.
+    """Where the steps go, the two marks of each [T', B, 2], and each sequence's last row of T'*B rows.
 
     A Layout of T*B rows to T' steps: those that are padding are marked. given: there are states to clear at the start.
     """
     T, B = mask.shape
     ended, step = held(mask), torch.arange(T, device=mask.device)[:, None]
     lengths = step.new_full((B,), T) if ended is None else (~ended).sum(0)
-    alive, taken = step < lengths, lengths - 1 - step if back else step.expand(T, B)
-    cuts = resets_of(mask, back) & alive
+    active, taken = step < lengths, lengths - 1 - step if back else step.expand(T, B)
+    cuts = resets_of(mask, back) & active
     if not given:
         cuts &= taken > 0
     before = cuts.flip(0).cumsum(0).flip(0) if back else cuts.cumsum(0)
     column = torch.arange(B, device=mask.device)
-    places = torch.where(alive, (taken + before) * B + column, 0)
+    places = torch.where(active, (taken + before) * B + column, 0)
     sizes = lengths + cuts.sum(0)  # of each sequence, clearing steps included
     steps = max(1, int(sizes.max()))
-    rows = alive.flatten().nonzero().flatten()
+    rows = active.flatten().nonzero().flatten()
     source = torch.full((steps * B,), -1, device=mask.device)
     source[places.flatten()[rows]] = rows
     source = source.view(steps, B)
@@ -44,7 +47,25 @@ def _steps(mask: Tensor, back: bool, given: bool) -> tuple[packing.Layout, Tenso
     return where, marks, (sizes - 1).clamp(min=0) * B + column
 
 
-def layer(
+def scan(
+    x: Tensor, states: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], mask: Tensor, reverse: Sequence[bool]
+) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+    """One layer's groups, one after another: y [T, B, K*H] and h_n, c_n [K, B, H]; None where `_layer` gives None.
+
+    x [T, B, I] or [T, B, K, I]; states [K, B, H], of one group also [B, H]; mask: see `masks`.
+    """
+    found = []
+    for k, weights in enumerate(groups):
+        h0, c0 = (None if s is None else s.reshape(len(groups), *s.shape[-2:])[k : k + 1] for s in states)
+        of = _layer(x if x.dim() == 3 else x[:, :, k], h0, c0, weights, mask, reverse[k])
+        if of is None:
+            return None
+        found.append(of)
+    ys, hs, cs = zip(*found, strict=True)
+    return (ys[0], (hs[0], cs[0])) if len(groups) == 1 else (torch.cat(ys, 2), (torch.cat(hs), torch.cat(cs)))
+
+
+def _layer(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: aten.Weights, mask: Tensor, back: bool
 ) -> tuple[Tensor, Tensor, Tensor] | None:
     """y [T, B, H], h_n and c_n [1, B, H] of one direction; x is finite where there is padding. h0, c0 [1, B, H].

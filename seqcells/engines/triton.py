@@ -1,28 +1,32 @@
-"""The Triton kernels as torch.library custom ops: an engine (see `autograd`). triton is imported by the first call.
+"""The engine triton: the kernels, and around them the products that do not depend on the step before.
 
-The ops carry the fakes that torch.compile and torch.export trace, and the rules of vmap. One op a direction: a dispatch
-costs tens of microseconds. Their argument schedule: "" for the plan's choice, a schedule's name, or "auto": the plan's
+Those are ordinary tensor operations, which compilers and torch.func see through: the input's product of all steps and
+the weight gradients, one large product each. The kernels are torch.library operators (called straight away where
+nothing traces, for the dispatcher costs tens of microseconds), with the fakes that torch.compile and torch.export ask
+for and with rules for vmap. Their argument schedule: "" for the plan's choice, a schedule's name, or "auto": the plan's
 choice, and if it does not compile or launch another, and at last the same in torch operations (see `fallback`).
+
+triton is imported by the first call.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import batching, fallback, kernels
-from .autograd import ENGINES, Engine
-from .cell import get
-from .kernels.buffers import pack_saved, unpack_saved
-from .kernels.plan import Plan, plan
-from .kernels.plan_single import Single, plan_single, unfit
-from .loop import operators as loop
-from .loop import part_of
-from .products import hidden_size, input_projection, places, recurrent, step_biases
+from .. import batching, fallback, kernels, masks, products
+from ..autograd import ENGINES, Engine, Options, Tensors
+from ..cell import get
+from ..kernels.buffers import outputs, pack_saved, unpack_saved
+from ..kernels.plan import Plan, plan
+from ..kernels.plan_single import Single, plan_single, unfit
+from ..loop import operators as loop
+from ..loop import part_of
+from ..products import Places, hidden_size, input_projection, places, recurrent, step_biases
 
 
 def plan_for(
@@ -265,5 +269,85 @@ def _(x: Tensor, w_ih: Tensor, w_hh: Any, b_ih: Any, b_hh: Any, h0: Any, c0: Any
     return tuple(kernels.single.allocate(kernels.cells.get(others[0]), x, H, others[1]))
 
 
-ENGINES["triton"] = Engine(scan_forward, scan_backward, recompute, single_forward)
-batching.register(*ENGINES["triton"][:3])
+def _grouped(*tensors: Tensor | None) -> list[Tensor | None]:
+    """w_ih, w_hh, b_ih, b_hh, params of groups as they are; of one group without an axis for it, with one."""
+    w_ih = tensors[0]
+    assert w_ih is not None
+    return list(tensors) if w_ih.dim() == 3 else [None if t is None else t[None] for t in tensors]
+
+
+def forward(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> tuple[Tensors, Tensors]:
+    """See autograd.Engine."""
+    x, h0, c0, *weights, extra = inputs
+    at = places(options.cell)
+    assert x is not None
+    told = (options.cell, save)
+    if options.single:
+        h0, c0 = (None if s is None else s.reshape(s.shape[-2:]) for s in (h0, c0))
+        *own, params = weights
+        more = (options.schedule, options.precision, options.single, params)
+        out = _single_forward(x[0], *own, h0, c0, *told, *more)  # type: ignore[arg-type]
+        return (out[3][None], *_finals(at, *out[3:])), out[:3]
+    w_ih, w_hh, b_ih, b_hh, params = _grouped(*weights)
+    assert w_ih is not None
+    H = hidden_size(at, w_ih, w_hh, h0, c0)
+    gx, bias = input_projection(at, x, w_ih, b_ih, b_hh, H, extra)
+    B, K = gx.shape[1:3]
+    h0, c0 = (s if s is None or s.dim() == 3 else s.reshape(K, B, s.shape[-1]) for s in (h0, c0))
+    run = scan_forward if options.traced else _scan_forward
+    more = (options.reversed, options.schedule, options.precision, params)
+    y, c, saved, *final = run(gx, recurrent(at, w_hh, w_ih, H), bias, h0, c0, mask, *told, *more)
+    shown = [outputs(s, options.reversed) for s in ((y, c) if options.states else (y,))]
+    padding = None if mask is None else masks.held(mask)
+    if padding is not None and options.reversed and not (h0 is None and c0 is None):
+        # A reversed group waits in its given start, which its buffer holds, until its row begins.
+        shown = [s.masked_fill(padding[..., None, None], 0) for s in shown]
+    return (shown[0].flatten(2), *_finals(at, *final), *(s.flatten(2) for s in shown[1:])), (y, c, saved)
+
+
+def _finals(at: Places, first: Any, others: Any) -> tuple[Any, ...]:
+    """Those of the two that users see."""
+    return (others,) if at.output else (first, others)[: at.states]
+
+
+def backward(
+    options: Options, inputs: Tensors, mask: Tensor | None, buffers: Tensors, grads: Tensors, need: Sequence[bool]
+) -> Tensors:
+    """See autograd.Engine."""
+    x, _, _, *weights, extra = inputs
+    y, c, saved = buffers
+    w_ih, w_hh, b_ih, b_hh, params = _grouped(*weights)
+    assert x is not None and y is not None and c is not None and w_ih is not None
+    at, (K, H) = places(options.cell), y.shape[2:]
+    u = recurrent(at, w_hh, w_ih, H)
+    if saved is None:
+        gx, bias = input_projection(at, x, w_ih, b_ih, b_hh, H, extra)
+        run: Any = recompute if options.traced else _recompute
+        saved = run(gx, u, bias, y, c, mask, options.cell, options.reversed, options.schedule, params)
+    dy, *rest = grads
+    dhn = None if at.output else rest.pop(0)
+    dcn, dcs = (*rest, None, None)[:2]
+    dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, -1) for d in (dy, dcs))
+    if options.single:  # whose states have no axis of groups
+        dhn, dcn = (None if d is None else d[None] for d in (dhn, dcn))
+    run = scan_backward if options.traced else _scan_backward
+    told = (options.cell, options.reversed, options.schedule, options.precision, params)
+    dgx, dhu, m, dh0, dc0, dparams = run(dy, dhn, dcn, dcs, u, y, c, saved, mask, *told)
+    dparams = dparams.to(x.dtype) if dparams.numel() else None
+    dx, dw_ih, dinputs = products.input_gradients(at, dgx, x, w_ih, (need[0], need[3], need[8]))
+    dw_hh = db_ih = db_hh = None
+    if need[4]:
+        each = [products.recurrent_gradient(at, dgx, dhu, m, y, c, mask, options.reversed, k) for k in range(K)]
+        dw_hh = each[0] if K == 1 else torch.stack(each)
+    if need[5] or need[6]:
+        db_ih, db_hh = products.bias_gradients(at, dgx, dhu, H)
+    found = [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dparams, dinputs]
+    # In the shapes the inputs had; the optional ones answer with None where they were None.
+    return tuple(
+        g.reshape(t.shape) if n and g is not None and t is not None else None
+        for g, t, n in zip(found, inputs, need, strict=True)
+    )
+
+
+ENGINES["triton"] = Engine(forward, backward)
+batching.register(scan_forward, scan_backward, recompute)
