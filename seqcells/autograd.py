@@ -67,10 +67,13 @@ class Options:
     notes: Any = None
 
 
+_NO_RANGE = nullcontext()
+
+
 def _range(options: Options, direction: str) -> Any:
     """A range of the profiler that says what runs, if one is on."""
     if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
-        return nullcontext()
+        return _NO_RANGE
     return torch.profiler.record_function(f"seqcells {options.cell} {direction} ({options.engine})")
 
 

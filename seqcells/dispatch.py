@@ -64,8 +64,9 @@ class Case(NamedTuple):
 
     steps, batch: None where a compiler does not know them. grad: gradients are wanted. real: the share of rows that are
     not padding. onednn: oneDNN's LSTM takes such an input. plain: all tensors are torch.Tensor itself, with values.
-    exporting: to a program that torch's own layers can be in. observed: a TorchDispatchMode is active. problem: why
-    neither kernels nor a loop can be derived from the cell's step. refused: its kernels failed before (see `fallback`).
+    exporting: to a program that torch's own layers can be in. observed: a TorchDispatchMode is active. traced: values
+    mean nothing, or operators have to be seen, so that an engine must go through its operators. problem: why neither
+    kernels nor a loop can be derived from the cell's step. refused: its kernels failed before (see `fallback`).
     """
 
     cell: str
@@ -93,13 +94,9 @@ class Case(NamedTuple):
     jit: bool = False
     transforming: bool = False
     observed: bool = False
+    traced: bool = False
     problem: str = ""
     refused: bool = False
-
-    @property
-    def traced(self) -> bool:
-        """Whether values mean nothing, or operators have to be seen: then an engine goes through its operators."""
-        return self.compiling or self.jit or self.transforming or self.observed or not self.plain
 
 
 class Choice(NamedTuple):
@@ -159,14 +156,15 @@ def case_of(
         if t is not None:
             grad, plain = grad or t.requires_grad, plain and type(t) in _TENSORS
     grad = grad and torch.is_grad_enabled()
+    observed = not compiling and torch._C._len_torch_dispatch_stack() > 0
     T, B = packed or x.shape[:2]
     onnx = torch.onnx.is_in_onnx_export()
     # torch.export needs to know the number of steps, as it does for torch.nn's.
     exporting = torch.compiler.is_exporting() and isinstance(T, int) and not torch.compiler.is_dynamo_compiling()
     # Resets of one step zero the states before it: see `run`.
     resets = options.resets is not None and (compiling or jit or transforming or x.dim() == 2 or T != 1)
-    onednn = key == "lstm" and x.dim() == (3 if packed is None else 2) and x.numel() > 0
-    onednn = onednn and aten.onednn(key, device, dtype)
+    onednn = x.dim() == (3 if packed is None else 2) and x.numel() > 0
+    onednn = onednn and (key, device.type, dtype) in aten.ONEDNN and torch.backends.mkldnn.enabled
     real = 1.0
     if options.lengths is not None and not compiling and B > 0:
         if packed is not None:
@@ -198,7 +196,8 @@ def case_of(
         onnx,
         jit,
         transforming,
-        not compiling and torch._C._len_torch_dispatch_stack() > 0,
+        observed,
+        compiling or jit or transforming or observed or not plain,
         "" if key in backends.ATEN_CELLS else cell.problem,  # those have kernels
         bool(fallback.refused_kernels) and fallback.refused(device, key, dtype, hidden_size, grad),
     )
@@ -483,7 +482,7 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
         return final[0][None], final, None
     if choice.engine == "aten":
         return *aten.scan(cell.key, call.x, full, call.groups, (options.lengths, options.reverse)), None
-    weights, params = _stacked(call)
+    weights, params = (call.groups[0], call.params) if len(call.groups) == 1 and not call.stacked else _stacked(call)
     extra: Any = {"resets": options.resets, "lengths": options.lengths, "reversed": _bits(options.reverse)}
     if params is not None:
         extra["params"] = params.split(case.hidden_size, -1)
@@ -495,7 +494,7 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
 
 def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Choice) -> Result:
     """By the autograd.Function, and an engine that walks the steps."""
-    weights, params = _stacked(call)
+    weights, params = (call.groups[0], call.params) if len(call.groups) == 1 and not call.stacked else _stacked(call)
     schedule, single, precision = choice.schedule, "", "ieee"
     if case.dtype == torch.float32 and choice.engine == "triton" and (options.precision or case.device.type == "cuda"):
         precision = precisions.of_products(options.precision, case.dtype, case.device)
@@ -538,12 +537,10 @@ def _hidden_size(cell: Cell, weights: aten.Weights, given: Sequence[Tensor | Non
 
 
 def _stacked(call: Call) -> tuple[aten.Weights, Tensor | None]:
-    """The groups' weights and trained vectors with an axis K; of one group as they are."""
+    """The groups' weights and trained vectors with an axis K."""
     params = call.params
     if call.stacked is not None:
         return call.stacked, params[None] if params is not None and params.dim() == 1 else params
-    if len(call.groups) == 1:
-        return call.groups[0], params
     return [None if ts[0] is None else torch.stack(ts) for ts in zip(*call.groups, strict=True)], params  # type: ignore[arg-type]
 
 

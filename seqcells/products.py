@@ -41,7 +41,8 @@ class Places:
 
     states, saved: of its form.
     output: whether the kernels' first state is an output that no step reads, and no user gives. inputs: of each step.
-    x: gates whose x is read. u: for each product its block of w_hh; w_hh: for each block of w_hh
+    x: gates whose x is read. ordered: the products are in the order of w_hh. joined: all biases add to the tiles of
+    gx, in their order. u: for each product its block of w_hh; w_hh: for each block of w_hh
     its product.
     Of biases: b_ih and b_hh: for each tile of gx the block that is added to it; several of b_hh where several products
     add to one tile. product, apart: for each product, and each of those apart, its block of b_hh. of_b_ih: for each
@@ -54,6 +55,8 @@ class Places:
     output: bool
     inputs: int
     x: int
+    ordered: bool
+    joined: bool
     u: Blocks
     w_hh: Blocks
     b_ih: Blocks
@@ -89,15 +92,19 @@ def _places(cell: Cell) -> Places:
                 layers.append(free := [-1] * form.gates)
             free[tile] = block[gate]
     there = [tile if tile >= 0 else form.gates + form.apart.index(n) for n, tile in enumerate(form.adds)]
+    b_ih = tuple(of_x.index(g) if g in of_x else -1 for g in cell.x_gates) + (-1,) * len(cell.inputs)
+    every = tuple(range(form.gates))
     return Places(
         form.states,
         form.saved,
         bool(cell.outputs),
         len(cell.inputs),
         len(cell.x_gates),
+        cell.order == tuple(range(len(cell.u_gates))),
+        b_ih == every and [tuple(layer) for layer in layers] == [every] and not form.apart,
         cell.order,
         tuple(cell.order.index(n) for n in range(len(cell.order))),
-        tuple(of_x.index(g) if g in of_x else -1 for g in cell.x_gates) + (-1,) * len(cell.inputs),
+        b_ih,
         tuple(map(tuple, layers)),
         tuple(block.get(g, -1) for g in gates),
         tuple(block.get(gates[n], -1) for n in form.apart),
@@ -163,12 +170,16 @@ def hidden_size(at: Places, w_ih: Tensor, w_hh: Tensor | None, h0: Tensor | None
 
 def recurrent(at: Places, w_hh: Tensor | None, w_ih: Tensor, H: int) -> Tensor:
     """The kernels' u [K, products*H, H] of w_hh [K, Gu*H, H]; w_ih [K, Gx*H, I] says what a cell without one lacks."""
-    return w_ih.new_empty(w_ih.shape[0], 0, H) if w_hh is None else blocks(w_hh, at.u, H, 1)
+    if w_hh is None:
+        return w_ih.new_empty(w_ih.shape[0], 0, H)
+    return w_hh if at.ordered else blocks(w_hh, at.u, H, 1)
 
 
 def input_biases(at: Places, b_ih: Tensor | None, b_hh: Tensor | None, H: int) -> tuple[Tensor | None, Tensor | None]:
     """Of biases [K, .] or [.]: the sum of what adds to the tiles of gx [., G*H], and what is apart [., apart*H]; None:
     zero."""
+    if at.joined:
+        return b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh, None
     adds = None if b_ih is None or not at.of_b_ih else blocks(b_ih, at.b_ih, H)
     if b_hh is None or not at.of_b_hh:
         return adds, None

@@ -403,7 +403,7 @@ class Recurrent(modules.Module):
             each = [self._group(weights[k * n : (k + 1) * n], x) for k in range(layer * count, (layer + 1) * count)]
             groups, vectors = zip(*each, strict=True)
             mine = tuple(None if s is None else s[layer * count : (layer + 1) * count] for s in states)
-            if not cell.rows[0]:
+            if self._parts[0] != "weight_ih":
                 mine = dispatch.starts(x, mine, groups, H)  # which say what H is
             params = extras.params(cell, vectors, x, H) if cell.params else None
             call = dispatch.Call(x, mine, groups, None, params, beside, mask)

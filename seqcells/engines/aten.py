@@ -14,7 +14,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 
 _STEPS: dict[str, Any] = {"gru": torch.gru_cell, "rnn_tanh": torch.rnn_tanh_cell, "rnn_relu": torch.rnn_relu_cell}
 LAYERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
-_ONEDNN = torch.backends.mkldnn.is_available()  # asked here: torch.compile cannot trace the question
+# What oneDNN has by operators of its own. Asked here: torch.compile cannot trace the question.
+ONEDNN = {("lstm", "cpu", torch.float32)} if torch.backends.mkldnn.is_available() else set()
 Weights = Sequence["Tensor | None"]  # w_ih, w_hh, b_ih, b_hh and, of an LSTM with a projection, w_hr
 
 
@@ -130,9 +131,8 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...] | None, weights: Weigh
 
 
 def onednn(cell: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN has it, by operators of its own: the LSTM in float32, on the CPU."""
-    fits = cell == "lstm" and dtype == torch.float32 and device.type == "cpu"
-    return fits and _ONEDNN and bool(torch.backends.mkldnn.enabled)
+    """Whether oneDNN runs it, by operators of its own."""
+    return (cell, device.type, dtype) in ONEDNN and bool(torch.backends.mkldnn.enabled)
 
 
 def _directions(x: Tensor, states: Sequence[Tensor], groups: Sequence[Weights]) -> tuple[Tensor, tuple[Tensor, ...]]:

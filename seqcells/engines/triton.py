@@ -29,6 +29,15 @@ from ..loop import part_of
 from ..products import Places, hidden_size, input_projection, places, recurrent, step_biases
 
 
+@lru_cache(maxsize=1 << 12)
+def _planned(cell: str, batch: int, size: tuple[int, int, int], device: torch.device, asked: tuple[Any, ...]) -> Plan:
+    """size: K, H, bytes an element; asked: schedule, precision, backward, avoid."""
+    schedule, precision, backward, avoid = asked
+    options: Any = {"B": batch, "H": size[1], "groups": size[0], "itemsize": size[2], "avoid": avoid}
+    options |= {"device": kernels.scan.device_facts(device), "schedule": schedule or None, "precision": precision}
+    return plan(kernels.cells.get(cell), backward=backward, **options)
+
+
 def plan_for(
     cell: str,
     batch: int,
@@ -40,9 +49,8 @@ def plan_for(
     avoid: tuple[str, ...] = (),
 ) -> Plan:
     """The plan of a scan of a size, K and H, in like's dtype. schedule: "" chooses. Raises as `plan` does."""
-    options: Any = {"B": batch, "H": size[1], "groups": size[0], "itemsize": like.element_size(), "avoid": avoid}
-    options |= {"device": kernels.scan.device_facts(like.device), "schedule": schedule or None, "precision": precision}
-    return plan(get(cell).form, backward=backward, **options)
+    asked = (schedule, precision, backward, avoid)
+    return _planned(cell, batch, (*size, like.element_size()), like.device, asked)
 
 
 def _launch(launch: kernels.scan.Launch) -> None:
@@ -66,15 +74,6 @@ def _attempts(planned: Callable[..., Plan], call: Callable[..., Any]) -> Iterato
 
 def _raise(error: Exception) -> None:
     raise error
-
-
-def _planner(cell: str, batch: int, u: Tensor, precision: str, backward: bool) -> Callable[..., Plan]:
-    """plan(schedule, avoid=()) of a scan with these recurrent weights [K, ., H]."""
-
-    def planned(schedule: str = "", avoid: tuple[str, ...] = ()) -> Plan:
-        return plan_for(cell, batch, (u.shape[0], u.shape[2]), u, schedule, precision, backward, avoid)
-
-    return planned
 
 
 def _kernel(cell: str, direction: str, like: Tensor, u: Tensor) -> fallback.Kernel:
@@ -113,9 +112,10 @@ def _scan_forward(
     gx = gx.contiguous()  # vmap's rows and groups need not be
     how: Any = {"save": save, "reversed": reversed, "precision": precision, "params": params}
     call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **how)
-    planned = _planner(cell, gx.shape[1], u, precision, False)
+    asked: Any = (cell, gx.shape[1], (u.shape[0], u.shape[2]), u)
     if schedule != "auto":
-        return tuple(call(plan=planned(schedule)))  # type: ignore[return-value]
+        return tuple(call(plan=plan_for(*asked, schedule, precision, False)))  # type: ignore[return-value]
+    planned = partial(plan_for, *asked, "", precision, False)
 
     def by_loop() -> Any:
         out = loop.forward(gx, u, bias, h0, c0, mask, cell, save, reversed, "", precision, params)
@@ -154,9 +154,10 @@ def _scan_backward(
     y, c, saved = y.contiguous(), c.contiguous(), saved.contiguous()
     how: Any = {"dcs": dcs, "reversed": reversed, "precision": precision, "params": params}
     call = partial(kernels.scan.backward, declared, dy, dhn, dcn, u, y, c, saved, mask, **how)
-    planned = _planner(cell, y.shape[1], u, precision, True)
+    asked: Any = (cell, y.shape[1], (u.shape[0], u.shape[2]), u)
     if schedule != "auto":
-        return tuple(call(plan=planned(schedule)))  # type: ignore[return-value]
+        return tuple(call(plan=plan_for(*asked, schedule, precision, True)))  # type: ignore[return-value]
+    planned = partial(plan_for, *asked, "", precision, True)
 
     def by_loop() -> Any:
         kept = _kept(cell, saved, y.dtype) if declared.saved else saved
@@ -186,7 +187,7 @@ def _recompute(
     """See kernels.scan.recompute."""
     declared = kernels.cells.get(cell)
     gx, y, c = gx.contiguous(), y.contiguous(), c.contiguous()
-    how: Any = {"plan": _planner(cell, y.shape[1], u, "ieee", False)(), "reversed": reversed, "params": params}
+    how: Any = {"plan": plan_for(cell, y.shape[1], (u.shape[0], u.shape[2]), u, "", "ieee", False), "reversed": reversed, "params": params}
     call = partial(kernels.scan.recompute, declared, gx, u, bias, y, c, mask, **how)
     if schedule != "auto":
         return call()
