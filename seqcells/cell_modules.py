@@ -15,6 +15,7 @@ from torch.types import Device
 from . import arguments, backends, checks, dispatch, layer_arguments, modules
 from .cell import Cell, get
 from .engines import aten
+from .functional import rnn_cell_name
 
 # As torch's matrix product names dtypes in its errors.
 _NAMES = {
@@ -494,6 +495,6 @@ class RNNCell(_OneState, nn.RNNCell):  # type: ignore[misc]
         backend: str | None = None,
         precision: str | None = None,
     ) -> None:
-        definition = get(functional.rnn_cell_name(nonlinearity))
+        definition = get(rnn_cell_name(nonlinearity))
         self._set_up(definition, input_size, hidden_size, bias, device, dtype, backend, precision)
         self.nonlinearity = nonlinearity

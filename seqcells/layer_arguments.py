@@ -258,6 +258,8 @@ def packed_batch(input: PackedSequence, states: Sequence[Tensor]) -> int:
 def _well_packed(given: PackedSequence) -> bool:
     """Whether a PackedSequence on the CPU is as torch makes it. What is not, `packed` and `_rows` say, more slowly."""
     data, sizes, order, back = given
+    if sizes is None:
+        return False
     for t in (sizes, order, back):
         if t is not None and (type(t) is not Tensor or t.dtype is not torch.int64 or t.dim() != 1 or not t.is_cpu):
             return False

@@ -305,7 +305,7 @@ class Recurrent(modules.Module):
         """Output, final states, and the last layer's states after every step or None, in the layout of x."""
         given = None if state is None else (state,) if len(self.cell.states) == 1 else state
         weights = None
-        if lengths is None and states is False and not inputs:
+        if lengths is None and states is False and not (inputs or self.cell.inputs):
             weights = layer_arguments.plain(self, x, given, resets)
         if weights is None:
             weights, resets, lengths = self._check(x, state, resets, lengths, states, inputs or {})

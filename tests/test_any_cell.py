@@ -9,7 +9,7 @@ from steps import NAMES, registries  # noqa: F401  (a fixture)
 from walk import drawn as drawn_step
 
 import seqcells
-from seqcells import autograd, backends, functional, products
+from seqcells import autograd, dispatch, functional, products
 from seqcells.testing import TOLERANCE, relative
 
 T, B, I, H = 4, 3, 2, 5  # noqa: E741
@@ -280,10 +280,10 @@ def test_a_step_that_nothing_can_be_derived_from_runs_by_the_reference():
         a = x[t] @ w_ih.t() + h
         h = torch.tanh(a - a.mean(-1, keepdim=True))
     torch.testing.assert_close(y[-1], h)
-    request = backends.request(normalized.key, None, True, problem=normalized.problem)
     for device in ("cpu", "cuda"):
-        chosen = backends.choose(normalized.key, torch.device(device), torch.float32, request, None)
-        assert chosen.backend == "reference" and "a.mean(-1, keepdim=True)" in chosen.why, chosen.why
+        facts = (normalized.key, "auto", torch.device(device), torch.float32, H)
+        chosen = dispatch.choose(dispatch.Case(*facts, problem=normalized.problem))
+        assert chosen.engine == "reference" and "a.mean(-1, keepdim=True)" in chosen.why, chosen.why
     with pytest.raises(seqcells.CellError, match="mean"):
         functional.scan(normalized, x, None, w_ih, w_hh, backend="loop")
 

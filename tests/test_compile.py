@@ -15,6 +15,7 @@ from torch.autograd import grad
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import seqcells
+from seqcells import dispatch
 
 BACKENDS = [None, "loop", "triton", "reference"]
 
@@ -183,15 +184,15 @@ def test_what_an_onnx_export_takes(monkeypatch):
     """ONNX knows torch's fused layers and plain operations; the exporters themselves: tests/integrations."""
     monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: True)
     chosen = []
-    choose = seqcells.backends.choose
-    monkeypatch.setattr(seqcells.backends, "choose", lambda *a: chosen.append(choose(*a)) or chosen[-1])
+    choose = dispatch.choose
+    monkeypatch.setattr(dispatch, "choose", lambda *a: chosen.append(choose(*a)) or chosen[-1])
     x = torch.randn(3, 2, 3)
     resets = torch.zeros(3, 2, dtype=torch.bool)
 
     def taken(module, **options):
         chosen.clear()
         torch.export.export(module, (x,), options)
-        return {c.backend for c in chosen}
+        return {c.engine for c in chosen}
 
     for module in (seqcells.LSTM(3, 4), seqcells.GRU(3, 4, 2, bidirectional=True), seqcells.RNN(3, 4)):
         assert taken(module) == {"aten"}

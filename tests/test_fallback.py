@@ -15,7 +15,8 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import seqcells
-from seqcells import backends, dispatch, fallback, plain, testing
+from seqcells import backends, dispatch, fallback, testing
+from seqcells.engines import triton
 from seqcells.kernels import scan, single
 from seqcells.testing import Shape
 
@@ -67,10 +68,9 @@ class Broken:
 
 @pytest.fixture(autouse=True)
 def a_device_for_the_kernels(monkeypatch):
-    monkeypatch.setattr(backends, "prefers_kernels", lambda device: True)
-    for name in ("layers", "step"):
-        monkeypatch.setattr(plain, name, lambda *arguments: None)
-    for name in ("_failed", "_refused"):
+    monkeypatch.setattr(dispatch, "KERNEL_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(dispatch, "own_step", lambda *arguments: False)
+    for name in ("_failed", "refused_kernels"):
         monkeypatch.setattr(fallback, name, set())
 
 
@@ -190,7 +190,7 @@ def test_cells(name, schedules, monkeypatch):
     cell = getattr(seqcells, name)(3, 4, dtype=torch.float64, device=DEVICE)
     exact = copy.deepcopy(cell)
     exact.backend = "reference"
-    monkeypatch.setattr(dispatch.ops, "one_launch", lambda *arguments: True)
+    monkeypatch.setattr(triton, "one_launch", lambda *arguments: True)
     broken = Broken(monkeypatch, ERRORS["an old driver"], schedules)
     x = torch.randn(2, 3, dtype=torch.float64, device=DEVICE)
 
@@ -237,7 +237,7 @@ def test_what_the_kernels_cannot_do_at_all(monkeypatch):
     def refuse(*arguments, **options):
         raise ValueError("hidden size 4 is too large")
 
-    monkeypatch.setattr(dispatch.ops, "plan", refuse)
+    monkeypatch.setattr(triton, "plan_for", refuse)
     found, said = told(trained, module, x)
     close(found, trained(exact, x))
     assert len(said) == 1 and "ValueError: hidden size 4 is too large" in said[0]

@@ -9,7 +9,7 @@ from shapes import CELLS, spread
 from torch.testing._internal.two_tensor import TwoTensor
 
 import seqcells
-from seqcells import functional, masks
+from seqcells import dispatch, functional, masks
 from seqcells.cell import named
 from seqcells.kernels.buffers import held, resets_of
 from seqcells.loop import steps
@@ -233,11 +233,11 @@ def test_sequences_of_no_steps_at_all(proj_size, backend):
 
 
 def test_padding_is_left_to_the_loop_and_so_is_what_must_keep_little():
-    """A batch that is mostly padding, and save="states", are not for marked steps, which keep 16 T B H."""
+    """A batch that is mostly padding, and save="states", are not for reset steps, which save 16 T B H."""
 
     def chosen(lengths, **options):
-        how = functional.How(lengths=torch.tensor(lengths), **options)
-        return functional.choose("lstm", torch.zeros(8, 4, 3), [torch.zeros(20, 5)], how, 5).backend
+        asked = dispatch.ScanOptions(lengths=torch.tensor(lengths), **options)
+        return dispatch.choose(dispatch.case_of(named("lstm"), torch.zeros(8, 4, 3), [], asked, 5)).engine
 
     assert chosen([8, 8, 1, 1]) == "aten" and chosen([8, 3, 1, 1]) == "loop"
     assert chosen([8, 8, 8, 8], save="states") == "loop"

@@ -12,7 +12,9 @@ from conftest import DEVICE
 from shapes import CELLS, SAVES
 
 import seqcells
-from seqcells import aten, autograd, backends, functional, masks, precisions, products, testing
+from seqcells import autograd, backends, dispatch, functional, masks, precisions, products, testing
+from seqcells.cell import get
+from seqcells.engines import aten
 from seqcells.kernels import buffers
 from seqcells.testing import Shape
 
@@ -93,28 +95,32 @@ def test_compile_without_a_break(cell, save):
 
 
 def test_auto_chooses_by_device_cell_and_what_is_asked_for():
-    def chosen(cell, device, requested=None, **asked):
-        request = backends.Request(**asked)
-        return backends.choose(cell, torch.device(device), torch.float32, request, requested)
+    def chosen(cell, device, requested=None, **facts):
+        backend = backends.spelled(requested)
+        return dispatch.choose(dispatch.Case(cell, backend, torch.device(device), torch.float32, 8, **facts))
 
     if torch.cuda.is_available():
-        assert chosen("lstm", "cuda").backend == "triton"
-    assert chosen("lstm", "cpu", onednn=True).backend == "aten"
-    assert chosen("gru", "cpu").backend == "aten"
-    assert chosen("gru", "cpu", looped=True).backend == "loop"
-    assert chosen("lstm", "cpu", onednn=True, looped=True).backend == "loop"
-    assert chosen("lstm", "cpu", resets=True, marked=True).marked
-    assert not chosen("lstm", "cpu", resets=True, marked=True, looped=True).marked
-    assert chosen("gru_before", "cpu").backend == "loop"
-    assert chosen("lstm", "cpu", resets=True).backend == "loop"
+        assert chosen("lstm", "cuda").engine == "triton"
+    small, long = {"steps": 5, "batch": 2}, {"steps": 100, "batch": 200}
+    assert chosen("lstm", "cpu", onednn=True, **small).engine == "aten"
+    assert chosen("gru", "cpu", **small).engine == "aten"
+    assert chosen("gru", "cpu", **long).engine == "loop"
+    with mock.patch.object(dispatch, "loop_pays", return_value=True):
+        large = {"steps": 1000, "batch": 1000}
+        assert chosen("lstm", "cpu", onednn=True, **large).engine == "loop"
+        assert chosen("lstm", "cpu", onednn=True, **small).engine == "aten"
+    assert chosen("lstm", "cpu", onednn=True, resets=True, **small).reset_steps
+    assert not chosen("lstm", "cpu", onednn=True, resets=True, steps=5, batch=2000).reset_steps
+    assert chosen("gru_before", "cpu").engine == "loop"
+    assert chosen("lstm", "cpu", resets=True).engine == "loop"
     assert "no resets" in chosen("lstm", "cpu", resets=True).why
     with seqcells.backend("reference"):
-        assert chosen("lstm", "cpu").backend == "reference"
-        assert chosen("lstm", "cpu", requested="aten").backend == "aten"
+        assert chosen("lstm", "cpu").engine == "reference"
+        assert chosen("lstm", "cpu", requested="aten").engine == "aten"
         with seqcells.backend("auto"):
-            assert chosen("lstm", "cpu").backend == "aten"
-        assert chosen("lstm", "cpu").backend == "reference"
-    assert chosen("lstm", "cpu").backend == "aten"
+            assert chosen("lstm", "cpu").engine == "aten"
+        assert chosen("lstm", "cpu").engine == "reference"
+    assert chosen("lstm", "cpu").engine == "aten"
 
 
 @pytest.mark.parametrize("layer", [False, True])
@@ -125,10 +131,9 @@ def test_auto_on_the_cpu_goes_by_the_size_of_the_work(layer):
         kind = {"lstm": "LSTM", "rnn_tanh": "RNN"}.get(cell, "GRU")
         module = getattr(seqcells, kind)(1, H).requires_grad_(grad)
         if not layer:
-            given = list(module.parameters())
-            how = functional.How(**masks)
-            return functional.choose(cell, torch.zeros(T, B, 1), given, how, H).backend
-        with mock.patch.dict(autograd.ENGINES, loop=autograd.ENGINES["loop"]._replace(whole=stop)):
+            given, options = list(module.parameters()), dispatch.ScanOptions(**masks)
+            return dispatch.choose(dispatch.case_of(get(cell), torch.zeros(T, B, 1), given, options, H)).engine
+        with mock.patch.dict(autograd.ENGINES, loop=autograd.ENGINES["loop"]._replace(forward=stop)):
             try:
                 module(torch.zeros(T, B, 1), **masks)
             except Stopped:

@@ -350,5 +350,6 @@ def backward(
     )
 
 
+OPERATORS = (scan_forward, scan_backward, recompute)
 ENGINES["triton"] = Engine(forward, backward)
-batching.register(scan_forward, scan_backward, recompute)
+batching.register(*OPERATORS)
