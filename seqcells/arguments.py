@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, checks
+from .cell import Cell
 from .precisions import PRECISIONS
 
 SAVES = ("gates", "states")
@@ -147,14 +148,22 @@ def types(x: Any, states: Any, weights: dict[str, Any], rank: int | None = 3, mi
 def fit(
     x: Tensor,
     states: Sequence[Tensor | None],
-    weights: Sequence[Tensor | None],
+    groups: Sequence[Sequence[Tensor | None]],
     rows: Sequence[int],
-) -> tuple[int, int]:
+) -> None:
     """Raise what torch.nn raises, in its words where it has some, where shapes, dtypes and devices do not fit.
 
-    x [T, B, I]; states [B, .]; weights: w_ih, w_hh, b_ih, b_hh (and w_hr). rows: of the four in units of H.
-    Gives H and the size of h.
+    x [T, B, I] or [T, B, K, I]; states [K, B, .] or [B, .]; groups: of each w_ih, w_hh, b_ih, b_hh (and w_hr). rows: of
+    the four in units of H.
     """
+    for k, weights in enumerate(groups):
+        own = [s[k] if s is not None and s.dim() == 3 else s for s in states]
+        _fit_group(x if x.dim() == 3 else x[:, :, k], own, weights, rows)
+
+
+def _fit_group(
+    x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor | None], rows: Sequence[int]
+) -> None:
     inner, outer = _fit_weights(weights, rows)
     w_ih = weights[0]
     assert w_ih is not None
@@ -171,7 +180,20 @@ def fit(
         expected = (x.shape[1], inner if i else outer)
         if s is not None and s.shape != expected and (inner or s.dim() != 2 or s.shape[0] != expected[0]):
             raise RuntimeError(f"Expected hidden[{i}] size {expected}, got {list(s.shape)}")
-    return inner, outer
+
+
+def hidden_size(
+    cell: Cell, weights: Sequence[Tensor | None], states: Sequence[Tensor | None], params: Any, inputs: Any
+) -> int:
+    """H; of a cell that reads no x by the first of its tensors that has it."""
+    if cell.rows[0]:
+        return weights[0].shape[0] // cell.rows[0]  # type: ignore[union-attr]
+    vectors = [t for n, t in ((params or ({},))[0] or {}).items() if n not in cell.scalars]
+    wide = [t for t in (inputs or {}).values() if isinstance(t, Tensor) and t.dim() == 3]
+    known = next((t for t in (weights[1], *states, *vectors, *wide) if t is not None), None)
+    if known is None:
+        raise ValueError(f"states must be given: nothing else says what the hidden size of {cell.name} is")
+    return known.shape[-1]
 
 
 def _fit_weights(weights: Sequence[Tensor | None], rows: Sequence[int]) -> tuple[int, int]:

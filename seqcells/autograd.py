@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -167,11 +167,12 @@ class _Scan:
         again = options.save == "states" and places(options.cell).saved
         first = _Gradients(options, need)
         rest = (mask, y, c, None if again else gates, *inputs, *grads)
-        batched = any(g is not None and is_legacy_batchedtensor(g) for g in grads)  # is_grads_batched=True
-        if batched or (not options.traced and backends.transforming()):
-            return None, *first.by_reference(rest)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
-            return None, *SeqcellsScan.apply(first, *rest)
+        if not torch.compiler.is_compiling():
+            batched = any(g is not None and is_legacy_batchedtensor(g) for g in grads)  # is_grads_batched=True
+            if batched or (not options.traced and backends.transforming()):
+                return None, *first.by_reference(rest)
+            if torch.is_grad_enabled():  # create_graph=True
+                return None, *SeqcellsScan.apply(first, *rest)
         with _range(options, "backward"):
             return None, *first.run(*rest)
 
@@ -201,7 +202,9 @@ class _Gradients:
     def saved(self, tensors: Tensors, output: Tensors) -> tuple[Tensors, Tensors]:
         return (tensors[0], *tensors[4:]), ()
 
-    def function(self, mask: Tensor | None, tensors: Tensors) -> tuple[Callable[..., Tensors], list[Tensor], list[bool]]:
+    def function(
+        self, mask: Tensor | None, tensors: Tensors
+    ) -> tuple[Callable[..., Tensors], list[Tensor], list[bool]]:
         """The gradients as a function of the tensors (inputs and gradients) that are present; these; and which of the 9
         it gives."""
         present = [t is not None for t in tensors[:9]]

@@ -14,7 +14,6 @@ can be saved, but has no gradients; of aten, it has.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -246,7 +246,9 @@ class RecurrentCell(modules.Module):
                 raise RuntimeError(
                     f"hidden{i} has inconsistent hidden_size: got {s.shape[1]}, expected {self.hidden_size}"
                 )
-        on_cpu = x.is_cpu and weights[0] is not None and weights[0].is_cpu and weights[1] is not None and weights[1].is_cpu
+        on_cpu = (
+            x.is_cpu and weights[0] is not None and weights[0].is_cpu and weights[1] is not None and weights[1].is_cpu
+        )
         if dispatch.own_step(self.cell.key, self.backend, on_cpu) and not torch.is_autocast_enabled("cpu"):
             final = aten.step(self.cell.key, x, states, weights)
             y = final[0]

@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
-from torch.nn.utils.rnn import PackedSequence
 
 from . import (
     arguments,
@@ -25,15 +24,12 @@ from . import (
     flops,
     masks,
     precisions,
-    products,
     projection,
     reference,
 )
-from .cell import Cell
 from . import loop as loop  # an engine: registers itself
-from .engines import aten, reset_steps
-
-from .engines import triton
+from .cell import Cell
+from .engines import aten, reset_steps, triton
 
 KERNEL_DEVICES = ("cuda",)  # where "auto" is the kernels
 _TENSORS = (Tensor, torch.nn.Parameter)
@@ -156,51 +152,30 @@ def case_of(
         if t is not None:
             grad, plain = grad or t.requires_grad, plain and type(t) in _TENSORS
     grad = grad and torch.is_grad_enabled()
-    observed = not compiling and torch._C._len_torch_dispatch_stack() > 0
+    observed: bool = not compiling and torch._C._len_torch_dispatch_stack() > 0
     T, B = packed or x.shape[:2]
     onnx = torch.onnx.is_in_onnx_export()
     # torch.export needs to know the number of steps, as it does for torch.nn's.
     exporting = torch.compiler.is_exporting() and isinstance(T, int) and not torch.compiler.is_dynamo_compiling()
     # Resets of one step zero the states before it: see `run`.
     resets = options.resets is not None and (compiling or jit or transforming or x.dim() == 2 or T != 1)
-    onednn = x.dim() == (3 if packed is None else 2) and x.numel() > 0
-    onednn = onednn and (key, device.type, dtype) in aten.ONEDNN and torch.backends.mkldnn.enabled
+    onednn = x.dim() == (3 if packed is None else 2) and x.numel() > 0 and (key, device.type, dtype) in aten.ONEDNN
+    onednn = onednn and bool(torch.backends.mkldnn.enabled)
     real = 1.0
     if options.lengths is not None and not compiling and B > 0:
         if packed is not None:
             real = x.shape[0] / (T * B)
         elif onednn and plain and not (projected or transforming or jit):
             real = int(options.lengths.sum()) / (T * B)
-    return Case(
-        key,
-        backend,
-        device,
-        dtype,
-        hidden_size,
-        None if compiling else T,
-        None if compiling else B,
-        grad,
-        options.save,
-        resets,
-        options.lengths is not None,
-        packed is not None and type(x) is Tensor,
-        real,
-        options.all_states,
-        projected,
-        options.one_step,
-        B == 0,
-        onednn,
-        plain,
-        compiling,
-        onnx or exporting,
-        onnx,
-        jit,
-        transforming,
-        observed,
-        compiling or jit or transforming or observed or not plain,
-        "" if key in backends.ATEN_CELLS else cell.problem,  # those have kernels
-        bool(fallback.refused_kernels) and fallback.refused(device, key, dtype, hidden_size, grad),
-    )
+    packs = packed is not None and type(x) is Tensor
+    asked = (options.save, resets, options.lengths is not None, packs, real, options.all_states, projected)
+    traced = compiling or jit or transforming or observed or not plain
+    context = (compiling, onnx or exporting, onnx, jit, transforming, observed, traced)
+    size = (hidden_size, *((None, None) if compiling else (T, B)))
+    problem = "" if key in backends.ATEN_CELLS else cell.problem  # those have kernels
+    refused = bool(fallback.refused_kernels) and fallback.refused(device, key, dtype, hidden_size, grad)
+    facts = (*size, grad, *asked, options.one_step, B == 0, onednn, plain, *context, problem, refused)
+    return Case(key, backend, device, dtype, *facts)
 
 
 # Measured by benchmarks/crossover.py: benchmarks/results/crossover-cpu.md. With more threads than one torch's own gain
@@ -295,7 +270,9 @@ def choose(case: Case) -> Choice:
         name, schedule = backends.parse(name)
     # 1. One step on the CPU, and where nothing but torch's own operators works.
     if case.one_step and own_step(case.cell, case.backend, case.device.type == "cpu"):
-        asked = "it was asked for" if name == "aten" else f"the tensors are on the CPU, and torch has a fused {case.cell}"
+        asked = (
+            "it was asked for" if name == "aten" else f"the tensors are on the CPU, and torch has a fused {case.cell}"
+        )
         return Choice("aten", "", asked)
     if name != "aten" and case.compiling and case.transforming:
         return Choice("reference", "", "within torch.compile, torch.func has no vmap of a Function")
@@ -345,7 +322,7 @@ def _without_kernels(case: Case, reset_steps: bool, lacking: str) -> tuple[str, 
     """What "auto" is where the kernels do not run, and why. lacking: why that cannot be aten."""
     if case.problem:
         return "reference", f"from the step nothing else can be derived: {case.problem}"
-    packed_only = case.lengths and not case.packed and "torch's own fused RNNs take lengths only packed"
+    packed_only = "torch's own fused RNNs take lengths only packed" if case.lengths and not case.packed else ""
     if lacking or (packed_only and case.exporting):
         return "reference" if case.onnx else "loop", lacking or packed_only  # ONNX has no operators of our own
     own = f"torch's own fused {case.cell} runs there"
@@ -357,11 +334,8 @@ def _without_kernels(case: Case, reset_steps: bool, lacking: str) -> tuple[str, 
         return "loop", "torch.func and forward mode want operators that can be transformed"
     masked = case.resets or case.lengths
     onednn = case.onednn and not masked
-    large = not case.compiling and case.steps * case.batch * case.hidden_size >= _WORKSPACE  # type: ignore[operator]
-    if reset_steps:
-        looped = not _reset_steps_pay(case)
-    else:
-        looped = (large or not onednn) and loop_pays(case, case.lengths)
+    large = (case.steps or 0) * (case.batch or 0) * case.hidden_size >= _WORKSPACE
+    looped = not _reset_steps_pay(case) if reset_steps else (large or not onednn) and loop_pays(case, case.lengths)
     if (reset_steps or onednn) and not looped:
         return "aten", "oneDNN's LSTM is the fastest there"
     if case.compiling:
@@ -371,33 +345,6 @@ def _without_kernels(case: Case, reset_steps: bool, lacking: str) -> tuple[str, 
     if looped and case.device.type == "cpu":
         return "loop", f"it is faster than torch's own fused {case.cell}"
     return "aten", own
-
-
-def autocast(
-    cell: str,
-    x: Tensor,
-    states: tuple[Tensor | None, ...],
-    groups: Sequence[aten.Weights],
-    more: tuple[Any, Any] = (None, None),
-    one_step: bool = False,
-) -> tuple[Tensor, tuple[Tensor | None, ...], Sequence[aten.Weights], tuple[Any, Any]]:
-    """x, states, weights, and params and inputs (see `run`), in the dtype in which torch's own cell answers."""
-    dtype, low = torch.get_autocast_dtype(x.device.type), (torch.float16, torch.bfloat16, torch.float32)
-    if x.device.type == "cpu" and (cell in ("gru", "gru_before") or (cell == "lstm" and one_step)):
-        # There torch has no fused kernel to cast for. It rounds the products' operands, and the state keeps its dtype.
-        dtype = torch.promote_types(dtype, next((s.dtype for s in states if s is not None), x.dtype))
-
-    def cast(tensors: Iterable[Any]) -> tuple[Any, ...]:
-        wide = (t.data if isinstance(t, PackedSequence) else t for t in tensors)
-        found = (t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for t in wide)
-        return tuple(t._replace(data=f) if isinstance(t, PackedSequence) else f for t, f in zip(tensors, found, strict=True))
-
-    def by_name(given: Any) -> Any:
-        return dict(zip(given, cast(given.values()), strict=True)) if isinstance(given, Mapping) else given
-
-    params, inputs = more
-    params = params if params is None else [by_name(p) for p in params]
-    return cast([x])[0], cast(states), [cast(weights) for weights in groups], (params, by_name(inputs))
 
 
 def run(
@@ -423,11 +370,13 @@ def run(
     if not cell.rows[0]:
         groups, stacked = [(x.new_empty(0, x.shape[-1]), *weights[1:]) for weights in groups], None
     if torch._C._is_any_autocast_enabled() and backends.autocasting(x.device):
-        x, given, groups, (params, inputs) = autocast(cell.key, x, given, groups, (params, inputs), options.one_step)
+        x, given, groups, (params, inputs) = precisions.autocast(
+            cell.key, x, given, groups, (params, inputs), options.one_step
+        )
         with torch.autocast(x.device.type, enabled=False):
             return run(cell, x, given, groups, options, None, params, inputs)
-    _fit(x, given, groups, cell.rows)
-    H = _hidden_size(cell, groups[0], given, params, inputs)
+    arguments.fit(x, given, groups, cell.rows)
+    H = arguments.hidden_size(cell, groups[0], given, params, inputs)
     if not cell.rows[0]:
         given = starts(x, given, groups, H)  # which say what H is
     vectors = beside = None
@@ -469,7 +418,7 @@ def _bits(reverse: Sequence[bool]) -> int:
 def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Choice) -> Result:
     """Do what was chosen; see `run`."""
     if len(call.groups[0]) == 5 and choice.engine != "aten":
-        return _projected(cell, call, options, case, choice)
+        return projection.scan(lambda call: execute(cell, call, options, case, choice), call, options)
     if choice.engine in ("triton", "loop"):
         return _differentiable(cell, call, options, case, choice)
     if choice.reset_steps:
@@ -488,7 +437,7 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
         extra["params"] = params.split(case.hidden_size, -1)
     if call.inputs is not None:
         extra["inputs"] = call.inputs.split(case.hidden_size, -1)
-    states, final = reference.scan_groups(reference.step_of(cell), call.x, full, *weights, **extra)  # type: ignore[arg-type]
+    states, final = reference.scan_groups(reference.step_of(cell), call.x, full, *weights, **extra)
     return states[0], final, states[len(cell.outputs) :] if options.all_states else None
 
 
@@ -524,33 +473,12 @@ def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, ch
     return y, final, (y,) if options.all_states and every is None else every
 
 
-def _hidden_size(cell: Cell, weights: aten.Weights, given: Sequence[Tensor | None], params: Any, inputs: Any) -> int:
-    """H; of a cell that reads no x by the first of its tensors that has it."""
-    if cell.rows[0]:
-        return weights[0].shape[0] // cell.rows[0]  # type: ignore[union-attr]
-    vectors = [t for n, t in ((params or ({},))[0] or {}).items() if n not in cell.scalars]
-    wide = [t for t in (inputs or {}).values() if isinstance(t, Tensor) and t.dim() == 3]
-    known = next((t for t in (weights[1], *given, *vectors, *wide) if t is not None), None)
-    if known is None:
-        raise ValueError(f"states must be given: nothing else says what the hidden size of {cell.name} is")
-    return known.shape[-1]
-
-
 def _stacked(call: Call) -> tuple[aten.Weights, Tensor | None]:
     """The groups' weights and trained vectors with an axis K."""
     params = call.params
     if call.stacked is not None:
         return call.stacked, params[None] if params is not None and params.dim() == 1 else params
     return [None if ts[0] is None else torch.stack(ts) for ts in zip(*call.groups, strict=True)], params  # type: ignore[arg-type]
-
-
-def _fit(
-    x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], rows: tuple[int, int, int, int]
-) -> None:
-    """Raise where a group's arguments do not fit."""
-    for k, weights in enumerate(groups):
-        states = tuple(s[k] if s is not None and s.dim() == 3 else s for s in given)
-        arguments.fit(x if x.dim() == 3 else x[:, :, k], states, weights, rows)
 
 
 def starts(
@@ -561,17 +489,3 @@ def starts(
     w_hh = groups[0][1]
     sizes = (H if w_hh is None else w_hh.shape[1], *(H,) * (len(given) - 1))
     return tuple(x.new_zeros(K, B, n) if s is None else s.reshape(K, B, n) for s, n in zip(given, sizes, strict=True))
-
-
-def _projected(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Choice) -> Result:
-    """An LSTM with a projection, by one without: see `projection`."""
-    x, (h0, c0), groups = call.x, call.states, call.groups
-    plain = projection.unprojected(groups)
-    if h0 is not None:
-        h0 = h0.reshape(len(groups), x.shape[1], h0.shape[-1])
-        x, plain = projection.with_start(x, h0, groups, plain, options.reverse, options.resets, options.lengths)
-    call = call._replace(x=x, states=(None, c0), groups=plain, stacked=None)
-    y, (m, c), every = execute(cell, call, options, case, choice)
-    hn = projection.project_final(m, groups, h0, options.lengths)
-    y = projection.project(y, groups)
-    return y, (hn, c), None if every is None else (y, *every[1:])

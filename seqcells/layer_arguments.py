@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -246,12 +248,13 @@ def _packed(
     return states, resets(resets_, (batch, steps) if module.batch_first else (steps, batch), data.device)
 
 
-def packed_batch(input: PackedSequence, states: Sequence[Tensor]) -> int:
+def packed_batch(input: PackedSequence, states: Sequence[Tensor | None]) -> int:
     """The sequences in a PackedSequence."""
     if input.sorted_indices is not None:
         return input.sorted_indices.shape[0]
-    if torch.compiler.is_compiling() and len(states) and states[0].dim() == 3:
-        return states[0].shape[1]  # without a value that a compiler could not know
+    given = states[0] if len(states) else None
+    if torch.compiler.is_compiling() and given is not None and given.dim() == 3:
+        return given.shape[1]  # without a value that a compiler could not know
     return int(input.batch_sizes[0])
 
 
@@ -357,3 +360,51 @@ def step(
     for name, t in zip((*weights, *more), (*parameters, *more.values()), strict=True):
         if t.dtype != parameters[0].dtype and not torch._C._is_any_autocast_enabled():
             raise RuntimeError(f"{name} must be of the dtype of {first}, {parameters[0].dtype}, got {t.dtype}")
+
+
+# Constructors
+
+
+def rate(dropout: Any) -> float:
+    """dropout as a float; what float raises, in words that name it."""
+    try:
+        return float(dropout)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        kind = ValueError if isinstance(error, OverflowError) else type(error)
+        raise kind(f"{_DROPOUT}, got {checks.kind(dropout)}") from None
+
+
+_DROPOUT = "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
+
+
+def sizes(given: tuple[Any, ...], stacklevel: int) -> None:
+    """torch.nn's checks, in its words and order; and of bidirectional, at whose type it stumbles when called.
+
+    given: input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size.
+    """
+    input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size = given
+    if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):  # type: ignore[operator]  # float
+        raise ValueError(_DROPOUT)
+    if dropout and isinstance(num_layers, int) and num_layers == 1:
+        warnings.warn(
+            "dropout option adds dropout after all but last "
+            "recurrent layer, so non-zero dropout expects "
+            f"num_layers greater than 1, but got dropout={dropout} and "
+            f"num_layers={num_layers}",
+            stacklevel=stacklevel,
+        )
+    checks.boolean("bias", bias)
+    checks.boolean("batch_first", batch_first)
+    for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
+        checks.integer(name, size, bools=True)
+        if size <= 0:
+            raise ValueError(f"{name} must be greater than zero")
+    checks.integer("num_layers", num_layers)
+    if num_layers <= 0:
+        raise ValueError("num_layers must be greater than zero")
+    checks.integer("proj_size", proj_size)
+    if proj_size < 0:
+        raise ValueError("proj_size should be a positive integer or zero to disable projections")
+    if proj_size >= hidden_size:
+        raise ValueError("proj_size has to be smaller than hidden_size")
+    checks.boolean("bidirectional", bidirectional)

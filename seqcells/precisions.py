@@ -1,8 +1,16 @@
-"""In what precision float32 is multiplied: asked for by name, or by PyTorch's own switches."""
+"""In what precision float32 is multiplied: asked for by name, or by PyTorch's own switches; and what autocast makes of
+a call."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+Groups = Sequence[Sequence["Tensor | None"]]
 
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 
@@ -31,3 +39,32 @@ def of_inputs(dtype: torch.dtype, device: torch.device) -> str:
     switched = dtype == torch.float32 and device.type == "cuda"
     tf32 = switched and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"
+
+
+def autocast(
+    cell: str,
+    x: Tensor,
+    states: tuple[Tensor | None, ...],
+    groups: Groups,
+    more: tuple[Any, Any] = (None, None),
+    one_step: bool = False,
+) -> tuple[Tensor, tuple[Tensor | None, ...], Groups, tuple[Any, Any]]:
+    """x, states, weights, and params and inputs (see `run`), in the dtype in which torch's own cell answers."""
+    dtype, low = torch.get_autocast_dtype(x.device.type), (torch.float16, torch.bfloat16, torch.float32)
+    if x.device.type == "cpu" and (cell in ("gru", "gru_before") or (cell == "lstm" and one_step)):
+        # There torch has no fused kernel to cast for. It rounds the products' operands, and the state keeps its dtype.
+        dtype = torch.promote_types(dtype, next((s.dtype for s in states if s is not None), x.dtype))
+
+    def cast(tensors: Iterable[Any]) -> tuple[Any, ...]:
+        wide = (t.data if isinstance(t, PackedSequence) else t for t in tensors)
+        found = (t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for t in wide)
+        return tuple(
+            t._replace(data=f) if isinstance(t, PackedSequence) else f for t, f in zip(tensors, found, strict=True)
+        )
+
+    def by_name(given: Any) -> Any:
+        return dict(zip(given, cast(given.values()), strict=True)) if isinstance(given, Mapping) else given
+
+    params, inputs = more
+    params = params if params is None else [by_name(p) for p in params]
+    return cast([x])[0], cast(states), [cast(weights) for weights in groups], (params, by_name(inputs))

@@ -7,12 +7,28 @@ not the projection of an m: its product with U reaches the first step as part of
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from .dispatch import Call, Result, ScanOptions
+
 Weights = Sequence["Tensor | None"]
+
+
+def scan(run: Callable[[Call], Result], call: Call, options: ScanOptions) -> Result:
+    """The scan of an LSTM with a projection; run: that of one without."""
+    x, (h0, c0), groups = call.x, call.states, call.groups
+    plain = unprojected(groups)
+    if h0 is not None:
+        h0 = h0.reshape(len(groups), x.shape[1], h0.shape[-1])
+        x, plain = with_start(x, h0, groups, plain, options.reverse, options.resets, options.lengths)
+    y, (m, c), every = run(call._replace(x=x, states=(None, c0), groups=plain, stacked=None))
+    hn, y = project_final(m, groups, h0, options.lengths), project(y, groups)
+    return y, (hn, c), None if every is None else (y, *every[1:])
 
 
 def unprojected(groups: Sequence[Weights]) -> list[Weights]:

@@ -6,9 +6,7 @@ Parameters are read at each call, so weight norm, parametrizations, pruning and 
 from __future__ import annotations
 
 import math
-import numbers
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,11 +16,12 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import arguments, backends, checks, dispatch, extras, layer_arguments, modules, packing
+from . import arguments, backends, checks, dispatch, extras, layer_arguments, modules, packing, precisions
 from .cell import Cell, get
 from .dispatch import ScanOptions
 from .engines import aten
 
+States = tuple["Tensor | None", ...]
 _SAVES, _PRECISIONS = arguments.SAVES, (None, *arguments.PRECISIONS)
 
 
@@ -146,9 +145,9 @@ class Recurrent(modules.Module):
     ) -> None:
         """What constructors have in common."""
         nn.Module.__init__(self)  # in `subclasses` torch.nn.LSTM's would be next
-        rate = _rate(dropout)  # first, as in torch.nn
+        rate = layer_arguments.rate(dropout)  # first, as in torch.nn
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        _check_options(*sizes, stacklevel=_outside(self))
+        layer_arguments.sizes(sizes, stacklevel=_outside(self))
         checks.device(device, optional=True)
         checks.dtype(dtype, optional=True)
         arguments.options(backend, precision, save, cell.key)
@@ -303,32 +302,30 @@ class Recurrent(modules.Module):
         inputs: Mapping[str, Any] | None = None,
     ) -> tuple[Any, tuple[Tensor, ...], Any]:
         """Output, final states, and the last layer's states after every step or None, in the layout of x."""
-        given = None if state is None else (state,) if len(self.cell.states) == 1 else state
+        cell = self.cell
+        given = None if state is None else (state,) if len(cell.states) == 1 else state
         weights = None
-        if lengths is None and states is False and not (inputs or self.cell.inputs):
+        if lengths is None and states is False and not (inputs or cell.inputs):
             weights = layer_arguments.plain(self, x, given, resets)
         if weights is None:
             weights, resets, lengths = self._check(x, state, resets, lengths, states, inputs or {})
-            given = None if given is None else tuple(given)
         if not (self.save in _SAVES and self.precision in _PRECISIONS):
             arguments.options(self.backend, self.precision, self.save)
+        states_: States = (None,) * len(cell.states) if given is None else tuple(given)
         reverse = (False, True) if self.bidirectional else (False,)
-        packed, more = None if isinstance(x, Tensor) else x, inputs or {}
-        own = (reverse, self.save, self.backend, self.precision, states, packed is not None)
-        options = ScanOptions(resets, lengths, *own)
-        if packed is not None:
-            return self._run_packed(packed, given, weights, options, more)
+        own = (reverse, self.save, self.backend, self.precision, states)
+        more = inputs or {}
+        if not isinstance(x, Tensor):
+            return self._run_packed(x, states_, weights, ScanOptions(resets, None, *own, True), more)
         batched = x.dim() == 3
         if not batched:
-            x = x[:, None]
-            given = None if given is None else tuple(s[:, None] for s in given)
-            options = options._replace(resets=None if resets is None else resets[:, None])
+            x, resets = x[:, None], None if resets is None else resets[:, None]
+            states_ = tuple(None if s is None else s[:, None] for s in states_)
             more = {name: t[:, None] for name, t in more.items()}
         elif self.batch_first:
-            x = x.transpose(0, 1)
-            options = options._replace(resets=None if resets is None else resets.t())
+            x, resets = x.transpose(0, 1), None if resets is None else resets.t()
             more = {name: t.transpose(0, 1) for name, t in more.items()}
-        y, final, every = self._scan(x, given, weights, options, more)
+        y, final, every = self._scan(x, states_, weights, ScanOptions(resets, lengths, *own), more)  # type: ignore[arg-type]  # checked
         if not batched:
             return y[:, 0], tuple(s[:, 0] for s in final), None if every is None else tuple(s[:, 0] for s in every)
         if self.batch_first:
@@ -338,16 +335,16 @@ class Recurrent(modules.Module):
     def _run_packed(
         self,
         x: PackedSequence,
-        given: tuple[Tensor, ...] | None,
+        states: States,
         weights: list[Tensor],
         options: ScanOptions,
         inputs: Mapping[str, Any],
     ) -> tuple[PackedSequence, tuple[Tensor, ...], tuple[PackedSequence, ...] | None]:
         """`_run` of a PackedSequence."""
         _, batch_sizes, order, back = x
-        if given is not None and order is not None:
-            given = tuple(s.index_select(1, order) for s in given)
-        y, final, every = self._scan(x.data, given, weights, options, inputs, x)
+        if order is not None:
+            states = tuple(None if s is None else s.index_select(1, order) for s in states)
+        y, final, every = self._scan(x.data, states, weights, options, inputs, x)
         if back is not None:
             final = tuple(s.index_select(1, back) for s in final)
         packed = PackedSequence(y, batch_sizes, order, back)
@@ -357,36 +354,30 @@ class Recurrent(modules.Module):
     def _scan(
         self,
         x: Tensor,
-        given: tuple[Tensor, ...] | None,
+        states: States,
         weights: Sequence[Tensor],
         options: ScanOptions,
         inputs: Mapping[str, Any],
         packed: PackedSequence | None = None,
     ) -> dispatch.Result:
-        """All layers over x [T, B, I], or over packed's data; given [layers * directions, B, .], in packed's order.
+        """All layers over x [T, B, I], or over packed's data; states [layers * directions, B, .], in packed's order.
 
         Results as x is: [T, B, .], or rows.
         """
         cell, H = self.cell, self.hidden_size
-        states = (None,) * len(cell.states) if given is None else given
         if torch._C._is_any_autocast_enabled() and backends.autocasting(x.device):
-            x, states, (weights,), (_, inputs) = dispatch.autocast(cell.key, x, states, [weights], (None, inputs))
-            given = None if given is None else states  # type: ignore[assignment]
+            x, states, groups, (_, inputs) = precisions.autocast(cell.key, x, states, [weights], (None, inputs))
             with torch.autocast(x.device.type, enabled=False):
-                return self._scan(x, given, weights, options, inputs, packed)
-        sizes, where = None, None
+                return self._scan(x, states, groups[0], options, inputs, packed)  # type: ignore[arg-type]  # none is None
+        size, where = None, None
         if packed is not None:
-            steps, batch = len(packed.batch_sizes), layer_arguments.packed_batch(packed, given or ())
-            sizes, options = (steps, batch), options._replace(lengths=packed.batch_sizes)
+            size = len(packed.batch_sizes), layer_arguments.packed_batch(packed, states)
+            options = options._replace(lengths=packed.batch_sizes)
         tensors = (*weights, *states, *(t.data if isinstance(t, PackedSequence) else t for t in inputs.values()))
-        case = dispatch.case_of(cell, x, tensors, options, H, packed=sizes, projected=self.proj_size > 0)
+        case = dispatch.case_of(cell, x, tensors, options, H, packed=size, projected=self.proj_size > 0)
         choice = dispatch.choose(case)
-        if choice.stack:
-            if case.observed or options.resets is not None:
-                _, states, options, _ = dispatch.prepared(case, choice, x, states, options)
-            return *aten.stack(self, x, None if packed is None else packed.batch_sizes, states, weights, case.grad), None
-        if packed is not None:
-            where = packing.layout(packed.batch_sizes, batch, x.shape[0], x.device)
+        if packed is not None and size is not None and not choice.stack:
+            where = packing.layout(packed.batch_sizes, size[1], x.shape[0], x.device)
             x, flags = packing.pad(x, where), options.resets
             flags = None if flags is None else self._padded(flags, packed, where)
             options = options._replace(resets=flags, lengths=where.lengths)
@@ -394,19 +385,15 @@ class Recurrent(modules.Module):
         mask = None
         if case.observed or options.resets is not None or options.lengths is not None:
             x, states, options, mask = dispatch.prepared(case, choice, x, states, options)
+        if choice.stack:
+            sizes = None if packed is None else packed.batch_sizes
+            return *aten.stack(self, x, sizes, states, weights, case.grad), None
         beside = extras.inputs(cell, inputs, x, H, options.lengths) if inputs else None
-        finals, every, count = [], None, len(options.reverse)
-        n = len(weights) // (count * self.num_layers)
+        finals, every = [], None
         for layer in range(self.num_layers):
             if layer:
                 x = self._dropped(x, where)
-            each = [self._group(weights[k * n : (k + 1) * n], x) for k in range(layer * count, (layer + 1) * count)]
-            groups, vectors = zip(*each, strict=True)
-            mine = tuple(None if s is None else s[layer * count : (layer + 1) * count] for s in states)
-            if self._parts[0] != "weight_ih":
-                mine = dispatch.starts(x, mine, groups, H)  # which say what H is
-            params = extras.params(cell, vectors, x, H) if cell.params else None
-            call = dispatch.Call(x, mine, groups, None, params, beside, mask)
+            call = self._call(layer, x, states, weights)._replace(inputs=beside, mask=mask)
             own = options if layer == self.num_layers - 1 else options._replace(all_states=False)
             x, final, every = dispatch.execute(cell, call, own, case, choice)
             finals.append(final)
@@ -424,15 +411,30 @@ class Recurrent(modules.Module):
         # Of a packed input only its rows: torch.nn draws as many random numbers.
         return packing.pad(dropout(packing.pack(x, where), self.dropout), where)
 
-    def _group(self, weights: Sequence[Tensor], x: Tensor) -> tuple[aten.Weights, Mapping[str, Tensor]]:
-        """Of one direction's parameters: w_ih, w_hh, b_ih, b_hh (and w_hr), and the cell's own by name."""
+    def _call(self, layer: int, x: Tensor, states: States, weights: Sequence[Tensor]) -> dispatch.Call:
+        """The tensors of one layer, of those of all."""
+        count = 2 if self.bidirectional else 1
+        n, first = len(weights) // (count * self.num_layers), layer * count
+        groups: list[aten.Weights] = [weights[k * n : (k + 1) * n] for k in range(first, first + count)]
+        own = tuple(None if s is None else s[first : first + count] for s in states)
         if self._parts == modules.PARTS:
-            return weights, {}
-        of = dict(zip(self._parts, weights, strict=True))
-        w_ih, *others = (of.get(part) for part in modules.PARTS)
-        w_ih = x.new_empty(0, x.shape[-1]) if w_ih is None else w_ih
-        projection = (of["weight_hr"],) if "weight_hr" in of else ()
-        return (w_ih, *others, *projection), {name: of[name] for name in self.cell.params}
+            return dispatch.Call(x, own, groups)
+        named = [dict(zip(self._parts, of, strict=True)) for of in groups]
+        nothing = x.new_empty(0, x.shape[-1])  # weight_ih of a cell that reads no x
+        groups = [
+            (
+                of.get("weight_ih", nothing),
+                *(of.get(part) for part in modules.PARTS[1:]),
+                *[of[part] for part in of if part == "weight_hr"],
+            )
+            for of in named
+        ]
+        if self._parts[0] != "weight_ih":
+            own = dispatch.starts(x, own, groups, self.hidden_size)  # which say what the hidden size is
+        cell = self.cell
+        vectors = [{name: of[name] for name in cell.params} for of in named]
+        params = extras.params(cell, vectors, x, self.hidden_size) if cell.params else None
+        return dispatch.Call(x, own, groups, params=params)
 
     def _padded(self, given: Tensor | PackedSequence, x: PackedSequence, where: packing.Layout) -> Tensor:
         """resets or a per-step input of a packed x, packed like it or padded in the batch's own order: [T, B, ...] in
@@ -442,60 +444,11 @@ class Recurrent(modules.Module):
         given = given.transpose(0, 1) if self.batch_first else given
         given = given if x.sorted_indices is None else given.index_select(1, x.sorted_indices)
         return given.masked_fill(where.padding.reshape(*where.padding.shape, *(1,) * (given.dim() - 2)), 0)
+
+
 def _outside(module: nn.Module) -> int:
     """A warning's stacklevel, from a function that a constructor's helper calls: the line that makes the module."""
     level, frame = 2, sys._getframe(1)
     while frame.f_locals.get("self") is module and frame.f_back is not None:
         level, frame = level + 1, frame.f_back
     return level
-
-
-def _rate(dropout: Any) -> float:
-    """dropout as a float; what float raises, in words that name it."""
-    try:
-        return float(dropout)
-    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        kind = ValueError if isinstance(error, OverflowError) else type(error)
-        raise kind(f"{_DROPOUT}, got {checks.kind(dropout)}") from None
-
-
-_DROPOUT = "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
-
-
-def _check_options(
-    input_size: int,
-    hidden_size: int,
-    num_layers: int,
-    bias: bool,
-    batch_first: bool,
-    dropout: float,
-    bidirectional: bool,
-    proj_size: int,
-    stacklevel: int,
-) -> None:
-    """torch.nn's checks, in its words and order; and of bidirectional, at whose type it stumbles when called."""
-    if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
-        raise ValueError(_DROPOUT)
-    if dropout > 0 and isinstance(num_layers, int) and num_layers == 1:
-        warnings.warn(
-            "dropout option adds dropout after all but last "
-            "recurrent layer, so non-zero dropout expects "
-            f"num_layers greater than 1, but got dropout={dropout} and "
-            f"num_layers={num_layers}",
-            stacklevel=stacklevel,
-        )
-    checks.boolean("bias", bias)
-    checks.boolean("batch_first", batch_first)
-    for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
-        checks.integer(name, size, bools=True)
-        if size <= 0:
-            raise ValueError(f"{name} must be greater than zero")
-    checks.integer("num_layers", num_layers)
-    if num_layers <= 0:
-        raise ValueError("num_layers must be greater than zero")
-    checks.integer("proj_size", proj_size)
-    if proj_size < 0:
-        raise ValueError("proj_size should be a positive integer or zero to disable projections")
-    if proj_size >= hidden_size:
-        raise ValueError("proj_size has to be smaller than hidden_size")
-    checks.boolean("bidirectional", bidirectional)

@@ -63,7 +63,7 @@ def _attempts(planned: Callable[..., Plan], call: Callable[..., Any]) -> Iterato
     avoid: tuple[str, ...] = ()
     while True:
         try:
-            chosen = planned(avoid=avoid)
+            chosen = planned(schedule="", avoid=avoid)
         except ValueError as error:
             if not avoid:  # nothing ever fitted: `call` raises it again
                 yield "any", partial(_raise, error)
@@ -112,10 +112,9 @@ def _scan_forward(
     gx = gx.contiguous()  # vmap's rows and groups need not be
     how: Any = {"save": save, "reversed": reversed, "precision": precision, "params": params}
     call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **how)
-    asked: Any = (cell, gx.shape[1], (u.shape[0], u.shape[2]), u)
+    planned = partial(plan_for, cell, gx.shape[1], (u.shape[0], u.shape[2]), u, precision=precision, backward=False)
     if schedule != "auto":
-        return tuple(call(plan=plan_for(*asked, schedule, precision, False)))  # type: ignore[return-value]
-    planned = partial(plan_for, *asked, "", precision, False)
+        return tuple(call(plan=planned(schedule=schedule)))  # type: ignore[return-value]  # a Scanned
 
     def by_loop() -> Any:
         out = loop.forward(gx, u, bias, h0, c0, mask, cell, save, reversed, "", precision, params)
@@ -154,10 +153,9 @@ def _scan_backward(
     y, c, saved = y.contiguous(), c.contiguous(), saved.contiguous()
     how: Any = {"dcs": dcs, "reversed": reversed, "precision": precision, "params": params}
     call = partial(kernels.scan.backward, declared, dy, dhn, dcn, u, y, c, saved, mask, **how)
-    asked: Any = (cell, y.shape[1], (u.shape[0], u.shape[2]), u)
+    planned = partial(plan_for, cell, y.shape[1], (u.shape[0], u.shape[2]), u, precision=precision, backward=True)
     if schedule != "auto":
-        return tuple(call(plan=plan_for(*asked, schedule, precision, True)))  # type: ignore[return-value]
-    planned = partial(plan_for, *asked, "", precision, True)
+        return tuple(call(plan=planned(schedule=schedule)))  # type: ignore[return-value]  # a Gradients
 
     def by_loop() -> Any:
         kept = _kept(cell, saved, y.dtype) if declared.saved else saved
@@ -187,7 +185,11 @@ def _recompute(
     """See kernels.scan.recompute."""
     declared = kernels.cells.get(cell)
     gx, y, c = gx.contiguous(), y.contiguous(), c.contiguous()
-    how: Any = {"plan": plan_for(cell, y.shape[1], (u.shape[0], u.shape[2]), u, "", "ieee", False), "reversed": reversed, "params": params}
+    how: Any = {
+        "plan": plan_for(cell, y.shape[1], (u.shape[0], u.shape[2]), u, "", "ieee", False),
+        "reversed": reversed,
+        "params": params,
+    }
     call = partial(kernels.scan.recompute, declared, gx, u, bias, y, c, mask, **how)
     if schedule != "auto":
         return call()
@@ -282,12 +284,13 @@ def forward(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -
     x, h0, c0, *weights, extra = inputs
     at = places(options.cell)
     assert x is not None
-    told = (options.cell, save)
+    told: Any = (options.cell, save)
     if options.single:
         h0, c0 = (None if s is None else s.reshape(s.shape[-2:]) for s in (h0, c0))
         *own, params = weights
-        more = (options.schedule, options.precision, options.single, params)
-        out = _single_forward(x[0], *own, h0, c0, *told, *more)  # type: ignore[arg-type]
+        told += (options.schedule, options.precision, options.single, params)
+        given: Any = (x[0], *own, h0, c0)
+        out = _single_forward(*given, *told)
         return (out[3][None], *_finals(at, *out[3:])), out[:3]
     w_ih, w_hh, b_ih, b_hh, params = _grouped(*weights)
     assert w_ih is not None
@@ -295,9 +298,9 @@ def forward(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -
     gx, bias = input_projection(at, x, w_ih, b_ih, b_hh, H, extra)
     B, K = gx.shape[1:3]
     h0, c0 = (s if s is None or s.dim() == 3 else s.reshape(K, B, s.shape[-1]) for s in (h0, c0))
-    run = scan_forward if options.traced else _scan_forward
-    more = (options.reversed, options.schedule, options.precision, params)
-    y, c, saved, *final = run(gx, recurrent(at, w_hh, w_ih, H), bias, h0, c0, mask, *told, *more)
+    run: Any = scan_forward if options.traced else _scan_forward
+    told += (options.reversed, options.schedule, options.precision, params)
+    y, c, saved, *final = run(gx, recurrent(at, w_hh, w_ih, H), bias, h0, c0, mask, *told)
     shown = [outputs(s, options.reversed) for s in ((y, c) if options.states else (y,))]
     padding = None if mask is None else masks.held(mask)
     if padding is not None and options.reversed and not (h0 is None and c0 is None):
