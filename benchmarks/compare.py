@@ -29,8 +29,9 @@ from cases import NAMES, Case, Problem, Unavailable
 from providers import PROVIDERS, judge
 
 import seqcells
-from seqcells import explanation, suite
-from seqcells.progress import bar
+from seqcells import explanation
+from seqcells.tasks import suite
+from seqcells.tasks.progress import bar
 
 
 def planned(problem: Problem) -> tuple[str, float | None]:

@@ -34,7 +34,7 @@ import cases
 import compare
 from providers import PROVIDERS
 
-from seqcells import suite
+from seqcells.tasks import suite
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
 

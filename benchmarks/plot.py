@@ -21,7 +21,7 @@ import matplotlib
 from matplotlib import pyplot, ticker
 from providers import PROVIDERS
 
-from seqcells import plots
+from seqcells.tasks import plots
 
 matplotlib.use("Agg")
 

@@ -105,12 +105,10 @@ ARROWS = {  # room: the rooms of the project it may import
     "init": {"checks", "weights"},
     "interop": {"cell", "checks", "weights"},
     "testing": {"backends", "cell", "checks", "explanation", "functional", "reference", "kernels.registry"},
-    "files": set(),
-    "training": {"files"},
-    "plots": {"files", "suite", "tasks"},
-    "progress": set(),
-    "tasks": {"init", "layers", "training"},
-    "suite": {"files", "progress", "tasks", "training"},
+    "tasks": {  # which nothing imports but __main__
+        *("backends", "cell", "explanation", "init", "layers", "precisions", "testing"),
+        *("kernels.devices", "kernels.registry"),
+    },
     "integrations": {"cell_modules", "layers", "recurrent"},
 }
 TOP = {"__init__", "__main__"}  # these may import anything
@@ -166,6 +164,12 @@ def test_imports_run_one_way():
                 seen.add((here, there))
                 assert there in ARROWS[here], f"{file}: {here} must not import {there}"
     assert ("ops", "kernels.scan") in seen and ("tasks", "layers") in seen and ("kernels.cells", "kernels.form") in seen
+
+
+def test_a_library_user_does_not_pay_for_the_tasks():
+    code = "import sys, seqcells; print(*(n for n in sys.modules if n.startswith('seqcells.tasks')))"
+    loaded = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert loaded.split() == []
 
 
 @pytest.mark.parametrize("file", ["devices.py", "form.py", "plan.py", "plan_single.py"])

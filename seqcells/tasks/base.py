@@ -10,7 +10,8 @@ from torch import nn
 
 from .. import layers
 
-CELLS = ("lstm", "gru", "gru-before", "rnn")
+# The cells that tasks are run with, and what each is called in seqcells.functional.
+CELLS = {"lstm": "lstm", "gru": "gru", "gru-before": "gru_before", "rnn": "rnn_tanh"}
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..training import Run, Verdict, stream
 from .base import Case, identity, recurrent
+from .training import Run, Verdict, stream
 
 NAME = "count-ones"
 SHOWS = "hand-written LSTM and GRU cells learn to count; fused and reference cells do the same"

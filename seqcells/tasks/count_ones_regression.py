@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import init
-from ..training import Run, Verdict, stream
 from .base import Case, identity, recurrent
+from .training import Run, Verdict, stream
 
 NAME = "count-ones-regression"
 SHOWS = "two hidden units count ones; an accumulator from the start counts right at twice the length it was trained on"

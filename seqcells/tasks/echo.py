@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import init
-from ..training import Run, Verdict, stream
 from .base import Case, identity, recurrent
+from .training import Run, Verdict, stream
 
 NAME = "echo"
 SHOWS = "random integers repeated: step by step, with state carried over batches, and through an encoder and a decoder"

@@ -29,8 +29,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..training import Run, Verdict, stream
 from .base import Case, identity, recurrent
+from .training import Run, Verdict, stream
 
 NAME = "memorize"
 SHOWS = "a string learnt one character and one optimizer step at a time, and why the notebook's random one was not"

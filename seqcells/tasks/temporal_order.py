@@ -32,8 +32,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import init
-from ..training import Run, Verdict, stream
 from .base import Case, identity, recurrent
+from .training import Run, Verdict, stream
 
 NAME = "temporal-order"
 SHOWS = "three symbols far apart in strings of 110 decide the class, and why the notebook's loss could not fall"

@@ -7,9 +7,8 @@ import textwrap
 from pathlib import Path
 from typing import Any
 
-from . import files
+from . import TASKS, files
 from .suite import Outcome
-from .tasks import TASKS
 
 # Of each cell: colour, marker and width. Runs that agree lie on each other: the later ones are thinner.
 CELLS = {

@@ -16,10 +16,9 @@ from typing import Any
 
 import torch
 
-from . import files
+from . import TASKS, files
+from .base import Case, identity
 from .progress import bar
-from .tasks import TASKS
-from .tasks.base import Case, identity
 from .training import Row, Run, read_checkpoint, train
 
 
