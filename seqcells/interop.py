@@ -131,7 +131,7 @@ def from_haste(
 def from_handwritten_lstm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of an LSTM cell of two Linears, x_fc and h_fc, whose output is cut into i f g o.
 
-    state: as reference.HandwrittenLSTMCell's: x_fc.weight [4*H, I], h_fc.weight [4*H, H], both with bias.
+    state: as tasks.handwritten.HandwrittenLSTMCell's: x_fc.weight [4*H, I], h_fc.weight [4*H, H], both with bias.
     Raises ValueError for names and shapes that do not fit.
     """
     _names(state, [f"{x}_fc.{kind}" for x in "xh" for kind in ("weight", "bias")])
@@ -145,8 +145,9 @@ def from_handwritten_lstm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_handwritten_gru(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of a GRU cell of six Linears, x_fc_r, x_fc_z, x_fc_n and h_fc_r, h_fc_z, h_fc_n, all with bias.
 
-    state: as reference.HandwrittenGRUCell's, whose reset gate comes before the product: for GRU with reset_after=False.
-    Each x_fc_.weight [H, I], each h_fc_.weight [H, H]. Raises ValueError for names and shapes that do not fit.
+    state: as tasks.handwritten.HandwrittenGRUCell's. The reset gate comes before the product: load it into a GRU with
+    reset_after=False. Each x_fc_.weight [H, I], each h_fc_.weight [H, H].
+    Raises ValueError for names and shapes that do not fit.
     """
     _names(state, [f"{x}_fc_{gate}.{kind}" for x in "xh" for gate in "rzn" for kind in ("weight", "bias")])
     H = _checked("h_fc_r.weight", state["h_fc_r.weight"], ("H", "H")).shape[1]

@@ -41,7 +41,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "checks": set(),
     "precisions": set(),
     "arguments": {"backends", "checks", "precisions"},
-    "reference_arguments": {"arguments", "checks"},
+    "reference_arguments": {"arguments", "cell", "checks"},
     "reference": {"cell", "cells", "reference_arguments"},
     "derive": {"kernels.cells", "kernels.form", "kernels.math"},
     "cell": {"checks", "derive", "kernels.form", "kernels.registry"},
@@ -106,7 +106,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "interop": {"cell", "checks", "weights"},
     "testing": {"backends", "cell", "checks", "explanation", "functional", "reference", "kernels.registry"},
     "tasks": {  # which nothing imports but __main__
-        *("backends", "cell", "explanation", "init", "layers", "precisions", "testing"),
+        *("arguments", "backends", "cell", "checks", "explanation", "init", "layers", "precisions", "testing"),
         *("kernels.devices", "kernels.registry"),
     },
     "integrations": {"cell_modules", "layers", "recurrent"},
