@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from seqcells import testing
+from seqcells.cell import named
+from seqcells.tasks.base import CELLS as NAMES  # of each cell here, what it is called in seqcells.functional
 
 KINDS = {"lstm": "LSTM", "gru": "GRU", "gru-before": "GRU", "rnn": "RNN"}
-NAMES = {"lstm": "lstm", "gru": "gru", "gru-before": "gru_before", "rnn": "rnn_tanh"}  # in seqcells.functional
-GATES = {"lstm": 4, "gru": 3, "gru-before": 3, "rnn": 1}
+GATES = {cell: len(named(name).gates) for cell, name in NAMES.items()}
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 INFERENCE, TRAINING, STEP = "inference", "training", "step"
 

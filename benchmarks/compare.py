@@ -239,7 +239,7 @@ def document(rows: list[dict[str, Any]], facts: dict[str, str], command: str) ->
     return (
         f"# Side by side\n\nWritten by `{command}`: {shown}.\n\n"
         'Medians of interleaved samples. "auto" in microseconds, of the whole and of a step; every other provider as\n'
-        "a multiple of auto's time in the same run (above 1: auto is faster). An empty place: it has not got it.\n"
+        "a multiple of auto's time in the same run (above 1: auto is faster). Empty: it lacks the case.\n"
         "Training is forward and backward, gradients of all weights; inference forward without gradients.\n"
         "floor: the matrix products alone, each a call, in us a step (CPU); the plan's model of a step (CUDA).\n\n"
         f"{table(rows)}\n\n## What was asked of auto\n\n{goals(rows)}\n\n"

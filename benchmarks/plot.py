@@ -39,7 +39,7 @@ LOOKS = {
     "triton, states": ("#ff7f0e", "seqcells' kernels, save='states'"),
     "aten": ("#9fb4d8", "backend 'aten'"),
     "loop": ("#f2a7a0", "backend 'loop'"),
-    "reference": ("#937860", "loop by hand (backend 'reference')"),
+    "reference": ("#937860", "loop by hand"),
     "split": ("#c9a94e", "torch.nn between resets"),
     "cell loop": ("#55a868", "loop over torch.nn's cell"),
     "compiled loop": ("#64b5cd", "that loop, compiled"),
