@@ -292,9 +292,10 @@ def _do(swaps: list[_Swap], changes: list[Change], report: list[Change] | None, 
             swap.do()
             if isinstance(swap.module, nn.RNNBase) and not parametrize.is_parametrized(swap.module):
                 swap.module.flatten_parameters()  # for cuDNN, as torch does at the end of a constructor
-        for change in changes if report is not None else ():
-            report.append(change)  # type: ignore[union-attr]
-            undo.append(getattr(report, "pop", lambda: None))
+        if report is not None:
+            for change in changes:
+                report.append(change)
+                undo.append(getattr(report, "pop", lambda: None))
         for change in changes:
             LOGGER.log(logging.WARNING if change.skipped else logging.DEBUG, "%s", change)
         LOGGER.log(summary[0], "%s", summary[1])
@@ -390,12 +391,12 @@ def _flat_weights(module: nn.Module, names: list[str]) -> dict[str, Any]:
     """torch.nn.LSTM's list of its weights, and the weak references by which it sees that one was replaced."""
     found: list[Tensor | None] = []
     for name in names:
-        weight = module._parameters.get(name)
+        weight: Tensor | None = module._parameters.get(name)
         if weight is None and parametrize.is_parametrized(module, name):
             # Not computed here, which may have effects (spectral_norm's power iteration): a tensor that is not the
             # weight, so that the first forward sees a change and computes all.
-            held: Any = module.parametrizations[name]  # type: ignore[index]
-            weight = next(chain(held.parameters(recurse=False), held.buffers(recurse=False)), None)
+            parts = module.get_submodule(f"parametrizations.{name}")
+            weight = next(chain(parts.parameters(recurse=False), parts.buffers(recurse=False)), None)
         found.append(module.__dict__.get(name) if weight is None else weight)
         checks.tensor(name, found[-1], optional=True)
     return {"_flat_weights": found, "_flat_weight_refs": [None if w is None else weakref.ref(w) for w in found]}

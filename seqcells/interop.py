@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from . import checks, weights
 from .cell import get
+from .kernels.registry import BUILT_IN
 
 Array = Any  # anything numpy.asarray takes, or a tensor
-# What others call our cells.
-KINDS = {"lstm": "lstm", "gru": "gru", "gru_before": "gru", "rnn_tanh": "rnn", "rnn_relu": "rnn"}
-# Their order of our gates.
+# What others call our cells: lstm, gru or rnn.
+KINDS = {name: name.partition("_")[0] for name in BUILT_IN}
+# Our gates in their order.
 KERAS = {"lstm": "ifgo", "gru": "zrn", "rnn": "n"}
 HASTE = {"lstm": "igfo", "gru": "zrn"}
 

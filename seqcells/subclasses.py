@@ -29,7 +29,7 @@ __all__ = ["GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell"]
 class _Parameters(nn.RNNBase):
     """torch.nn's RNNs keep a list of their parameters. Ours are read where they are: nothing keeps or renews a list."""
 
-    __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]
+    __setattr__ = nn.Module.__setattr__  # type: ignore[assignment]  # a method is assigned
     _apply = nn.Module._apply
     _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
 
@@ -41,13 +41,13 @@ class _Parameters(nn.RNNBase):
     def _update_flat_weights(self) -> None: ...
 
 
-class LSTM(layers.LSTM, _Parameters, nn.LSTM):  # type: ignore[misc, override]
+class LSTM(layers.LSTM, _Parameters, nn.LSTM):  # type: ignore[misc, override]  # forward is ours
     """seqcells.LSTM, and an instance of torch.nn.LSTM. What that costs: see the module."""
 
 
-class GRU(layers.GRU, _Parameters, nn.GRU):  # type: ignore[misc, override]
+class GRU(layers.GRU, _Parameters, nn.GRU):  # type: ignore[misc, override]  # forward is ours
     """seqcells.GRU, and an instance of torch.nn.GRU. What that costs: see the module."""
 
 
-class RNN(layers.RNN, _Parameters, nn.RNN):  # type: ignore[misc, override]
+class RNN(layers.RNN, _Parameters, nn.RNN):  # type: ignore[misc, override]  # forward is ours
     """seqcells.RNN, and an instance of torch.nn.RNN. What that costs: see the module."""

@@ -151,7 +151,7 @@ def scan(cell: str | Cell, tensors: Sequence[Tensor], *, backend: str | None, **
     """
     known, given = named(cell), dict(zip(names(cell), tensors, strict=True))
     states = tuple(given[f"{state}0"] for state in known.states)
-    weights = [given.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    weights = w_ih, w_hh, b_ih, b_hh = [given.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
     params, steps = ({n: given[n] for n in wanted} for wanted in (known.params, known.inputs))
     if backend is None:
         wide = (t if t.dim() == 3 else t[..., None].expand(*t.shape, states[0].shape[-1]) for t in steps.values())
@@ -159,8 +159,8 @@ def scan(cell: str | Cell, tensors: Sequence[Tensor], *, backend: str | None, **
         rounded |= {"params": tuple(params.values()), "inputs": tuple(wide)}
         y, final = reference.scan(reference.step_of(known), given["x"], states, *weights, **rounded)
     else:
-        extras: Any = {"params": params, "inputs": steps}
-        y, final = functional.scan(known, given["x"], states, *weights, **extras, backend=backend, **options)  # type: ignore[misc]
+        options |= {"params": params, "inputs": steps, "backend": backend}
+        y, final = functional.scan(known, given["x"], states, w_ih, w_hh, b_ih, b_hh, **options)
     return y, *final
 
 
@@ -256,8 +256,7 @@ def kinds(device: str, dtypes: list[str] | None = None) -> list[torch.dtype | st
     checks.device(device)
     if dtypes is not None and (not isinstance(dtypes, (tuple, list)) or not all(isinstance(n, str) for n in dtypes)):
         raise checks.wrong("dtypes", "a list of names or None", dtypes)
-    products = ["tf32", "tf32x3"] if torch.device(device).type == "cuda" else []
-    every: list[torch.dtype | str] = [torch.float64, torch.float32, *products, torch.float16, torch.bfloat16]
+    every = [kind for kind in TOLERANCE if torch.device(device).type == "cuda" or not isinstance(kind, str)]
     chosen = [kind for kind in every if dtypes is None or str(kind).removeprefix("torch.") in dtypes]
     if not chosen:
         raise ValueError(f"dtypes must be some that {device} has, got {', '.join(dtypes or ())}")
@@ -321,14 +320,15 @@ def table(results: Sequence[Result]) -> str:
 def poisoned() -> Iterator[None]:
     """Within it uninitialized memory is full of NaN: what a kernel does not write, or reads too early, shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    settings: Any = torch.utils.deterministic  # declares no types
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        settings.fill_uninitialized_memory = filled
 
 
 def check(

@@ -101,15 +101,15 @@ ARROWS = {  # room: the rooms of the project it may import
     "layers": {"cell", "checks", "functional", "recurrent"},
     "subclasses": {"cell_modules", "layers"},
     "convert": {"arguments", "cell_modules", "checks", "layers", "modules", "recurrent", "subclasses"},
-    "weights": {"cell", "cell_modules", "checks", "modules", "recurrent"},
+    "weights": {"cell", "cell_modules", "checks", "functional", "modules", "recurrent"},
     "init": {"checks", "weights"},
-    "interop": {"cell", "checks", "weights"},
+    "interop": {"cell", "checks", "weights", "kernels.registry"},
     "testing": {"backends", "cell", "checks", "explanation", "functional", "reference", "kernels.registry"},
     "tasks": {  # which nothing imports but __main__
         *("arguments", "backends", "cell", "checks", "explanation", "init", "layers", "precisions", "testing"),
         *("kernels.devices", "kernels.registry"),
     },
-    "integrations": {"cell_modules", "layers", "recurrent"},
+    "integrations": {"cell_modules", "convert", "recurrent"},
 }
 TOP = {"__init__", "__main__"}  # these may import anything
 

@@ -43,6 +43,13 @@ class Value:
         self.gradient: bool = op in OUTER or any(v.gradient for v in self.inputs)
 
     @property
+    def number(self) -> int:
+        """Which one a leaf is."""
+        (number,) = self.args
+        assert isinstance(number, int)
+        return number
+
+    @property
     def inputs(self) -> tuple[Value, ...]:
         return tuple(a for a in self.args if isinstance(a, Value))
 
@@ -52,7 +59,9 @@ class Value:
 
 def constant(value: Value) -> float | None:
     """The number, if it is one."""
-    return value.args[0] if value.op == "constant" else None  # type: ignore[return-value]
+    number = value.args[0] if value.op == "constant" else None
+    assert number is None or isinstance(number, float)
+    return number
 
 
 def ancestors(values: Iterable[Value], stop: Iterable[Value] = ()) -> list[Value]:

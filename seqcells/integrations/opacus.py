@@ -22,10 +22,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .. import cell_modules, layers, recurrent
+from .. import cell_modules, recurrent
+from ..convert import CELLS as TORCH_CELLS
+from ..convert import LAYERS as TORCH_LAYERS
 
-CELLS = (cell_modules.RecurrentCell, cell_modules.LSTMCell, cell_modules.GRUCell, cell_modules.RNNCell)
-CLASSES = (recurrent.Recurrent, layers.LSTM, layers.GRU, layers.RNN, *CELLS)
+CELLS: tuple[type[nn.Module], ...] = (cell_modules.RecurrentCell, *TORCH_CELLS.values())
+CLASSES: tuple[type[nn.Module], ...] = (recurrent.Recurrent, *TORCH_LAYERS.values(), *CELLS)
 # Between a layer's backward and opacus' call of the sampler, which comes right from it.
 _FOUND: dict[nn.Module, dict[Tensor, Tensor]] = {}
 
@@ -114,8 +116,12 @@ def _batch_axis(module: Any) -> int:
 
 def _watched(hook: Callable[..., None], module: nn.Module) -> bool:
     """Whether opacus keeps this call: its own conditions."""
-    enabled: bool = hook.func.__self__.hooks_enabled  # type: ignore[attr-defined]
-    return enabled and module.training and torch.is_grad_enabled()
+    return _owner(hook).hooks_enabled and module.training and torch.is_grad_enabled()
+
+
+def _owner(hook: Callable[..., None]) -> Any:
+    """The GradSampleModule that a hook of opacus is a method of; None for another hook."""
+    return getattr(getattr(hook, "func", None), "__self__", None)
 
 
 def _enter(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -153,7 +159,7 @@ def _leave(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs
 
 
 def _backward(hook: Any, module: Any, input: Tensor, given: dict[str, Any], gradients: tuple[Tensor, ...]) -> None:
-    if not hook.func.__self__.hooks_enabled:
+    if not _owner(hook).hooks_enabled:
         return
     times = module.max_batch_len if hook.keywords["loss_reduction"] == "mean" else 1
     _FOUND[module] = per_sample_gradients(module, input, given, [g * times for g in gradients])
@@ -190,7 +196,7 @@ class _Handle:
 
 def _register(self: nn.Module, hook: Any, prepend: bool = False) -> Any:
     """nn.Module.register_full_backward_hook, but for opacus' own hook."""
-    owner = getattr(hook.func, "__self__", None) if isinstance(hook, partial) else None
+    owner = _owner(hook)
     if not isinstance(owner, AbstractGradSampleHooks):
         return nn.Module.register_full_backward_hook(self, hook, prepend)
     if getattr(owner, "force_functorch", False):
@@ -204,4 +210,4 @@ def _register(self: nn.Module, hook: Any, prepend: bool = False) -> Any:
 
 
 for _class in CLASSES:
-    _class.register_full_backward_hook = _register  # type: ignore[method-assign]
+    _class.register_full_backward_hook = _register  # type: ignore[method-assign]  # opacus calls it
