@@ -12,12 +12,11 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 
 from . import TASKS, files
-from .base import Case, identity
+from .base import AnyRecipe, Case, identity
 from .progress import bar
 from .training import Row, Run, read_checkpoint, train
 
@@ -48,13 +47,13 @@ class Job:
     case: str
     cell: str
     seed: int
-    recipe: Any
+    recipe: AnyRecipe
 
     @property
     def label(self) -> str:
         return f"{self.task.NAME}, case {self.case}, {self.cell}, seed {self.seed}"
 
-    def identity(self, dtype: torch.dtype | None) -> dict[str, Any]:
+    def identity(self, dtype: torch.dtype | None) -> dict[str, str | int]:
         """The identity of the run that the task starts. dtype None: the recipe's."""
         return identity(self.task.NAME, self.case, self.cell, self.recipe, self.seed, dtype or self.recipe.dtype)
 
