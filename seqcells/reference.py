@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import cells, reference_arguments
+from . import arguments, cells, reference_arguments
 from .cell import Cell, named
 
 States = tuple[Tensor, ...]
@@ -157,7 +157,9 @@ def scan_states(
     from the last step to the first.
     """
     weights = (w_ih, w_hh, b_ih, b_hh)
-    resets, lengths = reference_arguments.scan(step, x, states, weights, params, inputs, resets, lengths, reverse)
+    reference_arguments.scan(step, x, states, weights, params, inputs, reverse)
+    resets = arguments.resets(resets, x.shape[:2], x.device)
+    lengths = arguments.lengths(lengths, x.shape[:2], x.device)
     more = params or inputs
     T = x.shape[0]
     outputs: list[States] = []

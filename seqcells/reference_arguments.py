@@ -64,18 +64,8 @@ def _rows(step: Any, weights: Sequence[Any]) -> tuple[int, ...]:
     return (w_hh.shape[0] // H if H else 1,) * 4
 
 
-def scan(
-    step: Any,
-    x: Any,
-    states: Any,
-    weights: Sequence[Any],
-    params: Any,
-    inputs: Any,
-    resets: Any,
-    lengths: Any,
-    reverse: Any,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Those of reference.scan_states. Returns resets and lengths as tensors."""
+def scan(step: Any, x: Any, states: Any, weights: Sequence[Any], params: Any, inputs: Any, reverse: Any) -> None:
+    """Those of reference.scan_states, but for resets and lengths."""
     _types(step, x, states, weights, rank=3)
     checks.boolean("reverse", reverse)
     arguments.fit(x, states, weights, _rows(step, weights))
@@ -85,7 +75,6 @@ def scan(
         for i, t in enumerate(given):
             if t.shape != expected and (name != "params" or t.shape != (1,)):
                 raise RuntimeError(f"{name}[{i}] must have shape {tuple(expected)}, got {tuple(t.shape)}")
-    return arguments.resets(resets, shape, x.device), arguments.lengths(lengths, shape, x.device)
 
 
 def groups(step: Any, x: Any, states: Any, weights: Sequence[Any], reversed: Any) -> None:

@@ -299,14 +299,10 @@ def test_handwritten_cells():
     assert all(torch.equal(v, cell.state_dict()[k]) for k, v in hand.cell_state_dict().items())
 
 
-def refused():
+def refused_arrays():
     """(call, exception, words)"""
     kernel, recurrent, bias = arrays("keras lstm")
     gru = arrays("keras gru")
-    hand = HandwrittenLSTMCell(I, H).state_dict()
-    hand_gru = HandwrittenGRUCell(I, H).state_dict()
-    state = interop.from_keras(kernel, recurrent, bias)
-    lstm = seqcells.LSTM(I, H)
     return {
         "recurrent": (
             lambda: interop.from_keras(kernel, recurrent.T),
@@ -342,7 +338,16 @@ def refused():
         "haste cell": (lambda: interop.from_haste(kernel, recurrent, cell="rnn"), ValueError, "one of lstm, gru"),
         "haste biases": (lambda: interop.from_haste(*gru[:2], gru[2][0], cell="gru"), ValueError, "has two biases"),
         "haste lstm": (lambda: interop.from_haste(kernel, recurrent, bias, bias), ValueError, "has one bias"),
-        "count": (lambda: interop.load_keras_(lstm, [kernel]), ValueError, "got 1"),
+        "count": (lambda: interop.load_keras_(seqcells.LSTM(I, H), [kernel]), ValueError, "got 1"),
+    }
+
+
+def refused_modules_and_states():
+    hand = HandwrittenLSTMCell(I, H).state_dict()
+    hand_gru = HandwrittenGRUCell(I, H).state_dict()
+    state = interop.from_keras(*arrays("keras lstm"))
+    lstm = seqcells.LSTM(I, H)
+    return {
         "module": (
             lambda: interop.load_(nn.Linear(1, 1), state),
             TypeError,
@@ -377,9 +382,12 @@ def refused():
     }
 
 
-@pytest.mark.parametrize("name", list(refused()))
+REFUSED = refused_arrays() | refused_modules_and_states()
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
 def test_loaders_refuse(name):
-    call, error, words = refused()[name]
+    call, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
         call()
 
