@@ -190,7 +190,7 @@ def test_no_file_is_longer_than_500_lines():
     assert files and not long
 
 
-# Functions whose signature is the API, as torch.nn's are, or the schema of an operator. More than 8 parameters, self aside.
+# Of more than 8 parameters, not counting self: functions whose signature is the API, or the schema of an operator.
 SIGNATURES = {
     *("convert.convert", "explanation.explain", "reference.scan_groups", "reference.scan_states", "testing.errors"),
     *(f"functional.{name}" for name in ("scan", "scan_groups", "lstm", "gru", "rnn")),
