@@ -92,7 +92,7 @@ class Report:
             lines += [f"## {name}", ""]
             if name == "grid" and isinstance(found, list):
                 lines += [compare.table(found), "", "### Against the model's floor", "", floors(found), ""]
-                lines += ["### Slower than torch.nn", "", slower(found), "", "### Kept for backward", ""]
+                lines += ["### Slower than torch.nn", "", slower(found), "", "### Saved for backward", ""]
                 lines += [
                     compare.memory(found),
                     "",

@@ -1,4 +1,4 @@
-"""Pictures from compare.py's or gpu.py's JSON: how many times as fast, microseconds a step, what is kept for backward.
+"""Pictures from compare.py's or gpu.py's JSON: how many times as fast, microseconds a step, what is saved for backward.
 
     python benchmarks/plot.py FILE.json DIR [--static TABLE.md]      # make pictures
 
@@ -275,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
             title = f"How many times as fast seqcells is as {named}\n{where}"
             label = "times as fast (bars to the right of 1: seqcells is faster)"
             rows_of(single, path, title, against(peer), label, OURS, True)
-        title = f"Kept for backward, beyond input, weights and output: less is better\n{where}"
+        title = f"Saved for backward, beyond input, weights and output: less is better\n{where}"
         label = "elements, in units of T*B*H"
         others = [p for p in PROVIDERS if p not in PARTS]
         rows_of(single, options.folder / f"{stem}memory.png", title, kept, label, others, False)

@@ -1,7 +1,7 @@
-"""Who does a case: seqcells by each backend, torch.nn, loops over cells, and peers if they are installed.
+"""Implementations of a case: seqcells by each backend, torch.nn, loops over cells, and peers if they are installed.
 
-A provider takes a `cases.Problem` and gives a `cases.Work`, or raises Unavailable and says why. What is not the work
-(the weights in a provider's own layout, compilation, capture of a graph) is done before, and is not timed.
+A provider takes a `cases.Problem` and returns a `cases.Work`, or raises Unavailable with the reason. Set-up (weights in
+a provider's own layout, compilation, capture of a graph) is done before, and is not timed.
 """
 
 from __future__ import annotations
@@ -137,8 +137,8 @@ def torch_nn(problem: Problem) -> Work:
         states, ends = problem.states, problem.ends
 
         def masked() -> Tensor:
-            kept = (1 - ends).view(1, -1, 1)
-            return layer(x, problem.hx([s * kept for s in states]))[0]
+            carried = (1 - ends).view(1, -1, 1)
+            return layer(x, problem.hx([s * carried for s in states]))[0]
 
         return Work(masked, list(layer.parameters()))
     if problem.lengths is None:
@@ -153,7 +153,7 @@ def torch_nn(problem: Problem) -> Work:
 
 
 def split(problem: Problem) -> Work:
-    """Resets by torch.nn's layer over each stretch in which no episode begins, the state multiplied between."""
+    """Resets by calls of torch.nn's layer between steps with a reset, and a product of the state and the mask."""
     case = problem.case
     if not case.resets or case.T == 1 or case.layers > 1 or case.bidirectional or case.cell == "gru-before":
         raise Unavailable("for resets, in one layer that torch.nn has")
@@ -163,12 +163,12 @@ def split(problem: Problem) -> Work:
     assert resets is not None
 
     def stretches() -> Tensor:
-        kept = (~resets).to(x.dtype)[..., None]
+        carried = (~resets).to(x.dtype)[..., None]
         starts = [0, *(t for t in resets.any(1).nonzero().flatten().tolist() if t), case.T]
         state, outputs = None, []
         for start, end in pairwise(starts):
             if state is not None:
-                state = tuple(s * kept[start] for s in state) if isinstance(state, tuple) else state * kept[start]
+                state = tuple(s * carried[start] for s in state) if isinstance(state, tuple) else state * carried[start]
             y, state = layer(x[start:end], state)
             outputs.append(y)
         return torch.cat(outputs)
@@ -188,7 +188,7 @@ def _looped(problem: Problem, step: Step) -> tuple[Callable[..., Tensor], Tensor
     if masked and case.bidirectional:
         raise Unavailable("a loop with masks goes one way")
     directions, count = 1 + case.bidirectional, len(named(NAMES[case.cell]).states)
-    crosses = None if problem.resets is None else (~problem.resets).to(problem.dtype)[..., None]
+    carried = None if problem.resets is None else (~problem.resets).to(problem.dtype)[..., None]
     active = None
     if problem.lengths is not None and not case.packed:
         active = (torch.arange(case.T)[:, None] < problem.lengths).to(problem.device, problem.dtype)[..., None]
@@ -199,8 +199,8 @@ def _looped(problem: Problem, step: Step) -> tuple[Callable[..., Tensor], Tensor
     def scan(x: Tensor, state: tuple[Tensor, ...], weights: tuple[Tensor, ...], reverse: bool) -> Tensor:
         outputs = []
         for t in range(case.T - 1, -1, -1) if reverse else range(case.T):
-            if crosses is not None and starts is None:
-                state = tuple(s * crosses[t] for s in state)
+            if carried is not None and starts is None:
+                state = tuple(s * carried[t] for s in state)
             state = step(x[t], state, *weights)
             outputs.append(state[0] if active is None else state[0] * active[t])
         return torch.stack(outputs[::-1] if reverse else outputs)

@@ -35,7 +35,7 @@ DTYPES = {
 
 
 def _dtype(*allowed: str) -> Callable[[str], str]:
-    """An option's type: one of some names of DTYPES, given by any of its names, in any case."""
+    """The type of an option: one of some names in DTYPES, or an alias of one, in any case."""
 
     def named(text: str) -> str:
         given = text.lower().removeprefix("torch.")
@@ -49,7 +49,7 @@ def _dtype(*allowed: str) -> Callable[[str], str]:
 
 
 def _cell(text: str) -> str:
-    """An option's type: a cell's name, in any case and with either dash."""
+    """The type of an option: the name of a cell, in any case, with - or _."""
     return text.lower().replace("_", "-")
 
 
@@ -58,7 +58,7 @@ def _default_device() -> str:
 
 
 def _device(options: argparse.Namespace) -> str:
-    """The device asked for, or the default. ValueError if it is none, RuntimeError if it is not there."""
+    """The device in options, or the default. ValueError if there is no such device, RuntimeError if not here."""
     given = options.device or _default_device()
     try:
         device = torch.device(given.lower())
@@ -163,7 +163,7 @@ def tasks(_: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Train and judge a task, or all of them."""
+    """Train and evaluate a task, or all of them."""
     device = _device(options)
     if torch.device(device).type == "cpu":
         # Tensors this small gain nothing from a second thread, and lose much where cores are busy.
@@ -207,7 +207,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _check_backend(wanted: list[suite.Job], device: str, backend: str | None, dtype: torch.dtype | None) -> None:
-    """Raise, before anything is trained, if the backend cannot run one of the jobs' cells there."""
+    """Raise, before training, if the backend cannot run the cell of a job on the device."""
     for job in wanted:
         cell, of = CELLS[job.cell], dtype or job.recipe.dtype
         try:
@@ -217,7 +217,7 @@ def _check_backend(wanted: list[suite.Job], device: str, backend: str | None, dt
 
 
 def _check_results(options: argparse.Namespace) -> None:
-    """Raise, before anything is trained, if a file that `run` is to write at its end could not be written."""
+    """Raise, before training, if a file that `run` writes at the end could not be written."""
     for name in (options.json, options.table, options.plot):
         if name:
             files.check(Path(name))
@@ -226,7 +226,7 @@ def _check_results(options: argparse.Namespace) -> None:
 
 
 def _write_results(options: argparse.Namespace, outcomes: list[suite.Outcome], device: str) -> None:
-    """The table on the terminal, and the files asked for."""
+    """Print the table and write the files of options."""
     if options.all:
         print("\n" + suite.table(outcomes))
     if options.json:

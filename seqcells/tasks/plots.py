@@ -1,4 +1,4 @@
-"""Pictures of training runs. Needs matplotlib (the extra `examples`)."""
+"""Plots of training runs. They need matplotlib (the extra `examples`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from . import TASKS, files
 from .suite import Outcome
 
-# Of each cell: colour, marker and width. Runs that agree lie on each other: the later ones are thinner.
+# Color, marker and line width of each cell. Runs that agree overlap, so later ones are thinner.
 CELLS = {
     "lstm": ("#1f77b4", "o", 3.0),
     "gru": ("#d95f02", "s", 1.6),
@@ -32,10 +32,10 @@ def check(path: Path) -> None:
 
 
 def learning_curves(outcomes: list[Outcome], how: str, path: Path) -> None:
-    """What runs measured against the sequences they had seen, a line a run, and dashed what counts as solved.
+    """Plot what runs measured against the sequences they were trained on, and, dashed, what counts as solved.
 
-    Of one case test loss and accuracy, side by side, with the verdicts below; of more a panel each, of what it is
-    judged by. how: the recipe and the device, for the title.
+    For one case: test loss and accuracy side by side, with the verdicts below. For several: a panel for each, of the
+    measurement that decides it. how: the recipe and the device, for the title.
     """
     cases: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
@@ -116,7 +116,7 @@ def _name(outcome: Outcome) -> str:
 
 
 def plain_ticks(axes: Any, which: str) -> None:
-    """A logarithmic axis, with numbers at its ticks and no powers of ten; a linear one where it is short."""
+    """Make an axis logarithmic, with plain numbers at its ticks; leave it linear if its range is small."""
     from matplotlib import ticker
 
     axis = getattr(axes, f"{which}axis")
