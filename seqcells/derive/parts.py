@@ -1,7 +1,7 @@
-"""What was traced, in the order of the kernels: the cell's form, and for each of its functions what it takes and gives.
+"""A traced step in the order of the kernels: the cell's form, and the inputs and results of each of its functions.
 
-Which gates have an input product, which a recurrent one, with which operand; which products only add to an input; what
-forward saves.
+Finds which gates have an input product, which have a recurrent one and with which operand, which products are only
+added to an input, and what forward saves.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Parts:
     """x_gates, u_gates: gates that have an input product, and a recurrent one, in the order of gates=. order: product n
     is u_gates[order[n]]. gx, hu, before, params: leaves. new, operands, saved, dhu and the rest: values.
 
-    totals: gradients. early: without what comes through computed operands of level 1. given: leaves, those that
-    `finish` gets; finished: what it makes of them.
+    totals: gradients. early: those without the part through computed operands of level 1. given: leaves, the arguments
+    of `finish`; finished: its results.
     """
 
     graph: Graph
@@ -76,7 +76,7 @@ class Parts:
 
     @property
     def free(self) -> list[Value]:
-        """What backward has without saving it."""
+        """What backward has without its being saved."""
         return [*self.before, *self.params, *self.new]
 
     @property
@@ -211,7 +211,7 @@ def _only_sum(results: list[Value], a: Value, b: Value) -> bool:
 
 
 def _saved(graph: Graph, gradients: list[Value], stored: list[Value], free: list[Value]) -> list[Value]:
-    """What forward saves: so that all that multiplies a gradient, and the operands, can be computed again."""
+    """What forward saves, so that the operands and everything that multiplies a gradient can be recomputed."""
     used = {v for value in ancestors(gradients, free) if value.gradient for v in value.inputs if not v.gradient}
     needed: Iterable[Value] = [*sorted(used, key=lambda v: v.index), *stored]
     found = smallest(needed, free, graph.fragile)

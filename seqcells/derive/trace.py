@@ -1,8 +1,8 @@
-"""The step, run once on small tensors: what it does, and its derivative, as one graph of values.
+"""Traces a step: runs it once on small tensors, and records it and its derivative as one graph of values.
 
-A dispatch mode sees each of aten's operations, those of the step and then those by which autograd differentiates it,
-and writes down its value. The recurrent products are leaves: the step's U.k(v) gives a tensor `hu` and notes the
-operand v, which is one more result. Operands get gradients from outside, as new states do.
+A dispatch mode intercepts every aten operation, first those of the step and then those of its backward in autograd, and
+records its value. The recurrent products are leaves: the step's U.k(v) returns a tensor `hu` and records the operand v,
+which is one more result. Operands get gradients from outside, as new states do.
 """
 
 from __future__ import annotations
