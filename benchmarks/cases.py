@@ -1,8 +1,8 @@
-"""What is timed: the cases, and who does them.
+"""What is timed: the cases, and their tensors.
 
-A case is a layer's work with its shape; a provider is somebody who can do it. All are given the same input and the same
-weights, and do the same work: the product of the input is in every time, or (`projected=False`) in none. Nothing is
-timed that does not agree with the judge, forward and every gradient (`parity`).
+A case is a layer's work with its shape; a provider (see providers.py) is an implementation of it. All get the same
+input and weights, and do the same work: the product of the input is in every time, or (`projected=False`) in none. A
+provider is timed only if its outputs and all gradients agree with the judge's (`parity`).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from seqcells import testing
+from seqcells.cell import named
+from seqcells.tasks.base import CELLS as NAMES  # of each cell here, what it is called in seqcells.functional
 
 KINDS = {"lstm": "LSTM", "gru": "GRU", "gru-before": "GRU", "rnn": "RNN"}
-NAMES = {"lstm": "lstm", "gru": "gru", "gru-before": "gru_before", "rnn": "rnn_tanh"}  # in seqcells.functional
-GATES = {"lstm": 4, "gru": 3, "gru-before": 3, "rnn": 1}
+GATES = {cell: len(named(name).gates) for cell, name in NAMES.items()}
 DTYPES = {name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")}
 INFERENCE, TRAINING, STEP = "inference", "training", "step"
 
@@ -71,20 +72,20 @@ class Case:
 
 
 class Unavailable(Exception):
-    """A provider that cannot do a case, and why."""
+    """Raised by a provider that does not support a case, with the reason."""
 
 
 class Work(NamedTuple):
-    """run() gives y. Gradients are taken of leaves: x (if it is one) and the parameters, in torch.nn's order."""
+    """run() returns y. Gradients are taken of leaves: x (if it is one) and the parameters, in torch.nn's order."""
 
     run: Callable[[], Tensor]
     leaves: list[Tensor]
 
 
 class Problem:
-    """A case's tensors on a device: x [T, B, I], weights as torch.nn draws them, where episodes begin, rows' lengths.
+    """A case's tensors on a device: x [T, B, I], weights as torch.nn draws them, resets, lengths.
 
-    Every provider is handed the same values.
+    Every provider gets the same values.
     """
 
     def __init__(self, case: Case, device: str) -> None:
@@ -120,7 +121,7 @@ class Problem:
             self.lengths = torch.randint(max(1, case.T // 4), case.T + 1, (case.B,), generator=generator)
             self.lengths[0] = case.T
         signs = torch.randn(case.T, case.B, self.width, generator=generator).sign()
-        if self.lengths is not None:  # padding's outputs are nobody's business
+        if self.lengths is not None:  # outputs in the padding do not count
             signs[torch.arange(case.T)[:, None] >= self.lengths] = 0
         self.signs = signs.to(**place)
         self.states: list[Tensor] | None = None
@@ -158,7 +159,7 @@ class Problem:
 
 
 def repeated(problem: Problem, work: Work) -> Callable[[], object]:
-    """One piece of the work that is timed."""
+    """The function that is timed."""
     if problem.case.mode == INFERENCE:
 
         def infer() -> Tensor:

@@ -29,8 +29,9 @@ from cases import NAMES, Case, Problem, Unavailable
 from providers import PROVIDERS, judge
 
 import seqcells
-from seqcells import explanation, suite
-from seqcells.progress import bar
+from seqcells import explanation
+from seqcells.tasks import suite
+from seqcells.tasks.progress import bar
 
 
 def planned(problem: Problem) -> tuple[str, float | None]:
@@ -187,7 +188,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def memory(rows: list[dict[str, Any]]) -> str:
-    """Markdown: what is kept for backward beyond input, weights and output, in units of T*B*H elements."""
+    """Markdown: what is saved for backward beyond input, weights and output, in units of T*B*H elements."""
     timed = {n: r for n, r in by_case(rows).items() if next(iter(r.values()))["case"]["mode"] == cases.TRAINING}
     present = [p for p in PROVIDERS if any(p in r for r in timed.values())]
     lines = [f"| case | {' | '.join(present)} |", f"|---|{'---:|' * len(present)}"]
@@ -208,7 +209,7 @@ def goals(rows: list[dict[str, Any]]) -> str:
     """Markdown, of the CPU: what is asked of auto, and what it would be did the products alone take time.
 
     torch.nn's speed to 5% where it has the cell, to 15% where one step has resets, for which its user masks the state;
-    for training what it has not, or only packed, three times that of the loop that one writes by hand: `reference`.
+    for training what it lacks, or has only packed, three times that of the loop written by hand: `reference`.
     """
     lines = ["| case | against | times as fast | asked | with products alone | |", "|---|---|---:|---:|---:|---|"]
     for name, providers in by_case(rows).items():
@@ -238,11 +239,11 @@ def document(rows: list[dict[str, Any]], facts: dict[str, str], command: str) ->
     return (
         f"# Side by side\n\nWritten by `{command}`: {shown}.\n\n"
         'Medians of interleaved samples. "auto" in microseconds, of the whole and of a step; every other provider as\n'
-        "a multiple of auto's time in the same run (above 1: auto is faster). An empty place: it has not got it.\n"
+        "a multiple of auto's time in the same run (above 1: auto is faster). Empty: it lacks the case.\n"
         "Training is forward and backward, gradients of all weights; inference forward without gradients.\n"
         "floor: the matrix products alone, each a call, in us a step (CPU); the plan's model of a step (CUDA).\n\n"
         f"{table(rows)}\n\n## What was asked of auto\n\n{goals(rows)}\n\n"
-        "## Kept for backward\n\nBeyond input, weights and output, in units of T*B*H elements of the case's type.\n\n"
+        "## Saved for backward\n\nBeyond input, weights and output, in units of T*B*H elements of the case's type.\n\n"
         f"{memory(rows)}\n\n## What failed\n\n{failures(rows)}\n"
     )
 
@@ -278,7 +279,7 @@ def main() -> int:
     facts = machine(options.device)
     command = " ".join(["python benchmarks/compare.py", *sys.argv[1:]])
     asked = f"What was asked of auto:\n\n{goals(rows)}\n\n" if on_cpu else ""
-    print(f"{table(rows)}\n\n{asked}Kept for backward, in units of T*B*H elements:\n\n{memory(rows)}")
+    print(f"{table(rows)}\n\n{asked}Saved for backward, in units of T*B*H elements:\n\n{memory(rows)}")
     if options.json:
         suite.write(options.json, json.dumps({"command": command, "machine": facts, "rows": rows}, indent=1))
     if options.table:

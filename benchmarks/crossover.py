@@ -24,7 +24,8 @@ import compare
 import measure
 
 import seqcells
-from seqcells import backends, suite
+from seqcells import backends
+from seqcells.tasks import suite
 
 SENTENCES = ((8, 32), (32, 32), (32, 64), (64, 64), (32, 128), (64, 256))
 SIZES = ((1, 16), (1, 128), (16, 32), (16, 128), (16, 512), (64, 64), (64, 256), (256, 32), (256, 128), (512, 4))

@@ -34,7 +34,7 @@ import cases
 import compare
 from providers import PROVIDERS
 
-from seqcells import suite
+from seqcells.tasks import suite
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
 
@@ -92,7 +92,7 @@ class Report:
             lines += [f"## {name}", ""]
             if name == "grid" and isinstance(found, list):
                 lines += [compare.table(found), "", "### Against the model's floor", "", floors(found), ""]
-                lines += ["### Slower than torch.nn", "", slower(found), "", "### Kept for backward", ""]
+                lines += ["### Slower than torch.nn", "", slower(found), "", "### Saved for backward", ""]
                 lines += [
                     compare.memory(found),
                     "",

@@ -1,4 +1,4 @@
-"""How it is timed, on the CPU by the wall clock, on CUDA by events; and what is kept for backward."""
+"""How it is timed, on the CPU by the wall clock, on CUDA by events; and what is saved for backward."""
 
 from __future__ import annotations
 
@@ -57,20 +57,20 @@ def interleaved(runs: dict[str, Callable[[], object]], device: torch.device, sec
 
 
 def saved_bytes(problem: Problem, work: Work) -> int:
-    """Memory that autograd keeps for backward beyond the input, the weights and the output, in bytes."""
+    """Memory that autograd saves for backward beyond the input, the weights and the output, in bytes."""
     if problem.case.mode == INFERENCE:
         return 0
-    kept: dict[int, int] = {}
+    saved: dict[int, int] = {}
 
     def note(tensor: torch.Tensor) -> torch.Tensor:
         storage = tensor.untyped_storage()
-        kept[storage.data_ptr()] = storage.nbytes()
+        saved[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         y = work.run()
     known = {t.untyped_storage().data_ptr() for t in (y, problem.x, *work.leaves)}
-    return sum(size for pointer, size in kept.items() if pointer not in known)
+    return sum(size for pointer, size in saved.items() if pointer not in known)
 
 
 def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
@@ -96,10 +96,10 @@ def products(problem: Problem, rows: int = 512) -> Callable[[], object] | None:
     several = case.layers > 1 or case.bidirectional or case.heads > 1 or not case.projected or case.mode == STEP
     if several or case.T == 1 or problem.device.type != "cpu":
         return None
-    alive = [case.B] * case.T
+    active = [case.B] * case.T
     if problem.lengths is not None:
-        alive = (torch.arange(case.T)[:, None] < problem.lengths).sum(1).tolist()
-    pieces = [min(rows, sum(alive) - first) for first in range(0, sum(alive), rows)]
+        active = (torch.arange(case.T)[:, None] < problem.lengths).sum(1).tolist()
+    pieces = [min(rows, sum(active) - first) for first in range(0, sum(active), rows)]
     width = GATES[case.cell] * case.H
     most = max(case.B, rows)
     x, h, gates = (torch.randn(most, n, dtype=problem.dtype) for n in (case.I, case.H, width))
@@ -110,11 +110,11 @@ def products(problem: Problem, rows: int = 512) -> Callable[[], object] | None:
         with torch.inference_mode():
             for n in pieces:
                 torch.mm(x[:n], into, out=gates[:n])
-            for n in alive:
+            for n in active:
                 torch.mm(h[:n], forth, out=gates[:n])
             if case.mode != TRAINING:
                 return
-            for n in alive:
+            for n in active:
                 torch.mm(gates[:n], u, out=h[:n])
             for n in pieces:
                 dw.addmm_(gates[:n].t(), x[:n])

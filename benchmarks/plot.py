@@ -1,4 +1,4 @@
-"""Pictures from compare.py's or gpu.py's JSON: how many times as fast, microseconds a step, what is kept for backward.
+"""Pictures from compare.py's or gpu.py's JSON: how many times as fast, microseconds a step, what is saved for backward.
 
     python benchmarks/plot.py FILE.json DIR [--static TABLE.md]      # make pictures
 
@@ -21,7 +21,7 @@ import matplotlib
 from matplotlib import pyplot, ticker
 from providers import PROVIDERS
 
-from seqcells import plots
+from seqcells.tasks import plots
 
 matplotlib.use("Agg")
 
@@ -39,7 +39,7 @@ LOOKS = {
     "triton, states": ("#ff7f0e", "seqcells' kernels, save='states'"),
     "aten": ("#9fb4d8", "backend 'aten'"),
     "loop": ("#f2a7a0", "backend 'loop'"),
-    "reference": ("#937860", "loop by hand (backend 'reference')"),
+    "reference": ("#937860", "loop by hand"),
     "split": ("#c9a94e", "torch.nn between resets"),
     "cell loop": ("#55a868", "loop over torch.nn's cell"),
     "compiled loop": ("#64b5cd", "that loop, compiled"),
@@ -275,7 +275,7 @@ def main(arguments: list[str] | None = None) -> int:
             title = f"How many times as fast seqcells is as {named}\n{where}"
             label = "times as fast (bars to the right of 1: seqcells is faster)"
             rows_of(single, path, title, against(peer), label, OURS, True)
-        title = f"Kept for backward, beyond input, weights and output: less is better\n{where}"
+        title = f"Saved for backward, beyond input, weights and output: less is better\n{where}"
         label = "elements, in units of T*B*H"
         others = [p for p in PROVIDERS if p not in PARTS]
         rows_of(single, options.folder / f"{stem}memory.png", title, kept, label, others, False)

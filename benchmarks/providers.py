@@ -1,7 +1,7 @@
-"""Who does a case: seqcells by each backend, torch.nn, loops over cells, and peers if they are installed.
+"""Implementations of a case: seqcells by each backend, torch.nn, loops over cells, and peers if they are installed.
 
-A provider takes a `cases.Problem` and gives a `cases.Work`, or raises Unavailable and says why. What is not the work
-(the weights in a provider's own layout, compilation, capture of a graph) is done before, and is not timed.
+A provider takes a `cases.Problem` and returns a `cases.Work`, or raises Unavailable with the reason. Set-up (weights in
+a provider's own layout, compilation, capture of a graph) is done before, and is not timed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def ours(
         x, weights = problem.fresh(dtype, device)
         resets, lengths = (None if m is None else m.to(where) for m in (problem.resets, problem.lengths))
         if backend == "aten" and ((case.resets and case.T > 1) or case.cell == "gru-before"):
-            raise Unavailable("torch has not got it")
+            raise Unavailable("torch lacks it")
         if not case.projected and dtype is not None:  # the judge: the input's product with an identity
             gates = GATES[case.cell] * case.H
             eye = torch.eye(gates, dtype=x.dtype, device=x.device).expand(case.heads, gates, gates)
@@ -124,7 +124,7 @@ def torch_nn(problem: Problem) -> Work:
     """torch.nn's layer or cell; packed where rows differ in length, masked by hand where one step has resets."""
     case = problem.case
     if case.cell == "gru-before" or case.heads > 1 or not case.projected or (case.resets and case.T > 1):
-        raise Unavailable("torch.nn has not got it")
+        raise Unavailable("torch.nn lacks it")
     x, weights = problem.fresh()
     if case.mode == STEP:
         cell = _layer(problem, getattr(nn, f"{KINDS[case.cell]}Cell")(case.I, case.H), weights)
@@ -137,8 +137,8 @@ def torch_nn(problem: Problem) -> Work:
         states, ends = problem.states, problem.ends
 
         def masked() -> Tensor:
-            kept = (1 - ends).view(1, -1, 1)
-            return layer(x, problem.hx([s * kept for s in states]))[0]
+            carried = (1 - ends).view(1, -1, 1)
+            return layer(x, problem.hx([s * carried for s in states]))[0]
 
         return Work(masked, list(layer.parameters()))
     if problem.lengths is None:
@@ -153,7 +153,7 @@ def torch_nn(problem: Problem) -> Work:
 
 
 def split(problem: Problem) -> Work:
-    """Resets by torch.nn's layer over each stretch in which no episode begins, the state multiplied between."""
+    """Resets by calls of torch.nn's layer between steps with a reset, and a product of the state and the mask."""
     case = problem.case
     if not case.resets or case.T == 1 or case.layers > 1 or case.bidirectional or case.cell == "gru-before":
         raise Unavailable("for resets, in one layer that torch.nn has")
@@ -163,12 +163,12 @@ def split(problem: Problem) -> Work:
     assert resets is not None
 
     def stretches() -> Tensor:
-        kept = (~resets).to(x.dtype)[..., None]
+        carried = (~resets).to(x.dtype)[..., None]
         starts = [0, *(t for t in resets.any(1).nonzero().flatten().tolist() if t), case.T]
         state, outputs = None, []
         for start, end in pairwise(starts):
             if state is not None:
-                state = tuple(s * kept[start] for s in state) if isinstance(state, tuple) else state * kept[start]
+                state = tuple(s * carried[start] for s in state) if isinstance(state, tuple) else state * carried[start]
             y, state = layer(x[start:end], state)
             outputs.append(y)
         return torch.cat(outputs)
@@ -176,55 +176,112 @@ def split(problem: Problem) -> Work:
     return Work(stretches, list(layer.parameters()))
 
 
-def _looped(problem: Problem) -> tuple[Callable[..., Tensor], Tensor, list[Tensor]]:
-    """A function of x and the weights: the cell written out, called a step at a time, as people do."""
+Step = Callable[..., tuple[Tensor, ...]]  # (x, states, w_ih, w_hh, b_ih, b_hh) -> the states after it
+
+
+def _looped(problem: Problem, step: Step) -> tuple[Callable[..., Tensor], Tensor, list[Tensor]]:
+    """A function of x and the weights, the step in a loop over time, for each layer and direction; and those."""
     case = problem.case
-    several = case.layers > 1 or case.bidirectional or case.heads > 1
-    if several or not case.projected or case.mode == STEP or case.packed or problem.states is not None:
-        raise Unavailable("a loop of one layer and direction, from zeros")
-    spec, resets, lengths = named(NAMES[case.cell]), problem.resets, problem.lengths
-    torch_cells = {"lstm": torch.lstm_cell, "gru": torch.gru_cell, "rnn": torch.rnn_tanh_cell}
-    kept = None if resets is None else (~resets).to(problem.dtype)[..., None]
-    alive = None
-    if lengths is not None:
-        alive = (torch.arange(case.T)[:, None] < lengths).to(problem.device, problem.dtype)[..., None]
+    if case.heads > 1 or not case.projected:
+        raise Unavailable("a loop over cells of one head, which take the input itself")
+    masked = problem.resets is not None or problem.lengths is not None
+    if masked and case.bidirectional:
+        raise Unavailable("a loop with masks goes one way")
+    directions, count = 1 + case.bidirectional, len(named(NAMES[case.cell]).states)
+    carried = None if problem.resets is None else (~problem.resets).to(problem.dtype)[..., None]
+    active = None
+    if problem.lengths is not None and not case.packed:
+        active = (torch.arange(case.T)[:, None] < problem.lengths).to(problem.device, problem.dtype)[..., None]
+    starts = None
+    if problem.states is not None:
+        starts = [s * (1 - problem.ends).view(1, -1, 1) for s in problem.states]
+
+    def scan(x: Tensor, state: tuple[Tensor, ...], weights: tuple[Tensor, ...], reverse: bool) -> Tensor:
+        outputs = []
+        for t in range(case.T - 1, -1, -1) if reverse else range(case.T):
+            if carried is not None and starts is None:
+                state = tuple(s * carried[t] for s in state)
+            state = step(x[t], state, *weights)
+            outputs.append(state[0] if active is None else state[0] * active[t])
+        return torch.stack(outputs[::-1] if reverse else outputs)
 
     def run(x: Tensor, *weights: Tensor) -> Tensor:
-        state = tuple(x.new_zeros(case.B, case.H) for _ in spec.states)
-        outputs = []
-        for t in range(case.T):
-            if kept is not None:
-                state = tuple(s * kept[t] for s in state)
-            if case.cell == "gru-before":
-                new = before(x[t], state[0], *weights)
-            else:
-                new = torch_cells[case.cell](x[t], state if len(spec.states) == 2 else state[0], *weights)
-            state = new if isinstance(new, tuple) else (new,)
-            outputs.append(state[0] if alive is None else state[0] * alive[t])
-        return torch.stack(outputs)
+        zero = x.new_zeros(case.B, case.H)
+        for first in range(0, case.layers * directions, directions):
+            found = []
+            for k in range(first, first + directions):
+                state = (zero,) * count if starts is None else tuple(s[k] for s in starts)
+                found.append(scan(x, state, weights[4 * k : 4 * k + 4], k > first))
+            x = found[0] if directions == 1 else torch.cat(found, 2)
+        return x
 
-    x, weights = problem.fresh()
-    return run, x, weights
+    return run, *problem.fresh()
 
 
-def before(x: Tensor, h: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensor:
-    """A step of the textbook's GRU: the reset gate before the product."""
-    H = h.shape[1]
-    r, z = (
-        (nn.functional.linear(x, w_ih[: 2 * H], b_ih[: 2 * H]) + nn.functional.linear(h, w_hh[: 2 * H], b_hh[: 2 * H]))
-        .sigmoid()
-        .chunk(2, 1)
-    )
-    n = torch.tanh(
-        nn.functional.linear(x, w_ih[2 * H :], b_ih[2 * H :])
-        + nn.functional.linear(r * h, w_hh[2 * H :], b_hh[2 * H :])
-    )
-    return n + z * (h - n)
+def lstm_step(x: Tensor, states: tuple[Tensor, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+    (h, c), (w_ih, w_hh, b_ih, b_hh) = states, weights
+    i, f, g, o = (nn.functional.linear(x, w_ih, b_ih) + nn.functional.linear(h, w_hh, b_hh)).chunk(4, 1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * c.tanh(), c
+
+
+def gru_step(x: Tensor, states: tuple[Tensor, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+    (h,), (w_ih, w_hh, b_ih, b_hh) = states, weights
+    x_r, x_z, x_n = nn.functional.linear(x, w_ih, b_ih).chunk(3, 1)
+    h_r, h_z, h_n = nn.functional.linear(h, w_hh, b_hh).chunk(3, 1)
+    n = torch.tanh(x_n + torch.sigmoid(x_r + h_r) * h_n)
+    return (n + torch.sigmoid(x_z + h_z) * (h - n),)
+
+
+def gru_before_step(x: Tensor, states: tuple[Tensor, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+    """The reset gate before the product."""
+    (h,), (w_ih, w_hh, b_ih, b_hh) = states, weights
+    H = 2 * h.shape[1]
+    x_r, x_z, x_n = nn.functional.linear(x, w_ih, b_ih).chunk(3, 1)
+    h_r, h_z = nn.functional.linear(h, w_hh[:H], b_hh[:H]).chunk(2, 1)
+    n = torch.tanh(x_n + nn.functional.linear(torch.sigmoid(x_r + h_r) * h, w_hh[H:], b_hh[H:]))
+    return (n + torch.sigmoid(x_z + h_z) * (h - n),)
+
+
+def rnn_step(x: Tensor, states: tuple[Tensor, ...], *weights: Tensor) -> tuple[Tensor, ...]:
+    w_ih, w_hh, b_ih, b_hh = weights
+    return (torch.tanh(nn.functional.linear(x, w_ih, b_ih) + nn.functional.linear(states[0], w_hh, b_hh)),)
+
+
+STEPS = {"lstm": lstm_step, "gru": gru_step, "gru-before": gru_before_step, "rnn": rnn_step}
+TORCH_STEPS: dict[str, Step] = {
+    "lstm": torch.lstm_cell,
+    "gru": lambda x, states, *weights: (torch.gru_cell(x, states[0], *weights),),
+    "gru-before": gru_before_step,
+    "rnn": lambda x, states, *weights: (torch.rnn_tanh_cell(x, states[0], *weights),),
+}
+
+
+def by_hand(problem: Problem) -> Work:
+    """The built-in cells in torch's operations, in a loop over time, as people write them."""
+    run, x, weights = _looped(problem, STEPS[problem.case.cell])
+    if not problem.case.packed:
+        return Work(lambda: run(x, *weights), weights)
+    given = problem.pack(x)
+
+    def packed() -> Tensor:
+        padded, _ = nn.utils.rnn.pad_packed_sequence(given)
+        return problem.pack(run(padded, *weights)).data
+
+    return Work(packed, weights)
+
+
+def _torch_loop(problem: Problem) -> tuple[Callable[..., Tensor], Tensor, list[Tensor]]:
+    """_looped with torch's own cell functions."""
+    case = problem.case
+    if case.layers > 1 or case.bidirectional or case.mode == STEP or case.packed or problem.states is not None:
+        raise Unavailable("a loop of one layer and direction, from zeros")
+    return _looped(problem, TORCH_STEPS[case.cell])
 
 
 def loop(problem: Problem) -> Work:
     """A loop over torch's own cell function (torch.lstm_cell, ...); the reset-before GRU written out."""
-    run, x, weights = _looped(problem)
+    run, x, weights = _torch_loop(problem)
     return Work(lambda: run(x, *weights), weights)
 
 
@@ -232,7 +289,7 @@ def compiled_loop(problem: Problem) -> Work:
     """The same loop under torch.compile."""
     if problem.case.T > UNROLLED:
         raise Unavailable(f"a loop of more than {UNROLLED} steps is unrolled, and compiles for minutes")
-    run, x, weights = _looped(problem)
+    run, x, weights = _torch_loop(problem)
     torch._dynamo.reset()  # or the eighth case would be one too many
     whole = torch.compile(run, fullgraph=True, dynamic=False)
     return Work(lambda: whole(x, *weights), weights)
@@ -242,7 +299,7 @@ def graphed_loop(problem: Problem) -> Work:
     """The same loop, captured as CUDA graphs, forward and backward."""
     if problem.device.type != "cuda":
         raise Unavailable("CUDA graphs need CUDA")
-    run, x, weights = _looped(problem)
+    run, x, weights = _torch_loop(problem)
     if problem.case.mode != TRAINING:
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         with torch.no_grad(), torch.cuda.stream(stream):
@@ -334,7 +391,7 @@ PROVIDERS: dict[str, Callable[[Problem], Work]] = {
     "triton, states": ours("triton", "states"),
     "aten": ours("aten"),
     "loop": ours("loop"),
-    "reference": ours("reference"),  # the loop as one writes it by hand
+    "reference": by_hand,  # so called in the results: it was seqcells' reference, which is slower today
     "split": split,
     "cell loop": loop,
     "compiled loop": compiled_loop,

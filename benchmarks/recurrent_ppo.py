@@ -24,7 +24,7 @@ import recipes
 from sb3_contrib import RecurrentPPO
 
 import seqcells
-from seqcells import suite
+from seqcells.tasks import suite
 from seqcells.testing import AGAINST_TORCH
 
 

@@ -1,10 +1,10 @@
-"""convert and revert: torch.nn's recurrent modules inside a model become seqcells' and back, where they stand.
+"""convert and revert: turn torch.nn's recurrent modules in a model into seqcells' and back, in place.
 
-A module keeps its identity: its class and its settings change, and everything it holds stays the object it was:
-parameters (so optimizers and tied weights stay right), buffers, hooks and their handles, parametrizations, weight_norm,
-pruning masks, requires_grad, training, attributes of the user's own. So whoever holds the module, anywhere, holds the
-converted one, and a module registered in two places stays one module. torch itself changes a module's class this way
-in torch.nn.utils.parametrize and in its lazy modules.
+A module stays the same object. Its class and its settings change; everything else stays: parameters (so optimizers and
+tied weights remain valid), buffers, hooks and their handles, parametrizations, weight_norm, pruning masks,
+requires_grad, training and attributes that users set. Every reference to the module sees the converted one, and a
+module registered in two places is still one module. torch changes a module's class in the same way in
+torch.nn.utils.parametrize and in its lazy modules.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ Classes = Mapping[Any, type[nn.Module]]  # Any: keys of a Mapping must be of exa
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one module. names: all it has in the model. before, after: its class. skipped: why it was left
-    alone, "" if it was not."""
+    """What was done to one module. names: all its names in the model. before, after: its class. skipped: why it was
+    left unchanged, "" if it was changed."""
 
     names: tuple[str, ...]
     before: str
@@ -62,7 +62,7 @@ class Change:
 
 @dataclass(frozen=True)
 class _Swap:
-    """All that is done to one module, computed before anything is done to any."""
+    """All changes to one module, computed before any module is changed."""
 
     module: nn.Module
     cls: type[nn.Module]
@@ -72,7 +72,7 @@ class _Swap:
     surplus: tuple[str, ...]  # the opposite
 
     def do(self) -> None:
-        # Past __setattr__: torch.nn.LSTM's keeps lists that are half there at this point.
+        # Not by __setattr__: torch.nn.LSTM's updates lists that are incomplete at this point.
         state = self.module.__dict__
         for name in self.drop:
             state.pop(name, None)
@@ -96,34 +96,34 @@ def convert(
     precision: str | None = None,
     report: list[Change] | None = None,
 ) -> M:
-    """Make every torch.nn.LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell in model one of seqcells', in place.
+    """Convert every torch.nn.LSTM, GRU, RNN, LSTMCell, GRUCell and RNNCell in model to seqcells' class, in place.
 
-    Returns model, which may be such a module itself. The parameters are the same objects, so an optimizer made before
-    stays right, state_dict's keys are the same, and no random number is drawn.
+    Returns model, which may be such a module itself. The parameters are the same objects, so an existing optimizer
+    remains valid; the keys of state_dict are the same, and no random number is drawn.
 
-    include, exclude: a name or names, as model.named_modules() gives them, with fnmatch's wildcards ("encoder.*"; a
-    star also matches dots); a module with several names is meant by any of them.
-    subclass: True makes layers of seqcells.subclasses' classes, for code that asks isinstance(module, torch.nn.LSTM).
-    That costs torch.compile: it breaks its graph at each of them, and raises with fullgraph=True, as at torch.nn's own
-    (see seqcells.subclasses). Layers that are seqcells' already become such, too, and keep their settings. (The cells
-    are instances of torch.nn's in any case, which torch.compile takes.)
+    include, exclude: a name or names, as in model.named_modules(), with fnmatch's wildcards ("encoder.*"; a star also
+    matches dots). A module with several names matches by any of them.
+    subclass: True uses the classes of seqcells.subclasses, for code that checks isinstance(module, torch.nn.LSTM).
+    With these torch.compile breaks its graph at each layer, and raises with fullgraph=True, as with torch.nn's own (see
+    seqcells.subclasses). Layers that are seqcells' already are converted too, and keep their settings. (The cells are
+    instances of torch.nn's classes in any case; torch.compile supports them.)
     mapping: {Theirs: Mine}, for subclasses of torch.nn's classes: modules of exactly the class Theirs become Mine, a
-    subclass of the seqcells class in question. Attributes stay, and no constructor of Mine runs. Often
-    `class Mine(Theirs, seqcells.subclasses.LSTM)` with nothing in it will do.
+    subclass of the corresponding seqcells class. Attributes stay, and the constructor of Mine is not called. Often an
+    empty `class Mine(Theirs, seqcells.subclasses.LSTM)` is enough.
     backend, save (layers only), precision: as in seqcells.LSTM.
-    report: a list; a Change is appended for every recurrent module that was changed or left alone.
+    report: a list, to which a Change is appended for every recurrent module that was changed or left unchanged.
 
-    The logger "seqcells" sums up at INFO (on stderr where logging is not configured;
-    logging.getLogger("seqcells").setLevel("WARNING") silences it), warns of what was left alone and of a model with
-    nothing to convert, and gives every change at DEBUG.
+    The logger "seqcells" logs a summary at INFO (on stderr if logging is not configured;
+    logging.getLogger("seqcells").setLevel("WARNING") silences it), warnings for modules left unchanged and for a model
+    without recurrent modules, and every change at DEBUG.
 
-    Left alone: subclasses of torch.nn's classes that mapping does not name, whose code may rely on them, and modules
-    whose forward was replaced on the instance. Modules in torch.jit's or torch.export's programs are not seen at all.
-    A model that torch.compile compiled is compiled again at its next call. Call convert before fully_shard, which
-    gives modules classes of its own.
-    Raises TypeError or ValueError, before anything is changed, for a model that is no module, an unknown backend, save
-    or precision, a mapping of other classes, and a pattern that matches no recurrent module. If anything else raises
-    on the way, all is put back.
+    Left unchanged: subclasses of torch.nn's classes that mapping does not name, because their code may rely on the base
+    class, and modules whose forward was replaced on the instance. Modules in programs of torch.jit or torch.export are
+    not found. A compiled model is compiled again at its next call. Call convert before fully_shard, which changes the
+    classes of modules.
+    Raises TypeError or ValueError, before anything is changed, if model is no module, backend, save or precision is
+    unknown, mapping has other classes, or a pattern matches no recurrent module. If anything else raises, all changes
+    are undone.
     """
     arguments.options(backend, precision, save)
     checks.boolean("subclass", subclass)
@@ -223,12 +223,12 @@ def _swap_all(
     model: M,
     what: str,
     target: Callable[[nn.Module, type[nn.Module]], type[nn.Module] | str | None],
-    how: dict[str, Any],
+    options: dict[str, Any],
     include: str | Iterable[str] | None,
     exclude: str | Iterable[str] | None,
     report: list[Change] | None,
 ) -> M:
-    """target: what a module of some class becomes, why it is left alone, or None where there is nothing to do."""
+    """target: the class that a module becomes, why it is left unchanged, or None if there is nothing to do."""
     if not isinstance(model, nn.Module):
         error = checks.wrong("model", "a torch.nn.Module", model)
         if isinstance(model, type):
@@ -257,7 +257,7 @@ def _swap_all(
         if isinstance(found, type) and "forward" in module.__dict__:
             found = "its forward was replaced on the instance"
         if isinstance(found, type):
-            swaps.append(_plan(module, cls, found, how))
+            swaps.append(_plan(module, cls, found, options))
             changes.append(Change(tuple(known_as), spelled(cls), spelled(found)))
         else:
             changes.append(Change(tuple(known_as), spelled(cls), spelled(cls), found))
@@ -268,7 +268,7 @@ def _swap_all(
 
 
 def _summary(what: str, model: str, there: int, wanted: int, changes: list[Change]) -> tuple[int, str]:
-    """A logging level and one line. there, wanted: how many recurrent modules are in the model and were meant."""
+    """A logging level and one line. there, wanted: the number of recurrent modules, and of those selected."""
     found = f"{there} recurrent module{'s' * (there > 1)} in this {model}"
     if not there:
         return logging.WARNING, f"seqcells.{what}: nothing to do: no LSTM, GRU, RNN or cell of these in this {model}"
@@ -284,7 +284,7 @@ def _summary(what: str, model: str, there: int, wanted: int, changes: list[Chang
 
 
 def _do(swaps: list[_Swap], changes: list[Change], report: list[Change] | None, summary: tuple[int, str]) -> None:
-    """All swaps, and the report of them; none where something raises, whatever it is."""
+    """Make all swaps and report them. If anything raises, undo them."""
     undo: list[Callable[[], None]] = []
     try:
         for swap in swaps:
@@ -292,13 +292,14 @@ def _do(swaps: list[_Swap], changes: list[Change], report: list[Change] | None, 
             swap.do()
             if isinstance(swap.module, nn.RNNBase) and not parametrize.is_parametrized(swap.module):
                 swap.module.flatten_parameters()  # for cuDNN, as torch does at the end of a constructor
-        for change in changes if report is not None else ():
-            report.append(change)  # type: ignore[union-attr]
-            undo.append(getattr(report, "pop", lambda: None))
+        if report is not None:
+            for change in changes:
+                report.append(change)
+                undo.append(getattr(report, "pop", lambda: None))
         for change in changes:
             LOGGER.log(logging.WARNING if change.skipped else logging.DEBUG, "%s", change)
         LOGGER.log(summary[0], "%s", summary[1])
-        # Where nobody configured logging, Python shows warnings only.
+        # If logging is not configured, Python shows warnings only.
         if summary[0] == logging.INFO and LOGGER.level <= logging.INFO and not LOGGER.hasHandlers():
             print(summary[1], file=sys.stderr)
     except BaseException:
@@ -308,7 +309,7 @@ def _do(swaps: list[_Swap], changes: list[Change], report: list[Change] | None, 
 
 
 def _restorer(module: nn.Module) -> Callable[[], None]:
-    """What puts the module's class, attributes and parameters back as they are now."""
+    """A function that restores the module's class, attributes and parameters as they are now."""
     cls, attributes, parameters = module.__class__, dict(module.__dict__), dict(module._parameters)
 
     def restore() -> None:
@@ -328,7 +329,7 @@ def _joined(names: Iterable[str]) -> str:
 def _matching(
     names: dict[nn.Module, list[str]], patterns: str | Iterable[str] | None, argument: str, default: bool
 ) -> set[nn.Module]:
-    """The modules one of whose names one of the patterns matches; all or none where no pattern was given."""
+    """The modules with a name that matches a pattern; all or none of them if no pattern is given."""
     if patterns is None:
         return set(names) if default else set()
     try:
@@ -347,30 +348,30 @@ def _matching(
     return found
 
 
-def _blank(module: nn.Module, cls: type[nn.Module], how: dict[str, Any]) -> nn.Module:
+def _blank(module: nn.Module, cls: type[nn.Module], options: dict[str, Any]) -> nn.Module:
     """A module of that class with module's settings, on the meta device: no memory, no random numbers."""
     given = ["input_size", "hidden_size", "bias"]
     if issubclass(cls, (*LAYERS, *LAYERS.values())):
         given += ["num_layers", "batch_first", "bidirectional"]
         given += ["proj_size"] if issubclass(cls, (nn.LSTM, layers.LSTM)) else []
     else:
-        how = {name: value for name, value in how.items() if name != "save"}
+        options = {name: value for name, value in options.items() if name != "save"}
     given += ["nonlinearity"] if hasattr(module, "nonlinearity") else []
-    blank = cls(**{name: getattr(module, name) for name in given}, device="meta", **how)
+    blank = cls(**{name: getattr(module, name) for name in given}, device="meta", **options)
     if hasattr(module, "dropout"):
         blank.dropout = module.dropout  # not by the constructor, which warned already when module was made
     return blank
 
 
-def _plan(module: nn.Module, cls: type[nn.Module], new: type[nn.Module], how: dict[str, Any]) -> _Swap:
-    """How module, of class cls, becomes one of class new. how: the settings that only seqcells' classes have."""
+def _plan(module: nn.Module, cls: type[nn.Module], new: type[nn.Module], options: dict[str, Any]) -> _Swap:
+    """The swap of module from class cls to class new. options: the settings that only seqcells' classes have."""
     state, base = module.__dict__, set(nn.Module().__dict__)
     # What fresh modules of the two have, of torch.nn's or seqcells' own classes: a user's may want other arguments.
     old = _blank(module, _base(cls), {})
     only_class = issubclass(cls, modules.Module) and issubclass(new, modules.Module)
-    blank = old if only_class else _blank(module, _base(new), how)
+    blank = old if only_class else _blank(module, _base(new), options)
     own = {name: value for name, value in blank.__dict__.items() if name not in base}
-    # What the old class has and the new class has not; the rest is the user's own and stays.
+    # What the old class has and the new class lacks; the rest is the user's own and stays.
     drop = frozenset(set(old.__dict__) - base - set(own))
     own = {} if only_class else own
     if isinstance(blank, nn.RNNBase) and not isinstance(blank, modules.Module):
@@ -390,12 +391,12 @@ def _flat_weights(module: nn.Module, names: list[str]) -> dict[str, Any]:
     """torch.nn.LSTM's list of its weights, and the weak references by which it sees that one was replaced."""
     found: list[Tensor | None] = []
     for name in names:
-        weight = module._parameters.get(name)
+        weight: Tensor | None = module._parameters.get(name)
         if weight is None and parametrize.is_parametrized(module, name):
             # Not computed here, which may have effects (spectral_norm's power iteration): a tensor that is not the
             # weight, so that the first forward sees a change and computes all.
-            held: Any = module.parametrizations[name]  # type: ignore[index]
-            weight = next(chain(held.parameters(recurse=False), held.buffers(recurse=False)), None)
+            parts = module.get_submodule(f"parametrizations.{name}")
+            weight = next(chain(parts.parameters(recurse=False), parts.buffers(recurse=False)), None)
         found.append(module.__dict__.get(name) if weight is None else weight)
         checks.tensor(name, found[-1], optional=True)
     return {"_flat_weights": found, "_flat_weight_refs": [None if w is None else weakref.ref(w) for w in found]}

@@ -1,11 +1,10 @@
-"""Initialisers for gates. Like torch.nn.init's they work in place, without gradient, and return what they were given.
+"""Initializers for gates. Like those of torch.nn.init they work in place, without gradient, and return the module.
 
-All take seqcells' modules and torch.nn's, every layer and direction of them, and set only the biases of the gates they
-name: the sum bias_ih + bias_hh, as all of it in bias_ih and zero in bias_hh. Weights and other biases stay. A gate is
-known by its name in the cell: i f g o of an LSTM, r z n of a GRU; modules of any cell with such gates are taken.
-(Whether a gate keeps the state near 1 or near 0 is up to the cell: with h + f * (n - h) it is a negative bias of f that
-remembers.) All raise TypeError for a module of another kind, or whose cell has no such gate, and ValueError for one
-without bias. For a model:
+They take modules of seqcells and of torch.nn, and set every layer and direction. They set only the biases of the gates
+they name: bias_ih to the whole value and bias_hh to zero. Weights and other biases stay unchanged. A gate is found by
+its name in the cell: i f g o in an LSTM, r z n in a GRU; a module of any cell with such a gate is accepted. (Whether a
+gate keeps the state at 1 or at 0 depends on the cell: with h + f * (n - h) a negative bias of f remembers.) All raise
+TypeError for other modules and for cells without such a gate, and ValueError for a module without bias. For a model:
 
     for module in model.modules():
         if isinstance(module, seqcells.LSTM):
@@ -27,14 +26,14 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def forget_bias_(module: M, value: float = 1.0) -> M:
-    """Set the bias of the forget gates f of module (LSTM, say) to value, so that it remembers from the start.
+    """Set the bias of module's forget gates f (as an LSTM has) to value, so that it remembers from the start.
 
         >>> lstm = seqcells.init.forget_bias_(seqcells.LSTM(10, 20))
         >>> lstm.bias_ih_l0[20:40].unique().item()
         1.0
 
     Gers, Schmidhuber and Cummins 2000, "Learning to forget"; Jozefowicz, Zaremba and Sutskever 2015, "An empirical
-    exploration of recurrent network architectures", who find 1 to be what a plain LSTM lacks.
+    exploration of recurrent network architectures", who recommend 1.
     """
     _gate(module, "forget_bias_", ("f",))
     checks.number("value", value)
@@ -42,11 +41,11 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
 
 
 def chrono_(module: M, max_length: float, *, generator: torch.Generator | None = None) -> M:
-    """Chrono initialisation: memories of module (LSTM, GRU) last from 1 to max_length steps, spread over the units.
+    """Chrono initialization: the memory of each unit of module (LSTM, GRU) lasts between 1 and max_length steps.
 
     LSTM: b_f = log(u), b_i = -b_f, with u from U(1, max_length - 1) for each unit. GRU: b_z = log(u), since z, in
-    torch's h' = (1 - z) n + z h, keeps the state; the paper's z is 1 - z. Another cell: as an LSTM if it has a gate f,
-    with b_i only if it has a gate i; else as a GRU. max_length: the longest dependency expected, more than 2, else
+    torch's h' = (1 - z) n + z h, keeps the state; the paper's z is 1 - z. Another cell is set as an LSTM if it has a
+    gate f (b_i only if it has a gate i), else as a GRU. max_length: the longest dependency expected, more than 2, else
     ValueError. generator: on the module's device.
 
     Tallec and Ollivier 2018, "Can recurrent neural networks warp time?", arXiv:1804.11188.
@@ -71,17 +70,17 @@ def chrono_(module: M, max_length: float, *, generator: torch.Generator | None =
 
 
 def accumulator_(module: M, keep: float | None = None, add: float | None = None) -> M:
-    """Make module (LSTM, GRU) start as an accumulator: it forgets nothing and each step adds a little to the state.
+    """Make module (LSTM, GRU) start as an accumulator: it forgets nothing, and each step adds a little to the state.
 
-    keep: the bias of the gate that keeps the state: an LSTM's forget gate (14 if None), a GRU's z (8 if None). add: the
-    bias of an LSTM's input gate (-9 if None); a GRU has none, 1 - z is what it adds by, so ValueError. Of another cell:
-    its gates f and i, if it has both, else f or z, which is then 1 minus what it adds by.
+    keep: the bias of the gate that keeps the state: the forget gate of an LSTM (14 if None), z of a GRU (8 if None).
+    add: the bias of the input gate of an LSTM (-9 if None). A GRU has no input gate: it adds by 1 - z, so ValueError.
+    In another cell: its gates f and i, if it has both, else f or z, taken as a GRU's z.
 
-    A step then adds about sigmoid(add) (a GRU: sigmoid(-keep)) times the candidate: so little that the state stays
-    where tanh is linear, and sums stay sums. The model has to multiply its output back up. Counting the ones in strings
-    of 64, right up to length 127, is learnt with these: LSTM, 8 units, 14 and -9, output times 1500; GRU, 16 units, 8,
-    times 300. For remembering a symbol over a hundred steps, 6 and -3 (LSTM) and 4 (GRU). See seqcells/tasks/
-    count_ones_regression.py and temporal_order.py; what comes of it is in benchmarks/results/tasks-cpu.md.
+    A step then adds about sigmoid(add) (a GRU: sigmoid(-keep)) times the candidate. That is so little that the state
+    stays where tanh is linear, and sums stay sums; the model must multiply its output accordingly. These values learn
+    to count the ones in strings of 64, correct up to length 127: LSTM, 8 units, 14 and -9, output times 1500; GRU, 16
+    units, 8, output times 300. To remember a symbol over a hundred steps: 6 and -3 (LSTM), 4 (GRU). See
+    seqcells/tasks/count_ones_regression.py and temporal_order.py; results are in benchmarks/results/tasks-cpu.md.
     """
     keeper, gates = _gate(module, "accumulator_", ("f", "z"))
     checks.number("keep", keep, optional=True)
@@ -96,8 +95,8 @@ def accumulator_(module: M, keep: float | None = None, add: float | None = None)
 
 
 def _gate(module: nn.Module, caller: str, wanted: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """The first of the wanted gates that the module's cell has, and all of its gates that have a bias. TypeError if it
-    has none of them, or is no recurrent module."""
+    """The first of the wanted gates that the module's cell has, and all its gates that have a bias. TypeError if the
+    cell has none of them, or module is not recurrent."""
     kinds = " or ".join({"f": "LSTM or LSTMCell", "z": "GRU or GRUCell"}[gate] for gate in wanted)
     expected = f"an {kinds} of seqcells or torch.nn, or of another cell with a gate {' or '.join(wanted)}"
     cell = weights.cell_of(module, caller, expected)
@@ -114,7 +113,7 @@ def _filled(value: float) -> Callable[[Tensor], Tensor]:
 
 
 def _set(module: M, gates: dict[str, Callable[[Tensor], Tensor]]) -> M:
-    """gates: the new bias by gate, made from the old one, [H]."""
+    """gates: for each gate, what makes its new bias [H] from the old one."""
     if not module.bias:
         raise ValueError(f"this {type(module).__name__} has no bias to set (bias=False)")
     cell = weights.cell_of(module, "", "")

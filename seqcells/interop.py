@@ -1,8 +1,8 @@
-"""Weights from and to other libraries: Keras, haste, and the two usual hand-written cells.
+"""Weights from and to other libraries: Keras, haste, and cells as they are often written by hand.
 
-The from_ functions take arrays and return a cell's state_dict as torch.nn names it: weight_ih [G*H, I], weight_hh
-[G*H, H], bias_ih and bias_hh [G*H]; no biases if there were none. load_ copies such a dict into a cell, or into one
-layer and direction of an LSTM, GRU or RNN, seqcells' or torch.nn's.
+The from_ functions take arrays and return a cell's state_dict with torch.nn's names: weight_ih [G*H, I], weight_hh
+[G*H, H], bias_ih and bias_hh [G*H]; without biases if there were none. load_ copies such a dict into a cell, or into
+one layer and direction of an LSTM, GRU or RNN, of seqcells or torch.nn.
 
     order of gates      LSTM     GRU
     torch, seqcells     i f g o  r z n
@@ -21,11 +21,12 @@ from torch import Tensor, nn
 
 from . import checks, weights
 from .cell import get
+from .kernels.registry import BUILT_IN
 
 Array = Any  # anything numpy.asarray takes, or a tensor
-# What others call our cells.
-KINDS = {"lstm": "lstm", "gru": "gru", "gru_before": "gru", "rnn_tanh": "rnn", "rnn_relu": "rnn"}
-# Their order of our gates.
+# What others call our cells: lstm, gru or rnn.
+KINDS = {name: name.partition("_")[0] for name in BUILT_IN}
+# Our gates in their order.
 KERAS = {"lstm": "ifgo", "gru": "zrn", "rnn": "n"}
 HASTE = {"lstm": "igfo", "gru": "zrn"}
 
@@ -33,12 +34,12 @@ HASTE = {"lstm": "igfo", "gru": "zrn"}
 def from_keras(
     kernel: Array, recurrent_kernel: Array, bias: Array | None = None, *, cell: str = "lstm", reset_after: bool = True
 ) -> dict[str, Tensor]:
-    """What get_weights() of a Keras LSTM, GRU or SimpleRNN gives, as a torch.nn cell's state_dict.
+    """The weights of a Keras LSTM, GRU or SimpleRNN, as get_weights() returns them, as a torch.nn cell's state_dict.
 
     kernel [I, G*H], recurrent_kernel [H, G*H]; bias [G*H], of a GRU with reset_after (Keras's default since
     TensorFlow 2, and torch's form) [2, 3*H], None with use_bias=False. cell: "lstm", "gru" or "rnn". reset_after=False
     is seqcells.GRU(reset_after=False). The activations must be tanh and sigmoid (not hard_sigmoid, once Keras's
-    default), in a SimpleRNN tanh or relu. A Bidirectional layer gives the forward weights, then the backward ones.
+    default), in a SimpleRNN tanh or relu. A Bidirectional layer returns the forward weights, then the backward ones.
     Raises ValueError for an unknown cell and for shapes that do not fit.
     """
     order = _order(KERAS, cell)
@@ -58,9 +59,9 @@ def from_keras(
 def to_keras(module: nn.Module, layer: int = 0, reverse: bool = False) -> list[np.ndarray]:
     """The inverse: [kernel, recurrent_kernel, bias], as set_weights() of a Keras layer takes them.
 
-    module: a cell, or an LSTM, GRU or RNN, of which layer and reverse (the second direction) say which weights.
-    Without bias [kernel, recurrent_kernel]. A single bias of Keras's is bias_ih + bias_hh.
-    Raises TypeError for a module of another kind, ValueError for a layer that is not there and for proj_size.
+    module: a cell, or an LSTM, GRU or RNN, of which layer and reverse (the second direction) select the weights.
+    Without bias: [kernel, recurrent_kernel]. Where Keras has a single bias, it is bias_ih + bias_hh.
+    Raises TypeError for another module, ValueError for a layer that does not exist and for proj_size.
     """
     cell = _kind(module, "to_keras")
     _no_projection(module, "Keras")
@@ -68,22 +69,22 @@ def to_keras(module: nn.Module, layer: int = 0, reverse: bool = False) -> list[n
     order, ours = KERAS[cell], _ours(cell)
 
     def read(part: str) -> Tensor:
-        held = checks.parameter(module, part + suffix, weights.shapes(module, layer)[part])
-        if held.is_meta:
+        weight = checks.parameter(module, part + suffix, weights.shapes(module, layer)[part])
+        if weight.is_meta:
             raise RuntimeError(f"{part + suffix} is on the meta device: it has no values to give")
-        return _reordered(held.detach(), ours, order)
+        return _reordered(weight.detach(), ours, order)
 
     found = [read("weight_ih").T, read("weight_hh").T]
     if module.bias:
         b_ih, b_hh = read("bias_ih"), read("bias_hh")
         both = cell == "gru" and getattr(module, "reset_after", True)
         found.append(torch.stack([b_ih, b_hh]) if both else b_ih + b_hh)
-    # bfloat16, which numpy has not, as float32.
+    # numpy lacks bfloat16.
     return [(t.float() if t.dtype == torch.bfloat16 else t).cpu().contiguous().numpy().copy() for t in found]
 
 
 def load_keras_(module: nn.Module, arrays: Sequence[Array], layer: int = 0, reverse: bool = False) -> nn.Module:
-    """Copy what get_weights() of a Keras layer gave into a cell, or into one layer and direction; returns module.
+    """Copy the weights of a Keras layer, from get_weights(), into a cell, or one layer and direction; returns module.
 
     module, layer, reverse: as in to_keras. arrays: [kernel, recurrent_kernel, bias], see from_keras. Raises as
     from_keras and load_ do.
@@ -131,7 +132,7 @@ def from_haste(
 def from_handwritten_lstm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of an LSTM cell of two Linears, x_fc and h_fc, whose output is cut into i f g o.
 
-    state: as reference.HandwrittenLSTMCell's: x_fc.weight [4*H, I], h_fc.weight [4*H, H], both with bias.
+    state: as tasks.handwritten.HandwrittenLSTMCell's: x_fc.weight [4*H, I], h_fc.weight [4*H, H], both with bias.
     Raises ValueError for names and shapes that do not fit.
     """
     _names(state, [f"{x}_fc.{kind}" for x in "xh" for kind in ("weight", "bias")])
@@ -145,8 +146,9 @@ def from_handwritten_lstm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_handwritten_gru(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The state_dict of a GRU cell of six Linears, x_fc_r, x_fc_z, x_fc_n and h_fc_r, h_fc_z, h_fc_n, all with bias.
 
-    state: as reference.HandwrittenGRUCell's, whose reset gate comes before the product: for GRU with reset_after=False.
-    Each x_fc_.weight [H, I], each h_fc_.weight [H, H]. Raises ValueError for names and shapes that do not fit.
+    state: as tasks.handwritten.HandwrittenGRUCell's. The reset gate comes before the product: load it into a GRU with
+    reset_after=False. Each x_fc_.weight [H, I], each h_fc_.weight [H, H].
+    Raises ValueError for names and shapes that do not fit.
     """
     _names(state, [f"{x}_fc_{gate}.{kind}" for x in "xh" for gate in "rzn" for kind in ("weight", "bias")])
     H = _checked("h_fc_r.weight", state["h_fc_r.weight"], ("H", "H")).shape[1]
@@ -164,11 +166,11 @@ def from_handwritten_gru(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_(module: nn.Module, state: Mapping[str, Tensor], layer: int = 0, reverse: bool = False) -> nn.Module:
     """Copy a cell's state_dict into a cell, or into one layer and direction of a layer; returns module.
 
-    module: as in to_keras, or a Recurrent or RecurrentCell of any cell; layer, reverse: as there. state: as torch.nn's
-    cells give it, and RecurrentCell of that cell.
-    Values take the module's dtype and device. Where state has no biases and the module has, they become zero.
-    Raises TypeError for a module of another kind; ValueError for a layer that is not there, for proj_size, for biases
-    the module has not, and for names and shapes that do not fit. Nothing is copied if anything does not fit.
+    module: as in to_keras, or a Recurrent or RecurrentCell of any cell; layer, reverse: as there. state: the state_dict
+    of torch.nn's cell, or of a RecurrentCell of that cell.
+    Values are converted to the module's dtype and device. If state has no biases and the module has, they become zero.
+    Raises TypeError for another module; ValueError for a layer that does not exist, for proj_size, for biases that the
+    module lacks, and for names and shapes that do not fit. If anything does not fit, nothing is copied.
     """
     weights.cell_of(module, "load_", _OURS)
     _no_projection(module, "a cell")
@@ -182,11 +184,11 @@ def load_(module: nn.Module, state: Mapping[str, Tensor], layer: int = 0, revers
     _names(state, [part for part in shapes if biased or part not in biases])
     values = {}
     for part, shape in shapes.items():
-        held = checks.parameter(module, part + suffix, shape)
-        values[part] = _checked(part, state[part], shape) if part in state else torch.zeros_like(held)
-        if values[part].is_meta and not held.is_meta:
+        own = checks.parameter(module, part + suffix, shape)
+        values[part] = _checked(part, state[part], shape) if part in state else torch.zeros_like(own)
+        if values[part].is_meta and not own.is_meta:
             raise RuntimeError(f"{part} is on the meta device: it has no values to copy")
-        values[part] = values[part].to(held.device, held.dtype)
+        values[part] = values[part].to(own.device, own.dtype)
     weights.assign(module, {part + suffix: value for part, value in values.items()})
     return module
 
@@ -230,8 +232,8 @@ def _no_projection(module: nn.Module, what: str) -> None:
 
 
 def _checked(name: str, array: Array, expected: tuple[int | str, ...]) -> Tensor:
-    """A copy of array as a tensor. TypeError unless it holds real numbers, ValueError unless it has that shape; a str
-    stands for any size."""
+    """A copy of array as a tensor. TypeError unless it has real numbers, ValueError unless it has the expected shape,
+    where a str is any size."""
     if isinstance(array, Tensor):
         checks.tensor(name, array)
         if array.is_complex() or array.dtype == torch.bool:
@@ -264,6 +266,6 @@ def _from_kernels(kernel: Array, recurrent_kernel: Array, order: str, cell: str)
 
 
 def _reordered(rows: Tensor, order: str, wanted: str) -> Tensor:
-    """rows [G*H, ...], their G parts from one order of gates to another."""
+    """rows [G*H, ...] with their G parts in the wanted order of gates instead of order."""
     parts = dict(zip(order, rows.chunk(len(order)), strict=True))
     return torch.cat([parts[gate] for gate in wanted])

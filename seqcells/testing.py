@@ -1,6 +1,6 @@
-"""Is a cell right? Every backend against the cell's step in float64: every output and every gradient.
+"""Tests of a cell: every backend against the cell's step in float64, every output and every gradient.
 
-`check` judges a cell of one's own. TOLERANCE is the project's one table: its tests use it too.
+`check` tests a cell of your own. TOLERANCE is the project's only table of tolerances: its own tests use it too.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .cell import Cell, named
 from .kernels.registry import BUILT_IN
 
 # Largest relative error ||a - b|| / ||b|| against float64 on the same (rounded) inputs. Half precision: a few roundings
-# of 2^-8 (bfloat16) or 2^-11 (float16) a value, gathered over the steps. "tf32": products rounded to 2^-11. "tf32x3":
-# an operand's two parts leave 2^-22 of it.
+# of 2^-8 (bfloat16) or 2^-11 (float16) a value, accumulated over the steps. "tf32": operands rounded to 2^-11.
+# "tf32x3": rounded to 2^-22, as an operand is the sum of two parts.
 TOLERANCE: dict[torch.dtype | str, float] = {
     torch.float64: 1e-12,
     torch.float32: 1e-5,
@@ -37,11 +37,11 @@ _UNBOUNDED = {"div", "exp", "exp2", "expm1", "log", "log1p", "log2", "pow", "sqr
 
 
 def tolerance(cell: str | Cell, dtype: torch.dtype | str, shape: Shape) -> float:
-    """The table's; but for a cell that compares, divides or has exponentials, twice the error of its own steps rounded
-    to that precision, if that is more.
+    """The tolerance in the table. For a cell that compares, divides or has exponentials: twice the error of its own
+    steps rounded to that precision, if that is more.
 
-    Where rounding moves a pre-activation across zero, relu's derivative jumps, and that element's gradient is lost
-    whole, in any implementation, the more the longer the sequence.
+    If rounding moves a pre-activation across zero, relu's derivative jumps, and the whole gradient of that element is
+    wrong, in any implementation, and more so the longer the sequence.
     """
     _check_shape(cell, shape)
     if not isinstance(dtype, (str, torch.dtype)) or dtype not in TOLERANCE:
@@ -82,8 +82,8 @@ def _check_shape(cell: str | Cell, shape: Shape) -> None:
 
 
 def names(cell: str | Cell) -> list[str]:
-    """What `inputs` makes: x, w_ih, w_hh, b_ih, b_hh (those that the cell has), the states before the first step as h0,
-    then trained vectors and per-step inputs by their own names."""
+    """The names of the tensors of `inputs`: x, w_ih, w_hh, b_ih, b_hh (those that the cell has), the initial states as
+    h0, then trained vectors and per-step inputs by their own names."""
     known = named(cell)
     weights = {"w_ih": known.x_gates, "w_hh": known.u_gates}
     weights |= {"b_ih": _biased(known, known.x_gates), "b_hh": _biased(known, known.u_gates)}
@@ -108,10 +108,10 @@ def inputs(
     scale: float = 1.0,
     seed: int = 0,
 ) -> list[Tensor]:
-    """Tensors of a cell, random, in the order of `names`; at scale 1 gates work from one end to the other.
+    """Random tensors for a cell, in the order of `names`. At scale 1 gates cover their whole range.
 
-    The states of a cell that divides or has exponentials are some that it comes to from zero: it need not be defined
-    for others.
+    The initial states of a cell that divides or has exponentials are states that it reaches from zero: it need not be
+    defined for others.
     """
     _check_shape(cell, shape)
     checks.dtype(dtype)
@@ -145,13 +145,13 @@ def inputs(
 
 
 def scan(cell: str | Cell, tensors: Sequence[Tensor], *, backend: str | None, **options: Any) -> tuple[Tensor, ...]:
-    """y and the final states of a backend for tensors in the order of `names`.
+    """y and the final states, by a backend, for tensors in the order of `names`.
 
-    backend: None is the reference with every operation rounded to the tensors' dtype. options: of functional.scan.
+    backend: None is the reference with every operation rounded to the tensors' dtype. options: functional.scan's.
     """
     known, given = named(cell), dict(zip(names(cell), tensors, strict=True))
     states = tuple(given[f"{state}0"] for state in known.states)
-    weights = [given.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
+    weights = w_ih, w_hh, b_ih, b_hh = [given.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
     params, steps = ({n: given[n] for n in wanted} for wanted in (known.params, known.inputs))
     if backend is None:
         wide = (t if t.dim() == 3 else t[..., None].expand(*t.shape, states[0].shape[-1]) for t in steps.values())
@@ -159,8 +159,8 @@ def scan(cell: str | Cell, tensors: Sequence[Tensor], *, backend: str | None, **
         rounded |= {"params": tuple(params.values()), "inputs": tuple(wide)}
         y, final = reference.scan(reference.step_of(known), given["x"], states, *weights, **rounded)
     else:
-        extras: Any = {"params": params, "inputs": steps}
-        y, final = functional.scan(known, given["x"], states, *weights, **extras, backend=backend, **options)  # type: ignore[misc]
+        options |= {"params": params, "inputs": steps, "backend": backend}
+        y, final = functional.scan(known, given["x"], states, w_ih, w_hh, b_ih, b_hh, **options)
     return y, *final
 
 
@@ -180,11 +180,11 @@ def run(
     backend: None is the reference with every operation rounded to the tensors' dtype.
     """
     leaves = [t.detach().requires_grad_() for t in tensors]
-    how: dict[str, Any] = {"resets": resets, "lengths": lengths, "save": save, "precision": precision}
-    found = scan(cell, leaves, backend=backend, **how)
+    options: dict[str, Any] = {"resets": resets, "lengths": lengths, "save": save, "precision": precision}
+    found = scan(cell, leaves, backend=backend, **options)
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in found]
-    # What does not reach an output has a gradient of zero, which a backend may leave out.
+    # A tensor that no output depends on has a gradient of zero, which a backend may leave out.
     gradients = torch.autograd.grad(found, leaves, weights, allow_unused=True, materialize_grads=True)
     named = dict(zip(outputs(cell), (o.detach() for o in found), strict=True))
     return named | {f"d{n}": g for n, g in zip(names(cell), gradients, strict=True)}
@@ -208,12 +208,12 @@ def errors(
     checks.boolean("resets", resets)
     checks.boolean("lengths", lengths)
     generator = torch.Generator().manual_seed(2)
-    begins = torch.rand(shape.T, shape.B, generator=generator) < 0.3 if resets else None
+    mask = torch.rand(shape.T, shape.B, generator=generator) < 0.3 if resets else None
     ends = torch.randint(1, shape.T + 1, (shape.B,), generator=generator) if lengths else None
-    masked: Any = {"resets": None if begins is None else begins.to(device), "lengths": ends}
+    masked: Any = {"resets": None if mask is None else mask.to(device), "lengths": ends}
     got = run(cell, tensors, **masked, backend=backend, save=save, precision=precision)
-    # The reference runs on the CPU: the device's own matmuls are not to judge themselves.
-    exact = run(cell, [t.cpu().double() for t in tensors], begins, lengths=ends, backend="reference")
+    # The reference runs on the CPU, so that the device's products are not tested against themselves.
+    exact = run(cell, [t.cpu().double() for t in tensors], mask, lengths=ends, backend="reference")
     return {name: relative(got[name], exact[name]) for name in exact}
 
 
@@ -233,7 +233,7 @@ def relative(got: Tensor, exact: Tensor) -> float:
 class Result:
     """The largest error of each output and gradient of a cell, by a backend, in a dtype.
 
-    missing: why there are none: no shape fits the backend.
+    missing: why there are no errors, if no shape fits the backend.
     """
 
     cell: str
@@ -249,15 +249,14 @@ class Result:
 
 
 def kinds(device: str, dtypes: list[str] | None = None) -> list[torch.dtype | str]:
-    """What `sweep` runs a cell and backend in, of those named, None: of all. Keys of TOLERANCE.
+    """The dtypes and precisions that `sweep` tests, keys of TOLERANCE: those named in dtypes; None: all.
 
-    ValueError if none is left: tf32 and tf32x3 are a CUDA device's.
+    ValueError if none is left: tf32 and tf32x3 exist on CUDA only.
     """
     checks.device(device)
     if dtypes is not None and (not isinstance(dtypes, (tuple, list)) or not all(isinstance(n, str) for n in dtypes)):
         raise checks.wrong("dtypes", "a list of names or None", dtypes)
-    products = ["tf32", "tf32x3"] if torch.device(device).type == "cuda" else []
-    every: list[torch.dtype | str] = [torch.float64, torch.float32, *products, torch.float16, torch.bfloat16]
+    every = [kind for kind in TOLERANCE if torch.device(device).type == "cuda" or not isinstance(kind, str)]
     chosen = [kind for kind in every if dtypes is None or str(kind).removeprefix("torch.") in dtypes]
     if not chosen:
         raise ValueError(f"dtypes must be some that {device} has, got {', '.join(dtypes or ())}")
@@ -299,14 +298,14 @@ def _worst(cell: str | Cell, backend: str, kind: torch.dtype | str, device: str,
             continue
         allowed = max(allowed, tolerance(cell, kind, shape))
         for save, masked in (("gates", {}), ("states", {"resets": True}), ("gates", {"resets": True, "lengths": True})):
-            how: dict[str, Any] = {"save": save, "precision": precision, **masked}
-            found = errors(cell, shape, dtype, device, backend=backend, **how)
+            options: dict[str, Any] = {"save": save, "precision": precision, **masked}
+            found = errors(cell, shape, dtype, device, backend=backend, **options)
             worst = {n: max(e, worst.get(n, 0.0)) for n, e in found.items()}
     return Result(named(cell).name, backend, str(kind).removeprefix("torch."), worst, allowed, "" if worst else missing)
 
 
 def table(results: Sequence[Result]) -> str:
-    """One line a cell, backend and dtype; one column an output or gradient."""
+    """A table with a line for each cell, backend and dtype, and a column for each output and gradient."""
     columns = list(dict.fromkeys(name for r in results for name in r.errors))
     lines = [("cell", "backend", "dtype", *columns, "allowed", "")]
     for r in results:
@@ -319,16 +318,17 @@ def table(results: Sequence[Result]) -> str:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Within it uninitialized memory is full of NaN: what a kernel does not write, or reads too early, shows."""
+    """A context in which uninitialized memory is NaN, which shows what a kernel does not write or reads too early."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    settings: Any = torch.utils.deterministic  # declares no types
+    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filled  # type: ignore[attr-defined]
+        settings.fill_uninitialized_memory = filled
 
 
 def check(
@@ -340,16 +340,16 @@ def check(
 ) -> list[Result]:
     """Check every backend of a cell against its step, differentiated by autograd in float64.
 
-    Every output and every gradient, at sizes that fill no tile, with uninitialized memory full of NaN: each schedule of
-    the kernels and the loop, each dtype, both save modes, resets, lengths. Then torch.autograd.gradcheck and
-    gradgradcheck of each backend in float64. Tolerances are `tolerance`'s. Takes minutes where kernels are interpreted.
+    Checks every output and every gradient, at sizes that do not fill a tile, with uninitialized memory set to NaN, for
+    each schedule of the kernels and the loop, each dtype, both save modes, with resets and lengths. Then runs
+    torch.autograd.gradcheck and gradgradcheck on each backend in float64. For the tolerances see `tolerance`. Takes
+    minutes if kernels are interpreted.
 
-    cell: a Cell, or its name. device: None is "cuda" if there is one, else "cpu", where kernels need Triton's
-    interpreter: TRITON_INTERPRET=1, set before Python starts. backends, dtypes: which ones, as "triton:grid" and
-    "float32".
+    cell: a Cell, or its name. device: None is "cuda" if available, else "cpu", where kernels need Triton's interpreter:
+    set TRITON_INTERPRET=1 before Python starts. backends, dtypes: which to check, such as "triton:grid" and "float32".
 
-    Returns the results; `table` shows them. AssertionError with that table if something is wrong. RuntimeError where
-    the kernels cannot run. CellError for a step that no kernels can be derived from.
+    Returns the results, which `table` shows. Raises AssertionError with that table if an error is too large,
+    RuntimeError if the kernels cannot run, CellError if no kernels can be derived from the step.
 
         >>> @seqcells.cell(gates="n", states="h")
         ... def leaky(x, U, h):
@@ -371,7 +371,7 @@ def check(
 
 
 def derivatives(cell: str | Cell, device: str, backends: Sequence[str] = BACKENDS) -> None:
-    """torch.autograd.gradcheck and gradgradcheck of each backend in float64. AssertionError if one fails."""
+    """Run torch.autograd.gradcheck and gradgradcheck on each backend in float64. AssertionError if one fails."""
     tensors = [t.requires_grad_() for t in inputs(cell, Shape(2, 2, 1, 2), torch.float64, device)]
     for backend in backends:
 

@@ -1,4 +1,4 @@
-"""What init and interop share: a recurrent module's parameters, by layer and direction; seqcells' and torch.nn's."""
+"""A recurrent module's cell and parameters, by layer and direction, for init and interop: seqcells' and torch.nn's."""
 
 from __future__ import annotations
 
@@ -9,51 +9,49 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import cell_modules, checks, modules, recurrent
+from . import cell_modules, checks, functional, modules, recurrent
 from .cell import Cell, get
-
-# Of torch.nn's modules. seqcells' know their cell.
-_THEIRS: dict[type[nn.Module], str] = {
-    nn.LSTM: "lstm",
-    nn.GRU: "gru",
-    nn.RNN: "rnn_tanh",
-    nn.LSTMCell: "lstm",
-    nn.GRUCell: "gru",
-    nn.RNNCell: "rnn_tanh",
-}
 
 
 def cell_of(module: nn.Module, caller: str, wanted: str) -> Cell:
     """The cell of a recurrent module, seqcells' or torch.nn's. TypeError for any other; wanted: a module it takes."""
     if isinstance(module, (recurrent.Recurrent, cell_modules.RecurrentCell)):
         return module.cell
-    for theirs, name in _THEIRS.items():
-        if isinstance(module, theirs):
-            return get("rnn_relu" if getattr(module, "nonlinearity", "") == "relu" else name)
+    if isinstance(module, (nn.LSTM, nn.GRU, nn.RNN)):
+        return get(module.mode.lower())
+    if isinstance(module, nn.RNNCell):
+        return get(functional.rnn_cell_name(module.nonlinearity))
+    if isinstance(module, (nn.LSTMCell, nn.GRUCell)):
+        return get("lstm" if isinstance(module, nn.LSTMCell) else "gru")
     raise checks.wrong(f"{caller}: module", wanted, module)
 
 
-def is_cell(module: nn.Module) -> bool:
-    return isinstance(module, (cell_modules.RecurrentCell, nn.RNNCellBase))
+def _layers(module: nn.Module) -> tuple[int, bool] | None:
+    """num_layers and bidirectional; None for a cell."""
+    if isinstance(module, (cell_modules.RecurrentCell, nn.RNNCellBase)):
+        return None
+    assert isinstance(module, (recurrent.Recurrent, nn.RNNBase))
+    return module.num_layers, module.bidirectional
 
 
 def suffix(module: nn.Module, layer: int, reverse: bool) -> str:
-    """What follows weight_ih in the names of that layer's and direction's parameters. ValueError if it is not there."""
+    """What follows weight_ih in the names of the parameters of a layer and direction. ValueError if there is none."""
     checks.integer("layer", layer)
     checks.boolean("reverse", reverse)
-    if is_cell(module):
+    if (found := _layers(module)) is None:
         if layer or reverse:
             raise ValueError(f"a {type(module).__name__} has neither layers nor directions")
         return ""
-    if not 0 <= layer < module.num_layers:  # type: ignore[operator]
-        raise ValueError(f"layer {layer} is not there: num_layers is {module.num_layers}")
-    if reverse and not module.bidirectional:
+    count, bidirectional = found
+    if not 0 <= layer < count:
+        raise ValueError(f"layer {layer} is not there: num_layers is {count}")
+    if reverse and not bidirectional:
         raise ValueError(f"there is no reverse direction: this {type(module).__name__} is not bidirectional")
     return f"_l{layer}{'_reverse' if reverse else ''}"
 
 
 def shapes(module: Any, layer: int = 0) -> dict[str, tuple[int, ...]]:
-    """Of the parameters of that layer, by their names without suffix."""
+    """The shapes of the parameters of that layer, by their names without suffix."""
     if isinstance(module, (recurrent.Recurrent, cell_modules.RecurrentCell)):
         return module._shapes(layer)
     H, cell = module.hidden_size, cell_of(module, "", "")
@@ -63,18 +61,19 @@ def shapes(module: Any, layer: int = 0) -> dict[str, tuple[int, ...]]:
 
 
 def suffixes(module: nn.Module) -> Iterator[str]:
-    """suffix of every layer and direction."""
-    for layer in range(1 if is_cell(module) else module.num_layers):  # type: ignore[arg-type]
+    """`suffix` of every layer and direction."""
+    count, bidirectional = _layers(module) or (1, False)
+    for layer in range(count):
         yield suffix(module, layer, False)
-        if not is_cell(module) and module.bidirectional:
+        if bidirectional:
             yield suffix(module, layer, True)
 
 
 def assign(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give the named parameters these values, in place; through the right_inverse of those that are parametrized.
+    """Set the named parameters to these values, in place; a parametrized one through its right_inverse.
 
-    ValueError, before any is changed, where a hook computes one from others (the old weight_norm, pruning): the value
-    would not stay.
+    ValueError, before any is changed, if a hook computes one from others (the old weight_norm, pruning), which would
+    overwrite the value.
     """
     for name, value in values.items():
         if parametrize.is_parametrized(module, name):
@@ -87,4 +86,4 @@ def assign(module: nn.Module, values: Mapping[str, Tensor]) -> None:
             if parametrize.is_parametrized(module, name):
                 setattr(module, name, value)
             else:
-                module._parameters[name].copy_(value)  # type: ignore[union-attr]
+                module.get_parameter(name).copy_(value)

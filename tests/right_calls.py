@@ -9,6 +9,7 @@ from wrong_values import B, H, I, T, randn
 import seqcells
 from seqcells import functional, init, interop, reference, testing
 from seqcells.cell import named
+from seqcells.tasks import handwritten as handwritten_cells
 
 
 class Call:
@@ -184,7 +185,7 @@ def from_other(random):
 
 def from_handwritten(random):
     name = random.choice(["lstm", "gru"])
-    cell = {"lstm": reference.HandwrittenLSTMCell, "gru": reference.HandwrittenGRUCell}[name](I, H)
+    cell = {"lstm": handwritten_cells.HandwrittenLSTMCell, "gru": handwritten_cells.HandwrittenGRUCell}[name](I, H)
     return Call(
         f"interop.from_handwritten_{name}",
         getattr(interop, f"from_handwritten_{name}"),
@@ -268,7 +269,7 @@ def specification(random):
 
 
 def handwritten(random):
-    cls = random.choice([reference.HandwrittenLSTMCell, reference.HandwrittenGRUCell])
+    cls = random.choice([handwritten_cells.HandwrittenLSTMCell, handwritten_cells.HandwrittenGRUCell])
     if random.random() < 0.3:
         return Call(cls.__name__, cls, {"input_size": I, "hidden_size": H})
     cell = cls(I, H)
@@ -276,7 +277,7 @@ def handwritten(random):
         return Call(
             f"{cls.__name__}.load_cell_state_dict", cell.load_cell_state_dict, {"state": cell.cell_state_dict()}, cell
         )
-    lstm = cls is reference.HandwrittenLSTMCell
+    lstm = cls is handwritten_cells.HandwrittenLSTMCell
     given = {"states": (randn(B, H), randn(B, H))} if lstm else {"h": randn(B, H)}
     return Call(f"{cls.__name__}()", cell, {"x": randn(B, I)} | given)
 

@@ -16,9 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from seqcells import files, suite, training
 from seqcells.__main__ import main
-from seqcells.tasks import TASKS, count_ones, echo
+from seqcells.tasks import TASKS, count_ones, echo, files, suite, training
 
 # Of echo: a schedule, an optimizer with moments, windows and states of its own.
 TINY = replace(

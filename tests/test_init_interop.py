@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import seqcells
 from seqcells import init, interop
+from seqcells.tasks.handwritten import HandwrittenGRUCell, HandwrittenLSTMCell
 
 LAYOUTS = [{}, {"num_layers": 2, "bidirectional": True}]
 SPACES = [seqcells, nn]
@@ -289,23 +290,19 @@ def test_loading_without_bias():
 def test_handwritten_cells():
     torch.manual_seed(0)
     x, h, c = torch.randn(2, I), torch.randn(2, H), torch.randn(2, H)
-    hand = seqcells.reference.HandwrittenLSTMCell(I, H)
+    hand = HandwrittenLSTMCell(I, H)
     cell = interop.load_(seqcells.LSTMCell(I, H), interop.from_handwritten_lstm(hand.state_dict()))
     torch.testing.assert_close(cell(x, (h, c)), hand(x, (h, c)))
-    hand = seqcells.reference.HandwrittenGRUCell(I, H)
+    hand = HandwrittenGRUCell(I, H)
     cell = interop.load_(seqcells.GRUCell(I, H, reset_after=False), interop.from_handwritten_gru(hand.state_dict()))
     torch.testing.assert_close(cell(x, h), hand(x, h))
     assert all(torch.equal(v, cell.state_dict()[k]) for k, v in hand.cell_state_dict().items())
 
 
-def refused():
+def refused_arrays():
     """(call, exception, words)"""
     kernel, recurrent, bias = arrays("keras lstm")
     gru = arrays("keras gru")
-    hand = seqcells.reference.HandwrittenLSTMCell(I, H).state_dict()
-    hand_gru = seqcells.reference.HandwrittenGRUCell(I, H).state_dict()
-    state = interop.from_keras(kernel, recurrent, bias)
-    lstm = seqcells.LSTM(I, H)
     return {
         "recurrent": (
             lambda: interop.from_keras(kernel, recurrent.T),
@@ -341,7 +338,16 @@ def refused():
         "haste cell": (lambda: interop.from_haste(kernel, recurrent, cell="rnn"), ValueError, "one of lstm, gru"),
         "haste biases": (lambda: interop.from_haste(*gru[:2], gru[2][0], cell="gru"), ValueError, "has two biases"),
         "haste lstm": (lambda: interop.from_haste(kernel, recurrent, bias, bias), ValueError, "has one bias"),
-        "count": (lambda: interop.load_keras_(lstm, [kernel]), ValueError, "got 1"),
+        "count": (lambda: interop.load_keras_(seqcells.LSTM(I, H), [kernel]), ValueError, "got 1"),
+    }
+
+
+def refused_modules_and_states():
+    hand = HandwrittenLSTMCell(I, H).state_dict()
+    hand_gru = HandwrittenGRUCell(I, H).state_dict()
+    state = interop.from_keras(*arrays("keras lstm"))
+    lstm = seqcells.LSTM(I, H)
+    return {
         "module": (
             lambda: interop.load_(nn.Linear(1, 1), state),
             TypeError,
@@ -376,9 +382,12 @@ def refused():
     }
 
 
-@pytest.mark.parametrize("name", list(refused()))
+REFUSED = refused_arrays() | refused_modules_and_states()
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
 def test_loaders_refuse(name):
-    call, error, words = refused()[name]
+    call, error, words = REFUSED[name]
     with pytest.raises(error, match=words):
         call()
 
@@ -390,3 +399,11 @@ def test_nothing_is_loaded_if_anything_does_not_fit():
     with pytest.raises(ValueError, match="bias_hh: expected"):
         interop.load_(lstm, state | {"bias_hh": torch.zeros(3)})
     assert all(torch.equal(v, before[k]) for k, v in lstm.state_dict().items())
+
+
+def test_the_handwritten_cells_former_names():
+    for cls in (HandwrittenLSTMCell, HandwrittenGRUCell):
+        with pytest.warns(DeprecationWarning, match="use seqcells.tasks.handwritten"):
+            assert getattr(seqcells.reference, cls.__name__) is cls
+    with pytest.raises(AttributeError):
+        seqcells.reference.nothing  # noqa: B018

@@ -9,6 +9,7 @@ from conftest import DEVICE
 from shapes import SCHEDULES
 
 import seqcells
+from seqcells.tasks.handwritten import HandwrittenGRUCell, HandwrittenLSTMCell
 
 LAYERS = ["LSTM", "GRU", "RNN"]
 CELL_CLASSES = ["LSTMCell", "GRUCell", "RNNCell"]
@@ -305,7 +306,7 @@ def test_parameters_are_read_at_each_call():
 def test_handwritten_cells_load_into_the_fused_ones(kind, dtype):
     torch.manual_seed(0)
     lstm = kind == "lstm"
-    hand = (seqcells.reference.HandwrittenLSTMCell if lstm else seqcells.reference.HandwrittenGRUCell)(2, 20).to(dtype)
+    hand = (HandwrittenLSTMCell if lstm else HandwrittenGRUCell)(2, 20).to(dtype)
     fused = seqcells.LSTM(2, 20, dtype=dtype) if lstm else seqcells.GRU(2, 20, reset_after=False, dtype=dtype)
     fused.load_state_dict({f"{k}_l0": v for k, v in hand.cell_state_dict().items()})
     x = torch.randn(6, 3, 2, dtype=dtype)

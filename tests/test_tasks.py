@@ -16,11 +16,10 @@ import torch
 from conftest import DEVICE
 
 import seqcells
-from seqcells import plots, suite
-from seqcells.__main__ import _dtype, main
-from seqcells.tasks import TASKS, count_ones, temporal_order
+from seqcells.tasks import TASKS, count_ones, plots, suite, temporal_order
 from seqcells.tasks.base import CELLS
-from seqcells.training import Row, read_checkpoint, train
+from seqcells.tasks.cli import _dtype, main
+from seqcells.tasks.training import Row, read_checkpoint, train
 
 ROOT = Path(__file__).parents[1]
 # What makes a case small enough for the interpreter: the model's form and the recipe's other values stay.

@@ -10,8 +10,9 @@ from conftest import DEVICE
 from shapes import SCHEDULES, spread
 
 import seqcells
-from seqcells import __main__, cells, testing
+from seqcells import cells, testing
 from seqcells.kernels import cells as kernels
+from seqcells.tasks import cli
 
 GALLERY = [name for name in cells.__all__ if name not in ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")]
 BACKENDS = [*(f"triton:{schedule}" for schedule in SCHEDULES), "loop"]
@@ -118,8 +119,8 @@ def test_the_command_takes_a_cell_of_a_file(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setattr(testing, "SMALL", (testing.Shape(2, 3, 2, 5),))
-    assert __main__._found("some_cells:mine").name == "mine"
-    code = __main__.main(["check", "--device", DEVICE, "--dtype", "float64", "--cell", "some_cells.py:mine"])
+    assert cli._found("some_cells:mine").name == "mine"
+    code = cli.main(["check", "--device", DEVICE, "--dtype", "float64", "--cell", "some_cells.py:mine"])
     shown = capsys.readouterr().out
     assert code == 0 and "4 of 4 within tolerance" in shown and "gradcheck and gradgradcheck pass" in shown
 
@@ -135,5 +136,5 @@ def test_the_command_takes_a_cell_of_a_file(tmp_path, monkeypatch, capsys):
 def test_the_command_says_what_there_is_not(where, said, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty.py").write_text("")
     monkeypatch.chdir(tmp_path)
-    assert __main__.main(["check", "--device", DEVICE, "--cell", where]) != 0
+    assert cli.main(["check", "--device", DEVICE, "--cell", where]) != 0
     assert said in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Independently recurrent network (Li et al. 2018, arXiv:1803.04831): each unit is connected to itself alone."""
+"""Independently recurrent network (Li et al. 2018, arXiv:1803.04831): each unit is connected only to itself."""
 
 import torch
 

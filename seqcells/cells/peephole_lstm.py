@@ -1,4 +1,4 @@
-"""LSTM with peepholes (Gers & Schmidhuber 2000): the gates see the cell state, each unit its own."""
+"""LSTM with peepholes (Gers & Schmidhuber 2000): each unit's gates depend on its cell state."""
 
 import torch
 

@@ -1,15 +1,15 @@
 """A cell's kernels, derived from its step.
 
-    errors       what can be wrong with a step
-    operations   what a step may use
-    trace        the step, run once: forward and backward in one graph
+    errors       the errors for steps that cannot be derived
+    operations   the operations that a step may use
+    trace        runs the step once: forward and backward in one graph
     values       that graph: equal values once, gradients as products and sums
-    cut          what forward saves for backward
-    parts        what was found, in the order of the kernels
-    emit         the values as Triton source
+    cut          selects what forward saves for backward
+    parts        the result, in the order of the kernels
+    emit         prints the values as Triton source
 
-Read in that order, and `derive` here last. What comes out is what `kernels.cells` describes, as if it had been written
-by hand: pointwise functions, and the form that says what they are for.
+Read them in that order, and `derive` here last. The result is what `kernels.cells` describes, as if written by hand:
+pointwise functions, and the form that describes them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Derived:
-    """What was found in a step; `parts` says it in values."""
+    """What was derived from a step; `parts` has it as values."""
 
     parts: Parts
 

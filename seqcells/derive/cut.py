@@ -1,10 +1,11 @@
 """What forward saves for backward: as few tiles as possible.
 
-Backward has the states before and after the step, and the trained vectors. Everything else that it needs of forward
-must come from there, or from tiles that forward saves. Which: a minimum cut, by maximum flow, of the graph from the
-products and inputs (which backward does not have) to the values that backward uses, where cutting a value, saving it,
-costs one tile. Of several such cuts the one nearest to backward, which leaves it the least to compute again. Tiles are
-saved in the data's type, so what rounding would ruin is not computed again but saved itself, or what follows from it.
+Backward has the states before and after the step, and the trained vectors. Everything else that it needs from forward
+must be computed from these, or from tiles that forward saves. Those are a minimum cut, by maximum flow, of the graph
+from the products and inputs (which backward lacks) to the values that backward uses, where to cut a value, that is to
+save it, costs one tile. Of several such cuts the one nearest to backward is taken, which recomputes least. Tiles are
+saved in the data's type, so a value that is sensitive to rounding is not recomputed: it is saved, or what follows from
+it.
 """
 
 from __future__ import annotations

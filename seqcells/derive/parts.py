@@ -1,7 +1,7 @@
-"""What was traced, in the order of the kernels: the cell's form, and for each of its functions what it takes and gives.
+"""A traced step in the order of the kernels: the cell's form, and the inputs and results of each of its functions.
 
-Which gates have an input product, which a recurrent one, with which operand; which products only add to an input; what
-forward saves.
+Finds which gates have an input product, which have a recurrent one and with which operand, which products are only
+added to an input, and what forward saves.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ..kernels.form import Form, Operand
 from .cut import smallest
 from .trace import Gradients, Names, Traced
-from .values import Graph, Value, ancestors
+from .values import Graph, Value, ancestors, constant
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Parts:
     """x_gates, u_gates: gates that have an input product, and a recurrent one, in the order of gates=. order: product n
     is u_gates[order[n]]. gx, hu, before, params: leaves. new, operands, saved, dhu and the rest: values.
 
-    totals: gradients. early: without what comes through computed operands of level 1. given: leaves, those that
-    `finish` gets; finished: what it makes of them.
+    totals: gradients. early: those without the part through computed operands of level 1. given: leaves, the arguments
+    of `finish`; finished: its results.
     """
 
     graph: Graph
@@ -76,7 +76,7 @@ class Parts:
 
     @property
     def free(self) -> list[Value]:
-        """What backward has without saving it."""
+        """What backward has without its being saved."""
         return [*self.before, *self.params, *self.new]
 
     @property
@@ -95,55 +95,32 @@ class Parts:
 
 
 def arrange(name: str, names: Names, found: Traced) -> Parts:
-    make, graph = found.graph.make, found.graph
-    read = sorted(found.read)
-    gx = [*(make("gx", n) for n in read), *(make("input", n) for n in range(len(names.inputs)))]
-    states = len(found.new)
-    before = [make("before", n) for n in range(states)]
-    params = [make("param", n) for n in range(len(names.params))]
+    """A traced step in the order of the kernels."""
+    graph, read, states = found.graph, sorted(found.read), len(found.new)
+
+    def leaves(op: str, numbers: Iterable[int]) -> list[Value]:
+        return [graph.make(op, n) for n in numbers]
+
+    gx = [*leaves("gx", read), *leaves("input", range(len(names.inputs)))]
+    before, params = leaves("before", range(states)), leaves("param", range(len(names.params)))
 
     gates = sorted(found.products)  # that have a recurrent product, in the order of gates=
     adds = {gate: _tile(found, gate, read) for gate in gates}
-    # By operand, those of level 1 first, of these the first state; in each those that add first.
+    # Operands of level 1 first, of these the first state.
     ordered = sorted(range(len(found.operands)), key=lambda n: (found.levels[n], found.operands[n] is not before[0], n))
-    kernel = [
-        gate
-        for number in ordered
-        for gate in sorted(
-            (g for g in gates if found.products[g] == number), key=lambda g: (adds[g] < 0, adds[g], gates.index(g))
-        )
-    ]
+    kernel = sorted(gates, key=lambda g: (ordered.index(found.products[g]), adds[g] < 0, adds[g], gates.index(g)))
     operands = [found.operands[n] for n in ordered]
-    described = tuple(
-        Operand(
-            found.levels[n],
-            sum(g == n for g in found.products.values()),
-            before.index(v) if (v := found.operands[n]) in before else None,
-        )
-        for n in ordered
-    )
-    late, dhu = found.finish, [found.gradients.products[g] for g in kernel]
-    early, through = (_totals(g, read) for g in (found.gradients, late))
+    described = tuple(_operand(found, n, before) for n in ordered)
+    dhu = [found.gradients.products[g] for g in kernel]
+    early, through = _totals(found, names, read)
     given = Totals(
-        [make("dgx", n) for n in range(len(gx))],
-        [make("dbefore", n) for n in range(states)],
-        [make("dparam", n) for n in range(len(params))],
+        *(leaves(op, range(n)) for op, n in (("dgx", len(gx)), ("dbefore", states), ("dparam", len(params))))
     )
     computed = [n for n, o in zip(ordered, described, strict=True) if o.level == 1 and o.state is None]
     second = [n for n in ordered if found.levels[n] == 2]
 
-    zero = graph.number(0)
-    if names.output:  # the states before do not have it
-        early.dbefore.insert(0, zero)
-        through.dbefore.insert(0, zero)
-
-    def sums(a: Totals, b: Totals) -> Totals:
-        pairs = ((a.dgx, b.dgx), (a.dbefore, b.dbefore), (a.dparams, b.dparams))
-        return Totals(*([graph.sum(*p) for p in zip(mine, theirs, strict=True)] for mine, theirs in pairs))
-
     stored = [v for v, o in zip(operands, described, strict=True) if o.state is None]
-    free = [*before, *params, *found.new]
-    saved = _saved(graph, [*early.every, *dhu, *through.every], stored, free)
+    saved = _saved(graph, [*early.every, *dhu, *through.every], stored, [*before, *params, *found.new])
     form = Form(
         name,
         gates=len(gx),
@@ -152,7 +129,7 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
         operands=described,
         adds=tuple(adds[g] for g in kernel),
         params=len(params),
-        late=tuple(n for n, v in enumerate(through.dgx) if v is not zero),
+        late=tuple(n for n, v in enumerate(through.dgx) if v is not graph.number(0)),
     )
     return Parts(
         graph,
@@ -162,25 +139,41 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
         tuple(names.gates[n] for n in gates),
         tuple(gates.index(g) for g in kernel),
         gx,
-        [make("hu", g) for g in kernel],
+        leaves("hu", kernel),
         before,
         params,
         found.new,
         operands,
         saved,
-        sums(early, through),
+        _sums(graph, early, through),
         early,
         dhu,
         given,
-        sums(given, through),
-        [make("dm", n) for n in second],
-        [make("dv", n) for n in computed],
+        _sums(graph, given, through),
+        leaves("dm", second),
+        leaves("dv", computed),
         {v: n for v, n in found.names.items() if v.inputs},
     )
 
 
-def _totals(gradients: Gradients, read: list[int]) -> Totals:
-    return Totals([*(gradients.x[n] for n in read), *gradients.inputs], list(gradients.before), list(gradients.params))
+def _operand(found: Traced, number: int, before: list[Value]) -> Operand:
+    value, products = found.operands[number], sum(n == number for n in found.products.values())
+    return Operand(found.levels[number], products, before.index(value) if value in before else None)
+
+
+def _sums(graph: Graph, a: Totals, b: Totals) -> Totals:
+    pairs = ((a.dgx, b.dgx), (a.dbefore, b.dbefore), (a.dparams, b.dparams))
+    return Totals(*([graph.sum(*p) for p in zip(mine, theirs, strict=True)] for mine, theirs in pairs))
+
+
+def _totals(found: Traced, names: Names, read: list[int]) -> tuple[Totals, Totals]:
+    """The gradients before `finish`, and what that adds to them."""
+
+    def totals(of: Gradients) -> Totals:
+        before = [found.graph.number(0), *of.before] if names.output else list(of.before)  # the output is no state
+        return Totals([*(of.x[n] for n in read), *of.inputs], before, list(of.params))
+
+    return totals(found.gradients), totals(found.finish)
 
 
 def _tile(found: Traced, gate: int, read: list[int]) -> int:
@@ -204,21 +197,21 @@ def _only_sum(results: list[Value], a: Value, b: Value) -> bool:
         if value in shares:
             continue
         mine = [share(v) for v in value.inputs]
-        numbers = [v.args[0] for v in value.inputs if v.op == "constant"]
+        numbers = [n for v in value.inputs if (n := constant(v)) is not None]
         if value.op in ("add", "sub"):
             sign = 1 if value.op == "add" else -1
             shares[value] = (mine[0][0] + sign * mine[1][0], mine[0][1] + sign * mine[1][1])
         elif value.op == "neg":
             shares[value] = (-mine[0][0], -mine[0][1])
         elif value.op == "product" and numbers:
-            shares[value] = tuple(sum(m[n] for m in mine) * numbers[0] for n in (0, 1))  # type: ignore[assignment, operator]
+            shares[value] = (sum(m[0] for m in mine) * numbers[0], sum(m[1] for m in mine) * numbers[0])
         elif any(x != y for x, y in mine):
             return False
     return all(x == y for x, y in map(share, results))
 
 
 def _saved(graph: Graph, gradients: list[Value], stored: list[Value], free: list[Value]) -> list[Value]:
-    """What forward saves: so that all that multiplies a gradient, and the operands, can be computed again."""
+    """What forward saves, so that the operands and everything that multiplies a gradient can be recomputed."""
     used = {v for value in ancestors(gradients, free) if value.gradient for v in value.inputs if not v.gradient}
     needed: Iterable[Value] = [*sorted(used, key=lambda v: v.index), *stored]
     found = smallest(needed, free, graph.fragile)

@@ -1,8 +1,8 @@
-"""The step, run once on small tensors: what it does, and its derivative, as one graph of values.
+"""Traces a step: runs it once on small tensors, and records it and its derivative as one graph of values.
 
-A dispatch mode sees each of aten's operations, those of the step and then those by which autograd differentiates it,
-and writes down its value. The recurrent products are leaves: the step's U.k(v) gives a tensor `hu` and notes the
-operand v, which is one more result. Operands get gradients from outside, as new states do.
+A dispatch mode intercepts every aten operation, first those of the step and then those of its backward in autograd, and
+records its value. The recurrent products are leaves: the step's U.k(v) returns a tensor `hu` and records the operand v,
+which is one more result. Operands get gradients from outside, as new states do.
 """
 
 from __future__ import annotations
@@ -399,13 +399,13 @@ def _check_gates(run: _Run, names: Names) -> None:
 def _levels(run: _Run) -> list[int]:
     """Of the operands: 1 if it needs no recurrent product, 2 if it needs some of level 1."""
     depends = [
-        {v.args[0] for v in ancestors([operand]) if v.op == "hu"} for _, operand, _ in run.operands
+        {v.number for v in ancestors([operand]) if v.op == "hu"} for _, operand, _ in run.operands
     ]  # the gates whose products an operand is computed from
     levels = [2 if gates else 1 for gates in depends]
     for gates, (_, _, line) in zip(depends, run.operands, strict=True):
         for gate in gates:
-            if levels[run.products[gate]] == 2:  # type: ignore[index]
-                name = run.gates[gate]  # type: ignore[call-overload]
+            if levels[run.products[gate]] == 2:
+                name = run.gates[gate]
                 raise TooManyProducts(
                     f"the operand of this product is computed from U.{name}, whose own operand is computed from "
                     "another product: products may depend on each other in two levels, and this is a third. Take an "

@@ -1,9 +1,9 @@
 """The derived step as a graph of values: equal values are made once, and simplified as they are made.
 
-A value is an operation on other values, for one row and unit. A gradient is a value that depends on a gradient which
-came from outside; everything that is done to a gradient is linear in it. So a gradient is kept as a product, one flat
-list of factors, or as a sum of such products, with what they share factored out: a b - a c is a (b - c), and
-a - a b is a (1 - b). `share` then forms factors that occur together in several products once.
+A value is an operation on other values, for one row and unit. A gradient is a value that depends on a gradient from
+outside; every operation on a gradient is linear in it. So a gradient is stored as a product, one flat list of factors,
+or as a sum of such products with common factors taken out: a b - a c is a (b - c), and a - a b is a (1 - b). `share`
+then computes once the factors that occur together in several products.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from itertools import combinations
 
 import torch
 
-# A leaf's one argument is its number. The first three backward does not have, the next two it has; the others are
-# gradients: of the states after a step, of operands, and (for `finish`) those that are not complete yet.
+# A leaf's only argument is its number. Backward lacks the first three and has the next two. The others are gradients:
+# of the states after a step, of operands, and (for `finish`) those that are not complete yet.
 FORWARD = ("gx", "input", "hu")
 OUTER = ("dstate", "dm", "dv", "dgx", "dinput", "dbefore", "dparam")
 LEAVES = (*FORWARD, "before", "param", *OUTER)
@@ -30,10 +30,10 @@ BOOLEAN = (*COMPARISONS, "and", "or", "not")
 
 
 class Value:
-    """An operation on values. Two are the same if they are one object: only `Graph.make` makes them.
+    """An operation on values. Equal values are one object: only `Graph.make` makes them.
 
-    op "constant": args is one number. Else args are values, but for LEAVES. index: of two, the one that can be computed
-    first has the smaller.
+    op "constant": args is one number. A leaf: args is its number. Else args are values. index: the order in which
+    values can be computed.
     """
 
     __slots__ = ("args", "gradient", "index", "op")
@@ -41,6 +41,13 @@ class Value:
     def __init__(self, op: str, args: tuple[object, ...], index: int) -> None:
         self.op, self.args, self.index = op, args, index
         self.gradient: bool = op in OUTER or any(v.gradient for v in self.inputs)
+
+    @property
+    def number(self) -> int:
+        """Which one a leaf is."""
+        (number,) = self.args
+        assert isinstance(number, int)
+        return number
 
     @property
     def inputs(self) -> tuple[Value, ...]:
@@ -51,12 +58,14 @@ class Value:
 
 
 def constant(value: Value) -> float | None:
-    """The number, if it is one."""
-    return value.args[0] if value.op == "constant" else None  # type: ignore[return-value]
+    """The number of a constant; None for other values."""
+    number = value.args[0] if value.op == "constant" else None
+    assert number is None or isinstance(number, float)
+    return number
 
 
 def ancestors(values: Iterable[Value], stop: Iterable[Value] = ()) -> list[Value]:
-    """The values and everything they are computed from, not beyond `stop`; in the order of computation."""
+    """The values and everything they are computed from, up to `stop`, in the order of computation."""
     found: set[Value] = set()
     ends, waiting = set(stop), list(values)
     while waiting:

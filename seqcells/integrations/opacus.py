@@ -1,12 +1,11 @@
-"""Per-sample gradients of seqcells' layers and cells for opacus: importing this module is all there is to do.
+"""Per-sample gradients of seqcells' layers and cells for opacus. Importing this module is enough.
 
     import opacus, seqcells.integrations.opacus
     private = opacus.GradSampleModule(model)  # or PrivacyEngine().make_private(module=model, ...)
 
-Opacus calls a layer's grad sampler with the layer's positional inputs and the gradient of its first output. That is
-not enough here: resets=, lengths= and initial states would not be seen, nor the gradients of the final states. So a
-layer that opacus puts its hooks on keeps all of a call, and computes the per-sample gradients where those of all its
-outputs are known.
+Opacus calls a layer's grad sampler with the layer's positional inputs and the gradient of its first output. That leaves
+out resets=, lengths=, initial states and the gradients of the final states. So a layer with opacus' hooks saves all
+arguments of a call, and computes the per-sample gradients once the gradients of all its outputs are known.
 """
 
 from __future__ import annotations
@@ -22,11 +21,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from .. import cell_modules, layers, recurrent
+from .. import cell_modules, recurrent
+from ..convert import CELLS as TORCH_CELLS
+from ..convert import LAYERS as TORCH_LAYERS
 
-CELLS = (cell_modules.RecurrentCell, cell_modules.LSTMCell, cell_modules.GRUCell, cell_modules.RNNCell)
-CLASSES = (recurrent.Recurrent, layers.LSTM, layers.GRU, layers.RNN, *CELLS)
-# Between a layer's backward and opacus' call of the sampler, which comes right from it.
+CELLS: tuple[type[nn.Module], ...] = (cell_modules.RecurrentCell, *TORCH_CELLS.values())
+CLASSES: tuple[type[nn.Module], ...] = (recurrent.Recurrent, *TORCH_LAYERS.values(), *CELLS)
+# Used between a layer's backward and the call of the sampler by opacus, which follows at once.
 _FOUND: dict[nn.Module, dict[Tensor, Tensor]] = {}
 
 
@@ -34,10 +35,10 @@ _FOUND: dict[nn.Module, dict[Tensor, Tensor]] = {}
 def grad_sampler(module: nn.Module, activations: Any, backprops: Any) -> dict[Tensor, Tensor]:
     """The gradients [B, *shape] of each of module's parameters that requires one; called by opacus.
 
-    A class of your own that inherits from one of seqcells' and leaves its forward alone needs nothing. Register one
-    with a forward of its own that still gives what seqcells' does:
+    A subclass of one of seqcells' classes that does not override forward works as it is. Register one whose forward
+    returns the same outputs as seqcells':
     `opacus.grad_sample.register_grad_sampler(MyLSTM)(seqcells.integrations.opacus.grad_sampler)`.
-    Raises RuntimeError where opacus' hooks were put on module before this module was imported.
+    Raises RuntimeError if opacus added its hooks to module before this file was imported.
     """
     if module not in _FOUND:
         raise RuntimeError(f"import seqcells.integrations.opacus before opacus wraps this {type(module).__name__}")
@@ -49,8 +50,8 @@ def per_sample_gradients(
 ) -> dict[Tensor, Tensor]:
     """The gradients [B, *shape] of each parameter that requires one, by parameter.
 
-    module: a layer or cell of seqcells; its hooks are not run. input: what it was called with, a batch; given: the
-    other arguments by name. gradients: of the loss (a sum over the samples), in each tensor the call gave, in order.
+    module: a layer or cell of seqcells; its hooks are not called. input: of the call, a batch; given: the other
+    arguments by name. gradients: of the loss (a sum over the samples) with respect to each output tensor, in order.
 
     Example::
 
@@ -113,13 +114,17 @@ def _batch_axis(module: Any) -> int:
 
 
 def _watched(hook: Callable[..., None], module: nn.Module) -> bool:
-    """Whether opacus keeps this call: its own conditions."""
-    enabled: bool = hook.func.__self__.hooks_enabled  # type: ignore[attr-defined]
-    return enabled and module.training and torch.is_grad_enabled()
+    """Whether opacus records this call, by its own conditions."""
+    return _owner(hook).hooks_enabled and module.training and torch.is_grad_enabled()
+
+
+def _owner(hook: Callable[..., None]) -> Any:
+    """The GradSampleModule that a hook of opacus is a method of; None for another hook."""
+    return getattr(getattr(hook, "func", None), "__self__", None)
 
 
 def _enter(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A forward pre-hook: what opacus cannot take raises; the input alone stays a positional argument."""
+    """A forward pre-hook. Raises for what opacus does not support; only the input stays a positional argument."""
     first = "input" if module._hx == "hx" else "x"
     if not args and first in kwargs:
         args, kwargs = (kwargs[first],), {name: value for name, value in kwargs.items() if name != first}
@@ -141,7 +146,7 @@ def _enter(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs
 
 
 def _leave(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
-    """A forward hook: the same result, whose backward knows the call."""
+    """A forward hook. Returns the same result, with a backward that has the call's arguments."""
     if not _watched(hook, module):
         return None
     input, *_ = args
@@ -153,7 +158,7 @@ def _leave(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs
 
 
 def _backward(hook: Any, module: Any, input: Tensor, given: dict[str, Any], gradients: tuple[Tensor, ...]) -> None:
-    if not hook.func.__self__.hooks_enabled:
+    if not _owner(hook).hooks_enabled:
         return
     times = module.max_batch_len if hook.keywords["loss_reduction"] == "mean" else 1
     _FOUND[module] = per_sample_gradients(module, input, given, [g * times for g in gradients])
@@ -164,16 +169,16 @@ def _backward(hook: Any, module: Any, input: Tensor, given: dict[str, Any], grad
 
 
 class _Outputs(torch.autograd.Function):
-    """All outputs of a call as they are; `seen` is called with their gradients, zeros for what the loss left out."""
+    """The outputs of a call, unchanged. backward calls `done` with their gradients, zero where the loss uses none."""
 
     @staticmethod
-    def forward(ctx: Any, seen: Callable[[tuple[Tensor, ...]], None], *outputs: Tensor) -> tuple[Tensor, ...]:
-        ctx.seen = seen
+    def forward(ctx: Any, done: Callable[[tuple[Tensor, ...]], None], *outputs: Tensor) -> tuple[Tensor, ...]:
+        ctx.done = done
         return tuple(t.view_as(t) for t in outputs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.seen(gradients)
+        ctx.done(gradients)
         return None, *gradients
 
 
@@ -190,7 +195,7 @@ class _Handle:
 
 def _register(self: nn.Module, hook: Any, prepend: bool = False) -> Any:
     """nn.Module.register_full_backward_hook, but for opacus' own hook."""
-    owner = getattr(hook.func, "__self__", None) if isinstance(hook, partial) else None
+    owner = _owner(hook)
     if not isinstance(owner, AbstractGradSampleHooks):
         return nn.Module.register_full_backward_hook(self, hook, prepend)
     if getattr(owner, "force_functorch", False):
@@ -204,4 +209,4 @@ def _register(self: nn.Module, hook: Any, prepend: bool = False) -> Any:
 
 
 for _class in CLASSES:
-    _class.register_full_backward_hook = _register  # type: ignore[method-assign]
+    _class.register_full_backward_hook = _register  # type: ignore[method-assign]  # opacus calls it

@@ -1,7 +1,7 @@
-"""The task suite: data, model, recipes and success criterion, one file a task.
+"""The task suite, its training and plots, and the command line. `import seqcells` does not import it.
 
-A task is a module with NAME, SHOWS, CASES (base.Case by name) and start(case, cell, recipe, seed, backend=, device=,
-dtype=), which gives a training.Run.
+Each task is a module with its data, model, recipes and success criterion: NAME, SHOWS, CASES (base.Case by name) and
+start(case, cell, recipe, seed, backend=, device=, dtype=), which returns a training.Run.
 """
 
 from . import count_ones, count_ones_regression, echo, memorize, temporal_order

@@ -1,31 +1,46 @@
-"""What the tasks share: the layer of a cell's name, and a case with its two recipes."""
+"""What the tasks share: the cells and their layers, and a case with its two recipes."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol, TypedDict
 
 import torch
 from torch import nn
 
 from .. import layers
 
-CELLS = ("lstm", "gru", "gru-before", "rnn")
+# The cells that tasks are run with, and what each is called in seqcells.functional.
+CELLS = {"lstm": "lstm", "gru": "gru", "gru-before": "gru_before", "rnn": "rnn_tanh"}
+
+
+class Place(TypedDict):
+    """Where a run's tensors are, as tensor.to(**place) takes it."""
+
+    device: str
+    dtype: torch.dtype
+
+
+class AnyRecipe(Protocol):
+    """A task's own record of sizes, rates and what counts as solved."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
 
 
 @dataclass(frozen=True)
 class Case:
-    """One experiment of a task. quick, full: the task's own recipes. cells, seeds: what the suite runs it with."""
+    """One experiment of a task. quick, full: its recipes. cells, seeds: what the suite runs it with."""
 
     shows: str
-    quick: Any
-    full: Any
+    quick: AnyRecipe
+    full: AnyRecipe
     cells: tuple[str, ...] = ("lstm", "gru")
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
 def recurrent(cell: str, input_size: int, hidden_size: int, **options: Any) -> nn.Module:
-    """The layer of that name, [B, T, I] to [B, T, H]. options: the layer's. ValueError for another name."""
+    """The layer of a cell, [B, T, I] to [B, T, H]. options: the layer's. ValueError for an unknown cell."""
     if cell not in CELLS:
         raise ValueError(f"unknown cell {cell!r}: expected one of {', '.join(CELLS)}")
     if cell.startswith("gru"):
@@ -34,7 +49,6 @@ def recurrent(cell: str, input_size: int, hidden_size: int, **options: Any) -> n
     return kind(input_size, hidden_size, batch_first=True, **options)
 
 
-def identity(task: str, case: str, cell: str, recipe: Any, seed: int, dtype: torch.dtype) -> dict[str, Any]:
+def identity(task: str, case: str, cell: str, recipe: AnyRecipe, seed: int, dtype: torch.dtype) -> dict[str, str | int]:
     """What decides a run's numbers, apart from the machine, in types a checkpoint can hold."""
-    values = {"task": task, "case": case, "cell": cell, "seed": seed, "dtype": str(dtype)}
-    return values | {"recipe": repr(recipe)}
+    return {"task": task, "case": case, "cell": cell, "seed": seed, "dtype": str(dtype), "recipe": repr(recipe)}

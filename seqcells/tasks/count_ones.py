@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..training import Run, Verdict, stream
-from .base import Case, identity, recurrent
+from .base import Case, Place, identity, recurrent
+from .training import Run, Verdict, stream
 
 NAME = "count-ones"
 SHOWS = "hand-written LSTM and GRU cells learn to count; fused and reference cells do the same"
@@ -76,18 +76,20 @@ class Counter(nn.Module):
         return self.head(output[:, -1])[:, 0]
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Counting(Run):
     """Epochs over a fixed set in random order."""
 
-    def __init__(self, recipe: Recipe, seed: int, place: dict, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self.recipe = recipe
-        drawn = (strings(n, recipe.length, stream(NAME, p, seed)) for n, p in self._sets())
-        self.training, self.test = (tuple(t.to(**place) for t in pair) for pair in drawn)
-        self.order: tuple[Tensor, ...] = ()
+    recipe: Recipe
+    seed: int
+    place: Place
 
-    def _sets(self) -> tuple[tuple[int, str], ...]:
-        return (self.recipe.training, "training"), (self.recipe.test, "test")
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        sets = (recipe.training, "training"), (recipe.test, "test")
+        drawn = (strings(n, recipe.length, stream(NAME, purpose, self.seed)) for n, purpose in sets)
+        self.training, self.test = (tuple(t.to(**self.place) for t in pair) for pair in drawn)
+        self.order: tuple[Tensor, ...] = ()
 
     def step(self) -> tuple[Tensor, int]:
         inputs, counts = self.training
@@ -143,13 +145,13 @@ def start(
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True)
     per_epoch = -(-recipe.training // recipe.batch)
     return Counting(
-        recipe,
-        seed,
-        {"device": device, "dtype": dtype},
-        model,
-        optimizer,
-        stream(NAME, "order", seed),
-        identity(NAME, case, cell, recipe, seed, dtype),
+        recipe=recipe,
+        seed=seed,
+        place={"device": device, "dtype": dtype},
+        model=model,
+        optimizer=optimizer,
+        generator=stream(NAME, "order", seed),
+        identity=identity(NAME, case, cell, recipe, seed, dtype),
         steps=recipe.epochs * per_epoch,
         every=per_epoch,
     )

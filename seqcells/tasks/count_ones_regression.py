@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from .. import init
-from ..training import Run, Verdict, stream
-from .base import Case, identity, recurrent
+from .base import Case, Place, identity, recurrent
+from .training import Run, Verdict, stream
 
 NAME = "count-ones-regression"
 SHOWS = "two hidden units count ones; an accumulator from the start counts right at twice the length it was trained on"
@@ -120,14 +120,17 @@ class Counter(nn.Module):
         return self.scale * (self.layer(x)[0] @ self.combine)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Literal(Run):
     """Four fifths of all strings, in full batches or some drawn from them each step."""
 
-    def __init__(self, recipe: Recipe, seed: int, place: dict, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self.recipe = recipe
-        inputs, counts = (t.to(**place) for t in every_string(recipe.length))
-        order = torch.randperm(len(inputs), generator=stream(NAME, "split", seed)).to(inputs.device)
+    recipe: Recipe
+    seed: int
+    place: Place
+
+    def __post_init__(self) -> None:
+        inputs, counts = (t.to(**self.place) for t in every_string(self.recipe.length))
+        order = torch.randperm(len(inputs), generator=stream(NAME, "split", self.seed)).to(inputs.device)
         cut = len(inputs) * 4 // 5
         self.training, self.test = ((inputs[part], counts[part]) for part in (order[:cut], order[cut:]))
 
@@ -156,16 +159,19 @@ class Literal(Run):
         return _lines(self.model, self.test[0][:5])
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Goal(Run):
     """Fresh strings each step, the loss at every prefix; tested on longer ones."""
 
-    def __init__(self, recipe: Recipe, seed: int, place: dict, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self.recipe, self.place = recipe, place
-        generator = stream(NAME, "test", seed)
-        first, last = recipe.lengths
-        self.test = [test_strings(n, generator).to(**place) for n in range(first, last + 1)]
-        self.long = test_strings(recipe.long[1], generator).to(**place)
+    recipe: Recipe
+    seed: int
+    place: Place
+
+    def __post_init__(self) -> None:
+        generator = stream(NAME, "test", self.seed)
+        first, last = self.recipe.lengths
+        self.test = [test_strings(n, generator).to(**self.place) for n in range(first, last + 1)]
+        self.long = test_strings(self.recipe.long[1], generator).to(**self.place)
 
     def step(self) -> tuple[Tensor, int]:
         x = strings(self.recipe.batch, self.recipe.length, self.generator).to(**self.place)
@@ -236,13 +242,13 @@ def start(
     schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.01 ** (1 / steps)) if recipe.goal else None
     kind = Goal if recipe.goal else Literal
     return kind(
-        recipe,
-        seed,
-        {"device": device, "dtype": dtype},
-        model,
-        optimizer,
-        stream(NAME, "training", seed),
-        identity(NAME, case, cell, recipe, seed, dtype),
+        recipe=recipe,
+        seed=seed,
+        place={"device": device, "dtype": dtype},
+        model=model,
+        optimizer=optimizer,
+        generator=stream(NAME, "training", seed),
+        identity=identity(NAME, case, cell, recipe, seed, dtype),
         steps=steps,
         every=max(1, steps // 10),
         schedule=schedule,

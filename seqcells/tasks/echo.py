@@ -13,15 +13,15 @@ first step hurts. Results: benchmarks/results/tasks-cpu.md.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import init
-from ..training import Run, Verdict, stream
-from .base import Case, identity, recurrent
+from .base import Case, Place, identity, recurrent
+from .training import Run, Verdict, stream
 
 NAME = "echo"
 SHOWS = "random integers repeated: step by step, with state carried over batches, and through an encoder and a decoder"
@@ -48,18 +48,17 @@ class Recipe:
     dtype: torch.dtype = torch.float32
 
 
-_WHOLE = {"outputs": 0, "inputs": 6, "hidden": 16, "batch": 64, "lr": 1e-2, "flat": 1.0, "clip": None}
-_SMALL = {"symbols": 11, "hidden": 64}
+_WHOLE = Recipe(steps=200, exact=0.99, outputs=0, inputs=6, hidden=16, batch=64, lr=1e-2, flat=1.0, clip=None)
 CASES = {
     "whole": Case(
         shows="six integers in, each out again in its step",
-        quick=Recipe(steps=200, exact=0.99, **_WHOLE),  # type: ignore[arg-type]
-        full=Recipe(steps=300, exact=1.0, **_WHOLE),  # type: ignore[arg-type]
+        quick=_WHOLE,
+        full=replace(_WHOLE, steps=300, exact=1.0),
     ),
     "stateful": Case(
         shows="the same on sliding windows, each row going on from its state in the batch before",
-        quick=Recipe(steps=300, exact=0.99, stateful=True, **_WHOLE),  # type: ignore[arg-type]
-        full=Recipe(steps=500, exact=1.0, stateful=True, **_WHOLE),  # type: ignore[arg-type]
+        quick=replace(_WHOLE, steps=300, stateful=True),
+        full=replace(_WHOLE, steps=500, exact=1.0, stateful=True),
     ),
     "5-2": Case(
         shows="five integers in, then the first two out",
@@ -68,12 +67,12 @@ CASES = {
     ),
     "5-4": Case(
         shows="five integers in, then the first four out (quick: of ten integers, 64 units)",
-        quick=Recipe(steps=1000, exact=0.95, outputs=4, **_SMALL),  # type: ignore[arg-type]
+        quick=Recipe(steps=1000, exact=0.95, outputs=4, symbols=11, hidden=64),
         full=Recipe(steps=4000, exact=0.995, outputs=4),
     ),
     "5-5": Case(
         shows="five integers in, then all five out (quick: of ten integers, 64 units)",
-        quick=Recipe(steps=1500, exact=0.95, outputs=5, **_SMALL),  # type: ignore[arg-type]
+        quick=Recipe(steps=1500, exact=0.95, outputs=5, symbols=11, hidden=64),
         full=Recipe(steps=4000, exact=0.995, outputs=5),
     ),
 }
@@ -174,13 +173,17 @@ class EncoderDecoder(nn.Module):
         return self.head(self.decoder(last.repeat(1, self.outputs, 1))[0])
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Echoing(Run):
     """Fresh windows each step; in the stateful form, the windows of fresh sequences in order."""
 
-    def __init__(self, recipe: Recipe, seed: int, place: dict, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self.recipe, self.place = recipe, place
-        self.test = integers(recipe.test, recipe.inputs, recipe.symbols, stream(NAME, "test", seed))
+    recipe: Recipe
+    seed: int
+    place: Place
+
+    def __post_init__(self) -> None:
+        recipe = self.recipe
+        self.test = integers(recipe.test, recipe.inputs, recipe.symbols, stream(NAME, "test", self.seed))
         self.windows: Tensor | None = None
 
     @property
@@ -228,10 +231,10 @@ class Echoing(Run):
         if not self.recipe.stateful:
             return self._scores(rows)
         layer = self.layer
-        kept = layer.states
+        before = layer.states
         layer.reset_states()
         result = self._scores(rows)
-        layer.states = kept
+        layer.states = before
         return result
 
     def measure(self) -> dict[str, float]:
@@ -281,13 +284,13 @@ def start(
         return 1.0 if done <= flat else recipe.last_lr ** ((done - flat) / (recipe.steps - flat))
 
     return Echoing(
-        recipe,
-        seed,
-        {"device": device, "dtype": dtype},
-        model,
-        optimizer,
-        stream(NAME, "training", seed),
-        identity(NAME, case, cell, recipe, seed, dtype),
+        recipe=recipe,
+        seed=seed,
+        place={"device": device, "dtype": dtype},
+        model=model,
+        optimizer=optimizer,
+        generator=stream(NAME, "training", seed),
+        identity=identity(NAME, case, cell, recipe, seed, dtype),
         steps=recipe.steps,
         every=max(1, recipe.steps // 10),
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, rate),

@@ -29,8 +29,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..training import Run, Verdict, stream
-from .base import Case, identity, recurrent
+from .base import Case, Place, identity, recurrent
+from .training import Run, Verdict, stream
 
 NAME = "memorize"
 SHOWS = "a string learnt one character and one optimizer step at a time, and why the notebook's random one was not"
@@ -60,38 +60,37 @@ FIVE_TWICE = "ABCDETFGCHIJKLDMNOPFQRSTUJVWXYZ"
 RANDOM = "VNMVWKTFFLOZKUNSDYGOEFOBTZTTVU"
 
 
-def _case(shows: str, string: str, quick_epochs: int = 60, **values: object) -> Case:
-    full = Recipe(string, **values)  # type: ignore[arg-type]
-    quick = Recipe(string, **values | {"epochs": quick_epochs})  # type: ignore[arg-type]
-    return Case(shows=shows, quick=quick, full=full)
+def _case(shows: str, full: Recipe, quick_epochs: int = 60) -> Case:
+    return Case(shows=shows, quick=replace(full, epochs=quick_epochs), full=full)
 
 
-def _notebook(case: str, string: str, epochs: int, exact: bool = True, **values: object) -> Case:
+def _notebook(case: str, recipe: Recipe) -> Case:
     """As the notebook did it; the quick recipe is too short for any of them."""
-    shown = "" if exact else f", exact at no evaluation in {epochs} epochs"
-    recipe = Recipe(string, exact, form="notebook", epochs=epochs, lr=1e-3, last_lr=1.0, **values)  # type: ignore[arg-type]
+    shown = "" if recipe.exact else f", exact at no evaluation in {recipe.epochs} epochs"
+    recipe = replace(recipe, form="notebook", lr=1e-3, last_lr=1.0)
     quick = replace(recipe, epochs=20, exact=False)
     return Case(f"case {case} as the notebook did it{shown}", quick, recipe, cells=("lstm",), seeds=(0,))
 
 
 CASES = {
-    "1": _case("the alphabet, the state reset at each character", ALPHABET, carried=False),
-    "2": _case("the alphabet, the state carried", ALPHABET),
+    "1": _case("the alphabet, the state reset at each character", Recipe(ALPHABET, carried=False)),
+    "2": _case("the alphabet, the state carried", Recipe(ALPHABET)),
     "3": _case(
-        "one letter twice, the state reset: impossible, exact at no evaluation", ONE_TWICE, carried=False, exact=False
+        "one letter twice, the state reset: impossible, exact at no evaluation",
+        Recipe(ONE_TWICE, exact=False, carried=False),
     ),
-    "4": _case("one letter twice, the state carried", ONE_TWICE),
-    "5": _case("five letters twice", FIVE_TWICE),
-    "6": _case("thirty random letters", RANDOM),
-    "7": _case("thirty random letters, 128 units", RANDOM, 100, hidden=128, lr=1e-3),
-    "6 replay": _case("the same with the exact gradient", RANDOM, 100, form="replay"),
-    "1 notebook": _notebook("1", ALPHABET, 100, carried=False),
-    "2 notebook": _notebook("2", ALPHABET, 200),
-    "3 notebook": _notebook("3", ONE_TWICE, 100, carried=False, exact=False),
-    "4 notebook": _notebook("4", ONE_TWICE, 300),
-    "5 notebook": _notebook("5", FIVE_TWICE, 300),
-    "6 notebook": _notebook("6", RANDOM, 300, exact=False),
-    "7 notebook": _notebook("7", RANDOM, 300, exact=False, hidden=128),
+    "4": _case("one letter twice, the state carried", Recipe(ONE_TWICE)),
+    "5": _case("five letters twice", Recipe(FIVE_TWICE)),
+    "6": _case("thirty random letters", Recipe(RANDOM)),
+    "7": _case("thirty random letters, 128 units", Recipe(RANDOM, hidden=128, lr=1e-3), 100),
+    "6 replay": _case("the same with the exact gradient", Recipe(RANDOM, form="replay"), 100),
+    "1 notebook": _notebook("1", Recipe(ALPHABET, carried=False, epochs=100)),
+    "2 notebook": _notebook("2", Recipe(ALPHABET, epochs=200)),
+    "3 notebook": _notebook("3", Recipe(ONE_TWICE, exact=False, carried=False, epochs=100)),
+    "4 notebook": _notebook("4", Recipe(ONE_TWICE, epochs=300)),
+    "5 notebook": _notebook("5", Recipe(FIVE_TWICE, epochs=300)),
+    "6 notebook": _notebook("6", Recipe(RANDOM, exact=False, epochs=300)),
+    "7 notebook": _notebook("7", Recipe(RANDOM, exact=False, epochs=300, hidden=128)),
 }
 
 
@@ -125,18 +124,21 @@ def _detached(state: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]
     return state.detach() if isinstance(state, Tensor) else tuple(s.detach() for s in state)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Memorizing(Run):
     """A step is an epoch: once over the string, with an optimizer's step at each character."""
 
     unit = "epoch"
+    model: Speaker
+    recipe: Recipe
+    place: Place
 
-    def __init__(self, recipe: Recipe, place: dict, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        if recipe.form not in FORMS:
-            raise ValueError(f"unknown form {recipe.form!r} of the gradient: expected one of {', '.join(FORMS)}")
-        self.recipe = recipe
-        self.letters = encoded(recipe.string).to(place["device"])
-        self.x = nn.functional.one_hot(self.letters, LETTERS).to(**place)[None]  # [1, N, 26]
+    def __post_init__(self) -> None:
+        form = self.recipe.form
+        if form not in FORMS:
+            raise ValueError(f"unknown form {form!r} of the gradient: expected one of {', '.join(FORMS)}")
+        self.letters = encoded(self.recipe.string).to(self.place["device"])
+        self.x = nn.functional.one_hot(self.letters, LETTERS).to(**self.place)[None]  # [1, N, 26]
 
     def step(self) -> tuple[Tensor, int]:
         recipe, losses = self.recipe, []
@@ -180,8 +182,8 @@ class Memorizing(Run):
         x = self.x[:, :-1]
         if not self.recipe.carried:
             x = x.transpose(0, 1)  # each letter a string of its own
-        y = self.model.layer(x)[0].reshape(len(self.letters) - 1, -1)  # type: ignore[operator]
-        loss = nn.functional.cross_entropy(self.model.head(y), self.letters[1:])  # type: ignore[operator]
+        y = self.model.layer(x)[0].reshape(len(self.letters) - 1, -1)
+        loss = nn.functional.cross_entropy(self.model.head(y), self.letters[1:])
         measured = {"loss": loss.item(), "accuracy": float(right.all()), "characters": right.double().mean().item()}
         return measured
 
@@ -215,12 +217,12 @@ def start(
     model = Speaker(cell, recipe.hidden, backend, dtype).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, fused=True)
     return Memorizing(
-        recipe,
-        {"device": device, "dtype": dtype},
-        model,
-        optimizer,
-        stream(NAME, "training", seed),
-        identity(NAME, case, cell, recipe, seed, dtype),
+        recipe=recipe,
+        place={"device": device, "dtype": dtype},
+        model=model,
+        optimizer=optimizer,
+        generator=stream(NAME, "training", seed),
+        identity=identity(NAME, case, cell, recipe, seed, dtype),
         steps=recipe.epochs,
         every=recipe.every,
         schedule=torch.optim.lr_scheduler.ExponentialLR(optimizer, recipe.last_lr ** (1 / recipe.epochs)),

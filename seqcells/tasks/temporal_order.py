@@ -25,15 +25,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import init
-from ..training import Run, Verdict, stream
-from .base import Case, identity, recurrent
+from .base import Case, Place, identity, recurrent
+from .training import Run, Verdict, stream
 
 NAME = "temporal-order"
 SHOWS = "three symbols far apart in strings of 110 decide the class, and why the notebook's loss could not fall"
@@ -60,8 +60,8 @@ class Recipe:
     dtype: torch.dtype = torch.float32
 
 
-_RNN: dict[str, Any] = {"hidden": 64, "batch": 32, "lr": 1e-3, "decay": 160_000, "evaluate": 16_000}
-_NOTEBOOK: dict[str, Any] = {"model": "notebook", "accuracy": 0.0, "batch": 16, "lr": 0.1, "last_lr": 0.01}
+_RNN = Recipe(160_000, 0.99, hidden=64, batch=32, lr=1e-3, decay=160_000, evaluate=16_000)
+_NOTEBOOK = Recipe(32_000, 0.0, model="notebook", batch=16, lr=0.1, last_lr=0.01, decay=32_000)
 CASES = {
     "order": Case(
         shows="the class from the last state",
@@ -71,22 +71,22 @@ CASES = {
     ),
     "rnn": Case(
         shows="the same by a plain RNN, relu, from the identity",
-        quick=Recipe(96_000, 0.95, **_RNN),
-        full=Recipe(160_000, 0.99, **_RNN),
+        quick=replace(_RNN, limit=96_000, accuracy=0.95),
+        full=_RNN,
         cells=("rnn",),
         seeds=(0,),
     ),
     "attention": Case(
         shows="the same with attention over the hidden states",
-        quick=Recipe(96_000, 0.95, model="attention", **_RNN),
-        full=Recipe(160_000, 0.99, model="attention", **_RNN),
+        quick=replace(_RNN, limit=96_000, accuracy=0.95, model="attention"),
+        full=replace(_RNN, model="attention"),
         cells=("rnn",),
         seeds=(0,),
     ),
     "notebook": Case(
         shows="three layers and the loss that takes time for the class: its plateau, .3768",
-        quick=Recipe(8_000, decay=8_000, **_NOTEBOOK),
-        full=Recipe(32_000, decay=32_000, **_NOTEBOOK),
+        quick=replace(_NOTEBOOK, limit=8_000, decay=8_000),
+        full=_NOTEBOOK,
         cells=("lstm", "rnn"),
         seeds=(0,),
     ),
@@ -95,12 +95,11 @@ CASES = {
 
 def strings(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Symbols [count, 110] and classes [count], 4 for a Y at t1, 2 at t2 and 1 at t3. A string begins after its E's."""
-    draw: dict[str, Any] = {"generator": generator}
-    symbols = torch.randint(1, 5, (count, LENGTH), **draw)
-    begin = LENGTH - torch.randint(100, LENGTH + 1, (count, 1), **draw)
+    symbols = torch.randint(1, 5, (count, LENGTH), generator=generator)
+    begin = LENGTH - torch.randint(100, LENGTH + 1, (count, 1), generator=generator)
     symbols[torch.arange(LENGTH) <= begin] = SYMBOLS.index("E")
-    at = torch.cat([torch.randint(low, low + 11, (count, 1), **draw) for low in (9, 32, 65)], 1)
-    ys = torch.randint(2, (count, 3), **draw)
+    at = torch.cat([torch.randint(low, low + 11, (count, 1), generator=generator) for low in (9, 32, 65)], 1)
+    ys = torch.randint(2, (count, 3), generator=generator)
     symbols.scatter_(1, begin + at, ys + SYMBOLS.index("X"))
     symbols[:, -1] = SYMBOLS.index("B")
     return symbols, (ys * torch.tensor([4, 2, 1])).sum(1)
@@ -170,13 +169,11 @@ def time_for_class(outputs: Tensor, labels: Tensor) -> Tensor:
 
 def _layer(cell: str, hidden: int, backend: str | None, dtype: torch.dtype | None) -> nn.Module:
     """With states that last from the start."""
-    options: dict[str, Any] = {"backend": backend, "dtype": dtype}
-    if cell == "rnn":
-        options["nonlinearity"] = "relu"
-    layer = recurrent(cell, len(SYMBOLS), hidden, **options)
+    more = {"nonlinearity": "relu"} if cell == "rnn" else {}
+    layer = recurrent(cell, len(SYMBOLS), hidden, backend=backend, dtype=dtype, **more)
     if cell == "lstm":
         return init.accumulator_(layer, 6.0, -3.0)
-    weight: Tensor = layer.weight_hh_l0  # type: ignore[assignment]
+    weight = layer.get_parameter("weight_hh_l0")
     if cell == "rnn":
         nn.init.eye_(weight)
         for name in ("bias_ih_l0", "bias_hh_l0"):
@@ -187,14 +184,16 @@ def _layer(cell: str, hidden: int, backend: str | None, dtype: torch.dtype | Non
     return init.accumulator_(layer, 4.0)
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Ordering(Run):
     """Fresh strings each step, until the last `window` of them were all answered before they were learnt from."""
 
-    def __init__(self, recipe: Recipe, seed: int, place: dict, *args: object, **options: object) -> None:
-        super().__init__(*args, **options)  # type: ignore[arg-type]
-        self.recipe, self.place = recipe, place
-        symbols, self.classes = strings(recipe.test, stream(NAME, "test", seed))
-        self.test = symbols
+    recipe: Recipe
+    seed: int
+    place: Place
+
+    def __post_init__(self) -> None:
+        self.test, self.classes = strings(self.recipe.test, stream(NAME, "test", self.seed))
         self.streak = torch.zeros((), dtype=torch.int64)
 
     def _x(self, symbols: Tensor) -> Tensor:
@@ -280,13 +279,13 @@ def start(
     optimizer = torch.optim.Adam(model.parameters(), lr=recipe.lr, betas=betas, fused=True)
     decay = recipe.decay // recipe.batch
     return Ordering(
-        recipe,
-        seed,
-        {"device": device, "dtype": dtype},
-        model,
-        optimizer,
-        stream(NAME, "training", seed),
-        identity(NAME, case, cell, recipe, seed, dtype),
+        recipe=recipe,
+        seed=seed,
+        place={"device": device, "dtype": dtype},
+        model=model,
+        optimizer=optimizer,
+        generator=stream(NAME, "training", seed),
+        identity=identity(NAME, case, cell, recipe, seed, dtype),
         steps=recipe.limit // recipe.batch,
         every=recipe.evaluate // recipe.batch,
         schedule=torch.optim.lr_scheduler.LambdaLR(optimizer, lambda done: recipe.last_lr ** min(1.0, done / decay)),

@@ -1,4 +1,4 @@
-"""Runs of the task suite: one with a progress bar and its verdict, all of them, and the table of what came out."""
+"""Runs of the task suite: one with a progress bar and its verdict, or all of them; and the table of their outcomes."""
 
 from __future__ import annotations
 
@@ -12,21 +12,19 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 
-from . import files
+from . import TASKS, files
+from .base import AnyRecipe, Case, identity
 from .progress import bar
-from .tasks import TASKS
-from .tasks.base import Case, identity
 from .training import Row, Run, read_checkpoint, train
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to. rows: its evaluations. seconds: of training and evaluation, over all sittings. needs: the
-    verdict's."""
+    """The outcome of a run. rows: its evaluations. seconds: of training and evaluation, before and after resuming.
+    needs: the verdict's."""
 
     task: str
     case: str
@@ -43,24 +41,24 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Job:
-    """One run to be made."""
+    """A run to be made."""
 
     task: ModuleType
     case: str
     cell: str
     seed: int
-    recipe: Any
+    recipe: AnyRecipe
 
     @property
     def label(self) -> str:
         return f"{self.task.NAME}, case {self.case}, {self.cell}, seed {self.seed}"
 
-    def identity(self, dtype: torch.dtype | None) -> dict[str, Any]:
-        """The identity of the run that the task starts. dtype None: the recipe's."""
+    def identity(self, dtype: torch.dtype | None) -> dict[str, str | int]:
+        """The identity of the run. dtype None: the recipe's."""
         return identity(self.task.NAME, self.case, self.cell, self.recipe, self.seed, dtype or self.recipe.dtype)
 
     def checkpoint(self, folder: Path, dtype: torch.dtype | None) -> Path:
-        """Its checkpoint. The name ends in a digest of the identity, so quick and full recipes have a file each."""
+        """The path of its checkpoint. A digest of the identity in it keeps quick and full recipes apart."""
         digest = hashlib.sha256(json.dumps(self.identity(dtype)).encode()).hexdigest()[:8]
         name = f"{self.task.NAME}-{self.case}-{self.cell}-{self.seed}-{digest}.pt"
         return folder / name.replace(" ", "-")
@@ -74,9 +72,10 @@ def jobs(
     cells: Iterable[str] | None = None,
     seed: int | None = None,
 ) -> Iterator[Job]:
-    """The runs of a task, or of all. cells: of each case those among them that it is for; None: all of those.
+    """The runs of a task, or of all tasks. cells: those to run, in the cases that are for them; None: all of a case's.
 
-    seed None: 0, or in full all of them. ValueError for a case the task does not have, and if no case is for the cells.
+    seed None: 0; of all tasks in full, every seed. ValueError for a case that the task lacks, and if no case is for the
+    cells.
     """
     wanted, cases, found = tuple(cells or ()), None if cases is None else tuple(cases), False
     for module, name, case in _cases(task, cases):
@@ -92,7 +91,7 @@ def jobs(
 def left_out(
     task: str | None = None, *, cases: Iterable[str] | None = None, cells: Iterable[str] | None = None
 ) -> list[str]:
-    """What `jobs` leaves out of what was asked for, and why, a line a case."""
+    """What `jobs` leaves out of the cases and cells given, and why, one line for each case."""
     wanted, lines = tuple(cells or ()), []
     for module, name, case in _cases(task, cases):
         if without := [cell for cell in wanted if cell not in case.cells]:
@@ -109,10 +108,10 @@ def _cases(task: str | None, cases: Iterable[str] | None) -> Iterator[tuple[Modu
 
 
 def check(jobs: Iterable[Job], save: Path, *, dtype: torch.dtype | None, resume: bool) -> None:
-    """Find, before the first job is trained, what would go wrong with a checkpoint.
+    """Check all checkpoints before the first job is trained.
 
-    OSError if one cannot be written or read, or is there already and resume is not asked for; ValueError if one cannot
-    be resumed.
+    OSError if one cannot be written or read, or exists already and resume is False; ValueError if one cannot be
+    resumed.
     """
     for job in jobs:
         path = job.checkpoint(save, dtype)
@@ -120,8 +119,8 @@ def check(jobs: Iterable[Job], save: Path, *, dtype: torch.dtype | None, resume:
             with suppress(FileNotFoundError):
                 read_checkpoint(path, job.identity(dtype))
         elif os.path.lexists(path):
-            how = "--resume continues from it; to start anew, remove it or choose another folder"
-            raise FileExistsError(f"{path} is there already: {how}")
+            advice = "--resume continues from it; to start anew, remove it or choose another folder"
+            raise FileExistsError(f"{path} is there already: {advice}")
         files.check(path)
 
 
@@ -135,9 +134,9 @@ def perform(
     resume: bool = False,
     quiet: bool = False,
 ) -> Outcome:
-    """Train and judge. save: the folder of checkpoints; resume: from the one there, if there is one.
+    """Train and evaluate. save: the folder of checkpoints. resume: continue from the run's checkpoint, if it exists.
 
-    Without resume, a checkpoint that is there is replaced: `check` finds it before.
+    Without resume an existing checkpoint is replaced: `check` refuses that earlier.
     """
     run: Run = job.task.start(job.case, job.cell, job.recipe, job.seed, backend=backend, device=device, dtype=dtype)
     checkpoint = None if save is None else job.checkpoint(save, dtype)
@@ -186,7 +185,7 @@ def line(row: Row) -> str:
 
 
 def table(outcomes: list[Outcome]) -> str:
-    """Markdown, a line a run."""
+    """A Markdown table with a line for each run."""
     lines = ["| task | case | cell | seed | solved | criterion and result | steps | sequences | seconds |"]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for o in outcomes:
@@ -197,7 +196,7 @@ def table(outcomes: list[Outcome]) -> str:
 
 
 def report(outcomes: list[Outcome], command: str, device: str) -> str:
-    """The table with where it comes from."""
+    """The table, and how it was made."""
     cuda = torch.device(device).type == "cuda"
     machine = (
         torch.cuda.get_device_name(device) if cuda else f"CPU {platform.machine()}, {torch.get_num_threads()} thread"
@@ -213,7 +212,7 @@ def report(outcomes: list[Outcome], command: str, device: str) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    """At once or not at all: see files.write."""
+    """Write the whole file or nothing: see files.write."""
     files.write(path, text.encode())
 
 

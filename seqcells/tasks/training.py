@@ -1,7 +1,7 @@
-"""The one training loop that the tasks and the command line share, and its checkpoints.
+"""The training loop of the tasks and the command line, and its checkpoints.
 
-Resumable: a checkpoint holds everything that decides what comes next, so that a run that was stopped, by Ctrl-C or by a
-kill, and resumed ends with the same numbers, bit for bit, as one that was not.
+A checkpoint holds everything that decides what comes next: a run that was stopped, by Ctrl-C or by a kill, and resumed
+ends with the same numbers, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import io
 import time
 import zlib
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from torch import Tensor, nn
 
 from . import files
 
-# A checkpoint is this line, the SHA-256 digest of the rest, and the rest: what torch.save makes of Run.state_dict().
-# The number changes with what is in there.
+# A checkpoint is this line, the SHA-256 digest of the rest, and the rest: Run.state_dict() as torch.save writes it.
+# The number changes with the contents.
 HEADER = b"seqcells checkpoint 1\n"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One evaluation. train_loss: the mean since the last one. measured: what the run's `measure` found."""
+    """One evaluation. train_loss: the mean since the last one. measured: what the run's `measure` returned."""
 
     step: int
     sequences: int
@@ -41,8 +41,8 @@ class Row:
 class Verdict:
     """Whether a run solved its task, and the criterion with what was reached.
 
-    needs: of the measurements that decide it, by name, the value to come to, where a picture has a line: an accuracy of
-    at least that (0: of no more), a loss below it.
+    needs: the measurements that decide it, by name, and the value each must reach, where a plot draws a line: an
+    accuracy of at least that (0: of exactly 0), a loss below it.
     """
 
     solved: bool
@@ -51,68 +51,57 @@ class Verdict:
 
 
 def stream(task: str, purpose: str, seed: int) -> torch.Generator:
-    """A generator of its own for each purpose ("training", "test", ...) of each seed of a task."""
+    """A separate generator for each purpose ("training", "test", ...) and seed of a task."""
     return torch.Generator().manual_seed(zlib.crc32(f"{task} {purpose} {seed}".encode()))
 
 
+@dataclass(kw_only=True, eq=False, repr=False)
 class Run:
-    """A model in training. A task's subclass says what a step is, what is measured and what counts as solved.
+    """A model in training. A task's subclass defines a step, what is measured, and what counts as solved.
 
-    generator: what the training data is drawn from, on the CPU. identity: what a checkpoint must agree with to be
-    resumed. steps: at most so many. every: steps between evaluations. Only at those are checkpoints written, so a
-    subclass that works through a fixed set should evaluate where it begins anew.
+    generator: the training data is drawn from it, on the CPU. identity: what a checkpoint must agree with to be
+    resumed. steps: the most there may be. every: steps between evaluations. Checkpoints are written only there, so a
+    subclass that goes through a fixed set should evaluate where it starts again.
     """
 
     unit = "step"
-
-    def __init__(
-        self,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        generator: torch.Generator,
-        identity: dict[str, Any],
-        *,
-        steps: int,
-        every: int,
-        schedule: torch.optim.lr_scheduler.LRScheduler | None = None,
-    ) -> None:
-        self.model = model
-        self.optimizer = optimizer
-        self.generator = generator
-        self.identity = identity
-        self.steps = steps
-        self.every = every
-        self.schedule = schedule
-        self.done = 0
-        self.sequences = 0
-        self.stopped = False
-        self.rows: list[Row] = []
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    generator: torch.Generator
+    identity: dict[str, str | int]
+    steps: int
+    every: int
+    schedule: torch.optim.lr_scheduler.LRScheduler | None = None
+    done: int = field(default=0, init=False)
+    sequences: int = field(default=0, init=False)
+    stopped: bool = field(default=False, init=False)
+    rows: list[Row] = field(default_factory=list, init=False)
 
     def step(self) -> tuple[Tensor, int]:
-        """Train on a batch: its loss, detached and not read by the host, and the number of sequences in it."""
+        """Train on a batch. Returns its loss, detached and not read by the host, and its number of sequences."""
         raise NotImplementedError
 
     def measure(self) -> dict[str, float]:
-        """Evaluate on data that training does not see. "loss" and "accuracy" are among what it gives."""
+        """Evaluate on data that training does not see. Returns "loss", "accuracy" and more."""
         raise NotImplementedError
 
     def stop(self) -> bool:
-        """Whether to stop before `steps`, judged by what training has seen."""
+        """Whether to stop before `steps`, by what training has measured."""
         return False
 
     def extra(self) -> dict[str, Any]:
-        """What else decides how training goes on: tensors, numbers, lists of them."""
+        """Further state that decides how training continues: tensors, numbers, lists of them."""
         return {}
 
     def restore(self, extra: dict[str, Any]) -> None:
-        """Take back what `extra` gave."""
+        """Restore what `extra` returned."""
 
     def verdict(self) -> Verdict:
         """Judge the model as it is now."""
         raise NotImplementedError
 
     def lines(self) -> list[str]:
-        """What was learnt, on a few examples."""
+        """What the model has learned, on a few examples."""
         return []
 
     def update(self, loss: Tensor, clip: float | None = None) -> Tensor:
@@ -142,7 +131,7 @@ class Run:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take back what `state_dict` gave. `load` is the one that leaves the run as it was if this fails."""
+        """Restore what `state_dict` returned. If this fails, the run is left half restored; `load` undoes that."""
         rows = [Row(**r) for r in state["rows"]]
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -164,7 +153,7 @@ class Run:
         files.write(path, HEADER + hashlib.sha256(payload).digest() + payload)
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint. The errors are `read_checkpoint`'s; after one the run is as it was before."""
+        """Continue from a checkpoint. Raises as `read_checkpoint`; the run is then as it was before."""
         state = read_checkpoint(path, self.identity)
         before = copy.deepcopy(self.state_dict())
         try:
@@ -174,11 +163,11 @@ class Run:
             raise ValueError(_refused(path, "does not fit this run", error)) from error
 
 
-def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def read_checkpoint(path: Path, identity: dict[str, str | int]) -> dict[str, Any]:
     """The state in a checkpoint of the run with that identity.
 
-    FileNotFoundError if there is no such file, OSError if it cannot be read, ValueError if it is not a whole checkpoint
-    of that run.
+    FileNotFoundError if there is no such file, OSError if it cannot be read, ValueError if it is not a complete
+    checkpoint of that run.
     """
     content = files.read(path)
     if not content:
@@ -199,7 +188,7 @@ def read_checkpoint(path: Path, identity: dict[str, Any]) -> dict[str, Any]:
 
 
 def _refused(path: Path, reason: str, error: Exception | None = None) -> str:
-    """One line: why a checkpoint is not taken, and what to do."""
+    """One line: why a checkpoint is refused, and what to do."""
     detail = "" if error is None else f" ({type(error).__name__}: {' '.join(str(error).split())})"
     return f"{path} {reason}{detail}; remove it, or choose another folder, to start anew"
 
@@ -211,9 +200,9 @@ def train(
     on_row: Callable[[Row], None] = lambda row: None,
     checkpoint: Path | None = None,
 ) -> list[Row]:
-    """Train from wherever run stands to its last step, or to where it stops itself. Returns run's rows.
+    """Train from where the run is to its last step, or until it stops itself. Returns its rows.
 
-    on_step(steps done, the last loss) is called about twenty times between evaluations; on_row after each of those.
+    on_step(steps done, the last loss) is called about twenty times between evaluations; on_row after each evaluation.
     """
     started, total, weight = time.perf_counter(), torch.zeros((), dtype=torch.float64), 0
     while run.done < run.steps and not run.stopped:
@@ -222,7 +211,7 @@ def train(
             run.schedule.step()
         run.done += 1
         run.sequences += sequences
-        # Kept where it is, and read only once an evaluation: a read waits for the device.
+        # Stays on its device, and is read once an evaluation: reading waits for the device.
         total = total.to(value.device) + value * sequences
         weight += sequences
         if run.done % max(1, run.every // 20) == 0:

@@ -1,17 +1,20 @@
-"""Pictures of training runs. Needs matplotlib (the extra `examples`)."""
+"""Plots of training runs. They need matplotlib (the extra `examples`)."""
 
 from __future__ import annotations
 
 import io
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from . import files
+from . import TASKS, files
 from .suite import Outcome
-from .tasks import TASKS
 
-# Of each cell: colour, marker and width. Runs that agree lie on each other: the later ones are thinner.
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Color, marker and line width of each cell. Runs that agree overlap, so later ones are thinner.
 CELLS = {
     "lstm": ("#1f77b4", "o", 3.0),
     "gru": ("#d95f02", "s", 1.6),
@@ -33,10 +36,10 @@ def check(path: Path) -> None:
 
 
 def learning_curves(outcomes: list[Outcome], how: str, path: Path) -> None:
-    """What runs measured against the sequences they had seen, a line a run, and dashed what counts as solved.
+    """Plot what runs measured against the sequences they were trained on, and, dashed, what counts as solved.
 
-    Of one case test loss and accuracy, side by side, with the verdicts below; of more a panel each, of what it is
-    judged by. how: the recipe and the device, for the title.
+    For one case: test loss and accuracy side by side, with the verdicts below. For several: a panel for each, of the
+    measurement that decides it. how: the recipe and the device, for the title.
     """
     cases: dict[tuple[str, str], list[Outcome]] = {}
     for outcome in outcomes:
@@ -46,7 +49,7 @@ def learning_curves(outcomes: list[Outcome], how: str, path: Path) -> None:
         files.write(path, _drawn(figure, path))
 
 
-def _one(outcomes: list[Outcome], how: str) -> Any:
+def _one(outcomes: list[Outcome], how: str) -> Figure:
     first = outcomes[0]
     said = [f"{_name(o)}: {'solved' if o.solved else 'NOT solved'}: {o.text}" for o in outcomes]
     said = [line for text in said[:12] for line in textwrap.wrap(text, 150)]
@@ -61,7 +64,7 @@ def _one(outcomes: list[Outcome], how: str) -> Any:
     return figure
 
 
-def _several(cases: dict[tuple[str, str], list[Outcome]], how: str) -> Any:
+def _several(cases: dict[tuple[str, str], list[Outcome]], how: str) -> Figure:
     tasks = {task for task, _ in cases}
     columns = next(n for n in range(2, len(cases) + 1) if n * min(n, 4) >= len(cases))
     rows = -(-len(cases) // columns)
@@ -88,20 +91,20 @@ def _several(cases: dict[tuple[str, str], list[Outcome]], how: str) -> Any:
     return figure
 
 
-def _curves(axes: Any, outcomes: list[Outcome], measured: str) -> None:
+def _curves(axes: Axes, outcomes: list[Outcome], measured: str) -> None:
     for o in outcomes:
         points = [(r.sequences, r.measured[measured]) for r in o.rows]
         first = o is next(other for other in outcomes if other.cell == o.cell)
-        style = dict(zip(("color", "marker", "linewidth"), CELLS[o.cell], strict=True)) | {"markersize": 3}
-        style["zorder"] = 2 + list(CELLS).index(o.cell)
-        axes.plot(*zip(*points, strict=True), **style, label=o.cell if first else None)
+        color, marker, width = CELLS[o.cell]
+        (drawn,) = axes.plot(*zip(*points, strict=True), color=color, marker=marker, linewidth=width, markersize=3)
+        drawn.set(zorder=2 + list(CELLS).index(o.cell), label=o.cell if first else None)
     if (needed := outcomes[0].needs.get(measured)) is not None:
         axes.axhline(needed, color="black", linestyle="--", linewidth=1, label=SOLVED, zorder=1)
-        place = {"xy": (1, needed), "xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axes.annotate(f"{needed:.4g}", xytext=(3, 0), va="center", fontsize=7, **place)
+        at = axes.annotate(f"{needed:.4g}", (1, needed), (3, 0), ("axes fraction", "data"), "offset points")
+        at.set(va="center", fontsize=7)
     axes.grid(alpha=0.3)
     axes.set_xlim(left=0)
-    axes.xaxis.get_major_locator().set_params(integer=True, nbins=4)
+    axes.locator_params(axis="x", integer=True, nbins=4)
     axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}")
     if measured == "accuracy":
         axes.set_ylim(-0.05, 1.05)
@@ -116,8 +119,8 @@ def _name(outcome: Outcome) -> str:
     return f"{outcome.cell}, seed {outcome.seed}"
 
 
-def plain_ticks(axes: Any, which: str) -> None:
-    """A logarithmic axis, with numbers at its ticks and no powers of ten; a linear one where it is short."""
+def plain_ticks(axes: Axes, which: str) -> None:
+    """Make an axis logarithmic, with plain numbers at its ticks; leave it linear if its range is small."""
     from matplotlib import ticker
 
     axis = getattr(axes, f"{which}axis")
@@ -142,7 +145,7 @@ def _pyplot() -> Any:
     return pyplot
 
 
-def _drawn(figure: Any, path: Path) -> bytes:
+def _drawn(figure: Figure, path: Path) -> bytes:
     """The figure in the format of path's suffix (PNG if it has none), and closed."""
     content = io.BytesIO()
     try:

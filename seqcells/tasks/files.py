@@ -10,19 +10,19 @@ from pathlib import Path
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replace path's content, or leave everything as it was. Creates the folder if there is none.
+    """Replace the content of path, or change nothing. Creates the folder if necessary.
 
-    The content goes to a temporary file in the same folder, which is then renamed, so that a reader finds the old
-    content or the new, whoever else writes there. The temporary file has a random name, is never opened through a link,
-    has the permissions the umask gives, and is removed after any failure (but not if the process is killed). If path is
-    a symbolic link, the link is replaced and what it points to is left alone.
+    The content is written to a temporary file in the same folder, which is then renamed, so that a reader finds the old
+    content or the new, even with several writers. The temporary file has a random name, is never opened through a link,
+    has the permissions of the umask, and is removed after any failure (but not if the process is killed). If path is a
+    symbolic link, the link is replaced and its target stays unchanged.
     """
     with _temporary(path, content) as temporary:
         os.replace(temporary, path)
 
 
 def check(path: Path) -> None:
-    """Raise OSError if path cannot be written now. Creates the folder if there is none; leaves path itself alone."""
+    """Raise OSError if path cannot be written now. Creates the folder if necessary; does not change path itself."""
     with _temporary(path, b"\0"):
         pass
 
@@ -47,7 +47,7 @@ def _require_file(path: Path) -> None:
 
 @contextmanager
 def _temporary(path: Path, content: bytes) -> Iterator[Path]:
-    """A file beside path that holds content on disk, removed afterwards if it is still there."""
+    """A temporary file beside path with that content, removed afterwards if it still exists."""
     temporary = path.parent / f".seqcells-{secrets.token_hex(8)}.tmp"
     try:
         _require_file(path)

@@ -1,4 +1,4 @@
-"""tqdm where it is installed (the extra `examples`), otherwise the same calls with nothing drawn."""
+"""tqdm's progress bar if tqdm is installed (the extra `examples`), else an object with its methods that draws none."""
 
 from __future__ import annotations
 
