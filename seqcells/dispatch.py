@@ -422,7 +422,7 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
     if choice.engine in ("triton", "loop"):
         return _differentiable(cell, call, options, case, choice)
     if choice.reset_steps:
-        found = reset_steps.scan(call.x, call.states, call.groups, call.mask, options.reverse)  # type: ignore[arg-type]
+        found = reset_steps.scan(call.x, call.states, call.groups, call.mask, options.reverse)  # type: ignore[arg-type]  # there is a mask
         # None where something is not finite, which reset steps cannot separate.
         return (*found, None) if found else _differentiable(cell, call, options, case, Choice("loop", "", choice.why))
     full = starts(call.x, call.states, call.groups, case.hidden_size)
@@ -431,6 +431,7 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
         return final[0][None], final, None
     if choice.engine == "aten":
         return *aten.scan(cell.key, call.x, full, call.groups, (options.lengths, options.reverse)), None
+    weights: Any
     weights, params = (call.groups[0], call.params) if len(call.groups) == 1 and not call.stacked else _stacked(call)
     extra: Any = {"resets": options.resets, "lengths": options.lengths, "reversed": _bits(options.reverse)}
     if params is not None:

@@ -44,7 +44,7 @@ def _step(cell: Cell, x: Any, states: Any, *weights: Any) -> None:
         raise RuntimeError(f"x must have 1 or 2 dimensions, got {x.dim()}")
     if x.dim() == 1:
         x, states = x[None], [s[None] for s in states]
-    arguments.fit(x[None], states, weights, cell.rows)
+    arguments.fit(x[None], states, [weights], cell.rows)
 
 
 def _types(step: Any, x: Any, states: Any, weights: Sequence[Any], rank: int | None) -> None:
@@ -68,7 +68,7 @@ def scan(step: Any, x: Any, states: Any, weights: Sequence[Any], params: Any, in
     """Those of reference.scan_states, but for resets and lengths."""
     _types(step, x, states, weights, rank=3)
     checks.boolean("reverse", reverse)
-    arguments.fit(x, states, weights, _rows(step, weights))
+    arguments.fit(x, states, [weights], _rows(step, weights))
     shape, H = x.shape[:2], states[0].shape[-1]
     for name, given, expected in (("params", params, (H,)), ("inputs", inputs, (*shape, H))):
         checks.tensors(name, given, "a tuple of tensors")
