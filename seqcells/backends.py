@@ -23,9 +23,9 @@ import torch
 from torch.autograd import forward_ad
 
 from . import chosen
+from .kernels.plan import SCHEDULES as SCHEDULES
 
 NAMES = ("auto", "triton", "aten", "loop", "reference")
-SCHEDULES = ("resident", "grid", "stepwise")
 ATEN_CELLS = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 TRITON_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 NO_TRITON = "the triton backend needs triton: pip install triton (Linux)"

@@ -130,36 +130,42 @@ class Call(NamedTuple):
 Result = tuple[Tensor, tuple[Tensor, ...], "tuple[Tensor, ...] | None"]
 
 
+def survey(x: Tensor, tensors: Iterable[Tensor | None]) -> tuple[bool, bool]:
+    """Of all tensors of a call: whether one requires gradients; whether each is torch.Tensor itself, with values."""
+    grad, plain = x.requires_grad, type(x) in _TENSORS and x.device.type != "meta"
+    for t in tensors:
+        if t is not None:
+            grad, plain = grad or t.requires_grad, plain and type(t) in _TENSORS
+    return grad, plain
+
+
 def case_of(
     cell: Cell,
     x: Tensor,
-    tensors: Iterable[Tensor | None],
+    found: tuple[bool, bool],
     options: ScanOptions,
     hidden_size: int,
     *,
     packed: tuple[int, int] | None = None,
     projected: bool = False,
 ) -> Case:
-    """The facts about a scan of x. tensors: states and weights; packed: T and B of a PackedSequence whose data is x."""
-    key, device, dtype, backend = cell.key, x.device, x.dtype, options.backend
+    """The facts about a scan of x. found: see `survey`; packed: T and B of a PackedSequence whose data is x."""
+    key, device, dtype, (grad, plain), backend = cell.key, x.device, x.dtype, found, options.backend
     compiling = torch.compiler.is_compiling()
     transforming = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    jit = torch.jit.is_tracing()
+    jit, observed = torch.jit.is_tracing(), not compiling and torch._C._len_torch_dispatch_stack() > 0
+    traced = compiling or jit or transforming or observed or not plain
     if backend is None:
         backend = chosen.backend if compiling else chosen.of_context() or chosen.backend
-    grad, plain = x.requires_grad, type(x) in _TENSORS and device.type != "meta"
-    for t in tensors:
-        if t is not None:
-            grad, plain = grad or t.requires_grad, plain and type(t) in _TENSORS
-    grad = grad and torch.is_grad_enabled()
-    observed: bool = not compiling and torch._C._len_torch_dispatch_stack() > 0
     T, B = packed or x.shape[:2]
-    onnx = torch.onnx.is_in_onnx_export()
-    # torch.export needs to know the number of steps, as it does for torch.nn's.
-    exporting = torch.compiler.is_exporting() and isinstance(T, int) and not torch.compiler.is_dynamo_compiling()
-    # Resets of one step zero the states before it: see `run`.
-    resets = options.resets is not None and (compiling or jit or transforming or x.dim() == 2 or T != 1)
-    onednn = x.dim() == (3 if packed is None else 2) and x.numel() > 0 and (key, device.type, dtype) in aten.ONEDNN
+    exporting = onnx = False
+    if compiling or jit or torch.compiler.is_exporting():
+        onnx = torch.onnx.is_in_onnx_export()
+        # torch.export needs to know the number of steps, as it does for torch.nn's.
+        exporting = torch.compiler.is_exporting() and isinstance(T, int) and not torch.compiler.is_dynamo_compiling()
+    # Resets of one step zero the states before it: see `prepared`.
+    resets = options.resets is not None and (compiling or jit or transforming or packed is not None or T != 1)
+    onednn = (key, device.type, dtype) in aten.ONEDNN and x.dim() == (3 if packed is None else 2) and x.numel() > 0
     onednn = onednn and bool(torch.backends.mkldnn.enabled)
     real = 1.0
     if options.lengths is not None and not compiling and B > 0:
@@ -169,12 +175,11 @@ def case_of(
             real = int(options.lengths.sum()) / (T * B)
     packs = packed is not None and type(x) is Tensor
     asked = (options.save, resets, options.lengths is not None, packs, real, options.all_states, projected)
-    traced = compiling or jit or transforming or observed or not plain
     context = (compiling, onnx or exporting, onnx, jit, transforming, observed, traced)
-    size = (hidden_size, *((None, None) if compiling else (T, B)))
+    size = (hidden_size, *((None, None) if compiling else (T, B)), grad and torch.is_grad_enabled())
     problem = "" if key in backends.ATEN_CELLS else cell.problem  # those have kernels
     refused = bool(fallback.refused_kernels) and fallback.refused(device, key, dtype, hidden_size, grad)
-    facts = (*size, grad, *asked, options.one_step, B == 0, onednn, plain, *context, problem, refused)
+    facts = (*size, *asked, options.one_step, B == 0, onednn, plain, *context, problem, refused)
     return Case(key, backend, device, dtype, *facts)
 
 
@@ -383,7 +388,7 @@ def run(
     if cell.params or params or cell.inputs or inputs:
         vectors, beside = extras.params(cell, params, x, H), extras.inputs(cell, inputs, x, H, options.lengths)
     tensors = (*given, *(t for weights in groups for t in weights), vectors, beside)
-    choice = choose(case := case_of(cell, x, tensors, options, H, projected=len(groups[0]) == 5))
+    choice = choose(case := case_of(cell, x, survey(x, tensors), options, H, projected=len(groups[0]) == 5))
     x, given, options, mask = prepared(case, choice, x, given, options)
     return execute(cell, Call(x, given, groups, stacked, vectors, beside, mask), options, case, choice)
 

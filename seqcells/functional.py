@@ -13,15 +13,14 @@ from typing import Any
 from torch import Tensor
 
 from . import arguments, batching, checks
+from .arguments import NAMES
 from .cell import Cell, named
 from .dispatch import ScanOptions, run
-
-_NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
 
 
 def _missing(spec: Cell) -> Sequence[str]:
     """The weights that the cell does not have."""
-    return () if 0 not in spec.rows else [name for name, n in zip(_NAMES, spec.rows, strict=True) if not n]
+    return () if 0 not in spec.rows else [name for name, n in zip(NAMES, spec.rows, strict=True) if not n]
 
 
 def scan(
@@ -113,7 +112,7 @@ def scan_groups(
     first; () is none.
     """
     spec, weights = named(cell), (w_ih, w_hh, b_ih, b_hh)
-    arguments.types(x, states, dict(zip(_NAMES, weights, strict=True)), rank=None, missing=_missing(spec))
+    arguments.types(x, states, dict(zip(NAMES, weights, strict=True)), rank=None, missing=_missing(spec))
     checks.boolean("return_states", return_states)
     ranks = [t.dim() for t in (w_ih, w_hh) if t is not None]
     if ranks != [3] * len(ranks):
@@ -128,7 +127,7 @@ def scan_groups(
         raise ValueError(f"reverse must have one value for each of {K} groups, got {len(flags)}")
     given = () if states is None else tuple(states)
     vectors = {f"params[{name!r}]": t for name, t in params.items()} if isinstance(params, Mapping) else {}
-    for name, t in (*zip((*_NAMES, *("states",) * len(given)), (*weights, *given), strict=True), *vectors.items()):
+    for name, t in (*zip((*NAMES, *("states",) * len(given)), (*weights, *given), strict=True), *vectors.items()):
         rank = 2 if name.startswith(("b_", "params")) else 3
         if isinstance(t, Tensor) and t.dim() != rank:
             raise RuntimeError(f"{name} must have {rank} dimensions, got {t.dim()}")

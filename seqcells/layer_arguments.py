@@ -15,51 +15,58 @@ from . import backends, checks
 from .arguments import dtypes_differ, lengths, readable, resets, together
 
 
-def plain(module: Any, x: Any, states: Any, resets_: Any) -> list[Tensor] | None:
-    """All parameters of a Recurrent, if all about a call is as it should be, at first sight; else None: ask `layer`.
+def plain(module: Any, x: Any, states: Any, resets_: Any) -> tuple[list[Tensor], bool] | None:
+    """All parameters of a Recurrent, and whether a tensor of the call requires gradients; if all about the call is as
+    it should be, at first sight, and the tensors are torch.Tensor itself. Else None: ask `layer`.
 
     states: a tuple, or None. Resets are plain where there is one step.
     """
-    packed_ = type(x) is PackedSequence
-    data = x.data if packed_ else x
+    data = x.data if type(x) is PackedSequence else x
     if type(data) is not Tensor or data.layout is not torch.strided or data.is_nested or torch.compiler.is_compiling():
         return None
-    dtype, device, H = data.dtype, data.device, module.hidden_size
-    if packed_:
-        if data.dim() != 2 or not data.is_cpu or resets_ is not None or not _well_packed(x):
+    dtype, device, H, on_cpu, shape = data.dtype, data.device, module.hidden_size, data.is_cpu, data.shape
+    if data is not x:
+        if len(shape) != 2 or not on_cpu or resets_ is not None or not _well_packed(x):
             return None
         B = int(x.batch_sizes[0])
     else:
-        if data.dim() != 3 or data.numel() == 0:
+        if len(shape) != 3 or 0 in shape or data.is_meta:
             return None
-        T, B = data.shape[1::-1] if module.batch_first else data.shape[:2]
-        if resets_ is not None and (
-            T != 1
-            or type(resets_) is not Tensor
-            or resets_.dtype is not torch.bool
-            or resets_.shape != data.shape[:2]
-            or resets_.device != device
-        ):
+        B = shape[not module.batch_first]
+        if resets_ is not None and (shape[module.batch_first] != 1 or not _plain_flags(resets_, shape[:2], device)):
             return None
-    if data.shape[-1] != module.input_size or not dtype.is_floating_point:
+    if shape[-1] != module.input_size or not dtype.is_floating_point:
         return None
-    own, found = module._parameters, []
+    own, found, grad = module._parameters, [], data.requires_grad
     for names, shapes in zip(module._all_weights, module._all_shapes, strict=True):
-        for name, shape in zip(names, shapes, strict=True):
+        for name, expected in zip(names, shapes, strict=True):
             w = own.get(name)
-            if w is None or w.shape != shape or w.dtype != dtype or w.device != device or w.layout is not torch.strided:
+            if w is None or w.dtype is not dtype or w.shape != expected or type(w) not in _TENSORS:
+                return None
+            if not (w.is_cpu if on_cpu else w.device == device) or w.layout is not torch.strided:
                 return None
             found.append(w)
+            grad = grad or w.requires_grad
     if states is None:
-        return found
+        return found, grad
     if type(states) is not tuple or len(states) != len(module.cell.states):
         return None
-    shape = (len(module._all_weights), B, module.proj_size or H)
+    expected = (len(module._all_weights), B, module.proj_size or H)
     for s in states:
-        if type(s) is not Tensor or s.shape != shape or s.dtype != dtype or s.device != device:
+        if type(s) is not Tensor or s.shape != expected or s.dtype is not dtype or s.device != device:
             return None
-        shape = (*shape[:2], H)
-    return found
+        expected, grad = (*expected[:2], H), grad or s.requires_grad
+    return found, grad
+
+
+_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def _plain_flags(resets_: Any, shape: tuple[int, ...], device: torch.device) -> bool:
+    """Whether resets are as they should be, at first sight."""
+    return (
+        type(resets_) is Tensor and resets_.dtype is torch.bool and resets_.shape == shape and resets_.device == device
+    )
 
 
 def layer(module: Any, weights: Sequence[Tensor], call: tuple[Any, ...]) -> tuple[Any, Tensor | None]:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-Groups = Sequence[Sequence["Tensor | None"]]
+from .kernels.plan import PRECISIONS as PRECISIONS
 
-PRECISIONS = ("ieee", "tf32", "tf32x3")
+Groups = Sequence[Sequence["Tensor | None"]]
 
 
 def rnn_precision() -> str:

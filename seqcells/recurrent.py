@@ -304,11 +304,13 @@ class Recurrent(modules.Module):
         """Output, final states, and the last layer's states after every step or None, in the layout of x."""
         cell = self.cell
         given = None if state is None else (state,) if len(cell.states) == 1 else state
-        weights = None
+        plain = None
         if lengths is None and states is False and not (inputs or cell.inputs):
-            weights = layer_arguments.plain(self, x, given, resets)
-        if weights is None:
+            plain = layer_arguments.plain(self, x, given, resets)
+        if plain is None:
             weights, resets, lengths = self._check(x, state, resets, lengths, states, inputs or {})
+        else:
+            weights = plain[0]
         if not (self.save in _SAVES and self.precision in _PRECISIONS):
             arguments.options(self.backend, self.precision, self.save)
         states_: States = (None,) * len(cell.states) if given is None else tuple(given)
@@ -316,7 +318,7 @@ class Recurrent(modules.Module):
         own = (reverse, self.save, self.backend, self.precision, states)
         more = inputs or {}
         if not isinstance(x, Tensor):
-            return self._run_packed(x, states_, weights, ScanOptions(resets, None, *own, True), more)
+            return self._run_packed(x, states_, (weights, plain), ScanOptions(resets, None, *own, True), more)
         batched = x.dim() == 3
         if not batched:
             x, resets = x[:, None], None if resets is None else resets[:, None]
@@ -325,7 +327,7 @@ class Recurrent(modules.Module):
         elif self.batch_first:
             x, resets = x.transpose(0, 1), None if resets is None else resets.t()
             more = {name: t.transpose(0, 1) for name, t in more.items()}
-        y, final, every = self._scan(x, states_, weights, ScanOptions(resets, lengths, *own), more)  # type: ignore[arg-type]  # checked
+        y, final, every = self._scan(x, states_, (weights, plain), ScanOptions(resets, lengths, *own), more)  # type: ignore[arg-type]  # checked
         if not batched:
             return y[:, 0], tuple(s[:, 0] for s in final), None if every is None else tuple(s[:, 0] for s in every)
         if self.batch_first:
@@ -336,7 +338,7 @@ class Recurrent(modules.Module):
         self,
         x: PackedSequence,
         states: States,
-        weights: list[Tensor],
+        weights: tuple[Sequence[Tensor], Any],
         options: ScanOptions,
         inputs: Mapping[str, Any],
     ) -> tuple[PackedSequence, tuple[Tensor, ...], tuple[PackedSequence, ...] | None]:
@@ -355,26 +357,30 @@ class Recurrent(modules.Module):
         self,
         x: Tensor,
         states: States,
-        weights: Sequence[Tensor],
+        parameters: tuple[Sequence[Tensor], Any],
         options: ScanOptions,
         inputs: Mapping[str, Any],
         packed: PackedSequence | None = None,
     ) -> dispatch.Result:
         """All layers over x [T, B, I], or over packed's data; states [layers * directions, B, .], in packed's order.
 
-        Results as x is: [T, B, .], or rows.
+        parameters: they, and what layer_arguments.plain found. Results as x is: [T, B, .], or rows.
         """
-        cell, H = self.cell, self.hidden_size
+        cell, H, (weights, plain) = self.cell, self.hidden_size, parameters
         if torch._C._is_any_autocast_enabled() and backends.autocasting(x.device):
             x, states, groups, (_, inputs) = precisions.autocast(cell.key, x, states, [weights], (None, inputs))
             with torch.autocast(x.device.type, enabled=False):
-                return self._scan(x, states, groups[0], options, inputs, packed)  # type: ignore[arg-type]  # none is None
+                return self._scan(x, states, (groups[0], None), options, inputs, packed)  # type: ignore[arg-type]  # none is None
         size, where = None, None
         if packed is not None:
             size = len(packed.batch_sizes), layer_arguments.packed_batch(packed, states)
             options = options._replace(lengths=packed.batch_sizes)
-        tensors = (*weights, *states, *(t.data if isinstance(t, PackedSequence) else t for t in inputs.values()))
-        case = dispatch.case_of(cell, x, tensors, options, H, packed=size, projected=self.proj_size > 0)
+        if plain is None:
+            beside = (t.data if isinstance(t, PackedSequence) else t for t in inputs.values())
+            found = dispatch.survey(x, (*weights, *states, *beside))
+        else:
+            found = plain[1], True
+        case = dispatch.case_of(cell, x, found, options, H, packed=size, projected=self.proj_size > 0)
         choice = dispatch.choose(case)
         if packed is not None and size is not None and not choice.stack:
             where = packing.layout(packed.batch_sizes, size[1], x.shape[0], x.device)
@@ -388,12 +394,12 @@ class Recurrent(modules.Module):
         if choice.stack:
             sizes = None if packed is None else packed.batch_sizes
             return *aten.stack(self, x, sizes, states, weights, case.grad), None
-        beside = extras.inputs(cell, inputs, x, H, options.lengths) if inputs else None
+        extra = extras.inputs(cell, inputs, x, H, options.lengths) if inputs else None
         finals, every = [], None
         for layer in range(self.num_layers):
             if layer:
                 x = self._dropped(x, where)
-            call = self._call(layer, x, states, weights)._replace(inputs=beside, mask=mask)
+            call = self._call(layer, x, states, weights)._replace(inputs=extra, mask=mask)
             own = options if layer == self.num_layers - 1 else options._replace(all_states=False)
             x, final, every = dispatch.execute(cell, call, own, case, choice)
             finals.append(final)

@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from . import arguments, cells, reference_arguments
+from . import arguments, cells
+from .arguments import States, Step
 from .cell import Cell, named
-
-States = tuple[Tensor, ...]
-Step = Callable[..., States]  # (x, states, w_ih, w_hh, b_ih, b_hh), and params and inputs, if there are any
 
 
 def step_of(of: str | Cell) -> Step:
@@ -111,24 +109,24 @@ def _by_gate(gates: tuple[str, ...]) -> Callable[..., Any]:
 _TYPES: dict[tuple[str, ...], Callable[..., Any]] = {}
 
 
-lstm_cell = reference_arguments.explained(
+lstm_cell = arguments.explained(
     cells.lstm, step_of(cells.lstm), "One LSTM step, as torch.nn.LSTMCell. states: (h, c), returns (h', c')."
 )
-gru_cell = reference_arguments.explained(
+gru_cell = arguments.explained(
     cells.gru,
     step_of(cells.gru),
     "One GRU step, the reset gate applied after the product, as torch.nn.GRUCell. states: (h,), returns (h',).",
 )
-gru_before_cell = reference_arguments.explained(
+gru_before_cell = arguments.explained(
     cells.gru_before,
     step_of(cells.gru_before),
     "One GRU step, the reset gate applied to h before the product (Cho et al. 2014, arXiv:1406.1078 v3). "
     "states: (h,), returns (h',).",
 )
-rnn_tanh_cell = reference_arguments.explained(
+rnn_tanh_cell = arguments.explained(
     cells.rnn_tanh, step_of(cells.rnn_tanh), "One Elman step with tanh, as torch.nn.RNNCell. states: (h,)."
 )
-rnn_relu_cell = reference_arguments.explained(
+rnn_relu_cell = arguments.explained(
     cells.rnn_relu, step_of(cells.rnn_relu), "One Elman step with relu, as torch.nn.RNNCell. states: (h,)."
 )
 
@@ -157,7 +155,7 @@ def scan_states(
     from the last step to the first.
     """
     weights = (w_ih, w_hh, b_ih, b_hh)
-    reference_arguments.scan(step, x, states, weights, params, inputs, reverse)
+    arguments.reference_scan(step, x, states, weights, params, inputs, reverse)
     resets = arguments.resets(resets, x.shape[:2], x.device)
     lengths = arguments.lengths(lengths, x.shape[:2], x.device)
     more = params or inputs
@@ -210,7 +208,7 @@ def scan_groups(
     K); x [T, B, I] for all groups or [T, B, K, I] for each; inputs [T, B, H] for all. Group k goes from the last step
     to the first if bit k of reversed is set. Half precision is computed in float32, and rounded at the end.
     """
-    reference_arguments.groups(step, x, states, (w_ih, w_hh, b_ih, b_hh), reversed)
+    arguments.reference_groups(step, x, states, (w_ih, w_hh, b_ih, b_hh), reversed)
     dtype, alone = x.dtype, w_ih.dim() == 2
     exact = torch.float32 if dtype.itemsize < 4 else dtype
     x, inputs = x.to(exact), tuple(t.to(exact) for t in inputs)

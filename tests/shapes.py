@@ -6,12 +6,11 @@ import pytest
 import torch
 from conftest import DEVICE
 
-from seqcells import explanation
+from seqcells import arguments, backends, explanation
+from seqcells.kernels.registry import BUILT_IN
 from seqcells.testing import Shape
 
-CELLS = ["lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu"]
-SCHEDULES = ["resident", "grid", "stepwise"]
-SAVES = ["gates", "states"]
+CELLS, SCHEDULES, SAVES = list(BUILT_IN), list(backends.SCHEDULES), list(arguments.SAVES)
 HALVES = [torch.float16, torch.bfloat16]
 
 # Every T of 1, 2, 7 and B of 1, 3, 17 with: one unit; two (the smallest net of the task suite); a whole tile; its

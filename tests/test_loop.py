@@ -237,7 +237,7 @@ def test_padding_is_left_to_the_loop_and_so_is_what_must_keep_little():
 
     def chosen(lengths, **options):
         asked = dispatch.ScanOptions(lengths=torch.tensor(lengths), **options)
-        return dispatch.choose(dispatch.case_of(named("lstm"), torch.zeros(8, 4, 3), [], asked, 5)).engine
+        return dispatch.choose(dispatch.case_of(named("lstm"), torch.zeros(8, 4, 3), (False, True), asked, 5)).engine
 
     assert chosen([8, 8, 1, 1]) == "aten" and chosen([8, 3, 1, 1]) == "loop"
     assert chosen([8, 8, 8, 8], save="states") == "loop"

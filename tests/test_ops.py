@@ -132,7 +132,7 @@ def test_auto_on_the_cpu_goes_by_the_size_of_the_work(layer):
         module = getattr(seqcells, kind)(1, H).requires_grad_(grad)
         if not layer:
             given, options = list(module.parameters()), dispatch.ScanOptions(**masks)
-            return dispatch.choose(dispatch.case_of(get(cell), torch.zeros(T, B, 1), given, options, H)).engine
+            return dispatch.choose(dispatch.case_of(get(cell), torch.zeros(T, B, 1), (grad, True), options, H)).engine
         with mock.patch.dict(autograd.ENGINES, loop=autograd.ENGINES["loop"]._replace(forward=stop)):
             try:
                 module(torch.zeros(T, B, 1), **masks)

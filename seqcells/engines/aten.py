@@ -43,9 +43,10 @@ def stack(
     """
     H, own = module.hidden_size, LAYERS[module.cell.key]
     rows, B = len(module._all_weights), x.shape[1] if batch_sizes is None else int(batch_sizes[0])
-    outer = module.proj_size or H
-    full = [x.new_zeros(rows, B, H if n else outer) if s is None else s for n, s in enumerate(states)]
-    hx: Any = full if len(full) > 1 else full[0]
+    hx: Any = states if len(states) > 1 else states[0]
+    if states[0] is None:
+        zero = x.new_zeros(rows, B, module.proj_size or H)
+        hx = (zero, x.new_zeros(rows, B, H) if module.proj_size else zero) if len(states) > 1 else zero
     rate = module.dropout if module.training else 0.0
     # cuDNN saves what its backward needs only in training mode; and what is traced may be trained.
     train = rate > 0 or grad or torch.jit.is_tracing()
