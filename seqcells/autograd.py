@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -64,7 +64,7 @@ class Options:
     states: bool = False
     single: str = ""
     traced: bool = False
-    notes: Any = None
+    notes: Any = field(default=None, compare=False)
 
 
 _NO_RANGE = nullcontext()

@@ -13,7 +13,7 @@ from seqcells import dispatch, functional, masks
 from seqcells.cell import named
 from seqcells.kernels.buffers import held, resets_of
 from seqcells.loop import steps
-from seqcells.loop.stretches import walk
+from seqcells.loop.stretches import row_order
 
 T, B, I, H = 9, 5, 3, 6  # noqa: E741
 LENGTHS = [9, 0, 4, 1, 7]
@@ -37,14 +37,14 @@ def stretches_of(mask, back):
 
 @settings(max_examples=60)
 @given(st.data())
-def test_a_walk_has_every_row_once_and_its_stretches_in_order(data):
+def test_an_order_of_rows_has_every_row_once_and_its_stretches_in_order(data):
     T, B = data.draw(st.integers(1, 8)), data.draw(st.integers(1, 5))
     back, most, seed = data.draw(st.booleans()), data.draw(st.integers(1, 6)), data.draw(st.integers(0, 1000))
     generator = torch.Generator().manual_seed(seed)
     resets = torch.rand(T, B, generator=generator) < data.draw(st.sampled_from([0.0, 0.3, 1.0]))
     lengths = torch.randint(0, T + 1, (B,), generator=generator) if data.draw(st.booleans()) else None
     mask = masks.encode(resets, lengths, T, int(back))
-    w = walk(mask, back, T, B, mask.device, most)
+    w = row_order(mask, back, T, B, mask.device, most)
     expected = {tuple(rows): start for rows, start in stretches_of(mask, back)}
     assert sorted(w.source.tolist()) == sorted(r for rows in expected for r in rows)
     row = 0

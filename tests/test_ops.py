@@ -14,13 +14,13 @@ from shapes import CELLS, SAVES
 import seqcells
 from seqcells import autograd, backends, dispatch, functional, masks, precisions, products, testing
 from seqcells.cell import get
-from seqcells.engines import aten
+from seqcells.engines import aten, triton
 from seqcells.kernels import buffers
 from seqcells.testing import Shape
 
 
-def op_arguments(engine, cell, save, groups=1, lengths=False, leaf=False):
-    """The arguments of an engine's three operators for one small scan; of two groups, one reversed."""
+def op_arguments(cell, save, groups=1, lengths=False, leaf=False):
+    """The arguments of the kernels' three operators for one small scan; of two groups, one reversed."""
     x, w_ih, w_hh, b_ih, b_hh, *states = testing.inputs(cell, Shape(3, 2, 2, 4), torch.float64, DEVICE)
     w_ih, w_hh, b_ih, b_hh, *states = (torch.stack([t] * groups) for t in (w_ih, w_hh, b_ih, b_hh, *states))
     h0, c0 = states if len(states) == 2 else (states[0], None)
@@ -29,7 +29,7 @@ def op_arguments(engine, cell, save, groups=1, lengths=False, leaf=False):
     resets = torch.tensor([[0, 1], [1, 0], [0, 0]], dtype=torch.bool, device=DEVICE)
     mask = masks.encode(resets, torch.tensor([3, 2], device=DEVICE) if lengths else None, 3, reversed)
     forward = (gx, w_hh, bias, h0, c0, mask, cell, save, reversed, "", "ieee", None)
-    y, c, saved, hn, cn = engine.forward(*forward)
+    y, c, saved, hn, cn = triton.scan_forward(*forward)
     dcn = cn if c0 is not None else None
     dy = torch.ones_like(buffers.outputs(y, reversed))
     backward = (dy, hn, dcn, None, w_hh, y, c, saved, mask, cell, reversed, "", "ieee", None)
@@ -42,14 +42,12 @@ def op_arguments(engine, cell, save, groups=1, lengths=False, leaf=False):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("engine", ["triton", "loop"])
-def test_opcheck(engine, cell, groups):
+def test_opcheck(cell, groups):
     """Schema, fakes and tracing; the other save modes, whose shapes differ, and lengths by their fakes alone."""
-    walker = autograd.ENGINES[engine]
-    for op, arguments in zip(walker[:3], op_arguments(walker, cell, "gates", groups), strict=True):
+    for op, arguments in zip(triton.OPERATORS, op_arguments(cell, "gates", groups), strict=True):
         torch.library.opcheck(op, arguments)
     for save, lengths in (("states", False), ("none", False), ("gates", True)):
-        every = zip(walker[:3], op_arguments(walker, cell, save, groups, lengths), strict=True)
+        every = zip(triton.OPERATORS, op_arguments(cell, save, groups, lengths), strict=True)
         for op, arguments in list(every)[: 1 if save != "gates" else 3]:
             torch.library.opcheck(op, arguments, test_utils="test_faketensor")
 
@@ -57,11 +55,9 @@ def test_opcheck(engine, cell, groups):
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-@pytest.mark.parametrize("engine", ["triton", "loop"])
-def test_opcheck_of_inputs_that_require_gradients(engine):
+def test_opcheck_of_inputs_that_require_gradients():
     """As within a Function, which alone has the operators' gradients: the operators have none."""
-    walker = autograd.ENGINES[engine]
-    for op, arguments in zip(walker[:3], op_arguments(walker, "gru", "gates", 2, leaf=True), strict=True):
+    for op, arguments in zip(triton.OPERATORS, op_arguments("gru", "gates", 2, leaf=True), strict=True):
         torch.library.opcheck(op, arguments, test_utils=OPCHECKS)
 
 
@@ -131,7 +127,7 @@ def test_auto_on_the_cpu_goes_by_the_size_of_the_work(layer):
         kind = {"lstm": "LSTM", "rnn_tanh": "RNN"}.get(cell, "GRU")
         module = getattr(seqcells, kind)(1, H).requires_grad_(grad)
         if not layer:
-            given, options = list(module.parameters()), dispatch.ScanOptions(**masks)
+            options = dispatch.ScanOptions(**masks)
             return dispatch.choose(dispatch.case_of(get(cell), torch.zeros(T, B, 1), (grad, True), options, H)).engine
         with mock.patch.dict(autograd.ENGINES, loop=autograd.ENGINES["loop"]._replace(forward=stop)):
             try:

@@ -2,37 +2,42 @@
 
 On the CPU a small step costs what its operations cost to call, so their number is what counts. They work in place on
 columns of one buffer: one product fills all gates, one sigmoid or one multiplication serves neighbouring ones. What
-does not depend on a neighbouring step (`factors`) is done for many steps at once. The formulas are in kernels/cells.
+does not depend on a neighbouring step (`coefficients`) is done for many steps at once. The formulas are in
+kernels/cells.
 
-Rows are those of a `stretches.Walk`: each step has sizes[k] of them, a leading part of the step's before. A step
-forward works on a buffer x [rows, width*H]: the tiles of gx, and the products that are apart. A part of the engine, a
-class here or an object of `derived.Generated`, says
+Rows are those of a `stretches.RowOrder`: each step has sizes[k] of them, a leading part of the step's before. A step
+forward works on a buffer x [rows, width*H]: the tiles of gx, and the products that are apart. A step backward works on
+p [rows, gradient_width*H], the gradients of the same. A part of the engine, a class here or a `derived.Generated`, has
 
     gates, states, params    as `kernels.form.Form`
-    saved            columns of what is kept for backward, in units of H
+    saved            columns of what is saved for backward, in units of H
     width            columns of x in units of H; 0: the gate is the output itself, and its product is formed there
-    direct           whether x is what is kept, all of it
+    saves_all        whether all of x is saved
     columns, apart   the columns in x of gx's tiles, and of the products apart
-    empty            columns of x that begin with zero
-    order            which columns of what is kept are the kernels' saved tiles, in their order
+    zeroed           columns of x that begin with zero
+    order            which columns of what is saved are the kernels' saved tiles, in their order
     operands         how many are no state
-    wide             columns of p, the gradients, in units of H
+    gradient_width   columns of p in units of H
     grads, apart_grads, param_grads    the columns in p of gx's tiles and of the products apart; the first parameter's
     rows             the products, in the order in which `products` gives their rows of the weights
-    spares, spares_back    tensors [rows of a step, H] to work in
-    forth(u), back_again(u)    the recurrent weights [products*H, H] as activate and walk want them, and as back does
-    keep(into, x, H)    copies from x what is kept, where not direct
+    scratch_forward, scratch_backward    how many tensors [rows of a step, H] to work in
+    forward_weights(u), backward_weights(u)    the recurrent weights [products*H, H] as forward and activate take them,
+                     and as backward does
+    save(into, x, H) copies from x what is saved, where that is not all
     activate(x, h, c, u)    the gates of any number of rows at once, in place
-    walk(sizes, x, h, c, y, cs, u, spare)    steps, one after another: y and cs (all c) are filled. The last h and c
-    factors(p, kept, h, c, y, after, params)    fills p with what each gate's gradient is of a gradient that back knows,
-                     from h and c before and y and c after; gives what else back wants of these rows
-    back(sizes, p, kept, others, dh, dc, dcs, below, u, spare)    steps back: p becomes the gates' gradients; the
-                     gradient of the step before is added to below[k]; dc is that of c, dcs what each step adds to it
+    forward(sizes, x, h, c, y, cs, u, scratch)    steps in turn: y and cs (all c) are filled. Returns the last h and c
+    coefficients(p, saved, h, c, y, after, params)    fills p with the factors by which each gate's gradient is one that
+                     backward knows, from h and c before and y and c after; returns what else backward needs of these
+                     rows
+    backward(sizes, p, saved, others, grads, u, scratch)    steps backward: p becomes the gates' gradients. others: what
+                     coefficients returned. grads: dh of each step; dc, that of c; what each step adds to it, or None;
+                     and of each step the tensor to which the gradient of the step before is added
     products(p, others, h, c)    pairs (gates' gradients, operand) whose products are the recurrent weights' gradient,
                      one part of its rows after another
-    stored(others)    the operands that are no state
+    stored(others)   the operands that are no state
 
-c are all states but the first, side by side. u, but in forth and back_again, has the parameters' vectors behind.
+c are all states but the first, side by side. u, but in forward_weights and backward_weights, has the parameters'
+vectors after the weights.
 """
 
 from __future__ import annotations
@@ -58,10 +63,10 @@ def last_first(t: Tensor, H: int) -> Tensor:
 
 
 class Tuned:
-    """What the cells here have in common: all of x is kept, and p has the same columns."""
+    """What the cells here have in common: all of x is saved, and p has the same columns."""
 
-    params, operands, direct, spares, spares_back = 0, 0, True, 1, 1
-    empty: tuple[int, ...] = ()
+    params, operands, saves_all, scratch_forward, scratch_backward = 0, 0, True, 1, 1
+    zeroed: tuple[int, ...] = ()
     apart: tuple[int, ...] = ()
 
     @staticmethod
@@ -72,34 +77,34 @@ class Tuned:
 class LSTM(Tuned):
     """x: o i f g. The three sigmoids are neighbours, and so are the three gates that reach c."""
 
-    gates, states, saved, width, wide, param_grads = 4, 2, 4, 4, 4, 4
+    gates, states, saved, width, gradient_width, param_grads = 4, 2, 4, 4, 4, 4
     order = columns = grads = (1, 2, 3, 0)
     apart_grads, rows = (), (3, 0, 1, 2)
 
     @staticmethod
-    def forth(u: Tensor) -> Operands:
+    def forward_weights(u: Tensor) -> Operands:
         return (last_first(u, u.shape[1]).t().contiguous(),)
 
     @staticmethod
-    def back_again(u: Tensor) -> Operands:
+    def backward_weights(u: Tensor) -> Operands:
         return (last_first(u, u.shape[1]),)
 
     @staticmethod
-    def activate(kept: Tensor, h: Tensor, c: Any, u: Operands) -> None:
+    def activate(x: Tensor, h: Tensor, c: Any, u: Operands) -> None:
         H = h.shape[1]
-        kept.addmm_(h, u[0])
-        kept[:, : 3 * H].sigmoid_()
-        kept[:, 3 * H :].tanh_()
+        x.addmm_(h, u[0])
+        x[:, : 3 * H].sigmoid_()
+        x[:, 3 * H :].tanh_()
 
     @staticmethod
-    def walk(sizes: Sizes, kept: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, spare: Tensor) -> Any:
+    def forward(sizes: Sizes, x: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, scratch: Tensor) -> Any:
         (operand,), rows = u, -1
-        each = (kept, kept[:, : 3 * y.shape[1]], *kept.chunk(4, 1), y, cs)
-        for n, gates, opened, o, i, f, g, out, after in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
+        each = (x, x[:, : 3 * y.shape[1]], *x.chunk(4, 1), y, cs)
+        for n, gates, sigmoids, o, i, f, g, out, after in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
             if n != rows:
-                h, c, tc, rows = h[:n], c[:n], spare[0, :n], n
+                h, c, tc, rows = h[:n], c[:n], scratch[0, :n], n
             gates.addmm_(h, operand)
-            opened.sigmoid_()
+            sigmoids.sigmoid_()
             g.tanh_()
             torch.mul(f, c, out=after).addcmul_(i, g)
             torch.mul(o, torch.tanh(after, out=tc), out=out)
@@ -107,8 +112,8 @@ class LSTM(Tuned):
         return h, c
 
     @staticmethod
-    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
-        (o, i, f, g), (of_o, of_i, of_f, of_g) = kept.chunk(4, 1), p.chunk(4, 1)
+    def coefficients(p: Tensor, saved: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
+        (o, i, f, g), (of_o, of_i, of_f, of_g) = saved.chunk(4, 1), p.chunk(4, 1)
         tc = torch.tanh(after)
         _sigmoid_backward(tc, o, grad_input=of_o)
         _sigmoid_backward(g, i, grad_input=of_i)
@@ -117,12 +122,12 @@ class LSTM(Tuned):
         return (torch.ops.aten.tanh_backward(o, tc),)
 
     @staticmethod
-    def back(
-        sizes: Sizes, p: Tensor, kept: Tensor, others: Operands, dh: Operands, dc: Any, dcs: Any, below: Operands,
-        u: Operands, spare: Tensor,
-    ) -> None:  # fmt: skip
-        (operand,), H = u, dc.shape[1]
-        each = (p, p[:, :H], p[:, H:].unflatten(1, (3, H)), others[0], kept[:, 2 * H : 3 * H])
+    def backward(
+        sizes: Sizes, p: Tensor, saved: Tensor, others: Operands, grads: Any, u: Operands, scratch: Tensor
+    ) -> None:
+        (operand,), (dh, dc, dcs, below) = u, grads
+        H = dc.shape[1]
+        each = (p, p[:, :H], p[:, H:].unflatten(1, (3, H)), others[0], saved[:, 2 * H : 3 * H])
         steps = list(zip(sizes, *(by_step(t, sizes) for t in each), dh, below, dcs or sizes, strict=True))
         of_c, rows = dc, -1
         for n, gates, of_o, of_cell, into_c, f, d, under, add in reversed(steps):
@@ -145,41 +150,41 @@ class LSTM(Tuned):
 class GRU(Tuned):
     """x: n r z q, q the inner product: the input's product goes to n r z, and the recurrent one to r z q."""
 
-    gates, states, saved, width, wide, param_grads = 3, 1, 4, 4, 4, 4
+    gates, states, saved, width, gradient_width, param_grads = 3, 1, 4, 4, 4, 4
     order, columns, grads = (1, 2, 0, 3), (1, 2, 0), (1, 2, 0)
     apart, apart_grads, rows = (3,), (3,), (0, 1, 2)
 
     @staticmethod
-    def forth(u: Tensor) -> Operands:
+    def forward_weights(u: Tensor) -> Operands:
         return (u.t().contiguous(),)
 
     @staticmethod
-    def back_again(u: Tensor) -> Operands:
+    def backward_weights(u: Tensor) -> Operands:
         return (u,)
 
     @staticmethod
-    def activate(kept: Tensor, h: Tensor, c: Any, u: Operands) -> None:
+    def activate(x: Tensor, h: Tensor, c: Any, u: Operands) -> None:
         H = h.shape[1]
-        kept[:, H:].addmm_(h, u[0])
-        kept[:, H : 3 * H].sigmoid_()
-        kept[:, :H].addcmul_(kept[:, H : 2 * H], kept[:, 3 * H :]).tanh_()
+        x[:, H:].addmm_(h, u[0])
+        x[:, H : 3 * H].sigmoid_()
+        x[:, :H].addcmul_(x[:, H : 2 * H], x[:, 3 * H :]).tanh_()
 
     @staticmethod
-    def walk(sizes: Sizes, kept: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, spare: Tensor) -> Any:
+    def forward(sizes: Sizes, x: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, scratch: Tensor) -> Any:
         (operand,), H, rows = u, y.shape[1], -1
-        each = (kept[:, H:], kept[:, H : 3 * H], *kept.chunk(4, 1), y)
-        for m, gates, opened, n, r, z, q, out in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
+        each = (x[:, H:], x[:, H : 3 * H], *x.chunk(4, 1), y)
+        for m, gates, sigmoids, n, r, z, q, out in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
             if m != rows:
                 h, rows = h[:m], m
             gates.addmm_(h, operand)
-            opened.sigmoid_()
+            sigmoids.sigmoid_()
             n.addcmul_(r, q).tanh_()
             h = torch.lerp(n, h, z, out=out)
         return h, c
 
     @staticmethod
-    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
-        (n, r, z, q), (of_n, of_r, of_z, of_q) = kept.chunk(4, 1), p.chunk(4, 1)
+    def coefficients(p: Tensor, saved: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
+        (n, r, z, q), (of_n, of_r, of_z, of_q) = saved.chunk(4, 1), p.chunk(4, 1)
         _tanh_backward(1 - z, n, grad_input=of_n)
         torch.mul(of_n, r, out=of_q)
         _sigmoid_backward(of_n * q, r, grad_input=of_r)
@@ -187,12 +192,11 @@ class GRU(Tuned):
         return ()
 
     @staticmethod
-    def back(
-        sizes: Sizes, p: Tensor, kept: Tensor, others: Operands, dh: Operands, dc: Any, dcs: Any, below: Operands,
-        u: Operands, spare: Tensor,
-    ) -> None:  # fmt: skip
-        (operand,), H = u, spare.shape[2]
-        each = (p[:, H:], p.unflatten(1, (4, H)), kept[:, 2 * H : 3 * H])
+    def backward(
+        sizes: Sizes, p: Tensor, saved: Tensor, others: Operands, grads: Any, u: Operands, scratch: Tensor
+    ) -> None:
+        (operand,), (dh, _, _, below), H = u, grads, scratch.shape[2]
+        each = (p[:, H:], p.unflatten(1, (4, H)), saved[:, 2 * H : 3 * H])
         steps = list(zip(*(by_step(t, sizes) for t in each), dh, below, strict=True))
         for gates, every, z, d, under in reversed(steps):
             every.mul_(d[:, None])
@@ -206,61 +210,60 @@ class GRU(Tuned):
 class GRUBefore(Tuned):
     """x: r z n. The sigmoids are neighbours, and so are the gates that the gradient of h reaches first."""
 
-    gates, states, saved, width, wide, param_grads = 3, 1, 3, 3, 3, 3
+    gates, states, saved, width, gradient_width, param_grads = 3, 1, 3, 3, 3, 3
     order = columns = grads = rows = (0, 1, 2)
     apart_grads, operands = (), 1
 
     @staticmethod
-    def forth(u: Tensor) -> Operands:
-        return tuple(part.t().contiguous() for part in GRUBefore.back_again(u))
+    def forward_weights(u: Tensor) -> Operands:
+        return tuple(part.t().contiguous() for part in GRUBefore.backward_weights(u))
 
     @staticmethod
-    def back_again(u: Tensor) -> Operands:
+    def backward_weights(u: Tensor) -> Operands:
         return u.split((2 * u.shape[1], u.shape[1]))
 
     @staticmethod
-    def activate(kept: Tensor, h: Tensor, c: Any, u: Operands) -> None:
+    def activate(x: Tensor, h: Tensor, c: Any, u: Operands) -> None:
         H = h.shape[1]
-        kept[:, : 2 * H].addmm_(h, u[0]).sigmoid_()
-        kept[:, 2 * H :].addmm_(kept[:, :H] * h, u[1]).tanh_()
+        x[:, : 2 * H].addmm_(h, u[0]).sigmoid_()
+        x[:, 2 * H :].addmm_(x[:, :H] * h, u[1]).tanh_()
 
     @staticmethod
-    def walk(sizes: Sizes, kept: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, spare: Tensor) -> Any:
+    def forward(sizes: Sizes, x: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, scratch: Tensor) -> Any:
         (first, last), rows = u, -1
-        each = (kept[:, : 2 * y.shape[1]], *kept.chunk(3, 1), y)
-        for m, opened, r, z, n, out in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
+        each = (x[:, : 2 * y.shape[1]], *x.chunk(3, 1), y)
+        for m, sigmoids, r, z, n, out in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
             if m != rows:
-                h, of_h, rows = h[:m], spare[0, :m], m
-            opened.addmm_(h, first).sigmoid_()
+                h, of_h, rows = h[:m], scratch[0, :m], m
+            sigmoids.addmm_(h, first).sigmoid_()
             n.addmm_(torch.mul(r, h, out=of_h), last).tanh_()
             h = torch.lerp(n, h, z, out=out)
         return h, c
 
     @staticmethod
-    def factors(p: Tensor, kept: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
-        (r, z, n), (of_r, of_z, of_n) = kept.chunk(3, 1), p.chunk(3, 1)
+    def coefficients(p: Tensor, saved: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
+        (r, z, n), (of_r, of_z, of_n) = saved.chunk(3, 1), p.chunk(3, 1)
         _tanh_backward(1 - z, n, grad_input=of_n)
         _sigmoid_backward(h - n, z, grad_input=of_z)
         _sigmoid_backward(h, r, grad_input=of_r)
         return (r * h,)
 
     @staticmethod
-    def back(
-        sizes: Sizes, p: Tensor, kept: Tensor, others: Operands, dh: Operands, dc: Any, dcs: Any, below: Operands,
-        u: Operands, spare: Tensor,
-    ) -> None:  # fmt: skip
-        (first, last), H = u, spare.shape[2]
-        r, z = kept[:, : 2 * H].chunk(2, 1)
+    def backward(
+        sizes: Sizes, p: Tensor, saved: Tensor, others: Operands, grads: Any, u: Operands, scratch: Tensor
+    ) -> None:
+        (first, last), (dh, _, _, below), H = u, grads, scratch.shape[2]
+        r, z = saved[:, : 2 * H].chunk(2, 1)
         each = (p[:, : 2 * H], p[:, H:].unflatten(1, (2, H)), p[:, :H], p[:, 2 * H :], r, z)
         steps = list(zip(sizes, *(by_step(t, sizes) for t in each), dh, below, strict=True))
         rows = -1
-        for m, opened, of_h, of_r, of_n, r, z, d, under in reversed(steps):
+        for m, gates, of_h, of_r, of_n, r, z, d, under in reversed(steps):
             if m != rows:
-                of_second, rows = spare[0, :m], m
+                of_second, rows = scratch[0, :m], m
             of_h.mul_(d[:, None])
             torch.mm(of_n, last, out=of_second)
             of_r.mul_(of_second)
-            under.addcmul_(d, z).addcmul_(of_second, r).addmm_(opened, first)
+            under.addcmul_(d, z).addcmul_(of_second, r).addmm_(gates, first)
 
     @staticmethod
     def products(p: Tensor, others: Operands, h: Tensor, c: Any) -> list[tuple[Tensor, Tensor]]:
@@ -275,38 +278,37 @@ class GRUBefore(Tuned):
 class Tanh(Tuned):
     """x: nothing, y says it all."""
 
-    gates, states, saved, width, wide, param_grads = 1, 1, 0, 0, 1, 1
+    gates, states, saved, width, gradient_width, param_grads = 1, 1, 0, 0, 1, 1
     order, columns, grads, apart_grads, rows = (), (0,), (0,), (), (0,)
-    bend = torch.tanh_
+    activation = torch.tanh_
 
     @staticmethod
-    def forth(u: Tensor) -> Operands:
+    def forward_weights(u: Tensor) -> Operands:
         return (u.t().contiguous(),)
 
     @staticmethod
-    def back_again(u: Tensor) -> Operands:
+    def backward_weights(u: Tensor) -> Operands:
         return (u,)
 
     @classmethod
-    def walk(cls, sizes: Sizes, kept: Any, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, spare: Tensor) -> Any:
-        (operand,), bend, rows = u, cls.bend, -1
+    def forward(cls, sizes: Sizes, x: Any, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, scratch: Tensor) -> Any:
+        (operand,), activation, rows = u, cls.activation, -1
         for m, out in zip(sizes, by_step(y, sizes), strict=True):
             if m != rows:
                 h, rows = h[:m], m
-            h = bend(out.addmm_(h, operand))
+            h = activation(out.addmm_(h, operand))
         return h, c
 
     @staticmethod
-    def factors(p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
+    def coefficients(p: Tensor, saved: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         torch.addcmul(torch.ones((), dtype=y.dtype, device=y.device), y, y, value=-1, out=p)
         return ()
 
     @staticmethod
-    def back(
-        sizes: Sizes, p: Tensor, kept: Any, others: Operands, dh: Operands, dc: Any, dcs: Any, below: Operands,
-        u: Operands, spare: Tensor,
-    ) -> None:  # fmt: skip
-        (operand,) = u
+    def backward(
+        sizes: Sizes, p: Tensor, saved: Any, others: Operands, grads: Any, u: Operands, scratch: Tensor
+    ) -> None:
+        (operand,), (dh, _, _, below) = u, grads
         for gate, d, under in reversed(list(zip(by_step(p, sizes), dh, below, strict=True))):
             under.addmm_(gate.mul_(d), operand)
 
@@ -319,18 +321,17 @@ class Relu(Tanh):
     """Its derivative is no factor: torch's backward of relu gives 0 where y is, even for a gradient of inf or NaN, and
     the gradient itself where y is NaN."""
 
-    bend = torch.relu_
+    activation = torch.relu_
 
     @staticmethod
-    def factors(p: Tensor, kept: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
+    def coefficients(p: Tensor, saved: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
         return (y,)
 
     @staticmethod
-    def back(
-        sizes: Sizes, p: Tensor, kept: Any, others: Operands, dh: Operands, dc: Any, dcs: Any, below: Operands,
-        u: Operands, spare: Tensor,
-    ) -> None:  # fmt: skip
-        (operand,) = u
+    def backward(
+        sizes: Sizes, p: Tensor, saved: Any, others: Operands, grads: Any, u: Operands, scratch: Tensor
+    ) -> None:
+        (operand,), (dh, _, _, below) = u, grads
         steps = list(zip(by_step(p, sizes), by_step(others[0], sizes), dh, below, strict=True))
         for gate, y, d, under in reversed(steps):
             under.addmm_(_relu_backward(d, y, 0, grad_input=gate), operand)

@@ -19,7 +19,7 @@ from torch import Tensor
 from ..cell import get as defined
 from ..derive.parts import Parts
 from ..products import blocks
-from . import backward, forward
+from . import printed_backward, printed_forward
 from .cells import CELLS
 from .layout import Layout
 from .printing import compiled
@@ -30,27 +30,28 @@ class Generated(Layout):
 
     def __init__(self, found: Parts) -> None:
         super().__init__(found)
-        walk, activate, self.spares = forward.source(self)
-        back, factors, self.spares_back = backward.source(self)
-        self.source = "\n\n".join((walk, activate, factors, back))
+        forward, activate, self.scratch_forward = printed_forward.source(self)
+        backward, coefficients, self.scratch_backward = printed_backward.source(self)
+        self.source = "\n\n".join((forward, activate, coefficients, backward))
         made = compiled(self.source, found.form.name)
-        self.walk, self.activate, self.factors, self.back = (made[n] for n in ("walk", "activate", "factors", "back"))
+        for name in ("forward", "activate", "coefficients", "backward"):
+            setattr(self, name, made[name])
 
-    def forth(self, u: Tensor) -> list[Tensor]:
+    def forward_weights(self, u: Tensor) -> list[Tensor]:
         """u [products*H, H]: of each run of products in x what it is multiplied with."""
         H = u.shape[1]
         return [blocks(u, numbers, H, 0).t().contiguous() for runs in self.products_in for _, numbers in runs]
 
-    def back_again(self, u: Tensor) -> list[Tensor]:
+    def backward_weights(self, u: Tensor) -> list[Tensor]:
         return [blocks(u, numbers, u.shape[1], 0) for runs in self.products_back for _, numbers in runs]
 
-    def keep(self, into: Tensor, x: Tensor, H: int) -> None:
+    def save(self, into: Tensor, x: Tensor, H: int) -> None:
         """Copies what is saved of x [rows, width*H] into [rows, saved*H]."""
-        for n, column, count in self.keeping:
+        for n, column, count in self.saved_runs:
             into[:, n * H : (n + count) * H] = x[:, column * H : (column + count) * H]
 
     def stored(self, others: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Of what `factors` gave, the operands that are no state."""
+        """Of what `coefficients` returned, the operands that are no state."""
         return others[len(others) - len(self.form.stored) :]
 
     def _operand(self, number: int, others: Sequence[Tensor], h: Tensor, c: Tensor | None) -> Tensor:

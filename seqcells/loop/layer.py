@@ -1,29 +1,31 @@
-"""A layer by the loop, from the input to all gradients, where no compiler and no transform looks on.
+"""A layer by the loop: the groups of it, what is theirs, and the way forward. Backward: `gradients`.
 
-The input's product and the weight gradients are formed piece by piece beside the steps that want them or made them. See
-`autograd` for what the arguments are; kept are the buffers y and c (see `stretches`) and the gates, [K, rows, .].
+The input's product is formed piece by piece, right before the steps that use it. See `autograd` for the arguments.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..autograd import Options
-from ..kernels.buffers import is_reversed
-from ..products import blocks, hidden_size, input_biases, places
+from ..products import Places, blocks, hidden_size, places
 from . import steps
+from .cells import CELLS
 from .derived import get
-from .stretches import Walk, walk
+from .stretches import RowOrder, row_order
 
-Run = tuple[int, int, int, int]  # columns from, to of one thing; from, to of another
+Inputs = Sequence["Tensor | None"]  # x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs
+Buffers = tuple[Tensor, Tensor, Tensor]
+Run = tuple[int, int, int, int]  # columns from, to of one thing; from, to of another; in units of H
 
 
-def _runs(columns: Sequence[int], H: int) -> list[Run]:
-    """Where tiles side by side are columns side by side: columns, and the tiles' own."""
+def _runs(columns: Iterable[int]) -> tuple[Run, ...]:
+    """Where tiles side by side are columns side by side: columns, and the tiles."""
     found: list[list[int]] = []
     for n, column in enumerate(columns):
         if found and found[-1][1] == column:
@@ -31,239 +33,230 @@ def _runs(columns: Sequence[int], H: int) -> list[Run]:
             found[-1][3] += 1
         else:
             found.append([column, column + 1, n, n + 1])
-    return [tuple(k * H for k in run) for run in found]  # type: ignore[misc]
+    return tuple(map(tuple, found))  # type: ignore[arg-type]
 
 
-class _Group:
-    """One of the groups of a layer: its input, its weights in the order of the part's columns, its walk."""
+def _inverse(order: Sequence[int]) -> tuple[int, ...]:
+    return tuple(order.index(n) for n in range(len(order)))
 
-    def __init__(
-        self, options: Options, inputs: tuple[Tensor | None, ...], mask: Tensor | None, k: int, w: Walk | None = None
-    ) -> None:
-        x, _, _, *weights, extra = inputs
-        self.at, self.part = at, part = places(options.cell), get(options.cell)
-        w_ih = weights[0]
-        assert x is not None and w_ih is not None
-        exact = steps.computed_in(x.dtype)
-        mine = weights if w_ih.dim() == 2 else [None if t is None else t[k] for t in weights]
-        w_ih, u, b_ih, b_hh, params = (None if t is None else t.to(exact) for t in mine)
-        assert w_ih is not None
-        self.H = H = hidden_size(at, w_ih, u, *inputs[1:3])
-        if w is None:
-            T, B = x.shape[:2]
-            w = walk(mask, is_reversed(k, options.reversed), T, B, x.device, steps.most_rows(H, x.device))
-        self.w = w
-        self.x = (x if x.dim() == 3 else x[:, :, k]).flatten(0, 1)
-        self.extra = None if extra is None else extra.flatten(0, 1)
-        self.u = w_ih.new_empty(0, H) if u is None else blocks(u, at.u, H, 0)
-        self.params = () if params is None else params.split(H)
-        adds, apart = input_biases(at, b_ih, b_hh, H)
-        self.apart = None if apart is None else apart.view(-1, H)
-        self.w_ih = w_ih
-        # The tiles of gx are filled in the order of their columns, so that neighbours are one product.
-        self.order, self.fills = self.by_columns(part.columns[: at.x])
-        self.w_fill, self.bias, self.bias_of_extra = blocks(w_ih, self.order, H, 0), None, None
-        if adds is not None:
-            self.bias = blocks(adds[: at.x * H], self.order, H)
-            if any(n >= 0 for layer in at.b_hh for n in layer[at.x :]):
-                self.bias_of_extra = adds[at.x * H :]
 
-    def by_columns(self, columns: Sequence[int]) -> tuple[list[int], list[Run]]:
-        """The tiles in the order of their columns, and runs of these."""
-        order = sorted(range(len(columns)), key=columns.__getitem__)
-        return order, _runs([columns[n] for n in order], self.H)
+class ColumnOrder:
+    """In what order a cell's blocks of H rows are multiplied, and in which columns the products are; made once a cell.
+
+    tiles: of gx, those that the product of x fills; the others are given.
+    Forward: w_ih: its blocks in the order of their columns; runs: of these; given: of the given tiles. u: the blocks of
+    w_hh in the order of the products; None: they are. b_ih, b_hh: as w_ih; given_b_hh: of the given tiles.
+    Backward: w_ih_back, runs_back, given_back: the same of the gradients' columns. of_w_ih, of_w_hh, of_b_ih, of_b_hh:
+    the blocks of a gradient so formed in the cell's order.
+    """
+
+    def __init__(self, part: Any, at: Places, tiles: int) -> None:
+        self.part, self.places, self.tiles = part, at, tiles
+        self.w_ih = tuple(sorted(range(tiles), key=part.columns.__getitem__))
+        self.runs, self.given = _runs(part.columns[n] for n in self.w_ih), _runs(part.columns[tiles:])
+        self.u = None if at.u == tuple(range(len(at.u))) else at.u
+        self.b_ih = tuple(at.b_ih[n] for n in self.w_ih)
+        self.b_hh = [of for layer in at.b_hh if max(of := tuple(layer[n] for n in self.w_ih), default=-1) >= 0]
+        self.given_b_hh = [of for layer in at.b_hh if max(of := layer[tiles:], default=-1) >= 0]
+        self.w_ih_back = tuple(sorted(range(tiles), key=part.grads.__getitem__))
+        self.runs_back, self.given_back = _runs(part.grads[n] for n in self.w_ih_back), _runs(part.grads[tiles:])
+        self.of_w_ih, self.of_w_hh = _inverse(self.w_ih_back), _inverse([at.u[n] for n in part.rows])
+        columns = (*part.grads, *part.apart_grads)
+        self.of_b_ih, self.of_b_hh = (tuple(columns[n] for n in of) for of in (at.of_b_ih, at.of_b_hh))
+
+
+_ORDERS: dict[tuple[str, bool], ColumnOrder] = {}
+
+
+def column_order(key: str, projected: bool = False) -> ColumnOrder:
+    """Of the cell of that key. projected: all tiles of gx are given."""
+    found = _ORDERS.get((key, projected))
+    if found is None or (key not in CELLS and found.part is not get(key)):
+        at = places(key)
+        found = _ORDERS[key, projected] = ColumnOrder(get(key), at, 0 if projected else at.x)
+    return found
+
+
+@dataclass
+class Group:
+    """One of the groups of a layer; all but x and given in what is computed in.
+
+    u [products*H, H] in the order of the products; params [H] each; apart: the biases of the products apart [., H].
+    given: the tiles of gx that are given [T*B, .*H]; bias_of_given: what is added to them.
+    x [T*B, I]; w_ih in the cell's order; w_columns, bias: w_ih, and what is added to its product, by column.
+    """
+
+    columns: ColumnOrder
+    part: Any
+    order: RowOrder
+    H: int
+    u: Tensor
+    params: Sequence[Tensor]
+    apart: Tensor | None
+    given: Tensor | None
+    bias_of_given: Tensor | None = None
+    x: Tensor | None = None
+    w_ih: Tensor | None = None
+    w_columns: Tensor | None = None
+    bias: Tensor | None = None
 
     def rows(self, a: int, b: int) -> Tensor:
         """The input of rows a to b."""
-        return self.w.of(self.x, a, b).to(self.u.dtype)
+        assert self.x is not None
+        return self.order.of(self.x, a, b).to(self.u.dtype)
 
-    def fill(self, into: Tensor, a: int, b: int) -> None:
-        """The input's product of rows a to b, and the inputs of each step."""
-        x = self.rows(a, b)
-        for first, end, i, j in self.fills:
-            place = into[:, first:end]
-            if self.bias is None:
-                torch.mm(x, self.w_fill[i:j].t(), out=place)
-            else:
-                torch.addmm(self.bias[i:j], x, self.w_fill[i:j].t(), out=place)
-        if self.extra is not None:
-            given = self.w.of(self.extra, a, b).to(self.u.dtype)
-            if self.bias_of_extra is not None:
-                given = given + self.bias_of_extra
-            for first, end, i, j in _runs(self.part.columns[self.at.x :], self.H):
-                into[:, first:end] = given[:, i:j]
+    def project(self, into: Tensor, a: int, b: int) -> None:
+        """Fills x (see `cells`) of rows a to b but for the recurrent products."""
+        H, part = self.H, self.part
+        if self.w_columns is not None:
+            x = self.rows(a, b)
+            for first, end, i, j in self.columns.runs:
+                place, w = into[:, first * H : end * H], self.w_columns[i * H : j * H].t()
+                if self.bias is None:
+                    torch.mm(x, w, out=place)
+                else:
+                    torch.addmm(self.bias[i * H : j * H], x, w, out=place)
+        if self.given is not None:
+            given = self.order.of(self.given, a, b).to(self.u.dtype)
+            if self.bias_of_given is not None:
+                given = given + self.bias_of_given
+            for first, end, i, j in self.columns.given:
+                into[:, first * H : end * H] = given[:, i * H : j * H]
+        for n, column in enumerate(part.apart):
+            into[:, column * H : (column + 1) * H] = 0 if self.apart is None else self.apart[n]
+        for column in part.zeroed:
+            into[:, column * H : (column + 1) * H] = 0
 
-    def states(self, y: Tensor, c: Tensor | None, gates: Tensor | None) -> Any:
-        """What steps.scan_back asks of rows; gates None: they are recomputed."""
-        w, part, head = self.w, self.part, self.w.head
-        operands = [*part.forth(self.u), *self.params] if part.saved and gates is None else []
+    def states(self, y: Tensor, c: Tensor | None, gates: Tensor | None) -> steps.States:
+        """What steps.scan_backward asks of rows; gates None: they are recomputed."""
+        order, part, head = self.order, self.part, self.order.head
+        operands = [*part.forward_weights(self.u), *self.params] if part.saved and gates is None else []
 
         def of(a: int, b: int) -> tuple[Any, ...]:
-            h, kept = w.before(y, a, b), None
-            before, after = (None, None) if c is None else (w.before(c, a, b), c[head + a : head + b])
+            h, saved = order.before(y, a, b), None
+            before, after = (None, None) if c is None else (order.before(c, a, b), c[head + a : head + b])
             if part.saved and gates is not None:
-                kept = gates[a:b]
+                saved = gates[a:b]
             elif part.saved:
                 x = self.u.new_empty(b - a, part.width * self.H)
-                steps.before_step(part, x, self.fill, self.apart, a, b, self.H)
+                self.project(x, a, b)
                 part.activate(x, h.to(x.dtype), None if before is None else before.to(x.dtype), operands)
-                kept = x
-                if not part.direct:
-                    kept = self.u.new_empty(b - a, part.saved * self.H)
-                    part.keep(kept, x, self.H)
-            return h, before, y[head + a : head + b], after, kept
+                saved = x
+                if not part.saves_all:
+                    saved = self.u.new_empty(b - a, part.saved * self.H)
+                    part.save(saved, x, self.H)
+            return h, before, y[head + a : head + b], after, saved
 
         return of
 
 
-def forward(
-    options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: Tensor | None
-) -> tuple[tuple[Tensor, ...], tuple[Tensor, Tensor, Tensor], list[Walk]]:
-    """What `autograd._visible` gives, what is kept, and the walks."""
+def layer_group(
+    columns: ColumnOrder, inputs: Inputs, mask: Tensor | None, k: int, reversed: bool, orders: dict[bool, RowOrder]
+) -> Group:
+    """Group k. orders: of groups of either direction, if there is one; one that is made here is added."""
+    x, h0, c0, *weights, given = inputs
+    at = columns.places
+    assert x is not None and weights[0] is not None
+    exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype  # steps.computed_in
+    mine = weights if weights[0].dim() == 2 else [None if t is None else t[k] for t in weights]
+    w_ih, u, b_ih, b_hh, params = (None if t is None else t.to(exact) for t in mine)
+    assert w_ih is not None
+    H = hidden_size(at, w_ih, u, h0, c0)
+    order = orders.get(reversed)
+    if order is None:
+        most = 0 if mask is None else steps.most_rows(H, x.device)
+        order = orders[reversed] = row_order(mask, reversed, x.shape[0], x.shape[1], x.device, most)
+    x, given = (None if t is None else (t if t.dim() == 3 else t[:, :, k]).flatten(0, 1) for t in (x, given))
+    if u is None:
+        u = w_ih.new_empty(0, H)
+    elif columns.u is not None:
+        u = blocks(u, columns.u, H, 0)
+    bias = apart = bias_of_given = None
+    if b_ih is not None and at.of_b_ih:
+        bias = blocks(b_ih, columns.b_ih, H)
+    if b_hh is not None and at.of_b_hh:
+        for which in columns.b_hh:
+            added = blocks(b_hh, which, H)
+            bias = added if bias is None else bias + added
+        for which in columns.given_b_hh:
+            added = blocks(b_hh, which, H)
+            bias_of_given = added if bias_of_given is None else bias_of_given + added
+        if at.apart:
+            apart = blocks(b_hh, at.apart, H).view(-1, H)
+    vectors = () if params is None else params.split(H)
+    w_columns = blocks(w_ih, columns.w_ih, H, 0)
+    return Group(columns, columns.part, order, H, u, vectors, apart, given, bias_of_given, x, w_ih, w_columns, bias)
+
+
+def forward(options: Options, save: str, inputs: Inputs, mask: Tensor | None) -> tuple[tuple[Tensor, ...], Buffers]:
+    """The engine's forward: outputs, and the buffers y, c, saved (empty: none) for backward.
+
+    Traced, through the operator, the buffers are [T, B, K, .]; else [K, head+N, .] and [K, N, .] in `RowOrder`s.
+    """
+    if options.traced:
+        return _traced(options, save, inputs, mask)
     x, *starts, w_ih = inputs[:4]
     assert x is not None and w_ih is not None
-    (T, B), K = x.shape[:2], 1 if w_ih.dim() == 2 else w_ih.shape[0]
-    part, at = get(options.cell), places(options.cell)
-    ways: dict[bool, Walk] = {}  # groups that go the same way share a walk
-    groups = []
-    for k in range(K):
-        back = is_reversed(k, options.reversed)
-        groups.append(_Group(options, inputs, mask, k, ways.get(back)))
-        ways.setdefault(back, groups[-1].w)
-    rows, head, H = groups[0].w.rows, groups[0].w.head, groups[0].H
-    states = [x.new_empty(K, head + rows, width * H) for width in steps.widths(part)]
+    (T, B), K, columns = x.shape[:2], 1 if w_ih.dim() == 2 else w_ih.shape[0], column_order(options.cell)
+    part, orders = columns.part, {}  # type: ignore[var-annotated]
+    groups = [layer_group(columns, inputs, mask, k, bool(options.reversed >> k & 1), orders) for k in range(K)]
+    if options.notes is not None:
+        options.notes["orders"] = orders
+    rows, head, H = groups[0].order.rows, groups[0].order.head, groups[0].H
+    widths = (1, part.states - 1) if part.states > 1 else (1,)
+    states = [x.new_empty(K, head + rows, width * H) for width in widths]
     for buffer, start in zip(states, starts, strict=False):
         buffer[:, :head] = 0
         if start is not None:
             buffer[:, :B] = start.reshape(K, B, start.shape[-1])
     gates = x.new_empty(K, rows, part.saved * H) if save == "gates" and part.saved else None
-    with torch.inference_mode():  # fewer questions asked in each of many small operations
+    with torch.inference_mode():  # less to do in each of many small operations
         for k, group in enumerate(groups):
-            y, c = states[0][k], states[1][k] if part.states > 1 else None
-            kept = None if gates is None else gates[k]
-            steps.scan(part, group.w, group.u, group.params, group.fill, group.apart, y, c, kept)
-    walks = [group.w for group in groups]
+            c = states[1][k] if part.states > 1 else None
+            steps.scan(group, states[0][k], c, None if gates is None else gates[k])
     finals = [
-        walks[0].final(of[0])[None].clone()
+        groups[0].order.final(of[0])[None].clone()
         if K == 1
-        else torch.stack([w.final(s) for s, w in zip(of, walks, strict=True)])
-        for of in states[at.output :]
+        else torch.stack([group.order.final(s) for s, group in zip(of, groups, strict=True)])
+        for of in states[columns.places.output :]
     ]
-    shown = [_shown(of, walks, T, B) for of in (states if options.states else states[:1])]
+    shown = [_shown(of, groups, T, B) for of in (states if options.states else states[:1])]
     if len(states) == 1:
         states.append(x.new_empty(0))
-    return (shown[0], *finals, *shown[1:]), (*states, x.new_empty(0) if gates is None else gates), walks  # type: ignore[return-value]
+    return (shown[0], *finals, *shown[1:]), (*states, x.new_empty(0) if gates is None else gates)  # type: ignore[return-value]
 
 
-def _shown(buffer: Tensor, walks: list[Walk], T: int, B: int) -> Tensor:
+def _shown(buffer: Tensor, groups: list[Group], T: int, B: int) -> Tensor:
     """The states after each step [T, B, K*width], zero where padding: a tensor of its own, to be changed at will."""
     K, _, width = buffer.shape
     y = buffer.new_empty(T, B, K * width)
-    for k, w in enumerate(walks):
-        place = y.view(T * B, K, width)[:, k]
-        if w.target is None:
-            place.copy_(buffer[k, w.head :])
-        elif K == 1:
-            torch.index_select(buffer[k], 0, w.target, out=place)
+    for k, group in enumerate(groups):
+        place, target = y.view(T * B, K, width)[:, k], group.order.target
+        if target is not None and K == 1:
+            torch.index_select(buffer[k], 0, target, out=place)
         else:
-            place.copy_(buffer[k].index_select(0, w.target))
+            place.copy_(group.order.placed_states(buffer[k]))
     return y
 
 
-def backward(
-    options: Options,
-    inputs: tuple[Tensor | None, ...],
-    mask: Tensor | None,
-    kept: tuple[Tensor | None, ...],
-    grads: tuple[Tensor | None, ...],
-    need: tuple[bool, ...],
-    walks: list[Walk] | None,
-) -> tuple[Tensor | None, ...]:
-    """The gradients of the 9 inputs, in their shapes; None where `need` says so. kept: gates None are recomputed."""
-    x, w_ih = inputs[0], inputs[3]
-    assert x is not None and w_ih is not None
-    T, B, K = *x.shape[:2], 1 if w_ih.dim() == 2 else w_ih.shape[0]
-    dy, *rest = grads
-    dhn = None if places(options.cell).output else rest.pop(0)
-    dcn, dcs = (*rest, None, None)[:2]
-    dy, dcs = (None if d is None else d.reshape(T * B, K, d.shape[2] // K) for d in (dy, dcs))
-    each = []
-    for k in range(K):
-        of = [None if t is None or t.dim() == 1 else t[k] for t in (*kept, dhn, dcn)]
-        dys = [None if d is None else d[:, k] for d in (dy, dcs)]
-        each.append(_group_back(_Group(options, inputs, mask, k, walks[k] if walks else None), need, of, dys))
-    dx, *others, extra = zip(*each, strict=True)
-    found = [None if dx[0] is None else sum(dx[1:], dx[0]) if x.dim() == 3 else torch.stack(dx, 1)]
-    found += [None if of[0] is None else of[0] if K == 1 else torch.stack(of) for of in others]
-    found.append(None if extra[0] is None else sum(extra[1:], extra[0]))
-    return tuple(
-        d.reshape(t.shape) if n and d is not None and t is not None else None
-        for d, t, n in zip(found, inputs, need, strict=True)
-    )
+def grouped(inputs: Inputs) -> list[Tensor | None]:
+    """Of one group, all with an axis of groups: states [K, B, .] and weights [K, .]."""
+    x, h0, c0, *weights, given = inputs
+    assert x is not None and weights[0] is not None
+    if weights[0].dim() == 2:
+        weights = [None if t is None else t[None] for t in weights]
+    K, B = weights[0].shape[0], x.shape[1]  # type: ignore[union-attr]
+    h0, c0 = (None if s is None else s.reshape(K, B, s.shape[-1]) for s in (h0, c0))
+    return [x, h0, c0, *weights, given]
 
 
-def _group_back(group: _Group, need: tuple[bool, ...], of: Any, dys: Any) -> tuple[Tensor | None, ...]:
-    """The 9 gradients of one group, dx [T*B, I]. of: its y, c, gates, dhn, dcn; dys: its dy and dcs [T*B, .]."""
-    w, u, x, H, part, at = group.w, group.u, group.x, group.H, group.part, group.at
-    order, columns = group.by_columns(part.grads[: at.x])
-    w_back = blocks(group.w_ih, order, H, 0)
-    y, c, gates, dhn, dcn = of
-    dx = x.new_empty(w.head + w.rows, x.shape[1]) if need[0] else None
-    dextra = x.new_empty(w.head + w.rows, at.inputs * H) if need[8] and group.extra is not None else None
-    dw = torch.zeros_like(w_back) if need[3] else None
-    du = torch.zeros_like(u) if need[4] else None
-    # Of the columns that are sums over rows alone: biases' and trained vectors'.
-    sums = u.new_zeros(part.wide * H) if need[5] or need[6] or (need[7] and part.params) else None
-
-    def emit(a: int, b: int, p: Tensor, others: Any, h: Tensor, c: Any) -> None:
-        for n, (first, end, i, j) in enumerate(columns):
-            d = p[:, first:end]
-            if dx is not None:
-                place = dx[w.head + a : w.head + b]
-                if n:
-                    place.add_(d @ w_back[i:j])
-                elif dx.dtype == u.dtype:
-                    torch.mm(d, w_back[i:j], out=place)
-                else:
-                    place.copy_(d @ w_back[i:j])
-            if dw is not None:
-                dw[i:j].addmm_(d.t(), group.rows(a, b))
-        if dextra is not None:
-            for first, end, i, j in _runs(part.grads[at.x :], H):
-                dextra[w.head + a : w.head + b, i:j] = p[:, first:end]
-        if du is not None:
-            pairs = part.products(p, others, h, c)
-            for rows, (d, operand) in zip(du.split([d.shape[1] for d, _ in pairs]), pairs, strict=True):
-                rows.addmm_(d.t(), operand)
-        if sums is not None:
-            sums.add_(p.sum(0))
-
-    fills = [None if d is None else w.copying(d) for d in dys]
-    with torch.inference_mode():
-        starts = steps.scan_back(part, w, u, group.params, group.states(y, c, gates), fills, (dhn, dcn), emit)
-    # Copies, for what is made in inference mode stays of it.
-    dh0, dc0 = (s.to(x.dtype, copy=True) if n else None for s, n in zip(starts, need[1:3], strict=True))
-    dx, dextra = (None if d is None else _in_place(w, d) for d in (dx, dextra))
-    dw, du, sums = (None if t is None else t.to(x.dtype) for t in (dw, du, sums))
-    if dw is not None:
-        dw = blocks(dw, _inverse(order), H, 0)
-    if du is not None:  # its rows are part.rows, in the order of the kernels' products, which have at.u of w_hh
-        du = blocks(du, _inverse([at.u[n] for n in part.rows]), H, 0)
-    db_ih = db_hh = dparams = None
-    if sums is not None:
-        sums, dparams = sums.split([part.param_grads * H, (part.wide - part.param_grads) * H])
-        every = blocks(sums, (*part.grads, *part.apart_grads), H)
-        db_ih, db_hh = blocks(every, at.of_b_ih, H), blocks(every, at.of_b_hh, H)
-        if db_hh.data_ptr() == db_ih.data_ptr():
-            db_hh = db_hh.clone()
-    return dx, dh0, dc0, dw, du, db_ih, db_hh, dparams, dextra
-
-
-def _in_place(w: Walk, t: Tensor) -> Tensor:
-    """Gradients of rows [head+N, .] where the rows are; zero where padding is."""
-    t[: w.head] = 0
-    return t[w.head :] if w.target is None else t.index_select(0, w.target)
-
-
-def _inverse(order: Sequence[int]) -> list[int]:
-    return [list(order).index(n) for n in range(len(order))]
+def _traced(options: Options, save: str, inputs: Inputs, mask: Tensor | None) -> tuple[tuple[Tensor, ...], Buffers]:
+    """`forward` by the operator."""
+    given = (*grouped(inputs), mask, options.cell, save, options.reversed)
+    y, c, saved, hn, cn = torch.ops.seqcells.loop_forward(*given)
+    at = places(options.cell)
+    shown = [s.flatten(2) for s in ((y, c) if options.states else (y,))]
+    if save != "none":  # backward needs y as it is, and users may change theirs in place
+        shown = [s.clone() for s in shown]
+    finals = (cn,) if at.output else (hn, cn)[: at.states]
+    return (shown[0], *finals, *shown[1:]), (y, c, saved)

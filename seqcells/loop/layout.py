@@ -9,7 +9,7 @@ from typing import Any
 from ..derive.parts import Parts
 from ..derive.values import BOOLEAN, LEAVES, Value, ancestors
 
-Item = tuple[str, int]  # ("gx", tile), ("hu", product), ("param", n) or ("kept", n)
+Item = tuple[str, int]  # ("gx", tile), ("hu", product), ("param", n) or ("saved", n)
 
 
 class Columns:
@@ -79,49 +79,49 @@ class Layout:
 
     def _lay_out(self) -> None:
         found, form = self.found, self.form
-        self.bent: dict[Item, Value] = {}  # functions of a column alone, in its place
+        self.activated: dict[Item, Value] = {}  # functions of a column alone, in its place
         free = set(found.new)
         for value in ancestors([*found.new, *found.operands, *found.saved]):
             if value.op in LEAVES or value.op in BOOLEAN or len(value.args) != 1 or not value.inputs or value in free:
                 continue
             for item, tile in self.tiles.items():
                 if value.inputs[0] is tile and self.uses[tile] == 1:
-                    self.bent[item] = value
+                    self.activated[item] = value
 
         def key(item: Item) -> Any:
             products = [n for n in range(form.products) if self.place(n) == item]
             operand = self.of_product[products[0]] if products else -1
             own = item[0] == "hu"
-            bend = self.bent[item].op if item in self.bent else ""
-            return own, operand if own or operand < 0 else -operand + len(form.operands), bend, item
+            activation = self.activated[item].op if item in self.activated else ""
+            return own, operand if own or operand < 0 else -operand + len(form.operands), activation, item
 
         self.x = Columns(sorted(self.tiles, key=key))
-        held = {value: item for item, value in self.tiles.items() if item not in self.bent}
-        held |= {value: item for item, value in self.bent.items()}
-        more = [v for v in found.saved if v not in held]
-        held |= {v: ("kept", n) for n, v in enumerate(more)}
-        self.x = Columns([*self.x.items, *(("kept", n) for n in range(len(more)))])
+        items = {value: item for item, value in self.tiles.items() if item not in self.activated}
+        items |= {value: item for item, value in self.activated.items()}
+        beside = [v for v in found.saved if v not in items]
+        items |= {v: ("saved", n) for n, v in enumerate(beside)}
+        self.x = Columns([*self.x.items, *(("saved", n) for n in range(len(beside)))])
         self.width = len(self.x.items)
-        self.places = {v: self.x.at[item] for v, item in held.items()}
-        self.kept = sorted(found.saved, key=self.places.__getitem__)  # in the order of x's columns
-        self.order = tuple(self.kept.index(v) for v in found.saved)
-        self.direct = len(self.kept) == self.width
+        self.places = {v: self.x.at[item] for v, item in items.items()}
+        self.saved_values = sorted(found.saved, key=self.places.__getitem__)  # in the order of x's columns
+        self.order = tuple(self.saved_values.index(v) for v in found.saved)
+        self.saves_all = len(self.saved_values) == self.width
         self.columns = tuple(self.x.at["gx", t] for t in range(form.gates))
         self.apart = tuple(self.x.at["hu", n] for n in form.apart)
-        self.empty = tuple(  # products that are summed nowhere though they only add: their column begins with nothing
+        self.zeroed = tuple(  # products that are summed nowhere though they only add: their column begins with nothing
             self.x.at["hu", n] for n in range(form.products) if n not in self.summed and form.adds[n] >= 0
         )
         self.products_in = [  # of each operand: runs of its products in x
             self.x.runs((self.place(n), n) for n in range(form.products) if self.of_product[n] == o)
             for o in range(len(form.operands))
         ]
-        self.keeping: list[list[int]] = []  # runs: first tile kept, column, how many
-        for n, value in enumerate(self.kept):
+        self.saved_runs: list[list[int]] = []  # runs: first of what is saved, column, how many
+        for n, value in enumerate(self.saved_values):
             column = self.places[value]
-            if self.keeping and self.keeping[-1][1] + n - self.keeping[-1][0] == column:
-                self.keeping[-1][2] += 1
+            if self.saved_runs and self.saved_runs[-1][1] + n - self.saved_runs[-1][0] == column:
+                self.saved_runs[-1][2] += 1
             else:
-                self.keeping.append([n, column, 1])
+                self.saved_runs.append([n, column, 1])
 
     def _lay_out_gradients(self) -> None:
         form = self.form
@@ -134,10 +134,10 @@ class Layout:
             return own, operand if own or operand < 0 else len(form.operands) - operand, item
 
         self.p = Columns([*sorted(items, key=key), *(("param", n) for n in range(form.params))])
-        self.wide = len(self.p.items)
+        self.gradient_width = len(self.p.items)
         self.grads = tuple(self.p.at["gx", t] for t in range(form.gates))
         self.apart_grads = tuple(self.p.at["hu", n] for n in form.apart)
-        self.param_grads = self.p.at["param", 0] if form.params else self.wide
+        self.param_grads = self.p.at["param", 0] if form.params else self.gradient_width
         self.products_back = [
             self.p.runs((self.gradient(n), n) for n in range(form.products) if self.of_product[n] == o)
             for o in range(len(form.operands))

@@ -1,250 +1,213 @@
-"""The steps alone, as operators that compilers and torch.func take for one: buffers as `kernels.buffers` says."""
+"""A layer forward and backward as operators, for compilers and torch.func: their fakes and their rules of vmap.
+
+Weights have an axis of groups, and buffers are in the order of time, [T, B, K, .]: their shapes depend on no mask. x
+[T, B, I] and inputs [T, B, N*H] are of all groups, or have an axis of groups before the last. What does not exist is
+None among the arguments, and an empty tensor [0] among the results.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernels.buffers import Gradients, Scanned, is_reversed, outputs, previous_outputs, steps
+from ..autograd import Options
+from ..batching import MASK, STATES, STEPS, WEIGHTS, rule
+from ..products import hidden_size, places
 from .derived import get
-from .steps import Fill, before_step, computed_in, keep, most_rows, scan, scan_back, widths
-from .stretches import Walk, walk
+from .gradients import layer_gradients
+from .layer import forward as layer_forward
+from .steps import most_rows
+from .stretches import RowOrder, row_order
 
 
-def _allocate(gx: Tensor, u: Tensor, cell: str, save: str, reversed: int) -> Scanned:
-    T, B, K, H, part = *gx.shape[:3], u.shape[2], get(cell)
-    rows, CH = T + (2 if reversed else 1), (part.states - 1) * H
-    return Scanned(
-        u.new_empty(rows, B, K, H),
-        u.new_empty(rows, B, K, CH) if CH and save != "none" else u.new_empty(0),
-        u.new_empty(T, B, K, part.saved * H) if part.saved and save == "gates" else u.new_empty(0),
-        u.new_empty(K, B, H),
-        u.new_empty(K, B, CH) if CH else u.new_empty(0),
-    )
+def _by_group(orders: dict[bool, RowOrder], K: int, reversed: int) -> list[RowOrder]:
+    return [orders[bool(reversed >> k & 1)] for k in range(K)]
 
 
-def _product(part: Any, w: Walk, gx: Tensor, H: int) -> Fill:
-    """Fills in gx [T*B, G*H], tile by tile where the part has its own order."""
-    plain = part.columns == tuple(range(part.gates))
-
-    def fill(into: Tensor, a: int, b: int) -> None:
-        rows = w.of(gx, a, b)
-        if plain:
-            into[:, : rows.shape[1]] = rows
-        else:
-            for column, tile in zip(part.columns, rows.split(H, 1), strict=True):
-                into[:, column * H : (column + 1) * H] = tile
-
-    return fill
-
-
-def _of_group(params: Tensor | None, k: int, u: Tensor) -> tuple[Tensor, ...]:
-    """The trained vectors of a group, of u's dtype."""
-    return () if params is None else params[k].to(u.dtype).split(u.shape[2])
-
-
-def _bias(bias: Tensor | None, k: int, H: int) -> Tensor | None:
-    return None if bias is None else bias[k].view(-1, H)
-
-
-def forward(
-    gx: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
+@torch.library.custom_op("seqcells::loop_forward", mutates_args=())
+def loop_forward(
+    x: Tensor,
     h0: Tensor | None,
     c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor | None,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    params: Tensor | None,
+    inputs: Tensor | None,
     mask: Tensor | None,
     cell: str,
     save: str,
     reversed: int,
-    schedule: str,
-    precision: str,
-    params: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See autograd.Engine. schedule and precision are the kernels'."""
-    part, out = get(cell), _allocate(gx, u, cell, save, reversed)
-    (T, B, K), H, u = gx.shape[:3], u.shape[2], u.to(computed_in(u.dtype))
-    for k in range(K):
-        back = is_reversed(k, reversed)
-        w = walk(mask, back, T, B, gx.device, most_rows(H, gx.device))
-        states: list[Tensor] = []
-        for start, width in zip((h0, c0), widths(part), strict=False):
-            states.append(out.y.new_empty(w.head + w.rows, width * H))
-            states[-1][: w.head] = 0
-            if start is not None:
-                states[-1][:B] = start[k]
-        y, c = states[0], states[1] if len(states) > 1 else None
-        gates = out.saved.new_empty(w.rows, part.saved * H) if out.saved.numel() else None
-        fill = _product(part, w, gx[:, :, k].flatten(0, 1), H)
-        with torch.inference_mode():
-            scan(part, w, u[k], _of_group(params, k, u), fill, _bias(bias, k, H), y, c, gates)
-        for buffer, state in zip((out.y, out.c), states, strict=False):
-            if buffer.numel():
-                buffer[T + 1 if back else 0, :, k] = state[:B]
-                if reversed:
-                    buffer[0 if back else T + 1, :, k] = 0
-                buffer[1 : T + 1, :, k] = _in_place(w, state, back).view(T, B, -1)
-        for final, state in zip((out.hn, out.cn), states, strict=False):
-            final[k] = w.final(state)
-        if gates is not None:
-            # Where padding is, any numbers will do, but NaN would be taken for a defect.
-            rows = gates.new_zeros(T * B, gates.shape[1]) if w.start is not None else torch.empty_like(gates)
-            out.saved[:, :, k] = _put(w, rows, gates).view(T, B, -1)
-    return tuple(out)  # type: ignore[return-value]
+    """y [T, B, K, H]; with a `save`, the other states [T, B, K, (S-1)*H], and, where it is "gates", what is saved;
+    final states [K, B, H] (not of a cell whose first state is an output) and [K, B, (S-1)*H]."""
+    (T, B), K, at = x.shape[:2], w_ih.shape[0], places(cell)
+    several = at.states > 1 and save != "none"
+    options = Options("loop", cell, reversed=reversed, states=several, notes={})
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs)
+    (y, *rest), (_, _, saved) = layer_forward(options, save, tensors, mask)
+    none = x.new_empty(0)
+    if saved.dim() > 1:
+        each = zip(_by_group(options.notes["orders"], K, reversed), saved, strict=True)
+        saved = torch.stack([order.placed(of) for order, of in each], 1).unflatten(0, (T, B))
+    hn = none if at.output else rest.pop(0)
+    cn = rest.pop(0) if at.states > 1 else none.clone()
+    y, c = (s.view(T, B, K, s.shape[2] // K) for s in (y, rest.pop(0) if several else x.new_empty(T, B, 0)))
+    return y, c if several else none.clone(), saved, hn, cn
 
 
-def _put(w: Walk, into: Tensor, rows: Tensor) -> Tensor:
-    """The walk's rows at their places [T*B, .]."""
-    return rows if w.source is None else into.index_copy_(0, w.source, rows)
+@loop_forward.register_fake
+def _(x: Tensor, h0: Any, c0: Any, w_ih: Tensor, w_hh: Any, *others: Any) -> tuple[Tensor, ...]:
+    cell, save = others[5:7]
+    (T, B), K, at, saved = x.shape[:2], w_ih.shape[0], places(cell), get(cell).saved
+    H = hidden_size(at, w_ih, w_hh, h0, c0)
+    C = (at.states - 1) * H
+    return (
+        x.new_empty(T, B, K, H),
+        x.new_empty(T, B, K, C) if C and save != "none" else x.new_empty(0),
+        x.new_empty(T, B, K, saved * H) if saved and save == "gates" else x.new_empty(0),
+        x.new_empty(0) if at.output else x.new_empty(K, B, H),
+        x.new_empty(K, B, C) if C else x.new_empty(0),
+    )
 
 
-def _in_place(w: Walk, state: Tensor, back: bool) -> Tensor:
-    """A buffer's states after each step, at their places [T*B, .]; where padding is, zero, or what a group that walks
-    back waits in: its given start."""
-    if w.target is None:
-        return state[w.head :]
-    B = w.batch
-    places = w.target
-    if back and w.start is not None:
-        places = torch.where(places == B, torch.arange(places.shape[0], device=places.device) % max(B, 1), places)
-    return state.index_select(0, places)
-
-
-def backward(
+@torch.library.custom_op("seqcells::loop_backward", mutates_args=())
+def loop_backward(
     dy: Tensor | None,
     dhn: Tensor | None,
     dcn: Tensor | None,
     dcs: Tensor | None,
-    u: Tensor,
+    x: Tensor,
+    h0: Tensor | None,
+    c0: Tensor | None,
+    w_ih: Tensor,
+    w_hh: Tensor | None,
+    b_ih: Tensor | None,
+    b_hh: Tensor | None,
+    params: Tensor | None,
+    inputs: Tensor | None,
+    mask: Tensor | None,
     y: Tensor,
     c: Tensor,
-    saved: Tensor,
-    mask: Tensor | None,
+    saved: Tensor | None,
     cell: str,
     reversed: int,
-    schedule: str,
-    precision: str,
-    params: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See autograd.Engine."""
-    part, out = get(cell), _allocate_gradients(u, y, cell, reversed)
-    T, B, K, H = steps(y, reversed), *y.shape[1:]
-    u = u.to(computed_in(u.dtype))
-    for buffer in out[:3]:
-        if mask is not None:
-            buffer.zero_()
-    for k in range(K):
-        w = walk(mask, is_reversed(k, reversed), T, B, y.device, most_rows(H, y.device))
-        each = [previous_outputs(y, mask, reversed, k), outputs(y, reversed)[:, :, k]]
-        if part.states > 1:
-            each += [previous_outputs(c, mask, reversed, k), outputs(c, reversed)[:, :, k]]
-        flat = [s.flatten(0, 1) for s in each]
-        kept = saved[:, :, k].flatten(0, 1) if part.saved else None
-
-        def states(a: int, b: int, flat: list[Tensor] = flat, kept: Tensor | None = kept, w: Walk = w) -> Any:
-            h, y, c, after = (*(w.of(s, a, b) for s in flat), None, None)[:4]
-            return h, c, y, after, None if kept is None else w.of(kept, a, b)
-
-        found = [y.new_empty(w.rows, d.shape[3] if d.numel() else 0) for d in out[:3]]
-        own = u.new_zeros(part.params * H)
-
-        def emit(
-            a: int, b: int, p: Tensor, others: Any, h: Tensor, c: Any, found: list[Tensor] = found, own: Tensor = own
-        ) -> None:
-            for into, columns in zip(found, (part.grads, part.apart_grads), strict=False):
-                if list(columns) == list(range(len(columns))):
-                    into[a:b] = p[:, : len(columns) * H]
-                else:
-                    for n, column in enumerate(columns):
-                        into[a:b, n * H : (n + 1) * H] = p[:, column * H : (column + 1) * H]
-            for n, operand in enumerate(part.stored(others)):
-                found[2][a:b, n * H : (n + 1) * H] = operand
-            if part.params:
-                own.add_(p[:, part.param_grads * H :].sum(0))
-
-        fills = [None if d is None else w.copying(d[:, :, k].flatten(0, 1)) for d in (dy, dcs)]
-        finals = [None if d is None else d[k] for d in (dhn, dcn)]
-        with torch.inference_mode():
-            starts = scan_back(part, w, u[k], _of_group(params, k, u), states, fills, finals, emit)
-        for buffer, rows in zip(out[:3], found, strict=True):
-            if rows.shape[1]:
-                into = buffer[:, :, k].flatten(0, 1)  # a copy, of more groups than one
-                buffer[:, :, k] = _put(w, into, rows).view(T, B, -1)
-        for buffer, start in zip((out.dh0, out.dc0), starts[: len(widths(part))], strict=False):
-            buffer[k] = start
-        if part.params:
-            out.dparams[k] = own
-    return tuple(out)  # type: ignore[return-value]
+    need: Sequence[bool],
+    samples: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients that are needed of the 9 inputs; those of weights and params [samples, K, .], one of each sample,
+    which is an equal part of the rows B."""
+    (T, B), K, H, at = x.shape[:2], *y.shape[2:], places(cell)
+    orders = {
+        back: row_order(mask, back, T, B, x.device, most_rows(H, x.device))
+        for back in {bool(reversed >> k & 1) for k in range(K)}
+    }
+    of_group = _by_group(orders, K, reversed)
+    rows, head = of_group[0].rows, of_group[0].head
+    buffers: list[Tensor | None] = []
+    for states, start in ((y, h0), (c, c0)):
+        if states.dim() == 1:
+            buffers.append(None)
+            continue
+        buffers.append(buffer := x.new_empty(K, head + rows, states.shape[3]))
+        for k, order in enumerate(of_group):
+            order.fill(buffer[k], states[:, :, k].flatten(0, 1), None if start is None else start[k])
+    gates = None
+    if saved is not None and saved.dim() > 1:
+        gates = torch.stack([o.of(saved[:, :, k].flatten(0, 1), 0, rows) for k, o in enumerate(of_group)])
+    options = Options("loop", cell, reversed=reversed, notes={"orders": orders})
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs)
+    dy, dcs = (None if d is None else d.flatten(2) for d in (dy, dcs))
+    grads = (dy, dcn, dcs) if at.output else (dy, dhn, dcn, dcs)
+    found = layer_gradients(options, tensors, mask, (*buffers, gates), grads, need, samples)
+    # No two of them may share memory.
+    return tuple(
+        x.new_empty(0) if d is None or t is None or not n else d.reshape(s).clone() if i in (5, 6, 7) else d.reshape(s)
+        for i, (d, t, n, s) in enumerate(zip(found, tensors, need, _shapes(tensors, samples), strict=True))
+    )  # type: ignore[return-value]
 
 
-def _allocate_gradients(u: Tensor, y: Tensor, cell: str, reversed: int) -> Gradients:
-    T, B, K, H = steps(y, reversed), *y.shape[1:]
-    part = get(cell)
-
-    def tiles(n: int) -> Tensor:
-        return y.new_empty(T, B, K, n * H) if n else y.new_empty(0)
-
-    return Gradients(
-        tiles(part.gates),
-        tiles(len(part.apart)),
-        tiles(part.operands),
-        y.new_empty(K, B, H),
-        y.new_empty(K, B, (part.states - 1) * H) if part.states > 1 else y.new_empty(0),
-        y.new_empty(K, part.params * H, dtype=computed_in(y.dtype)) if part.params else y.new_empty(0),
-    )
+def _shapes(tensors: Sequence[Tensor | None], samples: int) -> list[Any]:
+    """Of the gradients of the 9 inputs."""
+    every = [() if t is None else tuple(t.shape) for t in tensors]
+    return [(samples, *shape) if 3 <= n < 8 else shape for n, shape in enumerate(every)]
 
 
-def recompute_saved(
-    gx: Tensor,
-    u: Tensor,
-    bias: Tensor | None,
-    y: Tensor,
-    c: Tensor,
-    mask: Tensor | None,
-    cell: str,
-    reversed: int,
-    schedule: str = "",
-    params: Tensor | None = None,
-) -> Tensor:
-    """The saved gates of all steps, from the states."""
-    part, (T, B, K), H, u = get(cell), gx.shape[:3], u.shape[2], u.to(computed_in(u.dtype))
-    saved = y.new_empty(T, B, K, part.saved * H) if part.saved else y.new_empty(0)
-    for k in range(K if part.saved else 0):
-        whole = walk(None, False, T, B, gx.device, B)
-        x = u.new_empty(T * B, part.width * H)
-        fill = _product(part, whole, gx[:, :, k].flatten(0, 1), H)
-        before_step(part, x, fill, _bias(bias, k, H), 0, T * B, H)
-        h, before = (
-            previous_outputs(s, mask, reversed, k).flatten(0, 1).to(u.dtype) if n < len(widths(part)) else None
-            for n, s in enumerate((y, c))
-        )
-        part.activate(x, h, before, [*part.forth(u[k]), *_of_group(params, k, u)])
-        kept = saved.new_empty(T * B, part.saved * H)
-        keep(part, kept, x, H)
-        saved[:, :, k] = kept.view(T, B, -1)
-    return saved
-
-
-scan_forward = torch.library.custom_op("seqcells::loop_forward", forward, mutates_args=())
-scan_backward = torch.library.custom_op("seqcells::loop_backward", backward, mutates_args=())
-recompute = torch.library.custom_op("seqcells::loop_recompute", recompute_saved, mutates_args=())
-ALL = scan_forward, scan_backward, recompute
-
-
-@scan_forward.register_fake
-def _(gx: Tensor, u: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    return tuple(_allocate(gx, u, *others[4:7]))
-
-
-@scan_backward.register_fake
+@loop_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:
-    u, y, cell, reversed = *arguments[4:6], *arguments[9:11]
-    return tuple(_allocate_gradients(u, y, cell, reversed))
+    tensors, (need, samples) = arguments[4:13], arguments[19:21]
+    each = zip(tensors, need, _shapes(tensors, samples), strict=True)
+    return tuple(tensors[0].new_empty(s if n and t is not None else 0) for t, n, s in each)
 
 
-@recompute.register_fake
-def _(gx: Tensor, u: Tensor, *others: Any) -> Tensor:
-    saved, H = get(others[4]).saved, u.shape[2]
-    return u.new_empty(*gx.shape[:3], saved * H) if saved else u.new_empty(0)
+# --- vmap: see batching -----------------------------------------------------------------------------------------------
+
+SHARED = (1, None)  # an input of all groups, as it is where vmap adds groups
+SAMPLES = (0, 1)  # the gradients of weights: what vmap adds are more samples, or more groups
+INPUTS = (STEPS, STATES, STATES, *(WEIGHTS,) * 5, STEPS)
+GRADIENTS = (STEPS, STATES, STATES, *(SAMPLES,) * 5, STEPS)
+FORWARD = (*INPUTS, MASK, None, None, None)
+BACKWARD = (STEPS, STATES, STATES, STEPS, *INPUTS, MASK, *(STEPS,) * 3, *(None,) * 4)
+
+
+def _with_groups(t: Tensor, dim: int | None, K: int) -> tuple[Tensor, int | None]:
+    """An input [T, B, .] of all groups as [T, B, K, .]; and its batch dim, which is then the first."""
+    if dim is not None:
+        t, dim = t.movedim(dim, 0), 0
+    return t.unsqueeze(-2).expand(*t.shape[:-1], K, t.shape[-1]), dim
+
+
+def _grouped(
+    kinds: list[Any], arguments: list[Any], dims: list[int | None], first: int, need: Sequence[bool]
+) -> list[int]:
+    """Where vmap adds groups: x and inputs of all groups become those of each, where they are batched, or where their
+    gradients are needed, which would else be summed over all groups.
+
+    Returns whose gradients are to be summed over their K groups.
+    """
+    expanded = []
+    w_ih, of_w_ih = arguments[first + 3], dims[first + 3]
+    K = w_ih.shape[0] if of_w_ih is None else w_ih.select(of_w_ih, 0).shape[0]
+    for n in (0, 8):
+        t, dim = arguments[first + n], dims[first + n]
+        if t is None or t.dim() - (dim is not None) == 4:
+            continue
+        if dim is None and not need[n]:
+            kinds[first + n] = SHARED
+        else:
+            arguments[first + n], dims[first + n] = _with_groups(t, dim, K)
+            expanded.append(n)
+    return expanded
+
+
+def _adds_groups(dims: Sequence[int | None], first: int) -> bool:
+    return any(d is not None for d in dims[first + 3 : first + 8])
+
+
+@loop_forward.register_vmap
+def _(info: Any, in_dims: Sequence[int | None], *given: Any) -> Any:
+    kinds, arguments, dims = list(FORWARD), list(given), list(in_dims)
+    if _adds_groups(dims, 0):
+        _grouped(kinds, arguments, dims, 0, (False,) * 9)
+    results = (STEPS, STEPS, STEPS, STATES, STATES)
+    return rule(loop_forward, tuple(kinds), results, 12)(info, tuple(dims), *arguments)
+
+
+@loop_backward.register_vmap
+def _(info: Any, in_dims: Sequence[int | None], *given: Any) -> Any:
+    kinds, arguments, dims = list(BACKWARD), list(given), list(in_dims)
+    expanded = []
+    if _adds_groups(dims, 4):
+        expanded = _grouped(kinds, arguments, dims, 4, arguments[19])
+    else:
+        arguments[20] *= info.batch_size
+    found, found_dims = rule(loop_backward, tuple(kinds), GRADIENTS, 18)(info, tuple(dims), *arguments)
+    found = list(found)
+    for n in expanded:
+        if found_dims[n] is not None:
+            found[n] = found[n].sum(found_dims[n] + 1)
+    return tuple(found), found_dims

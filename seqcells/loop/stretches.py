@@ -1,17 +1,17 @@
-"""The rows of a scan with resets or lengths, put so that no step has to mask anything.
+"""The order of rows in a scan with resets or lengths: no step has to mask anything.
 
-What a mask cuts the sequences into, stretches, know nothing of each other. Sorted by length they make batches whose
-step k has a leading part of their rows, as in a PackedSequence: no step is wasted on padding, and no state has to be
-cleared. The lengths are read by the host.
+A stretch is a run of steps of one sequence that no reset and no padding interrupts. Stretches do not depend on one
+another. Sorted by length they form batches whose step k has a leading part of the batch's rows, as in a PackedSequence:
+no step computes padding, and no state has to be cleared. The lengths of stretches are read by the host.
 
-A `Walk` has a step's rows together, one step after another: N rows of [T, B] in all. States are kept in a buffer of
-`head` + N rows: each sequence's given start [B], then, where there is a mask, a row of zeros, then the walk's.
+In a `RowOrder` the rows of a step are together, one step after another: N rows of [T, B] in all. States are in a buffer
+of `head` + N rows: each sequence's given start [B], then, where there is a mask, a row of zeros, then the N rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -28,19 +28,22 @@ def by_step(t: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 
 
 @dataclass(frozen=True)
-class Walk:
-    """sizes: rows of each step. batches: (first step, step after the last, first stretch, stretch after the last); in
-    one, sizes never grow, and start at its stretches. head: rows of a buffer before the walk's.
+class RowOrder:
+    """sizes: rows of each step. rows: N, their sum. stretches: S. batches: (first step, step after the last, first
+    stretch, stretch after the last); within one, sizes never grow, and the first is its number of stretches. head: rows
+    of a buffer before the N.
 
-    source [N]: the row t*B+b of each of the walk's; None: the same. target [T*B]: where in a buffer each row is;
-    padding is the row of zeros; None: head further on. The others are None without a mask. start [S]: of each stretch
-    the buffer's row that it begins with; previous [N]: the buffer's row with the state before. last [B]: the buffer's
-    row with each sequence's final state. first, end [B]: the stretch that begins with a sequence's given start, and the
-    one that ends with its final state; S where there is none.
+    source [N]: the row t*B+b of each of the N; None: the same. target [T*B]: where in a buffer each row is; padding is
+    at the row of zeros; None: head further on. The others are None without a mask. start [S]: of each stretch the
+    buffer's row that it starts from; previous [N]: the buffer's row with the state before. last [B]: the buffer's row
+    with each sequence's final state. first, end [B]: the stretch that begins with a sequence's given start, and the one
+    that ends in its final state; S where there is none.
     """
 
     batch: int
     sizes: tuple[int, ...]
+    rows: int
+    stretches: int
     head: int
     batches: tuple[tuple[int, int, int, int], ...]
     last: Tensor | None = None
@@ -50,23 +53,37 @@ class Walk:
     previous: Tensor | None = None
     first: Tensor | None = None
     end: Tensor | None = None
-    rows: int = field(init=False)
-    stretches: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rows", sum(self.sizes))
-        object.__setattr__(self, "stretches", self.batches[-1][3] if self.batches else 0)
 
     def of(self, t: Tensor, a: int, b: int) -> Tensor:
-        """Rows a to b of the walk, of t [T*B, .]."""
+        """Rows a to b in this order, of t [T*B, .]."""
         return t[a:b] if self.source is None else t.index_select(0, self.source[a:b])
 
-    def copying(self, t: Tensor) -> Callable[[Tensor, int, int], object]:
-        """What copies rows a to b of t [T*B, .] into a tensor."""
-        return lambda into, a, b: into.copy_(self.of(t, a, b))
+    def placed(self, t: Tensor) -> Tensor:
+        """t [N, .] in the order of time [T*B, .]; zero where padding is."""
+        if self.source is None:
+            return t
+        # Without a mask every row is written.
+        found = torch.empty_like(t) if self.start is None else t.new_zeros(len(self.target), t.shape[1])  # type: ignore[arg-type]
+        return found.index_copy_(0, self.source, t)
+
+    def placed_states(self, buffer: Tensor) -> Tensor:
+        """The states after each step, of a buffer, in the order of time [T*B, .]; zero where padding is. Shares the
+        buffer's memory or not."""
+        return buffer[self.head :] if self.target is None else buffer.index_select(0, self.target)
+
+    def fill(self, buffer: Tensor, states: Tensor, start: Tensor | None) -> None:
+        """The opposite: a buffer of states [T*B, .] and the given start [B, .]; None: zero."""
+        self.begin(buffer, start)
+        buffer[self.head :] = self.of(states, 0, self.rows)
+
+    def begin(self, buffer: Tensor, start: Tensor | None) -> None:
+        """Fills the head of a buffer."""
+        buffer[: self.head] = 0
+        if start is not None:
+            buffer[: self.batch] = start
 
     def starts(self, buffer: Tensor, i: int, j: int) -> Tensor:
-        """The states that stretches i to j begin with."""
+        """The states that stretches i to j start from."""
         return buffer[i:j] if self.start is None else buffer.index_select(0, self.start[i:j])
 
     def before(self, buffer: Tensor, a: int, b: int) -> Tensor:
@@ -74,7 +91,7 @@ class Walk:
         return buffer[a:b] if self.previous is None else buffer.index_select(0, self.previous[a:b])
 
     def final(self, buffer: Tensor) -> Tensor:
-        """The final states [B, H]. Of a buffer's own memory or not."""
+        """The final states [B, H]. Shares the buffer's memory or not."""
         return buffer[buffer.shape[0] - self.batch :] if self.last is None else buffer.index_select(0, self.last)
 
     def by_stretch(self, t: Tensor | None, like: Tensor) -> Tensor:
@@ -92,6 +109,12 @@ class Walk:
         # Of a sequence of no steps the one is the other.
         return found if final is None else torch.where((self.last < self.batch)[:, None], final, found)
 
+    def by_sample(self, a: int, b: int, samples: int, device: torch.device) -> list[Tensor]:
+        """Which of rows a to b, counted from a, are each sample's: an equal part of the B sequences each."""
+        rows = torch.arange(a, b, device=device) if self.source is None else self.source[a:b]
+        sample = rows % max(self.batch, 1) // max(self.batch // samples, 1)
+        return [(sample == n).nonzero().flatten() for n in range(samples)]
+
     def pieces(self, most: int) -> list[list[tuple[int, int, int, int]]]:
         """Of each batch: (first step, step after the last, first row, row after the last) of about `most` rows."""
         found, row = [], 0
@@ -106,31 +129,36 @@ class Walk:
         return found
 
 
-def walk(mask: Tensor | None, back: bool, T: int, B: int, device: torch.device, most: int) -> Walk:
-    """Of a mask [T, B] (codes: kernels.buffers) for a group that walks forward, or back. most: stretches of a batch."""
-    if mask is None:
-        whole = ((0, T, 0, B),)
-        if not back:
-            return Walk(B, (B,) * T, B, whole)
-        source = torch.arange(T * B, device=device).view(T, B).flip(0).flatten()
-        return Walk(B, (B,) * T, B, whole, None, source, source + B)
-    ended, cuts = held(mask), resets_of(mask, back)
-    lengths = torch.full((B,), T, device=device) if ended is None else (~ended).sum(0)
+def row_order(mask: Tensor | None, reversed: bool, T: int, B: int, device: torch.device, most: int) -> RowOrder:
+    """Of a mask [T, B] (codes: kernels.buffers) for a group, reversed or not. most: stretches of a batch."""
+    if mask is not None:
+        return _masked(mask, reversed, most)
+    whole = ((0, T, 0, B),)
+    if not reversed:
+        return RowOrder(B, (B,) * T, T * B, B, B, whole)
+    source = torch.arange(T * B, device=device).view(T, B).flip(0).flatten()
+    return RowOrder(B, (B,) * T, T * B, B, B, whole, None, source, source + B)
+
+
+def _masked(mask: Tensor, reversed: bool, most: int) -> RowOrder:
+    (T, B), device = mask.shape, mask.device
+    padding, cuts = held(mask), resets_of(mask, reversed)
+    lengths = torch.full((B,), T, device=device) if padding is None else (~padding).sum(0)
     step = torch.arange(T, device=device)[:, None]
-    alive, taken = step < lengths, (lengths - 1 - step if back else step).expand(T, B)
+    active, taken = step < lengths, (lengths - 1 - step if reversed else step).expand(T, B)
     # Rows in the order of their steps, sequence after sequence, without padding:
     flat = torch.arange(T * B, device=device).view(T, B).t()
-    flat = flat.flip(1)[alive.flip(0).t()] if back else flat[alive.t()]
+    flat = flat.flip(1)[active.flip(0).t()] if reversed else flat[active.t()]
     begins, cut = taken.flatten()[flat] == 0, cuts.flatten()[flat]
     begins_stretch = begins | cut
     stretch, at = begins_stretch.cumsum(0) - 1, begins_stretch.nonzero().flatten()
     S, N, head = at.shape[0], flat.shape[0], B + 1
     long = torch.diff(at, append=at.new_tensor([N]))
-    order = torch.argsort(long, descending=True, stable=True)
-    rank = torch.empty_like(order)
-    rank[order] = torch.arange(S, device=device)
+    by_length = torch.argsort(long, descending=True, stable=True)
+    rank = torch.empty_like(by_length)
+    rank[by_length] = torch.arange(S, device=device)
     # The steps of all batches, one batch after another:
-    longest = long[order[::most]]
+    longest = long[by_length[::most]]
     base = longest.cumsum(0) - longest
     k = base[rank[stretch] // most] + torch.arange(N, device=device) - at[stretch]
     sizes = torch.bincount(k)
@@ -141,12 +169,12 @@ def walk(mask: Tensor | None, back: bool, T: int, B: int, device: torch.device, 
     target[flat] = place
     of_row = flat[at] % B
     given = begins[at] & ~cut[at]  # a cut at the first step: the given start does not reach it
-    start = torch.where(given, of_row, B)[order]
+    start = torch.where(given, of_row, B)[by_length]
     previous = torch.empty_like(flat)
     previous[place - head] = torch.cat([place.new_full((1,), B), place[:-1]])
     previous[place[at] - head] = start[rank]
     column = torch.arange(B, device=device)
-    final = torch.zeros_like(lengths) if back else (lengths - 1).clamp(min=0)
+    final = torch.zeros_like(lengths) if reversed else (lengths - 1).clamp(min=0)
     last = torch.where(lengths > 0, target[final * B + column], column)
     first, end = (torch.full((B,), S, device=device) for _ in range(2))
     first[of_row[given]] = rank[given]
@@ -154,4 +182,4 @@ def walk(mask: Tensor | None, back: bool, T: int, B: int, device: torch.device, 
         end = torch.where(lengths > 0, rank[stretch[(lengths.cumsum(0) - 1).clamp(min=0)]], end)
     firsts = [*base.tolist(), sizes.shape[0]]
     batches = tuple((a, b, i * most, min((i + 1) * most, S)) for i, (a, b) in enumerate(pairwise(firsts)))
-    return Walk(B, tuple(sizes.tolist()), head, batches, last, source, target, start, previous, first, end)
+    return RowOrder(B, tuple(sizes.tolist()), N, S, head, batches, last, source, target, start, previous, first, end)

@@ -1,4 +1,4 @@
-"""A derived cell's steps forward, as source: `walk` and `activate` (see `cells`)."""
+"""A derived cell's steps forward, as source: `forward` and `activate` (see `cells`)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Step:
         self.vectors = part.found.params
         self.leaves |= {v: f"q{n}" for n, v in enumerate(self.vectors)}
         self.leaves |= {tile: self.view(part.x.at[item], 1) for item, tile in part.tiles.items()}
-        self.held = {v: self.view(column, 1) for v, column in part.places.items()}
+        self.columns = {v: self.view(column, 1) for v, column in part.places.items()}
 
     def view(self, column: int, count: int) -> str:
         name = f"x{column}" if count == 1 else f"x{column}_{column + count - 1}"
@@ -61,20 +61,20 @@ class _Step:
         together: dict[Value, tuple[list[Value], list[str], str]] = {}
         runs: list[list[Item]] = []
         for item in part.x.items:
-            if item not in part.bent:
+            if item not in part.activated:
                 continue
-            alike = runs and all(f(item) == f(runs[-1][-1]) for f in (self._operands, lambda i: part.bent[i].op))
+            alike = runs and all(f(item) == f(runs[-1][-1]) for f in (self._operands, lambda i: part.activated[i].op))
             if alike and part.x.at[item] == part.x.at[runs[-1][-1]] + 1:
                 runs[-1].append(item)
             else:
                 runs.append([item])
         for run in runs:
-            values, first = [part.bent[i] for i in run], part.x.at[run[0]]
+            values, first = [part.activated[i] for i in run], part.x.at[run[0]]
             names = [self.view(first + k, 1) for k in range(len(run))]
             together |= dict.fromkeys(values, (values, names, self.view(first, len(run))))
         # An operand is wanted once more, by its product; of products that nothing wants there are none.
         every = [*wanted, *(operands[o] for o in sorted(needed))]
-        places = {v: n for v, n in self.held.items() if v not in self.leaves} | taken
+        places = {v: n for v, n in self.columns.items() if v not in self.leaves} | taken
         code = Code(self.leaves, every, places, self.vectors, hooks=hooks, together=together)
         return code
 
@@ -83,12 +83,12 @@ class _Step:
 
 
 def source(part: Layout) -> tuple[str, str, int]:
-    """Of both, and how many scratch tensors walk wants."""
+    """Of both, and how many scratch tensors forward needs."""
     found, S = part.found, part.states
     step = _Step(part)
     taken: dict[Value, str] = {}
     for s, value in enumerate(found.new):
-        if constant(value) is None and value not in step.leaves and value not in step.held and value not in taken:
+        if constant(value) is None and value not in step.leaves and value not in step.columns and value not in taken:
             taken[value] = f"y{s}"
     code = step.code([*found.new, *found.saved], taken)
     for value in found.saved:
@@ -103,8 +103,8 @@ def source(part: Layout) -> tuple[str, str, int]:
     views = [*step.views, "y"]
     names = [*step.view_names, "y0", *(f"y{s}" for s in range(1, S))]
     others = ["*cs.split(H, 1)"] if S > 1 else []
-    walk = [
-        "def walk(sizes, x, h, c, y, cs, u, spare):",
+    forward = [
+        "def forward(sizes, x, h, c, y, cs, u, scratch):",
         *unpack(step.given, "u"),
         "H, rows = y.shape[1], -1",
         "h0 = h",
@@ -116,7 +116,7 @@ def source(part: Layout) -> tuple[str, str, int]:
         "    if n != rows:",
         "        rows = n",
         *(f"        {s} = {s}[:n]" for s in states),
-        *(f"        {s} = spare[{k}, :n]" for k, s in enumerate(scratch)),
+        *(f"        {s} = scratch[{k}, :n]" for k, s in enumerate(scratch)),
         *(f"    {line}" for line in code.lines),
         f"    {', '.join(states)} = {', '.join(f'y{s}' for s in range(S))}",
         f"return y[y.shape[0] - rows :], {'cs[y.shape[0] - rows :]' if S > 1 else 'None'}",
@@ -125,7 +125,7 @@ def source(part: Layout) -> tuple[str, str, int]:
     again = step.code(found.saved, {})
     for value in found.saved:
         again.take(value)
-    spares = [f"s{n}" for n in range(again.count)]
+    own_scratch = [f"s{n}" for n in range(again.count)]
     activate = [
         "def activate(x, h, c, u):",
         *unpack(step.given, "u"),
@@ -133,9 +133,9 @@ def source(part: Layout) -> tuple[str, str, int]:
         "h0 = h",
         *([f"{tuple_of(states[1:])} = c.split(H, 1)"] if S > 1 else []),
         *(f"{name} = {view}" for name, view in zip(step.view_names, step.views, strict=True)),
-        *(f"{s} = torch.empty_like(h)" for s in spares),
+        *(f"{s} = torch.empty_like(h)" for s in own_scratch),
         *again.constants(),
         *again.before,
         *again.lines,
     ]
-    return function(walk), function(activate), code.count
+    return function(forward), function(activate), code.count

@@ -1,4 +1,4 @@
-"""A derived cell's steps back, as source: `factors` and `back` (see `cells`)."""
+"""A derived cell's steps back, as source: `coefficients` and `backward` (see `cells`)."""
 
 from __future__ import annotations
 
@@ -181,8 +181,8 @@ class _Back:
         for item, value in targets.items():
             if value.gradient and value.inputs and value not in self.placed:
                 self.placed[value] = f"p{part.p.at[item]}"
-        back, spares = self._back(targets, before, vectors)
-        return back, self._factors(vectors), spares
+        backward, scratch = self._print_backward(targets, before, vectors)
+        return backward, self._print_coefficients(vectors), scratch
 
     def _vector(self, value: Value, vectors: set[Value]) -> bool:
         """Whether it is computed from trained vectors alone."""
@@ -190,7 +190,7 @@ class _Back:
         ends = [v for v in ancestors([value], given) if (v in given or not v.inputs) and constant(v) is None]
         return all(v in vectors for v in ends)
 
-    def _back(self, targets: dict[Item, Value], before: list[Value], vectors: set[Value]) -> tuple[str, int]:
+    def _print_backward(self, targets: dict[Item, Value], before: list[Value], vectors: set[Value]) -> tuple[str, int]:
         part, form, S = self.part, self.form, self.form.states
         graph = self.graph
         given: list[str] = []
@@ -264,9 +264,10 @@ class _Back:
         every = [*views.values(), *(f"o{n}" for n in by_rows)]
         names = [*views, *(f"o{n}" for n in by_rows)]
         lines = [
-            "def back(sizes, p, kept, others, d0, d, dcs, below, u, spare):",
+            "def backward(sizes, p, saved, others, grads, u, scratch):",
             *unpack(given, "u"),
-            "H, rows = spare.shape[2], -1",
+            "d0, d, dcs, below = grads",
+            "H, rows = scratch.shape[2], -1",
             *unpack([f"o{n}" for n in range(len(self.others))], f"others[: {len(self.others)}]"),
             *code.constants(),
             *code.before,
@@ -277,7 +278,7 @@ class _Back:
             "    if n != rows:",
             "        rows, carried = n, d[:n]",
             *(f"        {c} = e{c[1:]}[:n]" for c in cells),
-            *(f"        s{k} = spare[{k}, :n]" for k in range(code.count)),
+            *(f"        s{k} = scratch[{k}, :n]" for k in range(code.count)),
             *(["    if dcs is not None:", "        carried.add_(add)"] if S > 1 else []),
             *(f"    {line}" for line in code.lines),
         ]
@@ -327,13 +328,13 @@ class _Back:
         else:
             code.lines.append(f"under.{'add_' if sign == 1 else 'sub_'}({code.take(value)})")
 
-    def _factors(self, vectors: set[Value]) -> str:
+    def _print_coefficients(self, vectors: set[Value]) -> str:
         part, form, found, S = self.part, self.form, self.found, self.form.states
         leaves: dict[Value, str] = {}
         views = []
-        for n, value in enumerate(part.kept):
+        for n, value in enumerate(part.saved_values):
             leaves[value] = f"x{n}"
-            views.append(f"x{n} = kept[:, {n} * H : {n + 1} * H]")
+            views.append(f"x{n} = saved[:, {n} * H : {n + 1} * H]")
         leaves |= {v: f"a{s}" for s, v in enumerate(found.new) if constant(v) is None}
         leaves |= {v: f"h{s}" for s, v in enumerate(found.before)}
         leaves |= {v: f"q{n}" for n, v in enumerate(found.params)}
@@ -358,7 +359,7 @@ class _Back:
             if (name := code.take(c)) != place:
                 code.lines.append(f"{place}.copy_({name})")
         lines = [
-            "def factors(p, kept, h, c, y, after, u):",
+            "def coefficients(p, saved, h, c, y, after, u):",
             *unpack([f"q{n}" for n in range(form.params)], "u"),
             "H = y.shape[1]",
             "h0, a0 = h, y",
@@ -381,5 +382,5 @@ def _pairs(parts: list[Value]) -> set[tuple[Value, Value]]:
 
 
 def source(part: Layout) -> tuple[str, str, int]:
-    """Of both, and how many scratch tensors back wants."""
+    """Of both, and how many scratch tensors backward needs."""
     return _Back(part).functions()

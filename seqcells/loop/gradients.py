@@ -1,0 +1,202 @@
+"""A layer by the loop, backward: all gradients. Each weight's is summed piece by piece, beside the steps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..autograd import Options
+from ..products import blocks, places
+from . import steps
+from .layer import Group, Inputs, column_order, grouped, layer_group
+
+Gradients = tuple["Tensor | None", ...]
+
+
+def backward(
+    options: Options,
+    inputs: Inputs,
+    mask: Tensor | None,
+    buffers: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    need: Sequence[bool],
+) -> Gradients:
+    """The engine's backward: the gradients of the 9 inputs, in their shapes; None where `need` says so. buffers: those
+    of forward, traced as it was; saved None: it is recomputed. grads: of its outputs."""
+    if options.traced:
+        found = _traced(options, inputs, mask, buffers, grads, need)
+    else:
+        found = layer_gradients(options, inputs, mask, buffers, grads, need, 1)
+    # Those of weights have an axis of samples: one.
+    found = (*found[:3], *(None if d is None else d[0] for d in found[3:8]), found[8])
+    return tuple(
+        d.reshape(t.shape) if n and d is not None and t is not None else None
+        for d, t, n in zip(found, inputs, need, strict=True)
+    )
+
+
+def _traced(
+    options: Options,
+    inputs: Inputs,
+    mask: Tensor | None,
+    buffers: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    need: Sequence[bool],
+) -> Gradients:
+    """By the operator."""
+    given, (dy, dhn, dcn, dcs) = grouped(inputs), of_outputs(options, grads)
+    K = given[3].shape[0]  # type: ignore[union-attr]
+    dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, d.shape[2] // K) for d in (dy, dcs))
+    found = torch.ops.seqcells.loop_backward(
+        dy, dhn, dcn, dcs, *given, mask, *buffers, options.cell, options.reversed, list(need), 1
+    )
+    return tuple(d if n and t is not None else None for d, t, n in zip(found, inputs, need, strict=True))
+
+
+def of_outputs(options: Options, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """dy, dhn, dcn, dcs of the gradients of outputs."""
+    dy, *others = grads
+    dhn = None if places(options.cell).output else others.pop(0)
+    return dy, dhn, *(*others, None, None)[:2]
+
+
+def layer_gradients(
+    options: Options,
+    inputs: Inputs,
+    mask: Tensor | None,
+    buffers: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    need: Sequence[bool],
+    samples: int,
+) -> Gradients:
+    """`backward`; of weights [samples, K, .], each the gradient of an equal part of the B sequences."""
+    x, w_ih, given = inputs[0], inputs[3], inputs[8]
+    assert x is not None and w_ih is not None
+    T, B, K = *x.shape[:2], 1 if w_ih.dim() == 2 else w_ih.shape[0]
+    columns, orders = column_order(options.cell), (options.notes or {}).pop("orders", {})
+    dy, dhn, dcn, dcs = of_outputs(options, grads)
+    dy, dcs = (None if d is None else d.reshape(T * B, K, d.shape[2] // K) for d in (dy, dcs))
+    each = []
+    for k in range(K):
+        group = layer_group(columns, inputs, mask, k, bool(options.reversed >> k & 1), orders)
+        y, c, gates, *finals = (None if t is None or t.dim() == 1 else t[k] for t in (*buffers, dhn, dcn))
+        rows = [None if d is None else d[:, k] for d in (dy, dcs)]
+        sums = Sums(group, need, samples)
+        starts = scan_back(group, group.states(y, c, gates), rows, finals, sums)  # type: ignore[arg-type]
+        each.append(sums.results(starts, need))
+    dx, *starts_of, extra = zip(*each, strict=True)
+    found = [_of_groups(dx, x.dim() == 4)]
+    found += [None if of[0] is None else of[0][None] if K == 1 else torch.stack(of) for of in starts_of[:2]]
+    found += [None if of[0] is None else of[0][:, None] if K == 1 else torch.stack(of, 1) for of in starts_of[2:]]
+    found.append(_of_groups(extra, given is not None and given.dim() == 4))
+    return tuple(found)
+
+
+def _of_groups(each: Any, apart: bool) -> Any:
+    """The gradients of all groups' input: apart where each has its own, else their sum."""
+    return None if each[0] is None else torch.stack(each, 1) if apart else sum(each[1:], each[0])
+
+
+def scan_back(group: Group, states: Any, rows: Sequence[Any], finals: Sequence[Any], sums: Sums) -> Any:
+    """steps.scan_backward, the gradients of outputs in the order of time. Its results are of inference mode."""
+    order = group.order
+    copies = [None if d is None else lambda into, a, b, d=d: into.copy_(order.of(d, a, b)) for d in rows]
+    with torch.inference_mode():
+        return steps.scan_backward(group, states, copies, finals, sums.collect)
+
+
+class Sums:
+    """What is made of the gates' gradients of one group, piece by piece: the gradients of its inputs and weights."""
+
+    def __init__(self, group: Group, need: Sequence[bool], samples: int = 1) -> None:
+        self.group, order, x = group, group.order, group.x
+        rows, like = order.head + order.rows, group.u if x is None else x
+        self.w_back = None if group.w_ih is None else blocks(group.w_ih, group.columns.w_ih_back, group.H, 0)
+        self.dx = x.new_empty(rows, x.shape[1]) if x is not None and need[0] else None
+        self.dgiven = None
+        if need[8] and group.given is not None:
+            self.dgiven = group.given.new_empty(rows, group.given.shape[1])
+        self.dtype = like.dtype
+        self.weights = [_WeightSums(group, self.w_back, need) for _ in range(samples)]
+
+    def collect(self, a: int, b: int, p: Tensor, others: Any, h: Tensor, c: Any) -> None:
+        """See steps.scan_backward."""
+        group, H, w = self.group, self.group.H, self.w_back
+        head = group.order.head
+        if self.dx is not None and w is not None:
+            place = self.dx[head + a : head + b]
+            for n, (first, end, i, j) in enumerate(group.columns.runs_back):
+                d = p[:, first * H : end * H]
+                if n:
+                    place.add_(d @ w[i * H : j * H])
+                elif place.dtype == d.dtype:
+                    torch.mm(d, w[i * H : j * H], out=place)
+                else:
+                    place.copy_(d @ w[i * H : j * H])
+        if self.dgiven is not None:
+            for first, end, i, j in group.columns.given_back:
+                self.dgiven[head + a : head + b, i * H : j * H] = p[:, first * H : end * H]
+        first_sample = self.weights[0]
+        x = group.rows(a, b) if first_sample.dw is not None else None
+        pairs = group.part.products(p, others, h, c) if first_sample.du is not None else []
+        if len(self.weights) == 1:
+            first_sample.add(p, x, pairs)
+            return
+        each = group.order.by_sample(a, b, len(self.weights), p.device)
+        for sample, rows in zip(self.weights, each, strict=True):
+            own = [(d[rows], operand[rows]) for d, operand in pairs]
+            sample.add(p[rows], None if x is None else x[rows], own)
+
+    def results(self, starts: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
+        """The 9 gradients, dx [T*B, I], those of weights [samples, .]. starts: those of h0 and c0."""
+        # Copies, for what is made in inference mode stays of it.
+        dh0, dc0 = (s.to(self.dtype, copy=True) if n else None for s, n in zip(starts, need[1:3], strict=True))
+        dx, dgiven = (None if d is None else _placed(self.group, d) for d in (self.dx, self.dgiven))
+        found = zip(*(sample.results(self.dtype) for sample in self.weights), strict=True)
+        weights = (None if of[0] is None else of[0][None] if len(of) == 1 else torch.stack(of) for of in found)
+        return dx, dh0, dc0, *weights, dgiven
+
+
+def _placed(group: Group, t: Tensor) -> Tensor:
+    """Gradients of rows [head+N, .] in the order of time; zero where padding is."""
+    t[: group.order.head] = 0
+    return group.order.placed_states(t)
+
+
+class _WeightSums:
+    """The gradients of one group's weights, of all rows or of one sample's."""
+
+    def __init__(self, group: Group, w_back: Tensor | None, need: Sequence[bool]) -> None:
+        self.columns, self.part, self.H, u = group.columns, group.part, group.H, group.u
+        self.dw = torch.zeros_like(w_back) if need[3] and w_back is not None else None
+        self.du = torch.zeros_like(u) if need[4] else None
+        # Of the columns that are sums over rows alone: those of biases and trained vectors.
+        biases, vectors = need[5] or need[6], need[7] and bool(self.part.params)
+        self.sums = u.new_zeros(self.part.gradient_width * self.H) if biases or vectors else None
+
+    def add(self, p: Tensor, x: Tensor | None, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """The products of some rows: gates' gradients and input; and, of u, pairs of the two."""
+        H = self.H
+        if self.dw is not None and x is not None:
+            for first, end, i, j in self.columns.runs_back:
+                self.dw[i * H : j * H].addmm_(p[:, first * H : end * H].t(), x)
+        if self.du is not None:
+            for into, (d, operand) in zip(self.du.split([d.shape[1] for d, _ in pairs]), pairs, strict=True):
+                into.addmm_(d.t(), operand)
+        if self.sums is not None:
+            self.sums.add_(p.sum(0))
+
+    def results(self, dtype: torch.dtype) -> Gradients:
+        """Of w_ih, w_hh, b_ih, b_hh, params, in the cell's order."""
+        columns, part, H = self.columns, self.part, self.H
+        dw, du, sums = (None if t is None else t.to(dtype) for t in (self.dw, self.du, self.sums))
+        dw = None if dw is None else blocks(dw, columns.of_w_ih, H, 0)
+        du = None if du is None else blocks(du, columns.of_w_hh, H, 0)
+        if sums is None:
+            return dw, du, None, None, None
+        sums, dparams = sums.split([part.param_grads * H, (part.gradient_width - part.param_grads) * H])
+        db_ih, db_hh = blocks(sums, columns.of_b_ih, H), blocks(sums, columns.of_b_hh, H)
+        return dw, du, db_ih, db_hh.clone() if db_hh.data_ptr() == db_ih.data_ptr() else db_hh, dparams

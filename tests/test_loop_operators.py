@@ -1,0 +1,209 @@
+"""The loop engine's operators as torch.library and vmap see them, against the same functions called straight away."""
+
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from shapes import CELLS
+from steps import STEPS, define
+
+from seqcells import masks
+from seqcells.autograd import Options
+from seqcells.cell import get
+from seqcells.loop import backward, forward, operators
+
+T, B, I, H = 4, 3, 2, 3  # noqa: E741
+DERIVED = ["nobody", "with_output", "indrnn"]
+MASKS = ["plain", "resets", "lengths", "both"]
+NAMES = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "params", "inputs")
+
+
+@pytest.fixture(scope="module")
+def keys():
+    """Of every cell here. What the derived cells' names mean to other tests stays."""
+    names = sys.modules["seqcells.cell"]._BY_NAME  # seqcells.cell is the function
+    before = dict(names)
+    found = {step.__name__: define(step).key for step in STEPS if step.__name__ in DERIVED}
+    names.clear()
+    names.update(before)
+    return found | {cell: cell for cell in CELLS}
+
+
+def drawn(*shape, seed=[0]):  # noqa: B006
+    seed[0] += 1
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed[0])) * 0.7
+
+
+def tensors(key, K=1, batch=B, lead=()):
+    """The 9 inputs of a layer, those that the cell has; a shape before each."""
+    cell = get(key)
+    rows, form, size = cell.rows, cell.form, (*lead, K)
+    others = (form.states - 1) * H
+    return [
+        drawn(*lead, T, batch, I),
+        None if cell.outputs else drawn(*size, batch, H),
+        drawn(*size, batch, others) if others else None,
+        drawn(*size, rows[0] * H, I),
+        drawn(*size, rows[1] * H, H) if rows[1] else None,
+        *(drawn(*size, n * H) if n else None for n in rows[2:]),
+        drawn(*size, len(cell.params) * H) if cell.params else None,
+        drawn(*lead, T, batch, len(cell.inputs) * H) if cell.inputs else None,
+    ]
+
+
+def mask_of(kind, reversed, batch=B):
+    resets = torch.rand(T, batch, generator=torch.Generator().manual_seed(3)) < 0.4
+    lengths = torch.tensor([4, 0, 2, 3, 1, 4, 2, 2, 4])[:batch]
+    return masks.encode(
+        resets if kind in ("resets", "both") else None, lengths if kind in ("lengths", "both") else None, T, reversed
+    )
+
+
+def operator_arguments(key, save, K=1, kind="resets", need=(True,) * 9, samples=1):
+    """Of both operators for a layer of K groups, the second reversed."""
+    inputs, reversed = tensors(key, K), 2 if K > 1 else 0
+    mask = mask_of(kind, reversed)
+    given = (*inputs, mask, key, save, reversed)
+    y, c, saved, hn, cn = operators.loop_forward(*given)
+    dhn, dcn, dcs = (t if t.dim() > 1 else None for t in (hn, cn, c))
+    back = (torch.ones_like(y), dhn, dcn, dcs, *inputs, mask, y, c, saved, key, reversed, list(need), samples)
+    return given, back
+
+
+@pytest.mark.parametrize("K", [1, 2])
+@pytest.mark.parametrize("name", [*CELLS, *DERIVED])
+def test_opcheck(name, K, keys):
+    """Schema, fakes and tracing; other ways to save, masks and needs, by which shapes differ, by the fakes alone."""
+    given, back = operator_arguments(keys[name], "gates", K)
+    torch.library.opcheck(operators.loop_forward, given)
+    torch.library.opcheck(operators.loop_backward, back)
+    none = (True, False) * 4 + (False,)
+    for save, kind, need, samples in (
+        ("states", "lengths", (True,) * 9, 3),
+        ("none", "plain", (True,) * 9, 1),
+        ("gates", "both", none, 1),
+    ):
+        given, back = operator_arguments(keys[name], save, K, kind, need, samples)
+        torch.library.opcheck(operators.loop_forward, given, test_utils="test_faketensor")
+        if save != "none":
+            torch.library.opcheck(operators.loop_backward, back, test_utils="test_faketensor")
+
+
+def test_opcheck_of_inputs_that_require_gradients(keys):
+    """As within a Function, which alone has the operators' gradients: the operators have none."""
+    for op, arguments in zip(
+        (operators.loop_forward, operators.loop_backward), operator_arguments(keys["gru"], "gates", 2), strict=True
+    ):
+        leaves = [
+            t.detach().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
+            for t in arguments
+        ]
+        checks = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(op, tuple(leaves), test_utils=checks)
+
+
+def run(options, save, inputs, mask, grads=None):
+    """Outputs and the 9 gradients, of outputs given random ones."""
+    outputs, (y, c, saved) = forward(options, save, inputs, mask)
+    if grads is None:
+        grads = [drawn(*o.shape) for o in outputs]
+    found = backward(options, inputs, mask, (y, c, saved if saved.dim() > 1 else None), grads, options.need)
+    return outputs, found, grads
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh", *DERIVED])
+def test_traced_as_straight_away(name, kind, keys, poison):
+    """Both ways, K of one and two, what was saved or recomputed; of one group also without an axis of groups."""
+    for K, save in ((1, "gates"), (2, "states"), (2, "gates")):
+        reversed = 2 if K > 1 else 0
+        options = Options("loop", keys[name], reversed=reversed, states=get(keys[name]).form.states > 1)
+        options = replace(options, need=(True,) * 9, notes={})
+        inputs, mask = tensors(keys[name], K), mask_of(kind, reversed)
+        if K == 1:
+            inputs = [t if t is None or n in (0, 1, 2, 8) else t[0] for n, t in enumerate(inputs)]
+        expected = run(options, save, inputs, mask)
+        found = run(replace(options, traced=True), save, inputs, mask, expected[2])
+        torch.testing.assert_close(found[:2], expected[:2])
+        again = run(replace(options, notes=None), save, inputs, mask, expected[2])
+        torch.testing.assert_close(again[:2], expected[:2], atol=0, rtol=0)
+
+
+def layer(options, save):
+    """run as a function of tensors alone, some None, for vmap: outputs, then gradients that there are."""
+
+    def function(mask, grads, *inputs):
+        outputs, found, _ = run(options, save, inputs, mask, list(grads))
+        return *outputs, *(f for f in found if f is not None)
+
+    return function
+
+
+BATCHED = {  # what vmap's dimension is in
+    "samples": ("x", "h0", "c0", "inputs"),
+    "an ensemble": ("w_ih", "w_hh", "b_ih", "b_hh", "params"),
+    "everything": NAMES,
+    "states and some weights": ("h0", "w_hh", "w_ih"),
+    "gradients of outputs": (),
+}
+
+
+@pytest.mark.parametrize("which", BATCHED)
+@pytest.mark.parametrize("name", ["lstm", "gru", *DERIVED])
+def test_vmap_as_one_after_another(name, which, keys):
+    """Of two groups, one reversed; with a mask of its own for each, too; every gradient of each."""
+    V, key = 3, keys[name]
+    options = Options("loop", key, reversed=2, states=get(key).form.states > 1, need=(True,) * 9, traced=True)
+    for own_mask, save in ((False, "gates"), (True, "states")):
+        every, single = tensors(key, 2, lead=(V,)), tensors(key, 2)
+        inputs = [e if n in BATCHED[which] else s for n, e, s in zip(NAMES, every, single, strict=True)]
+        dims = [0 if n in BATCHED[which] and t is not None else None for n, t in zip(NAMES, inputs, strict=True)]
+        mask = mask_of("both", 2, V * B).view(T, V, B) if own_mask else mask_of("both", 2)
+        of_mask = 1 if own_mask else None
+        outputs, _ = forward(options, save, single, None)
+        grads = [drawn(V, *o.shape) for o in outputs]
+        function = layer(options, save)
+        found = torch.vmap(function, (of_mask, 0, *dims))(mask, tuple(grads), *inputs)
+        for v in range(V):
+            mine = [t if d is None else t[v] for t, d in zip(inputs, dims, strict=True)]
+            expected = function(mask[:, v] if own_mask else mask, tuple(g[v] for g in grads), *mine)
+            torch.testing.assert_close(tuple(f[v] for f in found), expected)
+
+
+@pytest.mark.parametrize(
+    "outer, inner", [("samples", "samples"), ("samples", "an ensemble"), ("an ensemble", "samples")]
+)
+def test_vmap_in_vmap(outer, inner, keys):
+    key, V, W = keys["gru"], 2, 3
+    options = Options("loop", key, reversed=2, need=(True,) * 9, traced=True)
+    lead = {n: ((V,) if n in BATCHED[outer] else ()) + ((W,) if n in BATCHED[inner] else ()) for n in NAMES}
+    single = tensors(key, 2)
+    inputs = [None if t is None else drawn(*lead[n], *t.shape) for n, t in zip(NAMES, single, strict=True)]
+
+    def dims(which):
+        return [0 if n in BATCHED[which] and t is not None else None for n, t in zip(NAMES, single, strict=True)]
+
+    grads, mask = [drawn(*o.shape) for o in forward(options, "gates", single, None)[0]], mask_of("both", 2)
+    function = lambda *tensors: layer(options, "gates")(mask, tuple(grads), *tensors)  # noqa: E731
+    found = torch.vmap(torch.vmap(function, tuple(dims(inner))), tuple(dims(outer)))(*inputs)
+    for v in range(V):
+        for w in range(W):
+            mine = [t if d is None else t[v] for t, d in zip(inputs, dims(outer), strict=True)]
+            mine = [t if d is None else t[w] for t, d in zip(mine, dims(inner), strict=True)]
+            torch.testing.assert_close(tuple(f[v, w] for f in found), function(*mine))
+
+
+def test_many_reversed_groups_are_several_calls(keys):
+    """Their bits are one integer, of at most batching.MOST groups a call."""
+    V, key = 70, keys["rnn_tanh"]
+    options = Options("loop", key, reversed=1, need=(True,) * 9, traced=True)
+    single, weights = tensors(key), tensors(key, lead=(V,))
+    inputs = [*single[:3], *weights[3:7], None, None]
+    dims = [None] * 3 + [0] * 4 + [None] * 2
+    grads = tuple(torch.ones_like(o) for o in forward(options, "gates", single, None)[0])
+    function = lambda *tensors: layer(options, "gates")(None, grads, *tensors)  # noqa: E731
+    found = torch.vmap(function, tuple(dims))(*inputs)
+    for v in (0, 30, 69):
+        mine = [t if d is None else t[v] for t, d in zip(inputs, dims, strict=True)]
+        torch.testing.assert_close(tuple(f[v] for f in found), function(*mine))
