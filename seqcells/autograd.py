@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +41,7 @@ class Engine(NamedTuple):
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
-    recompute: Callable[..., Any]
+    recompute: Callable[..., Any] = tuple
     single: Callable[..., Any] | None = None
     whole: Callable[..., Any] | None = None
     whole_backward: Callable[..., Any] | None = None
@@ -71,6 +71,8 @@ class Options:
     single: str = ""
     whole: bool = False
     need: tuple[bool, ...] = ()
+    traced: bool = False
+    notes: Any = field(default=None, compare=False)
 
 
 def _projection(
@@ -108,6 +110,9 @@ def _range(options: Options, direction: str) -> Any:
 
 def _run(options: Options, save: str, inputs: tuple[Tensor | None, ...], mask: Tensor | None) -> tuple[Tensor, ...]:
     """What the engine's forward gives for `apply`'s arguments."""
+    if options.engine == "loop":
+        shown, kept = ENGINES["loop"].forward(options, save, inputs, mask)
+        return *shown, *kept
     x, h0, c0, *weights, extra = inputs
     at, engine = places(options.cell), ENGINES[options.engine]
     assert x is not None
@@ -131,6 +136,8 @@ def _visible(
 ) -> tuple[Tensor, ...]:
     """y [T, B, K*H]; the final first state [K, B, H] (not of a cell whose first state is an output of its own); the
     final others [K, B, (S-1)*H], if there are; and, if asked for, those after each step [T, B, K*(S-1)*H]."""
+    if options.engine == "loop":
+        return out[:-3]
     y, c, _, hn, cn = out
     finals = _finals(places(options.cell), hn, cn)
     if options.single:
@@ -158,8 +165,8 @@ def _gradients(
 ) -> tuple[Tensor | None, ...]:
     """The gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs, in their shapes, through the engine."""
     name, reversed, need = options.cell, options.reversed, options.need
-    if options.whole:
-        return ENGINES[options.engine].whole_backward(options, inputs, mask, kept, grads, need, None)  # type: ignore[misc]
+    if options.engine == "loop":
+        return ENGINES["loop"].backward(options, inputs, mask, kept, grads, need)
     x, _, _, *weights, extra = inputs
     y, c, saved = kept
     w_ih, w_hh, b_ih, b_hh, params = _grouped(*weights)
@@ -337,7 +344,9 @@ class SeqcellsScanCompiled(torch.autograd.Function):
         shown = _visible(options, out, inputs, mask)
         # Views of other outputs have no tangents in forward mode, and may not be changed in place, as torch's own
         # outputs on the CPU may. The kernels' stay views, for speed: cuDNN's may not be changed either.
-        if forward_ad._current_level >= 0 or options.engine == "loop":
+        if options.engine == "loop":
+            return *shown, *out[-3:]
+        if forward_ad._current_level >= 0:
             shown = tuple(s.clone() for s in shown)
         return *shown, *out[:3]
 
@@ -387,7 +396,8 @@ class SeqcellsLayer(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, options: Options, mask: Tensor | None, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        shown, kept, ctx.more = ENGINES[options.engine].whole(options, options.save, inputs, mask)  # type: ignore[misc]
+        options = replace(options, notes={})
+        shown, kept = ENGINES["loop"].forward(options, options.save, inputs, mask)
         ctx.set_materialize_grads(False)
         ctx.options = options
         ctx.save_for_backward(mask, *inputs, *kept)
@@ -404,10 +414,8 @@ class SeqcellsLayer(torch.autograd.Function):
         elif torch.is_grad_enabled():  # create_graph=True
             found = SeqcellsGradients.apply(replace(options, need=need), mask, *kept, *inputs, *grads)
         else:
-            back: Any = ENGINES[options.engine].whole_backward
-            more, ctx.more = ctx.more, None  # a second backward can do without
             with _range(options, "backward"):
-                found = back(options, tuple(inputs), mask, kept, grads, need, more)
+                found = ENGINES["loop"].backward(options, tuple(inputs), mask, kept, grads, need)
         return None, None, *found
 
 
@@ -416,7 +424,7 @@ def unseen(engine: str, x: Tensor, others: Iterable[Tensor | None]) -> bool:
     if backends.watched():
         return False
     plain = all(t is None or type(t) in (Tensor, torch.nn.Parameter) for t in (x, *others)) and x.device.type != "meta"
-    return plain and ENGINES[engine].whole is not None and not backends.traced()
+    return plain and engine == "loop" and not backends.traced()
 
 
 def apply(
@@ -446,11 +454,12 @@ def apply(
         wanted = False
     elif backends.transforming():  # within vmap requires_grad does not show, nor does a tangent ever
         wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
+    options = replace(options, traced=not options.whole)
     with _range(options, "forward"):
         if options.whole:
-            whole: Any = ENGINES[options.engine].whole
             save = "states" if options.states else "none"
-            shown = SeqcellsLayer.apply(options, mask, *given) if wanted else whole(options, save, given, mask)[0]
+            forward: Any = ENGINES["loop"].forward
+            shown = SeqcellsLayer.apply(options, mask, *given) if wanted else forward(options, save, given, mask)[0]
         elif wanted:
             function = SeqcellsScanCompiled if torch.compiler.is_compiling() else SeqcellsScan
             shown = function.apply(options, mask, *given)[:-3]

@@ -39,7 +39,7 @@ def _fold(t: Tensor | None, dim: int | None, axis: int | None, size: int) -> Ten
     return t.movedim(dim, axis).flatten(axis, axis + 1)
 
 
-def _rule(op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed: int) -> Any:
+def rule(op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed: int) -> Any:
     def together(size: int, dims: Any, arguments: list[Any], groups: bool) -> tuple[list[Tensor], list[int | None]]:
         """The results of one call, and the axis of each that vmap added."""
         which = int(groups)
@@ -58,7 +58,7 @@ def _rule(op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed
             found_dims.append(axis)
         return found, found_dims
 
-    def rule(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
+    def batched(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
         size = most = info.batch_size
         tensors = [
             (t, d, k) for t, d, k in zip(arguments, in_dims, kinds, strict=False) if k is not None and t is not None
@@ -87,11 +87,11 @@ def _rule(op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed
         )
         return (joined, tuple(found_dims)) if len(results) > 1 else (joined[0], found_dims[0])
 
-    return rule
+    return batched
 
 
 def register(forward: Any, backward: Any, recompute: Any) -> None:
     """Give an engine's operators (see autograd.Engine) their vmap."""
-    forward.register_vmap(_rule(forward, FORWARD, RESULTS, 8))
-    backward.register_vmap(_rule(backward, BACKWARD, GRADIENTS, 10))
-    recompute.register_vmap(_rule(recompute, RECOMPUTE, RESULTS[:1], 7))
+    forward.register_vmap(rule(forward, FORWARD, RESULTS, 8))
+    backward.register_vmap(rule(backward, BACKWARD, GRADIENTS, 10))
+    recompute.register_vmap(rule(recompute, RECOMPUTE, RESULTS[:1], 7))

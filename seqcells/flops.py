@@ -51,6 +51,16 @@ def _onednn_backward(dy: Any, dh: Any, dc: Any, x: Shape, h0: Any, c0: Any, *wei
     return 3 * _layer(x, weights[0], weights[1])  # it runs forward again
 
 
+def _loop_forward(x: Shape, h0: Any, c0: Any, w_ih: Shape, w_hh: Any, *others: Any, **out: Any) -> int:
+    return 2 * x[0] * x[1] * (prod(w_ih) + prod(w_hh or (0,)))
+
+
+def _loop_backward(dy: Any, dhn: Any, dcn: Any, dcs: Any, x: Shape, h0: Any, c0: Any, *others: Any, **out: Any) -> int:
+    w_ih, w_hh, need = *others[:2], others[-2]
+    of_x, of_h = (2 * x[0] * x[1] * prod(w or (0,)) for w in (w_ih, w_hh))
+    return of_x * (need[0] + need[3]) + of_h * (1 + need[4])
+
+
 def _formulas() -> dict[Any, Callable[..., int]]:
     ours, aten = torch.ops.seqcells, torch.ops.aten
     found: dict[Any, Callable[..., int]] = {
@@ -60,10 +70,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
         ours.onednn_backward: _onednn_backward,
         ours.single_forward: _single,
     }
-    for name in ("loop", "scan"):
-        found[getattr(ours, f"{name}_forward")] = _forward
-        found[getattr(ours, f"{name}_backward")] = _backward
-    return found | {ours.loop_recompute: _forward, ours.recompute: _forward}
+    found |= {ours.scan_forward: _forward, ours.scan_backward: _backward, ours.recompute: _forward}
+    return found | {ours.loop_forward: _loop_forward, ours.loop_backward: _loop_backward}
 
 
 def register() -> None:

@@ -20,8 +20,7 @@ from .cell import get
 from .kernels.buffers import pack_saved, unpack_saved
 from .kernels.plan import Plan, plan
 from .kernels.plan_single import Single, plan_single, unfit
-from .loop import operators as loop
-from .loop import part_of
+from .loop import part_of, projected
 from .products import hidden_size, input_projection, places, recurrent, step_biases
 
 
@@ -114,8 +113,7 @@ def _scan_forward(
         return tuple(call(plan=planned(schedule)))  # type: ignore[return-value]
 
     def by_loop() -> Any:
-        out = loop.forward(gx, u, bias, h0, c0, mask, cell, save, reversed, "", precision, params)
-        y, c, kept, hn, cn = out
+        y, c, kept, hn, cn = projected.forward((gx, u, bias, mask, params), (h0, c0), cell, save, reversed)
         like = kernels.scan.allocate(declared, gx, save, reversed)
         saved = _tiles(cell, kept) if like.saved.numel() else like.saved
         return y, c if c.numel() else like.c, saved, hn, cn
@@ -156,7 +154,7 @@ def _scan_backward(
 
     def by_loop() -> Any:
         kept = _kept(cell, saved, y.dtype) if declared.saved else saved
-        return loop.backward(dy, dhn, dcn, dcs, u, y, c, kept, mask, cell, reversed, "", precision, params)
+        return projected.backward((dy, dhn, dcn, dcs), (u, mask, params), (y, c, kept), cell, reversed)
 
     kernel = _kernel(cell, "backward", y, u)
     return tuple(fallback.first_that_runs(kernel, _attempts(planned, call), by_loop))
@@ -188,7 +186,7 @@ def _recompute(
         return call()
     kernel = _kernel(cell, "recompute", y, u)
     attempts = [("recompute", partial(call, launch=_launch))]
-    by_loop = partial(loop.recompute_saved, gx, u, bias, y, c, mask, cell, reversed, "", params)
+    by_loop = partial(projected.recompute, (gx, u, bias, mask, params), (y, c), cell, reversed)
     return fallback.first_that_runs(kernel, attempts, lambda: _tiles(cell, by_loop()))
 
 

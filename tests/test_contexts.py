@@ -268,7 +268,7 @@ def engine(monkeypatch):
         run = getattr(whole, name)
         return lambda *a: (found.append(name), run(*a))[1]
 
-    monkeypatch.setitem(autograd.ENGINES, "loop", whole._replace(**{n: noted(n) for n in ("whole", "whole_backward")}))
+    monkeypatch.setitem(autograd.ENGINES, "loop", whole._replace(**{n: noted(n) for n in ("forward", "backward")}))
     return found
 
 
@@ -283,7 +283,7 @@ def test_backward_in_another_thread_is_the_forwards(engine):
             dx.square().sum().backward()
 
     in_threads(back)
-    assert engine[0] == "whole" and "whole_backward" in engine and x.grad is not None
+    assert engine[0] == "forward" and "backward" in engine and x.grad is not None
 
 
 @pytest.mark.parametrize("reentrant", [True, False])
@@ -296,7 +296,7 @@ def test_a_checkpoint_recomputes_with_the_choice_where_backward_is_called(reentr
 
     with seqcells.backend("aten"):
         in_threads(train)
-    assert engine == ["whole", "whole", "whole_backward"]
+    assert engine == ["forward", "forward", "backward"]
 
 
 class Deep(torch.autograd.Function):

@@ -40,7 +40,7 @@ def op_arguments(engine, cell, save, groups=1, lengths=False, leaf=False):
 
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("cell", CELLS)
-@pytest.mark.parametrize("engine", ["triton", "loop"])
+@pytest.mark.parametrize("engine", ["triton"])
 def test_opcheck(engine, cell, groups):
     """Schema, fakes and tracing; the other save modes, whose shapes differ, and lengths by their fakes alone."""
     walker = autograd.ENGINES[engine]
@@ -55,7 +55,7 @@ def test_opcheck(engine, cell, groups):
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
 
 
-@pytest.mark.parametrize("engine", ["triton", "loop"])
+@pytest.mark.parametrize("engine", ["triton"])
 def test_opcheck_of_inputs_that_require_gradients(engine):
     """As within a Function, which alone has the operators' gradients: the operators have none."""
     walker = autograd.ENGINES[engine]
@@ -128,7 +128,7 @@ def test_auto_on_the_cpu_goes_by_the_size_of_the_work(layer):
             given = list(module.parameters())
             how = functional.How(**masks)
             return functional.choose(cell, torch.zeros(T, B, 1), given, how, H).backend
-        with mock.patch.dict(autograd.ENGINES, loop=autograd.ENGINES["loop"]._replace(whole=stop)):
+        with mock.patch.dict(autograd.ENGINES, loop=autograd.ENGINES["loop"]._replace(forward=stop)):
             try:
                 module(torch.zeros(T, B, 1), **masks)
             except Stopped:

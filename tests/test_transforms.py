@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import seqcells
 from seqcells import autograd
+from seqcells.loop import operators
 
 BACKENDS = [None, "loop", "triton"]  # None: oneDNN's LSTM, on the CPU
 ENGINES = ["loop", "triton"]
@@ -153,6 +154,13 @@ def test_hessian(backend):
 # --- vmap -----------------------------------------------------------------------------------------------------------
 
 
+def _operators(engine):
+    """Its torch.library operators."""
+    if engine == "loop":
+        return operators.loop_forward, operators.loop_backward
+    return autograd.ENGINES[engine][:3]
+
+
 @pytest.fixture
 def calls():
     """The names of the operators that ran, in order, of both engines."""
@@ -169,7 +177,7 @@ def calls():
 
     kept = []
     for engine in ENGINES:
-        for op in autograd.ENGINES[engine][:3]:
+        for op in _operators(engine):
             kept.append((op, dict(op._backend_fns)))
             op.register_kernel(None, counted(op))
     yield ran
