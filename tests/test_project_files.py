@@ -92,12 +92,12 @@ def test_links_lead_somewhere(page):
         assert (ROOT / page).parent.joinpath(link).exists(), link
 
 
-@pytest.mark.skipif(not (ROOT / "seqcells/engines/triton.py").exists(), reason="the engines are not there yet")
+@pytest.mark.skipif(not (ROOT / "seqcells/engines/loop").exists(), reason="the engines are not all there yet")
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md", "tests/README.md"])
 def test_files_that_are_named_exist(page):
     folders = "seqcells|kernels|tests|benchmarks|docs|examples"
     for path in re.findall(rf"`((?:{folders})/[\w./-]*)`", read(page)):
-        assert (ROOT / path).exists(), path
+        assert (ROOT / path).exists() or "NAME" in path, path
     for path, name in re.findall(rf"`((?:{folders})/[\w./-]+\.py)`[,:]? `(\w+)`", read(page)):
         assert re.search(rf"\b{name}\b", read(path)), f"{path} has no {name}"
 
