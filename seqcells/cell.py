@@ -12,6 +12,7 @@ from __future__ import annotations
 import inspect
 import keyword
 import math
+from collections import namedtuple
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -69,9 +70,10 @@ class _Found(Generic[T]):
             return self  # type: ignore[return-value]
         if is_compiling():
             # Not read from the cell: if a second cell's numbers differ, Dynamo takes them for variables, and
-            # `0 in cell.rows` is false. But a Form from a constant function would have no properties.
+            # `0 in cell.rows` is false. But a Form from a constant function would have no properties,
+            # and a type could not be called.
             fact = _find(made.key, self.name)
-            return made._facts[self.name][0] if self.name == "form" else fact
+            return made._facts[self.name][0] if self.name in ("form", "by_gate") else fact
         if not made._facts[self.name]:
             _find(made.key, self.name)
         return made._facts[self.name][0]
@@ -158,6 +160,11 @@ class Cell:
     def u_gates(self) -> tuple[str, ...]:
         """The gates that have a recurrent product, in the order of `gates`: the rows of weight_hh."""
         return self._gates[1]
+
+    @_Found
+    def by_gate(self) -> tuple[type, type]:
+        """The types of the step's x and U, with an attribute for each gate, which torch.compile can trace."""
+        return namedtuple("x", self.x_gates), namedtuple("U", self.u_gates)  # noqa: PYI024  # names are the cell's
 
     @_Found
     def runs(self) -> tuple[tuple[int, int, int], ...]:

@@ -484,7 +484,7 @@ def _stacked(call: Call) -> tuple[aten.Weights, Tensor | None]:
     params = call.params
     if call.stacked is not None:
         return call.stacked, params[None] if params is not None and params.dim() == 1 else params
-    return [None if ts[0] is None else torch.stack(ts) for ts in zip(*call.groups, strict=True)], params  # type: ignore[arg-type]
+    return [None if ts[0] is None else torch.stack(ts) for ts in zip(*call.groups, strict=True)], params
 
 
 def starts(

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections import namedtuple
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -51,7 +50,8 @@ def step_of(of: str | Cell) -> Step:
             products = zip(linear(x, w_ih).split(H, -1), _biases(cell, cell.x_gates, b_ih, H), strict=True)
             gates = tuple(p if b is None else p + b for p, b in products)
         recurrent = () if w_hh is None else _products(cell, states, w_hh, b_hh)
-        found = cell(_by_gate(cell.x_gates)(*gates), _by_gate(cell.u_gates)(*recurrent), *states, *params, *inputs)
+        x_type, u_type = cell.by_gate
+        found = cell(x_type(*gates), u_type(*recurrent), *states, *params, *inputs)
         results = found if isinstance(found, (tuple, list)) else (found,)
         shape = states[0].shape
         results = tuple(r if r.shape == shape else r.expand(shape) for r in results)  # made of trained vectors alone
@@ -97,16 +97,6 @@ def _biases(cell: Cell, gates: tuple[str, ...], b: Tensor, H: int) -> list[Tenso
     """The bias of each gate, None where it has none."""
     given = iter(b.split(H))
     return [next(given) if g in cell.biased else None for g in gates]
-
-
-def _by_gate(gates: tuple[str, ...]) -> Callable[..., Any]:
-    """A type with an attribute for each gate, which torch.compile can trace."""
-    if gates not in _TYPES:
-        _TYPES[gates] = namedtuple("by_gate", gates)
-    return _TYPES[gates]
-
-
-_TYPES: dict[tuple[str, ...], Callable[..., Any]] = {}
 
 
 lstm_cell = arguments.explained(

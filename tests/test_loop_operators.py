@@ -108,7 +108,7 @@ def run(options, save, inputs, mask, grads=None):
     outputs, (y, c, saved) = forward(options, save, inputs, mask)
     if grads is None:
         grads = [drawn(*o.shape) for o in outputs]
-    found = backward(options, inputs, mask, (y, c, saved if saved.dim() > 1 else None), grads, options.need)
+    found = backward(options, inputs, mask, (y, c, saved if saved.dim() > 1 else None), grads, (True,) * 9)
     return outputs, found, grads
 
 
@@ -119,7 +119,7 @@ def test_traced_as_straight_away(name, kind, keys, poison):
     for K, save in ((1, "gates"), (2, "states"), (2, "gates")):
         reversed = 2 if K > 1 else 0
         options = Options("loop", keys[name], reversed=reversed, states=get(keys[name]).form.states > 1)
-        options = replace(options, need=(True,) * 9, notes={})
+        options = replace(options, notes={})
         inputs, mask = tensors(keys[name], K), mask_of(kind, reversed)
         if K == 1:
             inputs = [t if t is None or n in (0, 1, 2, 8) else t[0] for n, t in enumerate(inputs)]
@@ -154,7 +154,7 @@ BATCHED = {  # what vmap's dimension is in
 def test_vmap_as_one_after_another(name, which, keys):
     """Of two groups, one reversed; with a mask of its own for each, too; every gradient of each."""
     V, key = 3, keys[name]
-    options = Options("loop", key, reversed=2, states=get(key).form.states > 1, need=(True,) * 9, traced=True)
+    options = Options("loop", key, reversed=2, states=get(key).form.states > 1, traced=True)
     for own_mask, save in ((False, "gates"), (True, "states")):
         every, single = tensors(key, 2, lead=(V,)), tensors(key, 2)
         inputs = [e if n in BATCHED[which] else s for n, e, s in zip(NAMES, every, single, strict=True)]
@@ -176,7 +176,7 @@ def test_vmap_as_one_after_another(name, which, keys):
 )
 def test_vmap_in_vmap(outer, inner, keys):
     key, V, W = keys["gru"], 2, 3
-    options = Options("loop", key, reversed=2, need=(True,) * 9, traced=True)
+    options = Options("loop", key, reversed=2, traced=True)
     lead = {n: ((V,) if n in BATCHED[outer] else ()) + ((W,) if n in BATCHED[inner] else ()) for n in NAMES}
     single = tensors(key, 2)
     inputs = [None if t is None else drawn(*lead[n], *t.shape) for n, t in zip(NAMES, single, strict=True)]
@@ -197,7 +197,7 @@ def test_vmap_in_vmap(outer, inner, keys):
 def test_many_reversed_groups_are_several_calls(keys):
     """Their bits are one integer, of at most batching.MOST groups a call."""
     V, key = 70, keys["rnn_tanh"]
-    options = Options("loop", key, reversed=1, need=(True,) * 9, traced=True)
+    options = Options("loop", key, reversed=1, traced=True)
     single, weights = tensors(key), tensors(key, lead=(V,))
     inputs = [*single[:3], *weights[3:7], None, None]
     dims = [None] * 3 + [0] * 4 + [None] * 2
