@@ -1,4 +1,4 @@
-"""A layer by the loop, backward: all gradients. Each weight's is summed piece by piece, beside the steps."""
+"""A layer by the loop, backward. The gradients of weights are summed piece by piece, right after the steps."""
 
 from __future__ import annotations
 
@@ -96,12 +96,12 @@ def layer_gradients(
 
 
 def _of_groups(each: Any, apart: bool) -> Any:
-    """The gradients of all groups' input: apart where each has its own, else their sum."""
+    """The gradient of the groups' input: side by side where each has its own (apart), else their sum."""
     return None if each[0] is None else torch.stack(each, 1) if apart else sum(each[1:], each[0])
 
 
 def scan_back(group: Group, states: Any, rows: Sequence[Any], finals: Sequence[Any], sums: Sums) -> Any:
-    """steps.scan_backward, the gradients of outputs in the order of time. Its results are of inference mode."""
+    """steps.scan_backward, the gradients of outputs in the order of time. Returns inference tensors."""
     order = group.order
     copies = [None if d is None else lambda into, a, b, d=d: into.copy_(order.of(d, a, b)) for d in rows]
     with torch.inference_mode():
@@ -109,7 +109,7 @@ def scan_back(group: Group, states: Any, rows: Sequence[Any], finals: Sequence[A
 
 
 class Sums:
-    """What is made of the gates' gradients of one group, piece by piece: the gradients of its inputs and weights."""
+    """The gradients of one group's inputs and weights, summed from those of its gates, piece by piece."""
 
     def __init__(self, group: Group, need: Sequence[bool], samples: int = 1) -> None:
         self.group, order, x = group, group.order, group.x
@@ -149,9 +149,8 @@ class Sums:
         weights.add(p, x, pairs)
 
     def results(self, starts: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
-        """The 9 gradients, dx [T*B, I]; of more samples than one, those of weights [samples, .]. starts: those of h0 and
-        c0."""
-        # Copies, for what is made in inference mode stays of it.
+        """The 9 gradients, dx [T*B, I]; of more samples than one, those of weights [samples, .]. starts: of h0, c0."""
+        # Copies: these are inference tensors.
         dh0, dc0 = (s.to(self.dtype, copy=True) if n else None for s, n in zip(starts, need[1:3], strict=True))
         dx, dgiven = (None if d is None else _placed(self.group, d) for d in (self.dx, self.dgiven))
         return dx, dh0, dc0, *self.weights.results(self.dtype), dgiven

@@ -1,4 +1,4 @@
-"""A layer by the loop: the groups of it, what is theirs, and the way forward. Backward: `gradients`.
+"""A layer by the loop, forward: its groups, with their weights in the order of the products. Backward: `gradients`.
 
 The input's product is formed piece by piece, right before the steps that use it. See `autograd` for the arguments.
 """
@@ -130,7 +130,7 @@ class Group:
             into[:, column * H : (column + 1) * H] = 0
 
     def states(self, y: Tensor, c: Tensor | None, gates: Tensor | None) -> steps.States:
-        """What steps.scan_backward asks of rows; gates None: they are recomputed."""
+        """The `states` of steps.scan_backward; gates None: they are recomputed."""
         order, part, head = self.order, self.part, self.order.head
         operands = [*part.forward_weights(self.u), *self.params] if part.saved and gates is None else []
 

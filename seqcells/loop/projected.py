@@ -1,6 +1,6 @@
-"""The steps of a loop alone, of an input that is projected already, in the kernels' buffers (`kernels.buffers`).
+"""The loop over an input that is already projected, in the kernels' buffers (`kernels.buffers`).
 
-What takes a kernel's place where none runs (see `fallback`). u [K, products*H, H] in the order of the products; what is
+It replaces a kernel that does not run (see `fallback`). u [K, products*H, H] in the order of the products; what is
 saved is [T, B, K, saved*H], in the loop's order.
 """
 

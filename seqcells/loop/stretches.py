@@ -72,7 +72,7 @@ class RowOrder:
         return buffer[self.head :] if self.target is None else buffer.index_select(0, self.target)
 
     def fill(self, buffer: Tensor, states: Tensor, start: Tensor | None) -> None:
-        """The opposite: a buffer of states [T*B, .] and the given start [B, .]; None: zero."""
+        """Fills a buffer with states in the order of time [T*B, .], and the given start [B, .]; None: zero."""
         self.begin(buffer, start)
         buffer[self.head :] = self.of(states, 0, self.rows)
 
@@ -110,8 +110,7 @@ class RowOrder:
         return found if final is None else torch.where((self.last < self.batch)[:, None], final, found)
 
     def by_sample(self, a: int, b: int, samples: int, device: torch.device) -> Tensor:
-        """Which of rows a to b, counted from a, are each sample's, an equal part of the B sequences; b-a after its last:
-        [samples, .]"""
+        """Rows a to b, counted from a, by sample (an equal part of the B sequences): [samples, .], padded with b-a."""
         rows = torch.arange(a, b, device=device) if self.source is None else self.source[a:b]
         sample, order = torch.sort(rows % self.batch // (self.batch // samples), stable=True)
         counts = torch.bincount(sample, minlength=samples)
