@@ -115,7 +115,8 @@ class RowOrder:
         sample, order = torch.sort(rows % self.batch // (self.batch // samples), stable=True)
         counts = torch.bincount(sample, minlength=samples)
         place = torch.arange(b - a, device=device) - (counts.cumsum(0) - counts)[sample]
-        found = torch.full((samples, int(counts.max())), b - a, device=device)
+        most = (b - a) // samples if self.start is None else int(counts.max())  # without a mask the host reads nothing
+        found = torch.full((samples, most), b - a, device=device)
         found[sample, place] = order
         return found
 
