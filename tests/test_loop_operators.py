@@ -140,6 +140,32 @@ def layer(options, save):
     return function
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", ["lstm", "nobody"])
+def test_inputs_of_each_group(name, dtype, keys):
+    """x and inputs with an axis of groups, as each group by itself; in half precision, too, and the fakes of it."""
+    K, need = 2, (True,) * 9
+    options = Options("loop", keys[name], reversed=0, states=True, need=need)
+    inputs = [None if t is None else t.to(dtype) for t in tensors(keys[name], K)]
+    for n in (0, 8):
+        inputs[n] = None if inputs[n] is None else torch.stack([inputs[n], 2 * inputs[n]], 2)
+    mask = mask_of("both", 0)
+    outputs, found, grads = run(options, "gates", inputs, mask)
+    traced = run(replace(options, traced=True), "gates", inputs, mask, grads)
+    torch.testing.assert_close(traced[:2], (outputs, found))
+    assert {t.dtype for t in (*outputs, *(f for f in found if f is not None))} == {dtype}
+    for k in range(K):
+        own = [None if t is None else t[:, :, k] if n in (0, 8) else t[k : k + 1] for n, t in enumerate(inputs)]
+        halves = [d.chunk(K, 2)[k] if d.shape[0] == T else d[k : k + 1] for d in grads]
+        expected = run(options, "gates", own, mask, halves)
+        torch.testing.assert_close(outputs[0].chunk(K, 2)[k], expected[0][0])
+        for n, (f, e) in enumerate(zip(found, expected[1], strict=True)):
+            if f is not None:
+                torch.testing.assert_close(f[:, :, k] if n in (0, 8) else f[k : k + 1], e)
+    arguments = (*inputs, mask, keys[name], "gates", 0)
+    torch.library.opcheck(operators.loop_forward, arguments, test_utils="test_faketensor")
+
+
 BATCHED = {  # what vmap's dimension is in
     "samples": ("x", "h0", "c0", "inputs"),
     "an ensemble": ("w_ih", "w_hh", "b_ih", "b_hh", "params"),

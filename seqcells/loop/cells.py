@@ -19,7 +19,7 @@ p [rows, gradient_width*H], the gradients of the same. A part of the engine, a c
     operands         how many are no state
     gradient_width   columns of p in units of H
     grads, apart_grads, param_grads    the columns in p of gx's tiles and of the products apart; the first parameter's
-    rows             the products, in the order in which `products` gives their rows of the weights
+    rows             the products, in the order in which `products` returns their rows of the weights
     scratch_forward, scratch_backward    how many tensors [rows of a step, H] to work in
     forward_weights(u), backward_weights(u)    the recurrent weights [products*H, H] as forward and activate take them,
                      and as backward does
@@ -276,7 +276,7 @@ class GRUBefore(Tuned):
 
 
 class Tanh(Tuned):
-    """x: nothing, y says it all."""
+    """x is empty: y is all that backward needs."""
 
     gates, states, saved, width, gradient_width, param_grads = 1, 1, 0, 0, 1, 1
     order, columns, grads, apart_grads, rows = (), (0,), (0,), (), (0,)
@@ -318,7 +318,7 @@ class Tanh(Tuned):
 
 
 class Relu(Tanh):
-    """Its derivative is no factor: torch's backward of relu gives 0 where y is, even for a gradient of inf or NaN, and
+    """Its derivative is no factor: torch's backward of relu is 0 where y is 0, even for a gradient of inf or NaN, and
     the gradient itself where y is NaN."""
 
     activation = torch.relu_

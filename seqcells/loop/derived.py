@@ -38,15 +38,16 @@ class Generated(Layout):
             setattr(self, name, made[name])
 
     def forward_weights(self, u: Tensor) -> list[Tensor]:
-        """u [products*H, H]: of each run of products in x what it is multiplied with."""
+        """Of u [products*H, H]: for each run of products in x its weights, transposed."""
         H = u.shape[1]
         return [blocks(u, numbers, H, 0).t().contiguous() for runs in self.products_in for _, numbers in runs]
 
     def backward_weights(self, u: Tensor) -> list[Tensor]:
+        """Of u [products*H, H]: for each run of products in p its weights."""
         return [blocks(u, numbers, u.shape[1], 0) for runs in self.products_back for _, numbers in runs]
 
     def save(self, into: Tensor, x: Tensor, H: int) -> None:
-        """Copies what is saved of x [rows, width*H] into [rows, saved*H]."""
+        """Copies what is saved from x [rows, width*H] into [rows, saved*H]."""
         for n, column, count in self.saved_runs:
             into[:, n * H : (n + count) * H] = x[:, column * H : (column + count) * H]
 
@@ -74,7 +75,7 @@ _FOUND: dict[str, Generated] = {}
 
 
 def get(key: str) -> Any:
-    """The part of the cell of that key: a tuned one, or one made of its step when it is first wanted."""
+    """The part of the cell of that key: a tuned one, or one derived from its step at the first use."""
     if key in CELLS:
         return CELLS[key]
     parts = defined(key)._derived.parts

@@ -1,4 +1,4 @@
-"""A layer by the loop, backward: all gradients. Each weight's is summed piece by piece, beside the steps."""
+"""A layer by the loop, backward. The gradients of weights are summed piece by piece, right after the steps."""
 
 from __future__ import annotations
 
@@ -29,9 +29,7 @@ def backward(
     if options.traced:
         found = _traced(options, inputs, mask, buffers, grads, need)
     else:
-        found = layer_gradients(options, inputs, mask, buffers, grads, need, 1)
-    # Those of weights have an axis of samples: one.
-    found = (*found[:3], *(None if d is None else d[0] for d in found[3:8]), found[8])
+        found = layer_gradients(options, inputs, mask, buffers, grads, need)
     return tuple(
         d.reshape(t.shape) if n and d is not None and t is not None else None
         for d, t, n in zip(found, inputs, need, strict=True)
@@ -46,7 +44,7 @@ def _traced(
     grads: Sequence[Tensor | None],
     need: Sequence[bool],
 ) -> Gradients:
-    """By the operator."""
+    """By the operator, of one sample."""
     given, (dy, dhn, dcn, dcs) = grouped(inputs), of_outputs(options, grads)
     K = given[3].shape[0]  # type: ignore[union-attr]
     dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, d.shape[2] // K) for d in (dy, dcs))
@@ -70,9 +68,10 @@ def layer_gradients(
     buffers: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
     need: Sequence[bool],
-    samples: int,
+    samples: int = 1,
 ) -> Gradients:
-    """`backward`; of weights [samples, K, .], each the gradient of an equal part of the B sequences."""
+    """`backward`, in shapes of as many elements. Of more samples than one, those of weights are [samples, K, .], one of
+    each sample, which is an equal part of the B sequences."""
     x, w_ih, given = inputs[0], inputs[3], inputs[8]
     assert x is not None and w_ih is not None
     T, B, K = *x.shape[:2], 1 if w_ih.dim() == 2 else w_ih.shape[0]
@@ -87,21 +86,22 @@ def layer_gradients(
         sums = Sums(group, need, samples)
         starts = scan_back(group, group.states(y, c, gates), rows, finals, sums)  # type: ignore[arg-type]
         each.append(sums.results(starts, need))
-    dx, *starts_of, extra = zip(*each, strict=True)
+    dx, *others, extra = zip(*each, strict=True)
     found = [_of_groups(dx, x.dim() == 4)]
-    found += [None if of[0] is None else of[0][None] if K == 1 else torch.stack(of) for of in starts_of[:2]]
-    found += [None if of[0] is None else of[0][:, None] if K == 1 else torch.stack(of, 1) for of in starts_of[2:]]
+    for n, of in enumerate(others):
+        axis = 1 if n >= 2 and samples > 1 else 0
+        found.append(None if of[0] is None else of[0] if K == 1 else torch.stack(of, axis))
     found.append(_of_groups(extra, given is not None and given.dim() == 4))
     return tuple(found)
 
 
 def _of_groups(each: Any, apart: bool) -> Any:
-    """The gradients of all groups' input: apart where each has its own, else their sum."""
+    """The gradient of the groups' input: side by side where each has its own (apart), else their sum."""
     return None if each[0] is None else torch.stack(each, 1) if apart else sum(each[1:], each[0])
 
 
 def scan_back(group: Group, states: Any, rows: Sequence[Any], finals: Sequence[Any], sums: Sums) -> Any:
-    """steps.scan_backward, the gradients of outputs in the order of time. Its results are of inference mode."""
+    """steps.scan_backward, the gradients of outputs in the order of time. Returns inference tensors."""
     order = group.order
     copies = [None if d is None else lambda into, a, b, d=d: into.copy_(order.of(d, a, b)) for d in rows]
     with torch.inference_mode():
@@ -109,7 +109,7 @@ def scan_back(group: Group, states: Any, rows: Sequence[Any], finals: Sequence[A
 
 
 class Sums:
-    """What is made of the gates' gradients of one group, piece by piece: the gradients of its inputs and weights."""
+    """The gradients of one group's inputs and weights, summed from those of its gates, piece by piece."""
 
     def __init__(self, group: Group, need: Sequence[bool], samples: int = 1) -> None:
         self.group, order, x = group, group.order, group.x
@@ -120,7 +120,7 @@ class Sums:
         if need[8] and group.given is not None:
             self.dgiven = group.given.new_empty(rows, group.given.shape[1])
         self.dtype = like.dtype
-        self.weights = [_WeightSums(group, self.w_back, need) for _ in range(samples)]
+        self.samples, self.weights = samples, _WeightSums(group, self.w_back, need, samples)
 
     def collect(self, a: int, b: int, p: Tensor, others: Any, h: Tensor, c: Any) -> None:
         """See steps.scan_backward."""
@@ -139,25 +139,21 @@ class Sums:
         if self.dgiven is not None:
             for first, end, i, j in group.columns.given_back:
                 self.dgiven[head + a : head + b, i * H : j * H] = p[:, first * H : end * H]
-        first_sample = self.weights[0]
-        x = group.rows(a, b) if first_sample.dw is not None else None
-        pairs = group.part.products(p, others, h, c) if first_sample.du is not None else []
-        if len(self.weights) == 1:
-            first_sample.add(p, x, pairs)
-            return
-        each = group.order.by_sample(a, b, len(self.weights), p.device)
-        for sample, rows in zip(self.weights, each, strict=True):
-            own = [(d[rows], operand[rows]) for d, operand in pairs]
-            sample.add(p[rows], None if x is None else x[rows], own)
+        weights = self.weights
+        x = group.rows(a, b) if weights.dw is not None else None
+        pairs = group.part.products(p, others, h, c) if weights.du is not None else []
+        if self.samples > 1:
+            rows = group.order.by_sample(a, b, self.samples, p.device)
+            p, x = _rows_of(p, rows), None if x is None else _rows_of(x, rows)
+            pairs = [(_rows_of(d, rows), _rows_of(operand, rows)) for d, operand in pairs]
+        weights.add(p, x, pairs)
 
     def results(self, starts: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
-        """The 9 gradients, dx [T*B, I], those of weights [samples, .]. starts: those of h0 and c0."""
-        # Copies, for what is made in inference mode stays of it.
+        """The 9 gradients, dx [T*B, I]; of more samples than one, those of weights [samples, .]. starts: of h0, c0."""
+        # Copies: these are inference tensors.
         dh0, dc0 = (s.to(self.dtype, copy=True) if n else None for s, n in zip(starts, need[1:3], strict=True))
         dx, dgiven = (None if d is None else _placed(self.group, d) for d in (self.dx, self.dgiven))
-        found = zip(*(sample.results(self.dtype) for sample in self.weights), strict=True)
-        weights = (None if of[0] is None else of[0][None] if len(of) == 1 else torch.stack(of) for of in found)
-        return dx, dh0, dc0, *weights, dgiven
+        return dx, dh0, dc0, *self.weights.results(self.dtype), dgiven
 
 
 def _placed(group: Group, t: Tensor) -> Tensor:
@@ -166,37 +162,56 @@ def _placed(group: Group, t: Tensor) -> Tensor:
     return group.order.placed_states(t)
 
 
-class _WeightSums:
-    """The gradients of one group's weights, of all rows or of one sample's."""
+def _rows_of(t: Tensor, rows: Tensor) -> Tensor:
+    """Rows [samples, .] of t; after its last, zero."""
+    return torch.cat([t, t.new_zeros(1, t.shape[1])]).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
-    def __init__(self, group: Group, w_back: Tensor | None, need: Sequence[bool]) -> None:
+
+def _add_product(into: Tensor, d: Tensor, operand: Tensor) -> None:
+    """d^T operand, of each sample if there are samples."""
+    if d.dim() == 3:
+        into.baddbmm_(d.transpose(1, 2), operand)
+    else:
+        into.addmm_(d.t(), operand)
+
+
+class _WeightSums:
+    """The gradients of one group's weights; of more samples than one, [samples, .]."""
+
+    def __init__(self, group: Group, w_back: Tensor | None, need: Sequence[bool], samples: int) -> None:
         self.columns, self.part, self.H, u = group.columns, group.part, group.H, group.u
-        self.dw = torch.zeros_like(w_back) if need[3] and w_back is not None else None
-        self.du = torch.zeros_like(u) if need[4] else None
+        lead = (samples,) if samples > 1 else ()
+        self.dw = u.new_zeros(*lead, *w_back.shape) if need[3] and w_back is not None else None
+        self.du = u.new_zeros(*lead, *u.shape) if need[4] else None
         # Of the columns that are sums over rows alone: those of biases and trained vectors.
         biases, vectors = need[5] or need[6], need[7] and bool(self.part.params)
-        self.sums = u.new_zeros(self.part.gradient_width * self.H) if biases or vectors else None
+        self.sums = u.new_zeros(*lead, self.part.gradient_width * self.H) if biases or vectors else None
 
     def add(self, p: Tensor, x: Tensor | None, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
         """The products of some rows: gates' gradients and input; and, of u, pairs of the two."""
         H = self.H
         if self.dw is not None and x is not None:
             for first, end, i, j in self.columns.runs_back:
-                self.dw[i * H : j * H].addmm_(p[:, first * H : end * H].t(), x)
+                _add_product(self.dw[..., i * H : j * H, :], p[..., first * H : end * H], x)
         if self.du is not None:
-            for into, (d, operand) in zip(self.du.split([d.shape[1] for d, _ in pairs]), pairs, strict=True):
-                into.addmm_(d.t(), operand)
+            for into, (d, operand) in zip(self.du.split([d.shape[-1] for d, _ in pairs], -2), pairs, strict=True):
+                _add_product(into, d, operand)
         if self.sums is not None:
-            self.sums.add_(p.sum(0))
+            self.sums.add_(p.sum(-2))
 
     def results(self, dtype: torch.dtype) -> Gradients:
         """Of w_ih, w_hh, b_ih, b_hh, params, in the cell's order."""
         columns, part, H = self.columns, self.part, self.H
         dw, du, sums = (None if t is None else t.to(dtype) for t in (self.dw, self.du, self.sums))
-        dw = None if dw is None else blocks(dw, columns.of_w_ih, H, 0)
-        du = None if du is None else blocks(du, columns.of_w_hh, H, 0)
+        dw = None if dw is None else blocks(dw, columns.of_w_ih, H, -2)
+        du = None if du is None else blocks(du, columns.of_w_hh, H, -2)
         if sums is None:
             return dw, du, None, None, None
-        sums, dparams = sums.split([part.param_grads * H, (part.gradient_width - part.param_grads) * H])
-        db_ih, db_hh = blocks(sums, columns.of_b_ih, H), blocks(sums, columns.of_b_hh, H)
-        return dw, du, db_ih, db_hh.clone() if db_hh.data_ptr() == db_ih.data_ptr() else db_hh, dparams
+        sums, dparams = sums.split([part.param_grads * H, (part.gradient_width - part.param_grads) * H], -1)
+        db_ih = blocks(sums, columns.of_b_ih, H)
+        if columns.of_b_hh == columns.of_b_ih:
+            return dw, du, db_ih, db_ih.clone(), dparams
+        db_hh = blocks(sums, columns.of_b_hh, H)
+        # No gradient shares elements with another.
+        same = db_hh.untyped_storage().data_ptr() == db_ih.untyped_storage().data_ptr()
+        return dw, du, db_ih, db_hh.clone() if same else db_hh, dparams

@@ -1,4 +1,4 @@
-"""A layer by the loop: the groups of it, what is theirs, and the way forward. Backward: `gradients`.
+"""A layer by the loop, forward: its groups, with their weights in the order of the products. Backward: `gradients`.
 
 The input's product is formed piece by piece, right before the steps that use it. See `autograd` for the arguments.
 """
@@ -45,7 +45,8 @@ class ColumnOrder:
 
     tiles: of gx, those that the product of x fills; the others are given.
     Forward: w_ih: its blocks in the order of their columns; runs: of these; given: of the given tiles. u: the blocks of
-    w_hh in the order of the products; None: they are. b_ih, b_hh: as w_ih; given_b_hh: of the given tiles.
+    w_hh in the order of the products; None: they are. b_ih, b_hh: as w_ih; given_b_hh: of the given tiles; one_bias:
+    the two are added to the same.
     Backward: w_ih_back, runs_back, given_back: the same of the gradients' columns. of_w_ih, of_w_hh, of_b_ih, of_b_hh:
     the blocks of a gradient so formed in the cell's order.
     """
@@ -57,6 +58,7 @@ class ColumnOrder:
         self.u = None if at.u == tuple(range(len(at.u))) else at.u
         self.b_ih = tuple(at.b_ih[n] for n in self.w_ih)
         self.b_hh = [of for layer in at.b_hh if max(of := tuple(layer[n] for n in self.w_ih), default=-1) >= 0]
+        self.one_bias = self.b_hh == [self.b_ih] and len(at.of_b_ih) == len(at.of_b_hh)
         self.given_b_hh = [of for layer in at.b_hh if max(of := layer[tiles:], default=-1) >= 0]
         self.w_ih_back = tuple(sorted(range(tiles), key=part.grads.__getitem__))
         self.runs_back, self.given_back = _runs(part.grads[n] for n in self.w_ih_back), _runs(part.grads[tiles:])
@@ -128,7 +130,7 @@ class Group:
             into[:, column * H : (column + 1) * H] = 0
 
     def states(self, y: Tensor, c: Tensor | None, gates: Tensor | None) -> steps.States:
-        """What steps.scan_backward asks of rows; gates None: they are recomputed."""
+        """The `states` of steps.scan_backward; gates None: they are recomputed."""
         order, part, head = self.order, self.part, self.order.head
         operands = [*part.forward_weights(self.u), *self.params] if part.saved and gates is None else []
 
@@ -172,6 +174,8 @@ def layer_group(
     elif columns.u is not None:
         u = blocks(u, columns.u, H, 0)
     bias = apart = bias_of_given = None
+    if b_ih is not None and b_hh is not None and columns.one_bias:
+        b_ih, b_hh = b_ih + b_hh, None
     if b_ih is not None and at.of_b_ih:
         bias = blocks(b_ih, columns.b_ih, H)
     if b_hh is not None and at.of_b_hh:

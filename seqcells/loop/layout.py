@@ -1,4 +1,4 @@
-"""Where the loop keeps what a derived cell's step takes and gives: columns of x and of p (see `derived`)."""
+"""The columns of x and of p (see `cells`) of a derived cell: its tiles, products, saved values and gradients."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ class Layout:
         self.saves_all = len(self.saved_values) == self.width
         self.columns = tuple(self.x.at["gx", t] for t in range(form.gates))
         self.apart = tuple(self.x.at["hu", n] for n in form.apart)
-        self.zeroed = tuple(  # products that are summed nowhere though they only add: their column begins with nothing
+        self.zeroed = tuple(  # products that only add, but not to a tile in place: their column begins with zero
             self.x.at["hu", n] for n in range(form.products) if n not in self.summed and form.adds[n] >= 0
         )
         self.products_in = [  # of each operand: runs of its products in x

@@ -1,9 +1,10 @@
-"""A derived cell's steps back, as source: `coefficients` and `backward` (see `cells`)."""
+"""A derived cell's steps backward, as source: `coefficients` and `backward` (see `cells`)."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from itertools import combinations
 
 from ..derive.values import BOOLEAN, Value, ancestors, constant
@@ -12,7 +13,7 @@ from .printing import PRODUCTS, SLOPES, Code, function, tuple_of, unpack
 
 
 class _Back:
-    """What is made of the gradients."""
+    """A step's gradients as products of the given ones and of coefficients, and the code for both."""
 
     def __init__(self, part: Layout) -> None:
         self.part, self.found, self.form = part, part.found, part.form
@@ -32,7 +33,7 @@ class _Back:
     # --- gradients as one gradient times coefficients -----------------------------------------------------------------
 
     def split(self, value: Value) -> tuple[Value, list[Value], float]:
-        """value as a gradient, factors that are none, and a number."""
+        """value as a product: a gradient, factors that are none, and a number."""
         if value in self.lists:
             return self.lists[value]
         gradient, number = value, 1.0
@@ -60,7 +61,7 @@ class _Back:
         return self.lists[value]
 
     def _reached(self) -> list[Value]:
-        """Every gradient that is a term or a result, operations before what they are made of."""
+        """Every gradient that is a term or a result, each before its inputs."""
         found: dict[Value, None] = {}
         waiting = [v for v in self.results if v.gradient]
         while waiting:
@@ -92,7 +93,7 @@ class _Back:
         return left + found
 
     def _coefficients(self, reached: list[Value]) -> dict[Value, Value]:
-        """Of each value that is a gradient times something, that: products of two, those that occur often made once."""
+        """For each value that is a gradient times something, that something; frequent products are formed once."""
         lists, signs = {}, {}
         for value in reached:
             gradient, factors, number = self.split(value)
@@ -123,7 +124,7 @@ class _Back:
         return found
 
     def _product(self, parts: list[Value]) -> Value:
-        # A slope comes last: torch has its product with something as one operation.
+        # A slope comes last: torch has one operation for its product with a factor.
         first, *others = sorted(parts, key=lambda v: (v.op in SLOPES.values(), v.index))
         for other in others:
             first = self.graph.make("product", first, other)
@@ -175,7 +176,7 @@ class _Back:
         def again_plain(value: Value) -> Value:
             return value if constant(value) is not None else coefficient(value)
 
-        # Gates first, so that what they are is known before a state asks for it.
+        # Gates first: states use them.
         targets = {item: again(v, item) for item, v in self.values.items()}
         before = [again(v) for v in self.found.totals.dbefore]
         for item, value in targets.items():
@@ -191,142 +192,7 @@ class _Back:
         return all(v in vectors for v in ends)
 
     def _print_backward(self, targets: dict[Item, Value], before: list[Value], vectors: set[Value]) -> tuple[str, int]:
-        part, form, S = self.part, self.form, self.form.states
-        graph = self.graph
-        given: list[str] = []
-        views: dict[str, str] = {}
-
-        def view(column: int, count: int) -> str:
-            name = f"p{column}" if count == 1 else f"p{column}_{column + count - 1}"
-            views[name] = f"p[:, {column} * H : {column + count} * H]"
-            return name
-
-        weights: list[list[tuple[str, str, list[int]]]] = []
-        for runs in part.products_back:
-            weights.append([])
-            for column, numbers in runs:
-                given.append(f"u{len(given)}")
-                weights[-1].append((view(column, len(numbers)), given[-1], numbers))
-        columns = {item: view(part.p.at[item], 1) for item in targets}
-        leaves = {self.dstate(s): f"d{s}" for s in range(S)}
-        flat = {graph.make("coefficient", n) for n, c in enumerate(self.others) if self._vector(c, vectors)}
-        leaves |= {graph.make("coefficient", n): f"o{n}" for n in range(len(self.others))}
-        leaves |= {graph.make("coefficient", *item): columns[item] for item in self.in_p}
-        done: set[Item] = set()
-        hooks: dict[Value, Callable[[], None]] = {}
-
-        def finish(item: Item) -> None:
-            """The lines that fill a column of p."""
-            if item in done:
-                return
-            done.add(item)
-            value, name = targets[item], columns[item]
-            if (x := constant(value)) is not None:
-                code.lines.append(f"{name}.fill_({x!r})")
-            elif (found := code.take(value)) != name:
-                code.lines.append(f"{name}.copy_({found})")
-
-        def multiply(o: int) -> list[tuple[str, str]]:
-            for _, _, numbers in weights[o]:
-                for n in numbers:
-                    finish(part.gradient(n))
-            return [(v, w) for v, w, _ in weights[o]]
-
-        def reach(leaf: Value, o: int) -> None:
-            first, *more = multiply(o)
-            place = code.fresh()
-            code.names[leaf] = code.scratch[leaf] = place
-            code.lines.append(f"torch.mm({first[0]}, {first[1]}, out={place})")
-            code.lines.extend(f"{place}.addmm_({v}, {w})" for v, w in more)
-
-        given_back = {1: iter(self.found.dv), 2: iter(self.found.dm)}
-        for o, operand in enumerate(form.operands):
-            if operand.level == 2 or operand.state is None:
-                leaf = next(given_back[operand.level])
-                hooks[leaf] = lambda leaf=leaf, o=o: reach(leaf, o)  # type: ignore[misc]
-                leaves[leaf] = ""
-        wanted = [v for v in (*targets.values(), *before) if constant(v) is None]
-        code = Code(leaves, wanted, self.placed, flat, like="p", hooks=hooks)
-        for item in targets:
-            finish(item)
-        ends: list[str] = []
-        for s in range(1, S):
-            ends += self._carry(code, before[s], s)
-        self._add(code, before[0], 1)
-        code.lines.extend(ends)
-        for o, operand in enumerate(form.operands):
-            if operand.state is not None and operand.level == 1:
-                into = "under" if operand.state == 0 else f"d{operand.state}"
-                code.lines.extend(f"{into}.addmm_({v}, {w})" for v, w in multiply(o))
-        given += [f"q{n}" for n in range(form.params)]
-        cells = [f"d{s}" for s in range(1, S)]
-        by_rows = [n for n, c in enumerate(self.others) if graph.make("coefficient", n) not in flat]
-        every = [*views.values(), *(f"o{n}" for n in by_rows)]
-        names = [*views, *(f"o{n}" for n in by_rows)]
-        lines = [
-            "def backward(sizes, p, saved, others, grads, u, scratch):",
-            *unpack(given, "u"),
-            "d0, d, dcs, below = grads",
-            "H, rows = scratch.shape[2], -1",
-            *unpack([f"o{n}" for n in range(len(self.others))], f"others[: {len(self.others)}]"),
-            *code.constants(),
-            *code.before,
-            f"each = {tuple_of(every)}",
-            *([f"{tuple_of([f'e{s}' for s in range(1, S)])} = d.split(H, 1)"] if S > 1 else []),
-            "steps = list(zip(sizes, *(by_step(t, sizes) for t in each), d0, below, dcs or sizes, strict=True))",
-            f"for n, {', '.join([*names, 'd0', 'under', 'add'])} in reversed(steps):",
-            "    if n != rows:",
-            "        rows, carried = n, d[:n]",
-            *(f"        {c} = e{c[1:]}[:n]" for c in cells),
-            *(f"        s{k} = scratch[{k}, :n]" for k in range(code.count)),
-            *(["    if dcs is not None:", "        carried.add_(add)"] if S > 1 else []),
-            *(f"    {line}" for line in code.lines),
-        ]
-        return function(lines), code.count
-
-    def _carry(self, code: Code, value: Value, s: int) -> list[str]:
-        """Lines so that d{s} becomes the gradient of the state before; and those that must wait for the others."""
-        own = self.dstate(s)
-        if value is own:
-            code.drop(value)
-            return []
-        if (x := constant(value)) is not None:
-            return [f"d{s}.fill_({x!r})"]
-        if not value.inputs and value.op == "dstate":
-            name = code.fresh()
-            code.lines.append(f"{name}.copy_({code.take(value)})")
-            return [f"d{s}.copy_({name})"]
-        computed = value not in code.names
-        name = code.name(value)
-        if computed and value in code.scratch and code.uses[own] == 0 and code.uses[value] == 1:
-            code.lines[-1] = code.lines[-1].replace(f"={name})", f"=d{s})")
-            code.drop(value)
-            code.names[value] = f"d{s}"
-            return []
-        # It stays in its scratch tensor until then.
-        return [f"d{s}.copy_({name})"]
-
-    def _add(self, code: Code, value: Value, sign: int) -> None:
-        """Lines that add a gradient to that of the first state before."""
-        if constant(value) is not None:
-            return
-        if code.single(value, ("add", "sub")):
-            code.drop(value)
-            a, b = value.inputs
-            self._add(code, a, sign)
-            self._add(code, b, -sign if value.op == "sub" else sign)
-        elif code.single(value, PRODUCTS):
-            gradient, c = value.inputs
-            code.drop(value)
-            name, number = code.name(gradient), constant(c)
-            if number is not None:
-                code.lines.append(f"under.add_({name}, alpha={number * sign!r})")
-            else:
-                code.lines.append(f"under.addcmul_({name}, {code.name(c)}{'' if sign == 1 else ', value=-1'})")
-                code.drop(c)
-            code.drop(gradient)
-        else:
-            code.lines.append(f"under.{'add_' if sign == 1 else 'sub_'}({code.take(value)})")
+        return _BackwardCode(self, targets, before, vectors).function()
 
     def _print_coefficients(self, vectors: set[Value]) -> str:
         part, form, found, S = self.part, self.form, self.found, self.form.states
@@ -375,6 +241,154 @@ class _Back:
             f"return {tuple_of(results)}",
         ]
         return function(lines)
+
+
+class _BackwardCode:
+    """The function `backward`: what fills the columns of p (targets), and the gradients of the states before."""
+
+    def __init__(self, of: _Back, targets: dict[Item, Value], before: list[Value], vectors: set[Value]) -> None:
+        self.of, self.part, self.form, self.graph = of, of.part, of.form, of.graph
+        self.targets, self.before = targets, before
+        part, form, graph = self.part, self.form, self.graph
+        self.given: list[str] = []
+        self.views: dict[str, str] = {}
+        self.weights: list[list[tuple[str, str, list[int]]]] = []  # of each operand: (view of p, weight, its products)
+        for runs in part.products_back:
+            self.weights.append([])
+            for column, numbers in runs:
+                self.given.append(f"u{len(self.given)}")
+                self.weights[-1].append((self._view(column, len(numbers)), self.given[-1], numbers))
+        self.columns = {item: self._view(part.p.at[item], 1) for item in targets}
+        # Coefficients made of trained vectors alone: the same at every step.
+        self.flat = {n for n, c in enumerate(of.others) if of._vector(c, vectors)}
+        leaves = {of.dstate(s): f"d{s}" for s in range(form.states)}
+        leaves |= {graph.make("coefficient", n): f"o{n}" for n in range(len(of.others))}
+        leaves |= {graph.make("coefficient", *item): self.columns[item] for item in of.in_p}
+        self.done: set[Item] = set()
+        hooks: dict[Value, Callable[[], None]] = {}
+        of_operands = {1: iter(of.found.dv), 2: iter(of.found.dm)}
+        for o, operand in enumerate(form.operands):
+            if operand.level == 2 or operand.state is None:
+                leaf = next(of_operands[operand.level])
+                hooks[leaf] = partial(self._reach, leaf, o)
+                leaves[leaf] = ""
+        wanted = [v for v in (*targets.values(), *before) if constant(v) is None]
+        flat = {graph.make("coefficient", n) for n in self.flat}
+        self.code = Code(leaves, wanted, of.placed, flat, like="p", hooks=hooks)
+
+    def _view(self, column: int, count: int) -> str:
+        name = f"p{column}" if count == 1 else f"p{column}_{column + count - 1}"
+        self.views[name] = f"p[:, {column} * H : {column + count} * H]"
+        return name
+
+    def _finish(self, item: Item) -> None:
+        """The lines that fill a column of p."""
+        if item in self.done:
+            return
+        self.done.add(item)
+        value, name, code = self.targets[item], self.columns[item], self.code
+        if (x := constant(value)) is not None:
+            code.lines.append(f"{name}.fill_({x!r})")
+        elif (found := code.take(value)) != name:
+            code.lines.append(f"{name}.copy_({found})")
+
+    def _multiply(self, o: int) -> list[tuple[str, str]]:
+        """Of an operand: gates' gradients, whose columns are filled then, and weights."""
+        for _, _, numbers in self.weights[o]:
+            for n in numbers:
+                self._finish(self.part.gradient(n))
+        return [(v, w) for v, w, _ in self.weights[o]]
+
+    def _reach(self, leaf: Value, o: int) -> None:
+        """The lines of an operand's gradient."""
+        code, (first, *others) = self.code, self._multiply(o)
+        place = code.fresh()
+        code.names[leaf] = code.scratch[leaf] = place
+        code.lines.append(f"torch.mm({first[0]}, {first[1]}, out={place})")
+        code.lines.extend(f"{place}.addmm_({v}, {w})" for v, w in others)
+
+    def function(self) -> tuple[str, int]:
+        """Its source, and how many scratch tensors it needs."""
+        code, form, S = self.code, self.form, self.form.states
+        for item in self.targets:
+            self._finish(item)
+        ends: list[str] = []
+        for s in range(1, S):
+            ends += self._carry(code, self.before[s], s)
+        self._add(code, self.before[0], 1)
+        code.lines.extend(ends)
+        for o, operand in enumerate(form.operands):
+            if operand.state is not None and operand.level == 1:
+                into = "under" if operand.state == 0 else f"d{operand.state}"
+                code.lines.extend(f"{into}.addmm_({v}, {w})" for v, w in self._multiply(o))
+        given = [*self.given, *(f"q{n}" for n in range(form.params))]
+        others = [f"o{n}" for n in range(len(self.of.others))]
+        by_rows = [name for n, name in enumerate(others) if n not in self.flat]
+        cells = [f"d{s}" for s in range(1, S)]
+        lines = [
+            "def backward(sizes, p, saved, others, grads, u, scratch):",
+            *unpack(given, "u"),
+            "d0, d, dcs, below = grads",
+            "H, rows = scratch.shape[2], -1",
+            *unpack(others, f"others[: {len(others)}]"),
+            *code.constants(),
+            *code.before,
+            f"each = {tuple_of([*self.views.values(), *by_rows])}",
+            *([f"{tuple_of([f'e{s}' for s in range(1, S)])} = d.split(H, 1)"] if S > 1 else []),
+            "steps = list(zip(sizes, *(by_step(t, sizes) for t in each), d0, below, dcs or sizes, strict=True))",
+            f"for n, {', '.join([*self.views, *by_rows, 'd0', 'under', 'add'])} in reversed(steps):",
+            "    if n != rows:",
+            "        rows, carried = n, d[:n]",
+            *(f"        {c} = e{c[1:]}[:n]" for c in cells),
+            *(f"        s{k} = scratch[{k}, :n]" for k in range(code.count)),
+            *(["    if dcs is not None:", "        carried.add_(add)"] if S > 1 else []),
+            *(f"    {line}" for line in code.lines),
+        ]
+        return function(lines), code.count
+
+    def _carry(self, code: Code, value: Value, s: int) -> list[str]:
+        """Lines so that d{s} becomes the gradient of the state before; and those that must wait for the others."""
+        own = self.of.dstate(s)
+        if value is own:
+            code.drop(value)
+            return []
+        if (x := constant(value)) is not None:
+            return [f"d{s}.fill_({x!r})"]
+        if not value.inputs and value.op == "dstate":
+            name = code.fresh()
+            code.lines.append(f"{name}.copy_({code.take(value)})")
+            return [f"d{s}.copy_({name})"]
+        computed = value not in code.names
+        name = code.name(value)
+        if computed and value in code.scratch and code.uses[own] == 0 and code.uses[value] == 1:
+            code.lines[-1] = code.lines[-1].replace(f"={name})", f"=d{s})")
+            code.drop(value)
+            code.names[value] = f"d{s}"
+            return []
+        # It stays in its scratch tensor until then.
+        return [f"d{s}.copy_({name})"]
+
+    def _add(self, code: Code, value: Value, sign: int) -> None:
+        """Lines that add a gradient to that of the first state before."""
+        if constant(value) is not None:
+            return
+        if code.single(value, ("add", "sub")):
+            code.drop(value)
+            a, b = value.inputs
+            self._add(code, a, sign)
+            self._add(code, b, -sign if value.op == "sub" else sign)
+        elif code.single(value, PRODUCTS):
+            gradient, c = value.inputs
+            code.drop(value)
+            name, number = code.name(gradient), constant(c)
+            if number is not None:
+                code.lines.append(f"under.add_({name}, alpha={number * sign!r})")
+            else:
+                code.lines.append(f"under.addcmul_({name}, {code.name(c)}{'' if sign == 1 else ', value=-1'})")
+                code.drop(c)
+            code.drop(gradient)
+        else:
+            code.lines.append(f"under.{'add_' if sign == 1 else 'sub_'}({code.take(value)})")
 
 
 def _pairs(parts: list[Value]) -> set[tuple[Value, Value]]:

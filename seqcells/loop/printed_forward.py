@@ -11,7 +11,7 @@ from .printing import Code, function, tuple_of, unpack
 
 
 class _Step:
-    """What the code of a step forward is made with: names of views of x, of weights and of states."""
+    """The names that the code of a step forward uses: of views of x, of weights and of states."""
 
     def __init__(self, part: Layout) -> None:
         self.part, form = part, part.form
@@ -72,7 +72,7 @@ class _Step:
             values, first = [part.activated[i] for i in run], part.x.at[run[0]]
             names = [self.view(first + k, 1) for k in range(len(run))]
             together |= dict.fromkeys(values, (values, names, self.view(first, len(run))))
-        # An operand is wanted once more, by its product; of products that nothing wants there are none.
+        # An operand is used once more, by its product. Products that nothing uses have been removed.
         every = [*wanted, *(operands[o] for o in sorted(needed))]
         places = {v: n for v, n in self.columns.items() if v not in self.leaves} | taken
         code = Code(self.leaves, every, places, self.vectors, hooks=hooks, together=together)

@@ -1,7 +1,7 @@
-"""Values of a derived step as torch operations that write where their result is wanted: the lines of a function.
+"""Values of a derived step as torch operations that write their result in place: the lines of a function.
 
-What is printed is straight-line code. A value that is wanted nowhere in particular goes to a scratch tensor, which the
-next one takes over when it was used for the last time; three or four operations that torch has as one are one.
+What is printed is straight-line code. A value that has no place of its own goes to a scratch tensor, which is free for
+the next one after its last use. Where torch has one operation for three or four, that one is printed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ SLOPES = {"sigmoid": "sigmoid_slope", "tanh": "tanh_slope"}  # of their results:
 
 
 class Code:
-    """Lines, and what their values are called.
+    """Lines, and the names of their values.
 
-    leaves: what is given, by name. wanted: each value as often as someone will `take` it. places: of values, tensors
-    to write them to. vectors: the leaves that are one vector for all rows; what depends on them alone is computed
-    apart, in `before`, which are lines to come first. like: a tensor of the dtype, for numbers that must be tensors.
-    hooks: what makes the lines that some leaves need, called once. together: of a function of one leaf, in the leaf's
-    place: (its values, their names, one name for all of their columns), for one operation.
+    leaves: the names of values that are given. wanted: each value, as often as it will be taken (`take`). places: the
+    tensors that values are written to. vectors: the leaves that are one vector for all rows; what depends on them alone
+    is computed in `before`, lines that come first. like: a tensor of the dtype, for numbers that must be tensors.
+    hooks: functions that print the lines that some leaves need, called once. together: for a function of one leaf, in
+    the leaf's place: (its values, their names, one name for all of their columns), to be one operation.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class Code:
         self.lines, self.names[value] = lines, name
         self.vectors.add(value)
 
-    # --- what others ask for ------------------------------------------------------------------------------------------
+    # --- names of values ----------------------------------------------------------------------------------------------
 
     def take(self, value: Value) -> str:
         """The name of the value, for one use of it."""
@@ -81,7 +81,7 @@ class Code:
         return name
 
     def name(self, value: Value) -> str:
-        """The name of the value, whose lines are there then."""
+        """The name of the value, whose lines are printed if they are not yet."""
         if (x := constant(value)) is not None:
             return self.number(x)
         if value in self.hooks:
@@ -91,7 +91,7 @@ class Code:
         return self.names[value]
 
     def drop(self, value: Value) -> None:
-        """One use less; after the last its scratch tensor is free."""
+        """One use fewer; after the last its scratch tensor is free."""
         self.uses[value] -= 1
         if self.uses[value] == 0 and value in self.scratch:
             self.free.append(self.scratch.pop(value))
@@ -146,7 +146,7 @@ class Code:
         return f"{call}({', '.join(shown)}{extra})"
 
     def single(self, value: Value, ops: tuple[str, ...]) -> bool:
-        """Whether nothing else wants it, so that it can be part of another operation."""
+        """Whether it is used once, so that it can be part of another operation."""
         return value.op in ops and self.uses[value] == 1 and value not in self.names and value not in self.places
 
     def _parts(self, value: Value, fused: bool = True) -> tuple[str, list[Any], str]:
@@ -237,7 +237,7 @@ class Code:
                 for v in (first, second, other):
                     self.drop(v)
                 if self.uses[other] == 0 and other not in self.names:
-                    self.drop(weight)  # what nothing else computes now
+                    self.drop(weight)  # nothing else uses it now
                 return "torch.lerp", [end, starts[0], weight], ""
         return None
 
@@ -264,7 +264,7 @@ def unpack(names: Sequence[str], source: str) -> list[str]:
 
 
 def compiled(source: str, name: str) -> dict[str, Any]:
-    """The functions of a source, which tracebacks and debuggers find."""
+    """The functions of a source, in a form that tracebacks and debuggers can show."""
     file = f"<seqcells loop of {name} {next(_numbers)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     space: dict[str, Any] = {

@@ -1,6 +1,6 @@
-"""The steps of a loop alone, of an input that is projected already, in the kernels' buffers (`kernels.buffers`).
+"""The loop over an input that is already projected, in the kernels' buffers (`kernels.buffers`).
 
-What takes a kernel's place where none runs (see `fallback`). u [K, products*H, H] in the order of the products; what is
+It replaces a kernel that does not run (see `fallback`). u [K, products*H, H] in the order of the products; what is
 saved is [T, B, K, saved*H], in the loop's order.
 """
 
@@ -106,7 +106,7 @@ def backward(
         finals = [None if d is None else d[k] for d in (dhn, dcn)]
         found = scan_back(group, group.states(*_states(group, y, c, k, reversed), gates), rows, finals, sums)
         _, dh0, dc0, *_, of_params, dgx = sums.results(found, need)
-        for into, of in ((out.dh0, dh0), (out.dc0, dc0), (out.dparams, None if of_params is None else of_params[0])):
+        for into, of in ((out.dh0, dh0), (out.dc0, dc0), (out.dparams, of_params)):
             if of is not None:
                 into[k] = of
         for buffer, of in zip(out[:3], (dgx, *map(order.placed, (sums.dhu, sums.m))), strict=True):

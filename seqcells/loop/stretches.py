@@ -72,7 +72,7 @@ class RowOrder:
         return buffer[self.head :] if self.target is None else buffer.index_select(0, self.target)
 
     def fill(self, buffer: Tensor, states: Tensor, start: Tensor | None) -> None:
-        """The opposite: a buffer of states [T*B, .] and the given start [B, .]; None: zero."""
+        """Fills a buffer with states in the order of time [T*B, .], and the given start [B, .]; None: zero."""
         self.begin(buffer, start)
         buffer[self.head :] = self.of(states, 0, self.rows)
 
@@ -109,11 +109,16 @@ class RowOrder:
         # Of a sequence of no steps the one is the other.
         return found if final is None else torch.where((self.last < self.batch)[:, None], final, found)
 
-    def by_sample(self, a: int, b: int, samples: int, device: torch.device) -> list[Tensor]:
-        """Which of rows a to b, counted from a, are each sample's: an equal part of the B sequences each."""
+    def by_sample(self, a: int, b: int, samples: int, device: torch.device) -> Tensor:
+        """Rows a to b, counted from a, by sample (an equal part of the B sequences): [samples, .], padded with b-a."""
         rows = torch.arange(a, b, device=device) if self.source is None else self.source[a:b]
-        sample = rows % max(self.batch, 1) // max(self.batch // samples, 1)
-        return [(sample == n).nonzero().flatten() for n in range(samples)]
+        sample, order = torch.sort(rows % self.batch // (self.batch // samples), stable=True)
+        counts = torch.bincount(sample, minlength=samples)
+        place = torch.arange(b - a, device=device) - (counts.cumsum(0) - counts)[sample]
+        most = (b - a) // samples if self.start is None else int(counts.max())  # without a mask the host reads nothing
+        found = torch.full((samples, most), b - a, device=device)
+        found[sample, place] = order
+        return found
 
     def pieces(self, most: int) -> list[list[tuple[int, int, int, int]]]:
         """Of each batch: (first step, step after the last, first row, row after the last) of about `most` rows."""
