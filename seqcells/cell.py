@@ -164,7 +164,7 @@ class Cell:
     @_Found
     def by_gate(self) -> tuple[type, type]:
         """The types of the step's x and U, with an attribute for each gate, which torch.compile can trace."""
-        return namedtuple("x", self.x_gates), namedtuple("U", self.u_gates)  # noqa: PYI024  # names are the cell's
+        return namedtuple("x", self.x_gates), namedtuple("U", self.u_gates)  # names are the cell's
 
     @_Found
     def runs(self) -> tuple[tuple[int, int, int], ...]:

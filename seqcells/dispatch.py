@@ -27,7 +27,6 @@ from . import (
     projection,
     reference,
 )
-from . import loop as loop  # an engine: registers itself
 from .cell import Cell
 from .engines import aten, reset_steps, triton
 

@@ -11,9 +11,9 @@ from torch.testing._internal.two_tensor import TwoTensor
 import seqcells
 from seqcells import dispatch, functional, masks
 from seqcells.cell import named
+from seqcells.engines.loop import steps
+from seqcells.engines.loop.stretches import row_order
 from seqcells.kernels.buffers import held, resets_of
-from seqcells.loop import steps
-from seqcells.loop.stretches import row_order
 
 T, B, I, H = 9, 5, 3, 6  # noqa: E741
 LENGTHS = [9, 0, 4, 1, 7]

@@ -9,7 +9,7 @@ from steps import STEPS, define
 from torch.utils._pytree import tree_leaves
 
 from seqcells import functional
-from seqcells.loop import part_of, steps
+from seqcells.engines.loop import part_of, steps
 
 T, B, I, H = 7, 4, 3, 5  # noqa: E741
 KINDS = ["plain", "resets", "lengths", "both"]

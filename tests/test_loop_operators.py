@@ -11,7 +11,7 @@ from steps import STEPS, define
 from seqcells import masks
 from seqcells.autograd import Options
 from seqcells.cell import get
-from seqcells.loop import backward, forward, operators
+from seqcells.engines.loop import backward, forward, operators
 
 T, B, I, H = 4, 3, 2, 3  # noqa: E741
 DERIVED = ["nobody", "with_output", "indrnn"]

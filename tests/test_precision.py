@@ -35,8 +35,8 @@ from conftest import DEVICE
 
 import seqcells
 from seqcells import backends, functional, precisions, reference, testing
+from seqcells.engines.loop import steps
 from seqcells.kernels import scan
-from seqcells.loop import steps
 from seqcells.testing import Shape
 
 NAMES = ("y", "dx", "dw_hh")

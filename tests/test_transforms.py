@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 import seqcells
 from seqcells.engines import triton
-from seqcells.loop import operators
+from seqcells.engines.loop import operators
 
 BACKENDS = [None, "loop", "triton"]  # None: oneDNN's LSTM, on the CPU
 ENGINES = ["loop", "triton"]

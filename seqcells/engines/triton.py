@@ -24,8 +24,8 @@ from ..cell import get
 from ..kernels.buffers import outputs, pack_saved, unpack_saved
 from ..kernels.plan import Plan, plan
 from ..kernels.plan_single import Single, plan_single, unfit
-from ..loop import part_of, projected
 from ..products import Places, hidden_size, input_projection, places, recurrent, step_biases
+from .loop import part_of, projected
 
 
 @lru_cache(maxsize=1 << 12)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from itertools import combinations
 
-from ..derive.values import BOOLEAN, Value, ancestors, constant
+from ...derive.values import BOOLEAN, Value, ancestors, constant
 from .layout import Item, Layout
 from .printing import PRODUCTS, SLOPES, Code, function, tuple_of, unpack
 

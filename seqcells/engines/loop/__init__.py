@@ -11,7 +11,7 @@ and torch.func trace. `projected` is the steps alone, in the kernels' buffers, f
 
 from __future__ import annotations
 
-from ..autograd import ENGINES, Engine
+from ...autograd import ENGINES, Engine
 from . import operators
 from .derived import get as part_of
 from .gradients import backward

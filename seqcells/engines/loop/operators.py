@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import Options
-from ..batching import MASK, STATES, STEPS, WEIGHTS, rule
-from ..products import hidden_size, places
+from ...autograd import Options
+from ...batching import MASK, STATES, STEPS, WEIGHTS, rule
+from ...products import hidden_size, places
 from .derived import get
 from .gradients import layer_gradients
 from .layer import forward as layer_forward

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ..kernels.buffers import held, resets_of
+from ...kernels.buffers import held, resets_of
 
 
 def by_step(t: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import Options
-from ..products import Places, blocks, hidden_size, places
+from ...autograd import Options
+from ...products import Places, blocks, hidden_size, places
 from . import steps
 from .cells import CELLS
 from .derived import get

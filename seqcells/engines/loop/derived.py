@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ..cell import get as defined
-from ..derive.parts import Parts
-from ..products import blocks
+from ...cell import get as defined
+from ...derive.parts import Parts
+from ...products import blocks
 from . import printed_backward, printed_forward
 from .cells import CELLS
 from .layout import Layout

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..derive.values import BOOLEAN, Value, ancestors, constant
+from ...derive.values import BOOLEAN, Value, ancestors, constant
 from .stretches import by_step
 
 _numbers = itertools.count(1)  # of sources: a cell defined again has another file's name

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
-from ..derive.values import Value, constant
+from ...derive.values import Value, constant
 from .layout import Item, Layout
 from .printing import Code, function, tuple_of, unpack
 

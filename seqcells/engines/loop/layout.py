@@ -6,8 +6,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..derive.parts import Parts
-from ..derive.values import BOOLEAN, LEAVES, Value, ancestors
+from ...derive.parts import Parts
+from ...derive.values import BOOLEAN, LEAVES, Value, ancestors
 
 Item = tuple[str, int]  # ("gx", tile), ("hu", product), ("param", n) or ("saved", n)
 

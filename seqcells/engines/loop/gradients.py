@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..autograd import Options
-from ..products import blocks, places
+from ...autograd import Options
+from ...products import blocks, places
 from . import steps
 from .layer import Group, Inputs, column_order, grouped, layer_group
 

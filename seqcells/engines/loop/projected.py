@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..kernels.buffers import Gradients, Scanned, is_reversed, outputs
+from ...kernels.buffers import Gradients, Scanned, is_reversed, outputs
 from . import steps
 from .gradients import Sums, scan_back
 from .layer import Group, column_order
