@@ -1,9 +1,9 @@
-"""Where the loop is faster than torch's own on the CPU, and marked steps than the loop: for seqcells/backends.py.
+"""Where the loop is faster than torch's own on the CPU, and reset steps than the loop: for seqcells/dispatch.py.
 
     python benchmarks/crossover.py [--threads 2] [--table FILE]      # make crossover
 
 How many times as long torch.nn takes as the loop (above 1: the loop is faster), training / inference, medians of
-interleaved samples; the same of packed batches in training; how many times as long the loop takes as marked steps,
+interleaved samples; the same of packed batches in training; how many times as long the loop takes as reset steps,
 for an LSTM with masks; and how many times as long autograd's loop takes as the loop made of a derived cell's step.
 """
 
@@ -24,7 +24,7 @@ import compare
 import measure
 
 import seqcells
-from seqcells import backends
+from seqcells import dispatch
 from seqcells.tasks import suite
 
 SENTENCES = ((8, 32), (32, 32), (32, 64), (64, 64), (32, 128), (64, 256))
@@ -81,17 +81,17 @@ def marked(masks: str, T: int, seconds: float) -> list[str]:
 
 
 def packed(kind: str, T: int, seconds: float) -> list[str]:
-    """torch.nn's time by that of the way of long packed batches: padded, by the loop or by marked steps."""
-    line, own = [], backends.loop_pays
+    """torch.nn's time by that of the way of long packed batches: padded, by the loop or by reset steps."""
+    line, own = [], dispatch.loop_pays
     for B, H in SENTENCES:
         lengths = torch.randint(max(1, T // 4), T + 1, (B,))
         x = pack_padded_sequence(torch.randn(T, B, min(H, 64)), lengths, enforce_sorted=False)
         modules = [getattr(torch.nn, kind)(min(H, 64), H), getattr(seqcells, kind)(min(H, 64), H)]
-        backends.loop_pays = lambda *a, **k: True
+        dispatch.loop_pays = lambda *a, **k: True
         try:
             line.append(f"{ratio(modules, x, True, seconds):.2f}")
         finally:
-            backends.loop_pays = own
+            dispatch.loop_pays = own
     return line
 
 
@@ -141,9 +141,9 @@ def main() -> None:
             "torch.nn's time by the loop's, training / inference, by batch x hidden size:\n",
             f"{table('cell', SIZES, lines)}\n",
             "Packed batches of T/4 to T steps in training, torch.nn's time by that of padding them, for the loop or,\n"
-            "of an LSTM, marked steps:\n",
+            "of an LSTM, reset steps:\n",
             f"{table('cell', SENTENCES, sentences)}\n",
-            "An LSTM with masks, the loop's time by that of marked steps, training / inference:\n",
+            "An LSTM with masks, the loop's time by that of reset steps, training / inference:\n",
             f"{table('masks', MASKED, masked)}\n",
             "Derived cells, the reference's time by the loop's, training / inference:\n",
             f"{table('cell', MADE, made)}\n",

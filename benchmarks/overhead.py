@@ -1,7 +1,8 @@
 """What a call costs beside its kernels: Python calls and eager time of small layers, on the CPU.
 
-    python benchmarks/overhead.py                        the calls, and the time of each case
-    python benchmarks/overhead.py --against CHECKOUT     the same beside another checkout of this repository
+    python benchmarks/overhead.py                        the time of each case
+    python benchmarks/overhead.py --against CHECKOUT     beside the same in another checkout of this repository
+    TRITON_INTERPRET=1 python benchmarks/overhead.py --calls     the functions that a call goes through
 
 The kernels of the triton cases are launched by a function that does nothing. Times are medians of runs that alternate
 between the two checkouts, one process each; only their ratios mean something.
@@ -17,6 +18,10 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 PROGRAM = """
@@ -54,6 +59,46 @@ print(json.dumps(found))
 """
 
 
+LIMITS = {"triton LSTM": (35, 8), "CPU GRU": (45, 9), "CPU LSTM": (8, 5)}  # calls, in files
+
+
+def calls(name: str) -> list[str]:
+    """The package's functions that a call of a layer goes through, as "file: function", up to the first kernel launch
+    or the first step of the loop. Comprehensions and lambdas are not counted."""
+    import seqcells
+    from seqcells.engines.loop import steps
+    from seqcells.kernels import scan
+
+    kind = getattr(seqcells, name.split()[1])
+    layer = kind(10, 20, backend="triton" if name.startswith("triton") else None)
+    x, folder = torch.randn(100 if name == "CPU GRU" else 5, 3, 10), str(ROOT) + os.sep
+    found: list[str] = []
+    done = [False]
+
+    def profile(frame: FrameType, event: str, argument: Any) -> None:
+        code = frame.f_code
+        if event != "call" or not code.co_filename.startswith(folder) or code.co_name.startswith("<") or done[0]:
+            return
+        done[0] = code in (steps.scan.__code__, no_launch.__code__)
+        if not done[0]:
+            file = code.co_filename.removeprefix(folder).replace("seqcells/kernels/", "kernels/")
+            found.append(f"{file}: {code.co_name}")
+
+    def no_launch(launch: Any) -> None:
+        pass
+
+    before = scan.forward.__kwdefaults__["launch"]
+    scan.forward.__kwdefaults__["launch"] = no_launch
+    try:
+        layer(x)  # what is found once a cell or a shape
+        sys.setprofile(profile)
+        layer(x)
+    finally:
+        sys.setprofile(None)
+        scan.forward.__kwdefaults__["launch"] = before
+    return found
+
+
 def times(checkout: Path) -> dict[str, float]:
     """Microseconds a call, by case."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(checkout)}
@@ -67,8 +112,14 @@ def main() -> None:
         description=textwrap.dedent(str(__doc__)), formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--against", type=Path, help="another checkout, of the commit to compare with")
+    parser.add_argument("--calls", action="store_true", help="print the functions of three calls, and exit")
     parser.add_argument("--runs", type=int, default=5, help="processes of each checkout (default: 5)")
     options = parser.parse_args()
+    for name in LIMITS if options.calls else ():
+        found = calls(name)
+        print(f"{name}: {len(found)} calls in {len({f.partition(':')[0] for f in found})} files", *found, sep="\n    ")
+    if options.calls:
+        return
     checkouts = [ROOT, *([options.against.resolve()] if options.against else [])]
     found: list[list[dict[str, float]]] = [[] for _ in checkouts]
     for _ in range(options.runs):

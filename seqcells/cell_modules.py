@@ -15,7 +15,7 @@ from torch.types import Device
 from . import arguments, backends, checks, dispatch, layer_arguments, modules
 from .cell import Cell, get
 from .engines import aten
-from .functional import rnn_cell_name
+from .functional import rnn_cell_name, run
 
 # As torch's matrix product names dtypes in its errors.
 _NAMES = {
@@ -258,7 +258,7 @@ class RecurrentCell(modules.Module):
             options = dispatch.ScanOptions(backend=self.backend, precision=self.precision, one_step=True)
             vectors = [{name: getattr(self, name) for name in self.cell.params}]
             now = {name: t[None] for name, t in more.items()}
-            y, final, _ = dispatch.run(self.cell, x[None], states, [weights], options, None, vectors, now)
+            y, final, _ = run(self.cell, x[None], states, [weights], options, None, vectors, now)
             # [1, B, H] from those without an operator for one step; copied, since no view can be detached in place.
             final = tuple(s[0].clone() if s.dim() == 3 else s for s in final)
             y = y[0].clone() if self.cell.outputs else final[0]

@@ -1,13 +1,13 @@
 """Which engine runs a call: `Case` holds the facts about it, gathered once; `choose` is the one table of rules.
 
-Then `run` and `execute` do what the choice says. Shapes: x [T, B, I]; states [B, H]; weights and biases of G*H rows;
+Then `execute` does what the choice says. Shapes: x [T, B, I]; states [B, H]; weights and biases of G*H rows;
 resets bool [T, B]; lengths int [B].
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,11 +15,9 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import (
-    arguments,
     autograd,
     backends,
     chosen,
-    extras,
     fallback,
     flops,
     masks,
@@ -192,20 +190,51 @@ _WORKSPACE = 1 << 20  # T*B*H above which oneDNN's, of 16 such, is memory new in
 _RESET_STEPS, _REAL = {True: 4096, False: 8192}, 0.5
 
 
-def loop_pays(case: Case, lengths: bool) -> bool:
-    """Whether on the CPU the loop is faster than torch's own cell. lengths: torch's own would be packed."""
-    least = _STEPS.get(case.cell, _OTHERS)
-    steps, batch = case.steps, case.batch
-    if steps is None or batch is None:
-        return False
+def loop_pays(cell: str, size: tuple[int, int, int], grad: bool, onednn: bool, lengths: bool = False) -> bool:
+    """Whether on the CPU the loop is faster than torch's own cell. size: T, B, H; lengths: torch's own would be packed.
+
+    onednn: torch's own is oneDNN's LSTM.
+    """
+    steps, batch, hidden = size
+    least = _STEPS.get(cell, _OTHERS)
     if lengths:
-        return case.grad and steps >= 2 * least
-    if case.onednn and not case.resets:
-        large = batch >= 64 and steps * batch * case.hidden_size >= _WORKSPACE
-        return case.grad and large and torch.get_num_threads() == 1
-    if case.grad:
+        return grad and steps >= 2 * least
+    if onednn:
+        large = batch >= 64 and steps * batch * hidden >= _WORKSPACE
+        return grad and large and torch.get_num_threads() == 1
+    if grad:
         return steps >= least
-    return steps >= _INFERENCE and case.hidden_size >= 16 and torch.get_num_threads() == 1
+    return steps >= _INFERENCE and hidden >= 16 and torch.get_num_threads() == 1
+
+
+def own_layers(module: Any, x: Tensor, grad: bool) -> bool:
+    """Whether torch's own runs all layers of a module: the first rule, asked before a Case is gathered.
+
+    For x [T, B, I] on the CPU that layer_arguments.plain has passed, without masks, and where nothing traces.
+    """
+    key, backend = module.cell.key, module.backend
+    if not x.is_cpu or key not in backends.ATEN_CELLS or "cpu" in KERNEL_DEVICES or torch.is_autocast_enabled("cpu"):
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
+        return False
+    backend = backend or chosen.of_context() or chosen.backend
+    if backend not in ("auto", "aten") or torch._C._len_torch_dispatch_stack() > 0:
+        return False
+    T, B, H = *x.shape[:2], module.hidden_size
+    if backend == "aten" or T == 1 or module.proj_size:
+        return True
+    onednn = (key, "cpu", x.dtype) in aten.ONEDNN and bool(torch.backends.mkldnn.enabled)
+    if onednn and T * B * H < _WORKSPACE:  # as loop_pays would say
+        return True
+    return not loop_pays(key, (T, B, H), grad and torch.is_grad_enabled(), onednn)
+
+
+def _looped(case: Case, lengths: bool) -> bool:
+    """`loop_pays`; False where a compiler does not know the size."""
+    if case.steps is None or case.batch is None or (case.projected and not lengths):
+        return False
+    size = (case.steps, case.batch, case.hidden_size)
+    return loop_pays(case.cell, size, case.grad, case.onednn and not (case.resets or lengths), lengths)
 
 
 def _reset_steps_fit(case: Case) -> bool:
@@ -215,7 +244,7 @@ def _reset_steps_fit(case: Case) -> bool:
     if case.compiling or case.jit or case.transforming:
         return False
     # torch's own takes a packed batch, and short ones are faster by it.
-    return not case.packed or case.resets or case.steps is None or loop_pays(case, True)
+    return not case.packed or case.resets or case.steps is None or _looped(case, True)
 
 
 def _reset_steps_pay(case: Case) -> bool:
@@ -338,8 +367,7 @@ def _without_kernels(case: Case, reset_steps: bool, lacking: str) -> tuple[str, 
         return "loop", "torch.func and forward mode want operators that can be transformed"
     masked = case.resets or case.lengths
     onednn = case.onednn and not masked
-    large = (case.steps or 0) * (case.batch or 0) * case.hidden_size >= _WORKSPACE
-    looped = not _reset_steps_pay(case) if reset_steps else (large or not onednn) and loop_pays(case, case.lengths)
+    looped = not _reset_steps_pay(case) if reset_steps else _looped(case, case.lengths)
     if (reset_steps or onednn) and not looped:
         return "aten", "oneDNN's LSTM is the fastest there"
     if case.compiling:
@@ -349,47 +377,6 @@ def _without_kernels(case: Case, reset_steps: bool, lacking: str) -> tuple[str, 
     if looped and case.device.type == "cpu":
         return "loop", f"it is faster than torch's own fused {case.cell}"
     return "aten", own
-
-
-def run(
-    cell: Cell,
-    x: Tensor,
-    states: tuple[Tensor | None, ...] | None,
-    groups: Sequence[aten.Weights],
-    options: ScanOptions,
-    stacked: aten.Weights | None = None,
-    params: Sequence[Mapping[str, Tensor] | None] | None = None,
-    inputs: Mapping[str, Tensor] | None = None,
-) -> Result:
-    """A scan of one layer: y [T, B, K*H], final states [K, B, H], and, if options.all_states, the states after each
-    step [T, B, K*H].
-
-    x [T, B, I] or [T, B, K, I]; states [K, B, H], of one group also [B, H]; groups, stacked: see `Call`; params: of
-    each group; inputs: see `functional.scan`.
-    """
-    given = (None,) * len(cell.states) if states is None else tuple(states)
-    if len(given) != len(cell.states):
-        count = len(cell.states)
-        raise RuntimeError(f"states: {cell.name} has {count} state{'s' * (count > 1)}, got {len(given)}")
-    if not cell.rows[0]:
-        groups, stacked = [(x.new_empty(0, x.shape[-1]), *weights[1:]) for weights in groups], None
-    if torch._C._is_any_autocast_enabled() and backends.autocasting(x.device):
-        x, given, groups, (params, inputs) = precisions.autocast(
-            cell.key, x, given, groups, (params, inputs), options.one_step
-        )
-        with torch.autocast(x.device.type, enabled=False):
-            return run(cell, x, given, groups, options, None, params, inputs)
-    arguments.fit(x, given, groups, cell.rows)
-    H = arguments.hidden_size(cell, groups[0], given, params, inputs)
-    if not cell.rows[0]:
-        given = starts(x, given, groups, H)  # which say what H is
-    vectors = beside = None
-    if cell.params or params or cell.inputs or inputs:
-        vectors, beside = extras.params(cell, params, x, H), extras.inputs(cell, inputs, x, H, options.lengths)
-    tensors = (*given, *(t for weights in groups for t in weights), vectors, beside)
-    choice = choose(case := case_of(cell, x, survey(x, tensors), options, H, projected=len(groups[0]) == 5))
-    x, given, options, mask = prepared(case, choice, x, given, options)
-    return execute(cell, Call(x, given, groups, stacked, vectors, beside, mask), options, case, choice)
 
 
 def prepared(
@@ -420,7 +407,8 @@ def _bits(reverse: Sequence[bool]) -> int:
 
 
 def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Choice) -> Result:
-    """Do what was chosen; see `run`."""
+    """Do what was chosen: y [T, B, K*H], final states [K, B, H], and, if options.all_states, the states after each step
+    [T, B, K*H]."""
     if len(call.groups[0]) == 5 and choice.engine != "aten":
         return projection.scan(lambda call: execute(cell, call, options, case, choice), call, options)
     if choice.engine in ("triton", "loop"):

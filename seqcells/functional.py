@@ -10,17 +10,63 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from . import arguments, batching, checks
+from . import arguments, backends, batching, checks, dispatch, extras
 from .arguments import NAMES
 from .cell import Cell, named
-from .dispatch import ScanOptions, run
+from .dispatch import ScanOptions
+from .engines.aten import Weights
+from .precisions import autocast
 
 
 def _missing(spec: Cell) -> Sequence[str]:
     """The weights that the cell does not have."""
     return () if 0 not in spec.rows else [name for name, n in zip(NAMES, spec.rows, strict=True) if not n]
+
+
+def run(
+    cell: Cell,
+    x: Tensor,
+    states: tuple[Tensor | None, ...] | None,
+    groups: Sequence[Weights],
+    options: ScanOptions,
+    stacked: Weights | None = None,
+    params: Sequence[Mapping[str, Tensor] | None] | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
+) -> dispatch.Result:
+    """A scan of one layer: y [T, B, K*H], final states [K, B, H], and, if options.all_states, the states after each
+    step [T, B, K*H].
+
+    x [T, B, I] or [T, B, K, I]; states [K, B, H], of one group also [B, H]; groups, stacked: see `dispatch.Call`;
+    params: of each group; inputs: see `scan`.
+    """
+    given = (None,) * len(cell.states) if states is None else tuple(states)
+    if len(given) != len(cell.states):
+        count = len(cell.states)
+        raise RuntimeError(f"states: {cell.name} has {count} state{'s' * (count > 1)}, got {len(given)}")
+    if not cell.rows[0]:
+        groups, stacked = [(x.new_empty(0, x.shape[-1]), *weights[1:]) for weights in groups], None
+    if torch._C._is_any_autocast_enabled() and backends.autocasting(x.device):
+        x, given, groups, (params, inputs) = autocast(cell.key, x, given, groups, (params, inputs), options.one_step)
+        with torch.autocast(x.device.type, enabled=False):
+            return run(cell, x, given, groups, options, None, params, inputs)
+    arguments.fit(x, given, groups, cell.rows)
+    H = arguments.hidden_size(cell, groups[0], given, params, inputs)
+    if not cell.rows[0]:
+        given = dispatch.starts(x, given, groups, H)  # which say what H is
+    vectors = beside = None
+    if cell.params or params or cell.inputs or inputs:
+        vectors, beside = extras.params(cell, params, x, H), extras.inputs(cell, inputs, x, H, options.lengths)
+    tensors = (*given, *(t for weights in groups for t in weights), vectors, beside)
+    choice = dispatch.choose(
+        case := dispatch.case_of(cell, x, dispatch.survey(x, tensors), options, H, projected=len(groups[0]) == 5)
+    )
+    x, given, options, mask = dispatch.prepared(case, choice, x, given, options)
+    return dispatch.execute(
+        cell, dispatch.Call(x, given, groups, stacked, vectors, beside, mask), options, case, choice
+    )
 
 
 def scan(

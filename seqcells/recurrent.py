@@ -311,6 +311,8 @@ class Recurrent(modules.Module):
             weights, resets, lengths = self._check(x, state, resets, lengths, states, inputs or {})
         else:
             weights = plain[0]
+            if resets is None and isinstance(x, Tensor) and (found := self._own(x, given, *plain)) is not None:
+                return *found, None
         if not (self.save in _SAVES and self.precision in _PRECISIONS):
             arguments.options(self.backend, self.precision, self.save)
         states_: States = (None,) * len(cell.states) if given is None else tuple(given)
@@ -333,6 +335,16 @@ class Recurrent(modules.Module):
         if self.batch_first:
             y, every = y.transpose(0, 1), None if every is None else tuple(s.transpose(0, 1) for s in every)
         return y, final, every
+
+    def _own(
+        self, x: Tensor, given: States | None, weights: list[Tensor], grad: bool
+    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        """The output and the final states by torch's own, where that is the first rule's choice; else None."""
+        x = x.transpose(0, 1) if self.batch_first else x
+        if not dispatch.own_layers(self, x, grad):
+            return None
+        y, final = aten.stack(self, x, None, given or (None,) * len(self.cell.states), weights, grad)
+        return y.transpose(0, 1) if self.batch_first else y, final
 
     def _run_packed(
         self,

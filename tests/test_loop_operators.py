@@ -144,8 +144,8 @@ def layer(options, save):
 @pytest.mark.parametrize("name", ["lstm", "nobody"])
 def test_inputs_of_each_group(name, dtype, keys):
     """x and inputs with an axis of groups, as each group by itself; in half precision, too, and the fakes of it."""
-    K, need = 2, (True,) * 9
-    options = Options("loop", keys[name], reversed=0, states=True, need=need)
+    K = 2
+    options = Options("loop", keys[name], reversed=0, states=True)
     inputs = [None if t is None else t.to(dtype) for t in tensors(keys[name], K)]
     for n in (0, 8):
         inputs[n] = None if inputs[n] is None else torch.stack([inputs[n], 2 * inputs[n]], 2)

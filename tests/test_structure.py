@@ -63,11 +63,13 @@ ARROWS = {  # room: the rooms of the project it may import
     "projection": {"dispatch"},  # its types alone
     "extras": {"checks", "masks"},
     "dispatch": {
-        *("arguments", "autograd", "backends", "cell", "chosen", "extras", "fallback", "flops", "masks"),
+        *("autograd", "backends", "cell", "chosen", "fallback", "flops", "masks"),
         *("engines.aten", "engines.loop", "engines.reset_steps", "engines.triton"),
         *("precisions", "projection", "reference"),
     },
-    "functional": {"arguments", "batching", "cell", "checks", "dispatch", "reference"},
+    "functional": {
+        *("arguments", "backends", "batching", "cell", "checks", "dispatch", "engines.aten", "extras", "precisions"),
+    },
     "explanation": {
         *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "fallback", "precisions"),
         *(f"kernels.{n}" for n in ("cells", "devices", "plan", "scan")),
