@@ -207,10 +207,10 @@ def loop_pays(cell: str, size: tuple[int, int, int], grad: bool, onednn: bool, l
     return steps >= _INFERENCE and hidden >= 16 and torch.get_num_threads() == 1
 
 
-def own_layers(module: Any, x: Tensor, grad: bool) -> bool:
+def own_layers(module: Any, x: Tensor, size: tuple[int, int], grad: bool) -> bool:
     """Whether torch's own runs all layers of a module: the first rule, asked before a Case is gathered.
 
-    For x [T, B, I] on the CPU that layer_arguments.plain has passed, without masks, and where nothing traces.
+    x, or a PackedSequence's data, has passed layer_arguments.plain; size: T, B. On the CPU, where nothing traces.
     """
     key, backend = module.cell.key, module.backend
     if not x.is_cpu or key not in backends.ATEN_CELLS or "cpu" in KERNEL_DEVICES or torch.is_autocast_enabled("cpu"):
@@ -220,13 +220,13 @@ def own_layers(module: Any, x: Tensor, grad: bool) -> bool:
     backend = backend or chosen.of_context() or chosen.backend
     if backend not in ("auto", "aten") or torch._C._len_torch_dispatch_stack() > 0:
         return False
-    T, B, H = *x.shape[:2], module.hidden_size
-    if backend == "aten" or T == 1 or module.proj_size:
+    if backend == "aten" or size[0] == 1 or module.proj_size:
         return True
-    onednn = (key, "cpu", x.dtype) in aten.ONEDNN and bool(torch.backends.mkldnn.enabled)
-    if onednn and T * B * H < _WORKSPACE:  # as loop_pays would say
+    packed, H = x.dim() == 2, module.hidden_size
+    onednn = not packed and (key, "cpu", x.dtype) in aten.ONEDNN and bool(torch.backends.mkldnn.enabled)
+    if onednn and size[0] * size[1] * H < _WORKSPACE:  # as loop_pays would say
         return True
-    return not loop_pays(key, (T, B, H), grad and torch.is_grad_enabled(), onednn)
+    return not loop_pays(key, (*size, H), grad and torch.is_grad_enabled(), onednn, packed)
 
 
 def _looped(case: Case, lengths: bool) -> bool:

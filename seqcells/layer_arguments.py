@@ -15,9 +15,9 @@ from . import backends, checks
 from .arguments import dtypes_differ, lengths, readable, resets, together
 
 
-def plain(module: Any, x: Any, states: Any, resets_: Any) -> tuple[list[Tensor], bool] | None:
-    """All parameters of a Recurrent, and whether a tensor of the call requires gradients; if all about the call is as
-    it should be, at first sight, and the tensors are torch.Tensor itself. Else None: ask `layer`.
+def plain(module: Any, x: Any, states: Any, resets_: Any) -> tuple[list[Tensor], bool, tuple[int, int]] | None:
+    """All parameters of a Recurrent, whether a tensor of the call requires gradients, and T and B; if all about the
+    call is quickly seen to be as it should be, but for the parameters (see `plain_weights`). Else None: ask `layer`.
 
     states: a tuple, or None. Resets are plain where there is one step.
     """
@@ -26,29 +26,28 @@ def plain(module: Any, x: Any, states: Any, resets_: Any) -> tuple[list[Tensor],
         return None
     dtype, device, H, on_cpu, shape = data.dtype, data.device, module.hidden_size, data.is_cpu, data.shape
     if data is not x:
-        if len(shape) != 2 or not on_cpu or resets_ is not None or not _well_packed(x):
+        if len(shape) != 2 or not on_cpu or resets_ is not None or not (B := _well_packed(x)):
             return None
-        B = int(x.batch_sizes[0])
+        T = len(x.batch_sizes)
     else:
         if len(shape) != 3 or 0 in shape or data.is_meta:
             return None
-        B = shape[not module.batch_first]
-        if resets_ is not None and (shape[module.batch_first] != 1 or not _plain_flags(resets_, shape[:2], device)):
+        T, B = shape[1::-1] if module.batch_first else shape[:2]
+        if resets_ is not None and (T != 1 or not _plain_flags(resets_, shape[:2], device)):
             return None
     if shape[-1] != module.input_size or not dtype.is_floating_point:
         return None
     own, found, grad = module._parameters, [], data.requires_grad
-    for names, shapes in zip(module._all_weights, module._all_shapes, strict=True):
-        for name, expected in zip(names, shapes, strict=True):
-            w = own.get(name)
-            if w is None or w.dtype is not dtype or w.shape != expected or type(w) not in _TENSORS:
-                return None
-            if not (w.is_cpu if on_cpu else w.device == device) or w.layout is not torch.strided:
+    for names in module._all_weights:
+        for name in names:
+            if (w := own.get(name)) is None:
                 return None
             found.append(w)
             grad = grad or w.requires_grad
+    if found[0].dtype is not dtype:
+        return None
     if states is None:
-        return found, grad
+        return found, grad, (T, B)
     if type(states) is not tuple or len(states) != len(module.cell.states):
         return None
     expected = (len(module._all_weights), B, module.proj_size or H)
@@ -56,7 +55,25 @@ def plain(module: Any, x: Any, states: Any, resets_: Any) -> tuple[list[Tensor],
         if type(s) is not Tensor or s.shape != expected or s.dtype is not dtype or s.device != device:
             return None
         expected, grad = (*expected[:2], H), grad or s.requires_grad
-    return found, grad
+    return found, grad, (T, B)
+
+
+def plain_weights(module: Any, weights: Sequence[Tensor], x: Tensor, parts: int | None = None) -> bool:
+    """Whether the parameters are as they should be: torch.Tensor itself, of their shapes, of x's dtype and device.
+
+    parts: of each direction only so many are looked at.
+    """
+    dtype, device, on_cpu, n = x.dtype, x.device, x.is_cpu, 0
+    for shapes in module._all_shapes:
+        for expected in shapes[:parts]:
+            w = weights[n]
+            n += 1
+            if w.shape != expected or w.dtype is not dtype or type(w) not in _TENSORS:
+                return False
+            if not (w.is_cpu if on_cpu else w.device == device) or w.layout is not torch.strided:
+                return False
+        n += 0 if parts is None else len(shapes) - parts
+    return True
 
 
 _TENSORS = (Tensor, torch.nn.Parameter)
@@ -265,21 +282,22 @@ def packed_batch(input: PackedSequence, states: Sequence[Tensor | None]) -> int:
     return int(input.batch_sizes[0])
 
 
-def _well_packed(given: PackedSequence) -> bool:
-    """Whether a PackedSequence on the CPU is as torch makes it. What is not, `packed` and `_rows` say, more slowly."""
+def _well_packed(given: PackedSequence) -> int:
+    """B, if a PackedSequence on the CPU is as torch makes it; else 0. What is wrong, `packed` and `_rows` say."""
     data, sizes, order, back = given
     if sizes is None:
-        return False
+        return 0
     for t in (sizes, order, back):
         if t is not None and (type(t) is not Tensor or t.dtype is not torch.int64 or t.dim() != 1 or not t.is_cpu):
-            return False
+            return 0
     values = sizes.tolist()
     if not values or values[-1] < 1 or values != sorted(values, reverse=True) or sum(values) != data.shape[0]:
-        return False
+        return 0
+    B: int = values[0]
     if order is None or back is None:
-        return order is back
-    there, again, each = order.tolist(), back.tolist(), list(range(values[0]))
-    return len(there) == len(each) and sorted(again) == each and [there[i] for i in again] == each
+        return B if order is back else 0
+    there, again, each = order.tolist(), back.tolist(), list(range(B))
+    return B if len(there) == B and sorted(again) == each and [there[i] for i in again] == each else 0
 
 
 def packed(name: str, given: PackedSequence) -> None:

@@ -16,7 +16,7 @@ from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import arguments, backends, checks, dispatch, extras, layer_arguments, modules, packing, precisions
+from . import arguments, backends, checks, dispatch, extras, layer_arguments, masks, modules, packing, precisions
 from .cell import Cell, get
 from .dispatch import ScanOptions
 from .engines import aten
@@ -307,12 +307,15 @@ class Recurrent(modules.Module):
         plain = None
         if lengths is None and states is False and not (inputs or cell.inputs):
             plain = layer_arguments.plain(self, x, given, resets)
+            if plain is not None and (found := self._own(x, given, resets, plain)) is not None:
+                return *found, None
+            data: Any = x if isinstance(x, Tensor) else x.data
+            if plain is not None and not layer_arguments.plain_weights(self, plain[0], data):
+                plain = None
         if plain is None:
             weights, resets, lengths = self._check(x, state, resets, lengths, states, inputs or {})
         else:
             weights = plain[0]
-            if resets is None and isinstance(x, Tensor) and (found := self._own(x, given, *plain)) is not None:
-                return *found, None
         if not (self.save in _SAVES and self.precision in _PRECISIONS):
             arguments.options(self.backend, self.precision, self.save)
         states_: States = (None,) * len(cell.states) if given is None else tuple(given)
@@ -337,14 +340,36 @@ class Recurrent(modules.Module):
         return y, final, every
 
     def _own(
-        self, x: Tensor, given: States | None, weights: list[Tensor], grad: bool
-    ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
+        self, x: Any, states: States | None, resets: Tensor | None, plain: tuple[list[Tensor], bool, tuple[int, int]]
+    ) -> tuple[Any, tuple[Tensor, ...]] | None:
         """The output and the final states by torch's own, where that is the first rule's choice; else None."""
-        x = x.transpose(0, 1) if self.batch_first else x
-        if not dispatch.own_layers(self, x, grad):
+        weights, grad, size = plain
+        sizes = order = back = None
+        if isinstance(x, Tensor):
+            data = x.transpose(0, 1) if self.batch_first else x
+        else:
+            data, sizes, order, back = x
+        if not dispatch.own_layers(self, data, size, grad):
             return None
-        y, final = aten.stack(self, x, None, given or (None,) * len(self.cell.states), weights, grad)
-        return y.transpose(0, 1) if self.batch_first else y, final
+        # oneDNN's LSTM reads on past the end of a weight that is too small. All else torch's own says.
+        if sizes is None and self.cell.key == "lstm" and not layer_arguments.plain_weights(self, weights, data, 2):
+            return None
+        if resets is not None and states is not None:  # of one step: they zero the states before it
+            flags = resets.tolist() if size[1] <= arguments.FEW else [[True]]
+            if True in flags[0] or [True] in flags:
+                states = masks.cleared(states, resets.view(-1, 1), (False, True) if self.bidirectional else (False,))
+        if order is not None and states is not None:
+            states = tuple(s.index_select(1, order) for s in states)  # type: ignore[union-attr]  # none is None
+        given = (None,) * len(self.cell.states) if states is None else states
+        try:
+            y, final = aten.stack(self, data, sizes, given, weights, size[1], grad)
+        except checks.FAILURES as error:
+            state = None if states is None else states if len(states) > 1 else states[0]
+            raise checks.clearer(error, self._check, x, state, resets, None, False, {}) from None
+        if sizes is None:
+            return y.transpose(0, 1) if self.batch_first else y, final
+        final = final if back is None else tuple(s.index_select(1, back) for s in final)
+        return PackedSequence(y, sizes, order, back), final
 
     def _run_packed(
         self,
@@ -405,7 +430,8 @@ class Recurrent(modules.Module):
             x, states, options, mask = dispatch.prepared(case, choice, x, states, options)
         if choice.stack:
             sizes = None if packed is None else packed.batch_sizes
-            return *aten.stack(self, x, sizes, states, weights, case.grad), None
+            batch = x.shape[1] if size is None else size[1]
+            return *aten.stack(self, x, sizes, states, weights, batch, case.grad), None
         extra = extras.inputs(cell, inputs, x, H, options.lengths) if inputs else None
         finals, every = [], None
         for layer in range(self.num_layers):

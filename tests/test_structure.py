@@ -82,7 +82,7 @@ ARROWS = {  # room: the rooms of the project it may import
     },
     "recurrent": {
         *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "extras", "layer_arguments"),
-        *("modules", "packing", "precisions"),
+        *("masks", "modules", "packing", "precisions"),
     },
     "layers": {"cell", "checks", "functional", "recurrent"},
     "subclasses": {"cell_modules", "layers"},
