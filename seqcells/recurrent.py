@@ -307,11 +307,11 @@ class Recurrent(modules.Module):
         plain = None
         if lengths is None and states is False and not (inputs or cell.inputs):
             plain = layer_arguments.plain(self, x, given, resets)
-            if plain is not None and (found := self._own(x, given, resets, plain)) is not None:
-                return *found, None
-            data: Any = x if isinstance(x, Tensor) else x.data
-            if plain is not None and not layer_arguments.plain_weights(self, plain[0], data):
-                plain = None
+            if plain is not None:
+                if (found := self._own(x, given, resets, plain)) is not None:
+                    return *found, None
+                if not layer_arguments.plain_weights(self, plain[0], x if isinstance(x, Tensor) else x.data):
+                    plain = None
         if plain is None:
             weights, resets, lengths = self._check(x, state, resets, lengths, states, inputs or {})
         else:
