@@ -34,9 +34,9 @@ from .form import Form
 from .registry import get, names, register
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell(Form):
-    """A form with its functions (see the module)."""
+    """A form with its functions (see the module). Each equals itself alone: what is cached by cell is found at once."""
 
     _: KW_ONLY
     forward: Any
@@ -45,8 +45,11 @@ class Cell(Form):
     operands_2: Any = None
     backward_2: Any = None
     finish: Any = None
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         problems = self.problems()
         two = self.level < len(self.operands)
         for name, wanted in (

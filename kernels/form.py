@@ -8,7 +8,7 @@ operand, those of level 1 first. Row block n of the kernels' U is product n's.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True)
@@ -54,37 +54,28 @@ class Form:
     adds: tuple[int, ...]
     params: int = 0
     late: tuple[int, ...] = ()
+    # What follows from these, as plain attributes: every scan asks for it.
+    products: int = field(init=False, repr=False, compare=False)  # row blocks of U
+    first_products: int = field(init=False, repr=False, compare=False)  # products of level 1
+    level: int = field(init=False, repr=False, compare=False)  # how many operands are of level 1
+    # The products whose gradients are in dhu, in its order.
+    apart: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    # The operands that backward stores in m, in its order: those that are no state.
+    stored: tuple[int, ...] = field(init=False, repr=False, compare=False)
+    # Whether units that lie in different programs must hand each other the operands of level 1: always, but for one
+    # that is the first state, which is in y.
+    published: bool = field(init=False, repr=False, compare=False)
 
-    @property
-    def products(self) -> int:
-        """Row blocks of U."""
-        return len(self.adds)
-
-    @property
-    def first_products(self) -> int:
-        """Products of level 1."""
-        return sum(o.products for o in self.operands if o.level == 1)
-
-    @property
-    def apart(self) -> tuple[int, ...]:
-        """The products whose gradients are in dhu, in its order."""
-        return tuple(n for n, tile in enumerate(self.adds) if tile < 0)
-
-    @property
-    def stored(self) -> tuple[int, ...]:
-        """The operands that backward stores in m, in its order: those that are no state."""
-        return tuple(n for n, o in enumerate(self.operands) if o.state is None)
-
-    @property
-    def level(self) -> int:
-        """How many operands are of level 1."""
-        return sum(o.level == 1 for o in self.operands)
-
-    @property
-    def published(self) -> bool:
-        """Whether units that lie in different programs must hand each other the operands of level 1: always, but for
-        one that is the first state, which is in y."""
-        return self.level > 0 and [o.state for o in self.operands if o.level == 1] != [0]
+    def __post_init__(self) -> None:
+        first = [o for o in self.operands if o.level == 1]
+        vars(self).update(  # a frozen instance has no assignment
+            products=len(self.adds),
+            first_products=sum(o.products for o in first),
+            level=len(first),
+            apart=tuple(n for n, tile in enumerate(self.adds) if tile < 0),
+            stored=tuple(n for n, o in enumerate(self.operands) if o.state is None),
+            published=bool(first) and [o.state for o in first] != [0],
+        )
 
     @property
     def finishes(self) -> bool:

@@ -170,9 +170,15 @@ class _Problem:
         self.device, self.precision, self.backward = device, precision, backward
         self.products = cell.products
         self.levels = len({operand.level for operand in cell.operands})
-        # What a thread has of a step: a tile for each gate or product; two states take as much as three, each more
-        # than two another (found with the report).
-        self.tiles = max(cell.gates, cell.products, 3 if cell.states > 1 else 1) + max(0, cell.states - 2)
+        # What a thread has of a step: a tile for each gate and each product apart; two states take as much as three,
+        # each more than two another, as does each further operand (found with the report).
+        tiles = max(cell.gates + len(cell.apart), 3 if cell.states > 1 else 1) + max(0, cell.states - 2)
+        tiles += max(0, len(cell.operands) - 1)
+        # And backward a trained vector's gradient: all along where one program takes all steps, else for a moment.
+        params = cell.params if backward else 0
+        self.tiles, self.step_tiles = tiles + params, tiles + params // 2
+        # Beyond the four of the built-in cells, plans leave more registers to them (likewise).
+        self.heavy = self.tiles > 4
 
     def floor(
         self, u_bytes: int, u_rate: float, rows: int, units: int, columns: int, exchange: int, start: float
@@ -237,12 +243,13 @@ class _Problem:
         wide = block_h > 128 or block_h * block_b >= 4096
         num_warps = 8 if wide or tiles * block_h * block_b * itemsize > 8192 else 4
         # Triton gives every warp 16 units or more; others would repeat their work (without tensor cores fewer spill).
-        num_warps = min(num_warps, block_h // 16 if tensor_cores else 4)
+        num_warps = min(num_warps, block_h // 16) if tensor_cores else 8 if self.heavy else 4
         # U in registers is read from shared memory once, not at every step. Half of a thread's registers is what it can
         # have beside the tiles of eight rows; three TF32 products keep U twice.
         u_bytes = products * block_h * block_h * itemsize
         held = u_bytes * _copies(itemsize, self.precision)
         u_in_registers = products > 0 and block_b == 8 and tensor_cores and held <= 512 * 32 * min(8, block_h // 16)
+        u_in_registers = u_in_registers and not (self.backward and self.heavy)
         if u_in_registers and held > 512 * 32 * num_warps:
             num_warps = 8
         needed = resident_bytes(products, H, itemsize, block_b, self.precision)
@@ -265,8 +272,10 @@ class _Problem:
     def unfit_grid(self) -> str | None:
         if not self.products:
             return None  # nothing to wait for
-        if self.backward and self.itemsize == 4 and self.precision == "ieee" and self.device is not INTERPRETER:
-            return "backward, float32 products without TF32 spill registers"  # found with the report
+        exact = self.itemsize == 4 and self.precision == "ieee" and self.device is not INTERPRETER
+        if exact and (self.backward or self.heavy):
+            which = "backward" if self.backward else "of so many tiles"
+            return f"{which}, float32 products without TF32 spill registers"  # found with the report
         if self.itemsize == 8 and self.device.capability >= 100:
             return "float64 products spill registers there"  # likewise
         if max(operand.products for operand in self.cell.operands) > 8:
@@ -303,7 +312,9 @@ class _Problem:
                 most = 128 if self.H % 256 or (blackwell and len(held) > 1) else 256
             if self.backward and block_b > 32:
                 most //= 2
-            if not self.backward and blackwell and self.itemsize == 4 and self.H > 300:
+            # Of float32, 16 rows of a long chunk would spill beside the products of three gates or more (likewise).
+            long = block_b == 16 and held[0][0] > 32 and chunks(self.H, 64, most)[0] > 256
+            if not self.backward and self.itemsize == 4 and (long or (blackwell and self.H > 300)):
                 most = 128
             for block_k in (most, most // 2, most // 4):
                 tile = GRID_UNITS, block_b, block_k
@@ -319,15 +330,16 @@ class _Problem:
 
     def _most_rows(self) -> int:
         """Rows of a `grid` program beyond which some target spills registers (found with the report)."""
-        many = self.tiles > 4 or len(self.cell.operands) > 2
         if self.itemsize == 8:
-            if many:
+            if self.heavy:
                 return 8 if self.H <= 128 else 0
             several = len(self.cell.operands) > 1 and not self.backward
             return 16 if self.H <= 300 else 0 if several else 8
         if self.itemsize > 2:
+            if self.heavy:
+                return 8 if self.H <= 768 else 0
             return 32 if self.H <= 512 else 16 if self.H <= 768 else 0
-        if many:
+        if self.heavy:
             return 32 if self.H <= 512 else 8 if self.H <= 768 else 0
         if self.H <= 512:
             heavy = self.backward or self.levels > 1
@@ -389,7 +401,7 @@ class _Problem:
                 # What a thread may hold of the pointwise step and of the product (found with the report).
                 rows = gates * block_h
                 tile = block_h * block_b
-                if tile > (self._most_elements() if not exact else 512) or rows * block_b > 16384:
+                if tile > (512 if exact or self.step_tiles > 4 else self._most_elements()) or rows * block_b > 16384:
                     continue
                 num_warps = 8 if rows * block_b > 4096 or tile > 2048 else 4
                 programs = _ceil(H, block_h) * _ceil(B, block_b) * self.groups
@@ -407,7 +419,7 @@ class _Problem:
 
     def _most_elements(self) -> int:
         """Elements of a stepwise tile. Blackwell's products come back from tensor memory all at once."""
-        if not self.backward or self.cell.params or self.tiles > 4:
+        if not self.backward or self.cell.params:
             return 4096
         return 8192 if self.itemsize == 2 and self.device.capability < 100 else 4096
 

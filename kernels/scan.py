@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +54,7 @@ class Launch(NamedTuple):
     plan: Plan
 
 
+@cache
 def compile_options(plan: Plan) -> dict[str, Any]:
     """What Triton is told beside the arguments. enable_fp_fusion: its default differs between releases."""
     options: dict[str, Any] = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
@@ -75,17 +76,20 @@ def run(launch: Launch) -> None:
         )
 
 
-def _aligned(x: Tensor | None) -> Tensor | None:
-    """x, contiguous and on a 16-byte boundary (else the kernel would be compiled once more for this one tensor)."""
-    if x is None:
-        return None
-    x = x.contiguous()
-    return x.clone() if x.device.type == "cuda" and x.data_ptr() % 16 else x
+def _aligned(*tensors: Tensor | None) -> list[Any]:
+    """The tensors, contiguous and on 16-byte boundaries (else the kernel would be compiled once more for this one)."""
+    return [
+        x if x is None or (x.is_contiguous() and not (x.is_cuda and x.data_ptr() % 16)) else _copied(x) for x in tensors
+    ]
 
 
-def _rounds_before(plan: Plan, precision: str, dtype: torch.dtype) -> bool:
-    """Whether operands of products are rounded to TF32 before they are loaded: where they stream (see `stepwise`)."""
-    return plan.schedule == "stepwise" and precision == "tf32" and dtype == torch.float32
+def _copied(x: Tensor) -> Tensor:
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _rounds_before(precision: str, dtype: torch.dtype) -> bool:
+    """Whether operands of `stepwise`'s products are rounded to TF32 before they are loaded."""
+    return precision == "tf32" and dtype == torch.float32
 
 
 def _rounded(x: Tensor) -> Tensor:
@@ -94,43 +98,67 @@ def _rounded(x: Tensor) -> Tensor:
     return (torch.where(x.isfinite(), bits + 0x1000, bits) & -0x2000).view(torch.float32)
 
 
-def _weights(u: Tensor, plan: Plan, precision: str) -> Tensor:
-    """u for the kernels."""
-    u = _aligned(u)  # type: ignore[assignment]
-    return _rounded(u) if _rounds_before(plan, precision, u.dtype) else u
+# What a kernel is compiled for follows from a few facts about the scan, and is put together once for each: a call
+# has no time for it.
+_per_scan = lru_cache(maxsize=1024)
 
 
-def _bytes(mask: Tensor | None) -> Tensor | None:
-    return None if mask is None else _aligned(mask).view(torch.uint8)  # type: ignore[union-attr]
-
-
-def _has_holds(mask: Tensor | None) -> bool:
-    """Whether rows may be held in a mask of this type: kernels for resets alone are not burdened with it."""
-    return mask is not None and mask.dtype == torch.uint8
-
-
-def _constants(cell: Cell, plan: Plan, u: Tensor, mask: Tensor | None, reversed: int, precision: str) -> dict[str, Any]:
-    """The constexprs all kernels share. precision: tl.dot's input_precision for float32."""
-    tiles = {"GROUPS": u.shape[0], "REVERSED": reversed, "H": u.shape[2]}
-    tiles |= {"BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b, "ACC": ACCUMULATE[u.dtype]}
+def _constants(
+    cell: Cell, plan: Plan, shape: tuple[int, int, int], dtype: torch.dtype, mask: torch.dtype | None, precision: str
+) -> dict[str, Any]:
+    """The constexprs all kernels share. shape: K, H, reversed. mask: its type. precision: tl.dot's for float32."""
+    groups, hidden, reversed = shape
+    tiles = {"GROUPS": groups, "REVERSED": reversed, "H": hidden}
+    tiles |= {"BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b, "ACC": ACCUMULATE[dtype]}
     # The tuples have an entry for each operand (STATE_OF: of level 1; -1 for one that is no state) or product.
     states = tuple(-1 if o.state is None else o.state for o in cell.operands if o.level == 1)
-    shape = {"G": cell.gates, "GATES": tuple(o.products for o in cell.operands), "LEVEL": cell.level}
-    shape |= {"STATE_OF": states, "ADDS": cell.adds, "LATE": cell.late, "PUBLISHED": cell.published}
-    shape |= {"STATES": cell.states, "SAVED": cell.saved, "PARAMS": cell.params}
-    fast = u.dtype in (torch.float16, torch.bfloat16) and plan.nvidia
-    modes = {"PRECISION": precision, "FAST": fast, "HOLDS": _has_holds(mask)}
-    return {**tiles, **shape, "PACK": 8 // u.element_size(), **modes}
+    layout = {"G": cell.gates, "GATES": tuple(o.products for o in cell.operands), "LEVEL": cell.level}
+    layout |= {"STATE_OF": states, "ADDS": cell.adds, "LATE": cell.late, "PUBLISHED": cell.published}
+    layout |= {"STATES": cell.states, "SAVED": cell.saved, "PARAMS": cell.params, "PACK": 8 // dtype.itemsize}
+    fast = dtype in (torch.float16, torch.bfloat16) and plan.nvidia
+    # Only a mask of codes knows of padding: kernels for resets alone are not burdened with it.
+    return {**tiles, **layout, "PRECISION": precision, "FAST": fast, "HOLDS": mask == torch.uint8}
 
 
-def _segments(cell: Cell) -> dict[str, tuple[int, ...]]:
-    """The cell's segments (see `form`), five numbers each."""
-    flat = [(s.operand, s.first, s.count, int(s.apart), s.column) for s in cell.segments]
-    return {"SEGMENTS": tuple(number for segment in flat for number in segment)}
+def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[str, Any]:
+    """The constexprs of the plan's schedule alone."""
+    if plan.schedule == "resident":
+        return {"WARPS": plan.num_warps, "U_IN_REGISTERS": plan.u_in_registers}
+    constants: dict[str, Any] = {}
+    if backward:
+        # Five numbers for each of the cell's segments (see `form`).
+        flat = [(s.operand, s.first, s.count, int(s.apart), s.column) for s in cell.segments]
+        constants["SEGMENTS"] = tuple(number for segment in flat for number in segment)
+    if plan.schedule == "grid":
+        # Into how many chunks the columns of each slice of U are cut (the last chunk may be smaller).
+        cut = slices(cell, hidden, plan.block_h, backward)
+        constants["CHUNKS"] = tuple(chunks(columns, rows, plan.block_k)[0] for rows, columns in cut)
+    return constants
 
 
-def _resident_constants(plan: Plan) -> dict[str, Any]:
-    return {"WARPS": plan.num_warps, "U_IN_REGISTERS": plan.u_in_registers}
+@_per_scan
+def _forward_constants(
+    cell: Cell,
+    plan: Plan,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    mask: torch.dtype | None,
+    precision: str,
+    save: str,
+) -> dict[str, Any]:
+    constants = _constants(cell, plan, shape, dtype, mask, precision)
+    constants |= {"SAVE": save != "none", "SAVED": cell.saved if save == "gates" else 0}
+    constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
+    return constants | _of_schedule(cell, plan, shape[1], False)
+
+
+@_per_scan
+def _backward_constants(
+    cell: Cell, plan: Plan, shape: tuple[int, int, int], dtype: torch.dtype, mask: torch.dtype | None, precision: str
+) -> dict[str, Any]:
+    constants = _constants(cell, plan, shape, dtype, mask, precision)
+    constants |= {"STEP": cell.backward, "BACKWARD_2": cell.backward_2, "FINISH": cell.finish}
+    return constants | _of_schedule(cell, plan, shape[1], True)
 
 
 def _scratch(like: Tensor, *shape: int) -> Tensor:
@@ -147,13 +175,17 @@ def _fill(state: Tensor, start: Tensor | None) -> None:
 
 def _start(rows: Tensor, start: Tensor | None, reversed: int) -> None:
     """start [K, B, .] into the row of the buffer [., B, K, .] where each group begins; zero where none does."""
-    if not reversed:
-        _fill(rows[0].transpose(0, 1), start)
-        return
-    for k in range(rows.shape[2]):
-        first, last = (-1, 0) if is_reversed(k, reversed) else (0, -1)
-        _fill(rows[first, :, k], None if start is None else start[k])
-        rows[last, :, k].zero_()
+    if start is None:
+        rows[0].zero_()
+        if reversed:
+            rows[-1].zero_()
+    elif not reversed:
+        rows[0].transpose(0, 1).copy_(start)
+    else:
+        for k in range(rows.shape[2]):
+            first, last = (-1, 0) if is_reversed(k, reversed) else (0, -1)
+            rows[first, :, k].copy_(start[k])
+            rows[last, :, k].zero_()
 
 
 def allocate_saved(cell: Cell, gx: Tensor) -> Tensor:
@@ -177,17 +209,10 @@ def allocate(cell: Cell, gx: Tensor, save: str, reversed: int = 0) -> Scanned:
     )
 
 
-def _grid(plan: Plan, B: int, K: int, H: int) -> tuple[int, ...]:
-    """Programs: batch tiles and groups; where units are spread, unit tiles first."""
-    tiles = triton.cdiv(B, plan.block_b)
-    return (tiles, K) if plan.schedule == "resident" else (triton.cdiv(H, plan.block_h), tiles, K)
-
-
-def _chunks(cell: Cell, H: int, plan: Plan, backward: bool) -> dict[str, tuple[int, ...]]:
-    """How the `grid` kernels cut the columns of each of their slices of U (of an operand; backward, of a segment): by
-    how many (the last chunk may be smaller)."""
-    held = slices(cell, H, plan.block_h, backward)
-    return {"CHUNKS": tuple(chunks(columns, rows, plan.block_k)[0] for rows, columns in held)}
+def _programs(plan: Plan, B: int, K: int, H: int) -> tuple[int, ...]:
+    """The launch grid: batch tiles and groups; where units are spread, unit tiles first."""
+    tiles = -(-B // plan.block_b)
+    return (tiles, K) if plan.schedule == "resident" else (-(-H // plan.block_h), tiles, K)
 
 
 def _walk(
@@ -244,17 +269,17 @@ def forward(
     _start(out.y, h0, reversed)
     if cell.states > 1 and (save != "none" or plan.schedule == "resident"):
         _start(out.c, c0, reversed if save != "none" else 0)
-    constants = _constants(cell, plan, u, mask, reversed, precision)
-    constants |= {"SAVE": save != "none", "SAVED": cell.saved if save == "gates" else 0}
-    constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
+    u, bias, params, mask = _aligned(u, bias, params, mask)
+    mask_type = None if mask is None else mask.dtype
+    constants = _forward_constants(cell, plan, (K, H, reversed), u.dtype, mask_type, precision, save)
     arguments = {
-        "gx_ptr": gx, "u_ptr": _weights(u, plan, precision), "bias_ptr": _aligned(bias), "params_ptr": _aligned(params),
-        "y_ptr": out.y, "c_ptr": out.c, "saved_ptr": out.saved, "mask_ptr": _bytes(mask), "T": T, "B": B, **constants,
+        "gx_ptr": gx, "u_ptr": u, "bias_ptr": bias, "params_ptr": params, "y_ptr": out.y, "c_ptr": out.c,
+        "saved_ptr": out.saved, "mask_ptr": None if mask is None else mask.view(torch.uint8), "T": T, "B": B,
+        **constants,
     }  # fmt: skip
-    programs = _grid(plan, B, K, H)
+    programs = _programs(plan, B, K, H)
     if plan.schedule == "resident":
-        arguments |= {"hn_ptr": out.hn, "cn_ptr": out.cn, **_resident_constants(plan)}
-        launch(Launch(resident.forward_kernel, programs, arguments, plan))
+        launch(Launch(resident.forward_kernel, programs, {**arguments, "hn_ptr": out.hn, "cn_ptr": out.cn}, plan))
         return out
 
     sh, sc = _scratch(gx, K, B, H), _scratch(gx, *out.cn.shape)
@@ -270,12 +295,13 @@ def forward(
     }
     phases = (0,) * cell.published + (1, 2)[: 2 if second else 1]
     if plan.schedule == "grid":
-        arguments |= _chunks(cell, H, plan, False)
         _walk(grid.forward_kernel, arguments, phases, programs, plan, T, launch)
     else:
         h: list[Tensor | None] = [None, None]
-        if _rounds_before(plan, precision, u.dtype) and cell.operands and not cell.published:
-            h = [_rounded(sh.transpose(0, 1).contiguous()), gx.new_empty(B, K, H)]
+        if _rounds_before(precision, u.dtype):
+            arguments["u_ptr"] = _rounded(u)
+            if cell.operands and not cell.published:
+                h = [_rounded(sh.transpose(0, 1).contiguous()), gx.new_empty(B, K, H)]
         for t in range(T):
             for phase in phases:
                 varying: dict[str, Any] = {"t": t, "PHASE": phase, "BLOCK_K": plan.block_k}
@@ -289,16 +315,13 @@ def forward(
 def allocate_gradients(cell: Cell, y: Tensor, reversed: int = 0) -> Gradients:
     """The uninitialised outputs of `backward`."""
     T, B, K, H = steps(y, reversed), *y.shape[1:]
-
-    def some(count: int, *shape: int) -> Tensor:
-        return y.new_empty(*shape, count * H) if count else y.new_empty(0)
-
+    apart, stored, others = len(cell.apart), len(cell.stored), cell.states - 1
     return Gradients(
         y.new_empty(T, B, K, cell.gates * H),
-        some(len(cell.apart), T, B, K),
-        some(len(cell.stored), T, B, K),
+        y.new_empty(T, B, K, apart * H) if apart else y.new_empty(0),
+        y.new_empty(T, B, K, stored * H) if stored else y.new_empty(0),
         y.new_empty(K, B, H),
-        some(cell.states - 1, K, B),
+        y.new_empty(K, B, others * H) if others else y.new_empty(0),
         _scratch(y, K, cell.params * H) if cell.params else _scratch(y, 0),
     )
 
@@ -328,31 +351,32 @@ def backward(
     """
     T, B, K, H = steps(y, reversed), *y.shape[1:]
     out = allocate_gradients(cell, y, reversed)
-    programs = _grid(plan, B, K, H)
+    programs = _programs(plan, B, K, H)
     # A program adds for its own rows, in a fixed order: two runs give the same bits.
-    shares = _scratch(y, triton.cdiv(B, plan.block_b), *out.dparams.shape).zero_() if cell.params else None
-    constants = _constants(cell, plan, u, mask, reversed, precision)
-    constants |= {"STEP": cell.backward, "BACKWARD_2": cell.backward_2, "FINISH": cell.finish}
+    shares = _scratch(y, -(-B // plan.block_b), *out.dparams.shape).zero_() if cell.params else None
+    dy, dhn, dcn, dcs, u, params, mask = _aligned(dy, dhn, dcn, dcs, u, params, mask)
+    mask_type = None if mask is None else mask.dtype
+    constants = _backward_constants(cell, plan, (K, H, reversed), u.dtype, mask_type, precision)
     arguments = {
-        "dy_ptr": _aligned(dy), "dcs_ptr": _aligned(dcs), "u_ptr": _weights(u, plan, precision),
-        "params_ptr": _aligned(params), "y_ptr": y, "c_ptr": c, "saved_ptr": saved, "mask_ptr": _bytes(mask),
-        "dgx_ptr": out.dgx, "dhu_ptr": out.dhu, "m_ptr": out.m, "dparams_ptr": shares, "T": T, "B": B, **constants,
+        "dy_ptr": dy, "dcs_ptr": dcs, "u_ptr": u, "params_ptr": params, "y_ptr": y, "c_ptr": c, "saved_ptr": saved,
+        "mask_ptr": None if mask is None else mask.view(torch.uint8), "dgx_ptr": out.dgx, "dhu_ptr": out.dhu,
+        "m_ptr": out.m, "dparams_ptr": shares, "T": T, "B": B, **constants,
     }  # fmt: skip
     if plan.schedule == "resident":
-        arguments |= {"dhn_ptr": _aligned(dhn), "dcn_ptr": _aligned(dcn), "dh0_ptr": out.dh0, "dc0_ptr": out.dc0}
-        arguments |= _resident_constants(plan)
+        arguments |= {"dhn_ptr": dhn, "dcn_ptr": dcn, "dh0_ptr": out.dh0, "dc0_ptr": out.dc0}
         launch(Launch(resident.backward_kernel, programs, arguments, plan))
         return out if shares is None else out._replace(dparams=shares.sum(0))
 
     dsh, dsc = _scratch(y, K, B, H), _scratch(y, *out.dc0.shape)
     _fill(dsh, dhn)
     _fill(dsc, dcn)
-    arguments |= {"dsh_ptr": dsh, "dsc_ptr": dsc, **_segments(cell)}
+    arguments |= {"dsh_ptr": dsh, "dsc_ptr": dsc}
     phases = (0, 1) if cell.level < len(cell.operands) else (1,)
     if plan.schedule == "grid":
-        arguments |= _chunks(cell, H, plan, True)
         _walk(grid.backward_kernel, arguments, phases + (2,) * bool(cell.operands), programs, plan, T, launch)
     else:
+        if _rounds_before(precision, u.dtype):
+            arguments["u_ptr"] = _rounded(u)
         for t in range(T - 1, -2, -1):
             for phase in phases if t >= 0 else phases[:1]:
                 varying = {"t": t, "PHASE": phase, "FIRST": t == T - 1, "LAST": t < 0, "BLOCK_K": plan.block_k}
@@ -385,14 +409,15 @@ def recompute(
     hu = gx.new_empty(N, K, cell.products * H)
     v = gx.new_empty(N, K, cell.level * H) if cell.published else None
     m = gx.new_empty(N, K, second * H) if second else None
-    constants = _constants(cell, plan, u, mask, reversed, "ieee")
+    bias, params, mask = _aligned(bias, params, mask)
+    constants = _constants(cell, plan, (K, H, reversed), u.dtype, None if mask is None else mask.dtype, "ieee")
     # Pointwise over T*B rows: any tile will do, and this one keeps loads whole.
     constants |= {"BLOCK_H": min(128, triton.next_power_of_2(H)), "BLOCK_B": 8}
     constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
     del constants["PRECISION"]
     arguments = {
-        "gx_ptr": gx, "hu_ptr": hu, "bias_ptr": _aligned(bias), "params_ptr": _aligned(params), "y_ptr": y, "c_ptr": c,
-        "saved_ptr": saved, "mask_ptr": _bytes(mask), "v_ptr": v, "m_ptr": m, "N": N, "B": B,
+        "gx_ptr": gx, "hu_ptr": hu, "bias_ptr": bias, "params_ptr": params, "y_ptr": y, "c_ptr": c, "saved_ptr": saved,
+        "mask_ptr": None if mask is None else mask.view(torch.uint8), "v_ptr": v, "m_ptr": m, "N": N, "B": B,
     }  # fmt: skip
     programs = (triton.cdiv(N, constants["BLOCK_B"]), triton.cdiv(H, constants["BLOCK_H"]), K)
 

@@ -33,7 +33,7 @@ from .cells import Cell
 from .math import operand, product
 from .plan import parts
 from .plan_single import Single, slots
-from .scan import ACCUMULATE, Launch, Scanned, _aligned, allocate_saved, run
+from .scan import ACCUMULATE, Launch, Scanned, _aligned, _per_scan, allocate_saved, run
 from .tiles import (
     apart_before,
     load_params,
@@ -265,23 +265,39 @@ def forward(
     """
     if save not in SAVES:
         raise ValueError(f"unknown save {save!r}: expected one of {', '.join(SAVES)}")
-    (B, I), H, size = x.shape, w_hh.shape[1], x.element_size()  # noqa: E741
-    out, kept = allocate(cell, x, H, save), save == "gates"
+    (B, I), H = x.shape, w_hh.shape[1]  # noqa: E741
+    out = allocate(cell, x, H, save)
     through = input_precision or precision
-    # Together, rows of different alignment would both be loaded as the worse allows.
-    fused = through == precision and gcd(I * size, 16) == gcd(H * size, 16)
-    arguments: dict[str, Any] = {
-        "x_ptr": _aligned(x), "w_ptr": _aligned(w_ih), "u_ptr": _aligned(w_hh), "b_ih_ptr": _aligned(b_ih),
-        "b_hh_ptr": _aligned(b_hh), "params_ptr": _aligned(params), "h0_ptr": _aligned(h0),
-        "c0_ptr": _aligned(c0) if cell.states > 1 else None, "y_ptr": out.y, "c_ptr": out.c, "saved_ptr": out.saved,
-        "hn_ptr": out.hn, "cn_ptr": out.cn, "B": B, "I": I, "H": H, "BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b,
-        "BLOCK_K": plan.block_k,
+    x, w_ih, w_hh, b_ih, b_hh, params, h0, c0 = _aligned(x, w_ih, w_hh, b_ih, b_hh, params, h0, c0)
+    arguments = {
+        "x_ptr": x, "w_ptr": w_ih, "u_ptr": w_hh, "b_ih_ptr": b_ih, "b_hh_ptr": b_hh, "params_ptr": params,
+        "h0_ptr": h0, "c0_ptr": c0 if cell.states > 1 else None, "y_ptr": out.y, "c_ptr": out.c, "saved_ptr": out.saved,
+        "hn_ptr": out.hn, "cn_ptr": out.cn, "B": B, **_constants(cell, plan, I, H, x.dtype, through, precision, save),
     }  # fmt: skip
-    arguments |= {"FUSED": fused, "ACC": ACCUMULATE[x.dtype], "INPUT_PRECISION": through, "PRECISION": precision}
-    arguments |= {"G": cell.gates, "ADDS": cell.adds, "OPERAND": cell.operands[0].state if cell.operands else -1}
-    arguments |= {"STATES": cell.states, "PARAMS": cell.params, "STEP": cell.forward}
-    arguments |= {"SAVE": kept, "SAVED": cell.saved if kept else 0, "PACK": 8 // size}
-    arguments["PARTS"] = parts(plan.block_h * slots(cell))
-    arguments["FAST"] = x.dtype in (torch.float16, torch.bfloat16) and plan.nvidia
-    launch(Launch(kernel, (triton.cdiv(H, plan.block_h), triton.cdiv(B, plan.block_b)), arguments, plan))
+    launch(Launch(kernel, (-(-H // plan.block_h), -(-B // plan.block_b)), arguments, plan))
     return out
+
+
+@_per_scan
+def _constants(
+    cell: Cell,
+    plan: Single,
+    I: int,  # noqa: E741
+    H: int,
+    dtype: torch.dtype,
+    input_precision: str,
+    precision: str,
+    save: str,
+) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    size, saved = dtype.itemsize, save == "gates"
+    # Together, rows of different alignment would both be loaded as the worse allows.
+    fused = input_precision == precision and gcd(I * size, 16) == gcd(H * size, 16)
+    constants = {"I": I, "H": H, "BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b, "BLOCK_K": plan.block_k}
+    constants |= {"FUSED": fused, "ACC": ACCUMULATE[dtype], "INPUT_PRECISION": input_precision, "PRECISION": precision}
+    constants |= {"G": cell.gates, "ADDS": cell.adds, "OPERAND": cell.operands[0].state if cell.operands else -1}
+    constants |= {"STATES": cell.states, "PARAMS": cell.params, "STEP": cell.forward}
+    constants |= {"SAVE": saved, "SAVED": cell.saved if saved else 0, "PACK": 8 // size}
+    constants["PARTS"] = parts(plan.block_h * slots(cell))
+    constants["FAST"] = dtype in (torch.float16, torch.bfloat16) and plan.nvidia
+    return constants

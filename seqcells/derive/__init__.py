@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
@@ -64,7 +64,7 @@ class Derived:
         from ..kernels.cells import Cell
 
         form = self.parts.form
-        facts = {n: getattr(form, n) for n in form.__dataclass_fields__}
+        facts = {f.name: getattr(form, f.name) for f in fields(form) if f.init}
         return Cell(**facts, **emit.triton_functions(self.source, form.name))
 
     @cached_property
