@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from .cells import Cell
 
 BUILT_IN = ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")  # names that layers of seqcells rely on
-_CELLS: dict[str, Cell] = {}
+REGISTERED: dict[str, Cell] = {}
 _LATER: dict[str, Callable[[], Cell]] = {}
 
 
 def register(cell: Cell) -> Cell:
     """Make a cell known by its name, in place of one of that name. Returns it."""
     _LATER.pop(cell.name, None)
-    _CELLS[cell.name] = cell
+    REGISTERED[cell.name] = cell
     return cell
 
 
 def register_later(name: str, make: Callable[[], Cell]) -> None:
     """Make a cell known whose declaration make() gives, in place of one of that name."""
-    _CELLS.pop(name, None)
+    REGISTERED.pop(name, None)
     _LATER[name] = make
 
 
@@ -34,10 +34,10 @@ def get(name: str) -> Cell:
     """The cell of that name. ValueError if there is none."""
     if name in _LATER:
         register(_LATER[name]())
-    if name not in _CELLS:
+    if name not in REGISTERED:
         raise ValueError(f"unknown cell {name!r}: expected one of {', '.join(sorted(names()))}")
-    return _CELLS[name]
+    return REGISTERED[name]
 
 
 def names() -> list[str]:
-    return [*_CELLS, *_LATER]
+    return [*REGISTERED, *_LATER]

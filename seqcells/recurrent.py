@@ -22,6 +22,7 @@ from .dispatch import ScanOptions
 from .engines import aten
 
 States = tuple["Tensor | None", ...]
+_OWN = (None, "auto", "aten")  # backends by which torch's own may run
 _SAVES, _PRECISIONS = arguments.SAVES, (None, *arguments.PRECISIONS)
 
 
@@ -308,7 +309,7 @@ class Recurrent(modules.Module):
         if lengths is None and states is False and not (inputs or cell.inputs):
             plain = layer_arguments.plain(self, x, given, resets)
             if plain is not None:
-                if (found := self._own(x, given, resets, plain)) is not None:
+                if self.backend in _OWN and (found := self._own(x, given, resets, plain)) is not None:
                     return *found, None
                 if not layer_arguments.plain_weights(self, plain[0], x if isinstance(x, Tensor) else x.data):
                     plain = None

@@ -232,7 +232,7 @@ def define(step, gates="", **others):
 def registries(monkeypatch):
     """The steps as cells, by name; which are none of other tests'."""
     cells = sys.modules["seqcells.cell"]  # seqcells.cell is the function
-    for of, name in ((cells, "_BY_KEY"), (cells, "_BY_NAME"), (registry, "_CELLS"), (registry, "_LATER")):
+    for of, name in ((cells, "_BY_KEY"), (cells, "_BY_NAME"), (registry, "REGISTERED"), (registry, "_LATER")):
         others = {key: made for key, made in getattr(of, name).items() if key.partition("#")[0] not in NAMES}
         monkeypatch.setattr(of, name, others)
     return {step.__name__: define(step) for step in STEPS}

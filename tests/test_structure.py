@@ -56,7 +56,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "engines.loop": {"autograd", "batching", "cell", "derive", "products", "kernels.buffers"},
     "engines.triton": {
         *("autograd", "batching", "cell", "engines.loop", "fallback", "kernels", "masks", "products"),
-        *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "scan", "single")),
+        *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "registry", "scan", "single")),
     },
     "engines.aten": set(),
     "engines.reset_steps": {"engines.aten", "packing", "kernels.buffers"},

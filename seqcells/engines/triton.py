@@ -21,6 +21,7 @@ from torch import Tensor
 from .. import batching, fallback, kernels, masks, products
 from ..autograd import ENGINES, Engine, Options, Tensors
 from ..cell import get
+from ..kernels import registry
 from ..kernels.buffers import outputs, pack_saved, unpack_saved
 from ..kernels.plan import Plan, plan
 from ..kernels.plan_single import Single, plan_single, unfit
@@ -107,7 +108,7 @@ def _scan_forward(
     params: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See kernels.scan.forward."""
-    declared = kernels.cells.get(cell)
+    declared = registry.REGISTERED.get(cell) or kernels.cells.get(cell)
     gx = gx.contiguous()  # vmap's rows and groups need not be
     how: Any = {"save": save, "reversed": reversed, "precision": precision, "params": params}
     call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **how)
