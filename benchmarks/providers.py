@@ -98,7 +98,7 @@ class _Alone(torch.autograd.Function):
         dy = dy.unflatten(2, (u.shape[0], -1))
         out = engine.backward(dy, None, None, None, u, y, c, saved, None, cell, 0, "", precision)
         weight, at = products.recurrent_gradient, products.places(cell)
-        du = [weight(at, *out[:3], y, c, None, 0, k) for k in range(u.shape[0])]
+        du = [weight(at, out[:3], (y, c), None, 0, k) for k in range(u.shape[0])]
         return out[0].flatten(2), torch.stack(du), None, None, None
 
 

@@ -189,7 +189,8 @@ def hidden_size(
 ) -> int:
     """H; of a cell that reads no x by the first of its tensors that has it."""
     if cell.rows[0]:
-        return weights[0].shape[0] // cell.rows[0]  # type: ignore[union-attr]
+        assert weights[0] is not None
+        return weights[0].shape[0] // cell.rows[0]
     vectors = [t for n, t in ((params or ({},))[0] or {}).items() if n not in cell.scalars]
     wide = [t for t in (inputs or {}).values() if isinstance(t, Tensor) and t.dim() == 3]
     known = next((t for t in (weights[1], *states, *vectors, *wide) if t is not None), None)

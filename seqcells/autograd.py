@@ -120,8 +120,8 @@ def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor:
 
 def vjp(run: Callable[..., Any], *primals: Any) -> tuple[Any, Any]:
     """run's outputs, and their gradients' way back."""
-    out, back = torch.func.vjp(run, *primals)  # type: ignore[misc]
-    return out, back
+    found = torch.func.vjp(run, *primals)
+    return found[0], found[1]
 
 
 def _gradients_of(run: Callable[..., Any], wanted: list[bool], given: list[bool]) -> Callable[..., tuple[Tensor, ...]]:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import FunctionType
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar, overload
 
 import torch
 from torch.compiler import is_compiling
@@ -65,9 +65,15 @@ class _Found(Generic[T]):
     def __init__(self, find: Callable[[Any], T]) -> None:
         self.find, self.name, self.__doc__ = find, find.__name__, find.__doc__
 
-    def __get__(self, made: Cell | None, owner: Any = None) -> T:
+    @overload
+    def __get__(self, made: None, owner: Any) -> _Found[T]: ...
+
+    @overload
+    def __get__(self, made: Cell, owner: Any = None) -> T: ...
+
+    def __get__(self, made: Cell | None, owner: Any = None) -> Any:
         if made is None:
-            return self  # type: ignore[return-value]
+            return self
         if is_compiling():
             # Not read from the cell: if a second cell's numbers differ, Dynamo takes them for variables, and
             # `0 in cell.rows` is false. But a Form from a constant function would have no properties,
@@ -90,7 +96,7 @@ def _find(key: str, name: str) -> Any:
 
 
 # torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
-_find._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_find._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,8 +149,10 @@ class Cell:
         """
         with ThreadPoolExecutor(1) as apart:  # what the caller is in the middle of (a transform, a mode) stays out
             found = apart.submit(_seen, self).result()
-        parts = None if found else self._derived.parts
-        return found or (parts.x_gates, parts.u_gates, (-1,) * len(parts.u_gates))  # type: ignore[union-attr]
+        if found is not None:
+            return found
+        parts = self._derived.parts
+        return parts.x_gates, parts.u_gates, (-1,) * len(parts.u_gates)
 
     @_Found
     def form(self) -> Form:

@@ -131,12 +131,10 @@ class RecurrentCell(modules.Module):
         self.bias = bias
         self.backend = backend
         self.precision = precision
-        shapes = self._shapes()
         if taken := [name for name in cell.params if hasattr(self, name)]:
-            raise ValueError(
-                f"cell {cell.name}: its parameter {taken[0]!r} has a name that modules have: give it another"
-            )
-        for name, shape in shapes.items():
+            problem = f"its parameter {taken[0]!r} has a name that modules have: give it another"
+            raise ValueError(f"cell {cell.name}: {problem}")
+        for name, shape in self._shapes().items():
             self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
         if not bias and self._hx == "hx":  # as torch.nn's
             self.register_parameter("bias_ih", None)
@@ -243,9 +241,8 @@ class RecurrentCell(modules.Module):
             if s.dim() != 2 or s.shape[0] != x.shape[0]:
                 raise RuntimeError(f"Input batch size {x.shape[0]} doesn't match hidden{i} batch size {s.shape[0]}")
             if s.shape[1] != self.hidden_size:
-                raise RuntimeError(
-                    f"hidden{i} has inconsistent hidden_size: got {s.shape[1]}, expected {self.hidden_size}"
-                )
+                got = f"got {s.shape[1]}, expected {self.hidden_size}"
+                raise RuntimeError(f"hidden{i} has inconsistent hidden_size: {got}")
         on_cpu = (
             x.is_cpu and weights[0] is not None and weights[0].is_cpu and weights[1] is not None and weights[1].is_cpu
         )
@@ -265,7 +262,7 @@ class RecurrentCell(modules.Module):
         return (y, final) if batched else (y[0], tuple(s[0] for s in final))
 
 
-class LSTMCell(RecurrentCell, nn.LSTMCell):  # type: ignore[misc]
+class LSTMCell(RecurrentCell, nn.LSTMCell):  # type: ignore[misc]  # forward is ours
     """Apply one step of a long short-term memory (LSTM) cell.
 
     It is :class:`torch.nn.LSTMCell` with the same arguments, parameters and results, and with ``backend`` and
@@ -339,7 +336,7 @@ class LSTMCell(RecurrentCell, nn.LSTMCell):  # type: ignore[misc]
         # Whether torch.fx traces. Asked in line, for every call pays for it.
         known = type(input) is Tensor and (hx is None or (type(hx) is tuple and hx and type(hx[0]) is Tensor))
         if not known and (call := self._traced(input, hx)) is not None:
-            return call  # type: ignore[return-value]
+            return call
         if hx is not None and not isinstance(hx, (tuple, list)):
             raise TypeError(f"LSTMCell: expected hx to be a tuple of two tensors (h, c), got {checks.kind(hx)}")
         # Whether an argument is to blame is asked after a failure: before each step it would cost.
@@ -359,7 +356,7 @@ class _OneState(RecurrentCell):
 
     _hx = "hx"
 
-    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:  # type: ignore[override]  # torch.nn's names
         """Run one step.
 
         Args:
@@ -375,7 +372,7 @@ class _OneState(RecurrentCell):
         """
         known = type(input) is Tensor and (hx is None or type(hx) is Tensor)
         if not known and (call := self._traced(input, hx)) is not None:
-            return call  # type: ignore[return-value]
+            return call
         states = None if hx is None else (hx,)
         try:
             return self._step(input, states, ("hidden",))[0]  # the output, which is the state
@@ -387,7 +384,7 @@ class _OneState(RecurrentCell):
         def __call__(self, input: Tensor, hx: Tensor | None = None) -> Tensor: ...
 
 
-class GRUCell(_OneState, nn.GRUCell):  # type: ignore[misc]
+class GRUCell(_OneState, nn.GRUCell):  # type: ignore[misc]  # forward is ours
     """Apply one step of a gated recurrent unit (GRU) cell.
 
     It is :class:`torch.nn.GRUCell` with the same arguments, parameters and results, and with ``reset_after``,
@@ -448,7 +445,7 @@ class GRUCell(_OneState, nn.GRUCell):  # type: ignore[misc]
         self.reset_after = reset_after
 
 
-class RNNCell(_OneState, nn.RNNCell):  # type: ignore[misc]
+class RNNCell(_OneState, nn.RNNCell):  # type: ignore[misc]  # forward is ours
     """Apply one step of an Elman network with a tanh or relu.
 
     It is :class:`torch.nn.RNNCell` with the same arguments, parameters and results, and with ``backend`` and

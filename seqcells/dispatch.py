@@ -282,7 +282,7 @@ def _triton_lacks(device: torch.device, dtype: torch.dtype) -> str:
 
 # As torch.compiler.assume_constant_result does, which imports the compiler: torch.compile asks it while it traces, and
 # does not trace the import.
-_triton_lacks._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_triton_lacks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
 
 
 def own_step(cell: str, backend: str | None, on_cpu: bool) -> bool:

@@ -236,7 +236,8 @@ def _inputs(
         elif isinstance(value, PackedSequence):
             packed(name, value)
             _rows(name, value)
-            _same_order(x, value, name)  # type: ignore[arg-type]
+            assert isinstance(x, PackedSequence)
+            _same_order(x, value, name)
             shape, found[name] = (x.data.shape[0],), value.data
         else:
             checks.tensor(name, value, expected="a tensor or a PackedSequence")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ class LSTM(Recurrent):
         precision: str | None = None,
     ) -> None:
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
-        self._set_up(get("lstm"), *sizes, device, dtype, backend, save, precision)
+        self._set_up(get("lstm"), sizes, device, dtype, backend, save, precision)
 
     @overload  # type: ignore[override]  # torch.nn's names of the arguments
     def forward(
@@ -247,7 +247,7 @@ def _without_projection(init: F) -> F:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         init(self, *args[:place], *args[place + 1 :], **options)
 
-    return checked  # type: ignore[return-value]
+    return cast(F, checked)  # but for proj_size, which only raises
 
 
 class GRU(_OneState):
@@ -327,7 +327,7 @@ class GRU(_OneState):
         checks.boolean("reset_after", reset_after)
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
         definition = get("gru" if reset_after else "gru_before")
-        self._set_up(definition, *sizes, device, dtype, backend, save, precision)
+        self._set_up(definition, sizes, device, dtype, backend, save, precision)
         self.reset_after = reset_after
 
 
@@ -407,5 +407,5 @@ class RNN(_OneState):
     ) -> None:
         definition = get(functional.rnn_cell_name(nonlinearity))
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
-        self._set_up(definition, *sizes, device, dtype, backend, save, precision)
+        self._set_up(definition, sizes, device, dtype, backend, save, precision)
         self.nonlinearity = nonlinearity

@@ -90,8 +90,9 @@ class Module(nn.Module):
         if self.__dict__.pop("qconfig", self) is self:
             raise AttributeError("qconfig")
 
-    def _traced(self, input: Any, hx: Any, **options: Any) -> fx.Proxy | None:
-        """torch.fx's record of this call, one node as for torch.nn's modules; None where nothing given is a Proxy.
+    def _traced(self, input: Any, hx: Any, **options: Any) -> Any:
+        """torch.fx's record of this call, one node as for torch.nn's modules: a Proxy for the result. None where
+        nothing given is one.
 
         fx asks for the module's name in torch.nn, so that it would look into forward.
         """

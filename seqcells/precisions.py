@@ -20,8 +20,9 @@ def rnn_precision() -> str:
 
     torch.backends.cudnn.rnn.fp32_precision (which torch.backends.cudnn.allow_tf32 sets too); "none" asks its parents.
     """
-    cudnn = torch.backends.cudnn
-    for setting in (cudnn.rnn.fp32_precision, cudnn.fp32_precision, torch.backends.fp32_precision):  # type: ignore[attr-defined]
+    backends: Any = torch.backends  # whose stubs lack these
+    cudnn = backends.cudnn
+    for setting in (cudnn.rnn.fp32_precision, cudnn.fp32_precision, backends.fp32_precision):
         if setting != "none":
             return "tf32" if setting == "tf32" else "ieee"
     return "ieee"

@@ -164,8 +164,10 @@ def hidden_size(at: Places, w_ih: Tensor, w_hh: Tensor | None, h0: Tensor | None
         return w_ih.shape[-2] // at.x
     if w_hh is not None:
         return w_hh.shape[-1]
-    assert h0 is not None or c0 is not None
-    return c0.shape[-1] // (at.states - 1) if h0 is None else h0.shape[-1]  # type: ignore[union-attr]
+    if h0 is not None:
+        return h0.shape[-1]
+    assert c0 is not None
+    return c0.shape[-1] // (at.states - 1)
 
 
 def recurrent(at: Places, w_hh: Tensor | None, w_ih: Tensor, H: int) -> Tensor:
@@ -246,9 +248,16 @@ def bias_gradients(at: Places, dgx: Tensor, dhu: Tensor, H: int) -> tuple[Tensor
 
 
 def recurrent_gradient(
-    at: Places, dgx: Tensor, dhu: Tensor, m: Tensor, y: Tensor, c: Tensor, mask: Tensor | None, reversed: int, k: int
+    at: Places,
+    of_gates: tuple[Tensor, Tensor, Tensor],
+    states: tuple[Tensor, Tensor],
+    mask: Tensor | None,
+    reversed: int,
+    k: int,
 ) -> Tensor:
-    """[Gu*H, H] of group k: one GEMM a segment of the products (see kernels.form)."""
+    """[Gu*H, H] of group k: one GEMM a segment of the products (see kernels.form). of_gates: dgx, dhu and m; states: y
+    and c."""
+    (dgx, dhu, m), (y, c) = of_gates, states
     H = y.shape[3]
     operands: dict[tuple[int, int], Tensor] = {}
     parts = []

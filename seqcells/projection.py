@@ -33,7 +33,11 @@ def scan(run: Callable[[Call], Result], call: Call, options: ScanOptions) -> Res
 
 def unprojected(groups: Sequence[Weights]) -> list[Weights]:
     """w_ih, w_hh, b_ih, b_hh of the LSTMs over m, from w_ih, w_hh, b_ih, b_hh, w_hr."""
-    return [(w_ih, w_hh @ w_hr, b_ih, b_hh) for w_ih, w_hh, b_ih, b_hh, w_hr in groups]  # type: ignore[operator]
+    found: list[Weights] = []
+    for w_ih, w_hh, b_ih, b_hh, w_hr in groups:
+        assert w_hh is not None and w_hr is not None
+        found.append((w_ih, w_hh @ w_hr, b_ih, b_hh))
+    return found
 
 
 def with_start(
@@ -67,11 +71,12 @@ def with_start(
 
 def project(y: Tensor, groups: Sequence[Weights]) -> Tensor:
     """m [T, B, K*H] to h [T, B, K*P]."""
-    parts = y.chunk(len(groups), 2)
-    return torch.cat([m @ weights[4].t() for m, weights in zip(parts, groups, strict=True)], 2)  # type: ignore[union-attr]
+    projections = [w_hr for *_, w_hr in groups if w_hr is not None]
+    return torch.cat([m @ w.t() for m, w in zip(y.chunk(len(groups), 2), projections, strict=True)], 2)
 
 
 def project_final(m: Tensor, groups: Sequence[Weights], h0: Tensor | None, lengths: Tensor | None) -> Tensor:
     """The final m [K, B, H] to h_n [K, B, P]; a row without steps ends where it began."""
-    h = torch.stack([m[k] @ weights[4].t() for k, weights in enumerate(groups)])  # type: ignore[union-attr]
+    projections = [w_hr for *_, w_hr in groups if w_hr is not None]
+    h = torch.stack([m[k] @ w.t() for k, w in enumerate(projections)])
     return h if h0 is None or lengths is None else torch.where((lengths > 0)[:, None], h, h0)

@@ -125,29 +125,22 @@ class Recurrent(modules.Module):
         **constants: float,
     ) -> None:
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
-        self._set_up(modules.cell_of(cell, constants), *sizes, device, dtype, backend, save, precision)
+        self._set_up(modules.cell_of(cell, constants), sizes, device, dtype, backend, save, precision)
 
     def _set_up(
         self,
         cell: Cell,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int,
-        bias: bool,
-        batch_first: bool,
-        dropout: float,
-        bidirectional: bool,
-        proj_size: int,
+        sizes: tuple[int, int, int, bool, bool, float, bool, int],
         device: Device,
         dtype: torch.dtype | None,
         backend: str | None,
         save: str,
         precision: str | None,
     ) -> None:
-        """What constructors have in common."""
+        """What constructors have in common. sizes: see layer_arguments.sizes."""
         nn.Module.__init__(self)  # in `subclasses` torch.nn.LSTM's would be next
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size = sizes
         rate = layer_arguments.rate(dropout)  # first, as in torch.nn
-        sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         layer_arguments.sizes(sizes, stacklevel=_outside(self))
         checks.device(device, optional=True)
         checks.dtype(dtype, optional=True)

@@ -61,51 +61,53 @@ def put(items, i, item):
     return (*items[:i], item, *items[i + 1 :])
 
 
-def explore(programs, warps, steps, exchanges, without="", resident=None, launches=1, counters=None, published=False):
-    """Tries every order of moves. Yields what can come of it, each once, with a shortest way there: "finished",
-    "deadlock" or what is wrong with a load, after which the search goes on as if it had been right. Each launch has a
-    counter of its own, or they share `counters`. A program that is not among the first `resident` starts when another
-    has ended.
+class Model:
+    """Launches, and what the warps in them may do next.
+
+    A state is, of each warp, its next line and its view; the newest stores; of each counter, the arrivals and the view
+    released into it; and what is in each program's cache. A view is the newest step of each place, -1 before the first.
     """
-    crews = [range(p * warps, (p + 1) * warps) for p in range(launches * programs)]
-    code = [program(steps, exchanges, programs, w == crew[0], without, published) for crew in crews for w in crew]
-    counters = counters or launches
-    resident = resident or len(crews)
 
-    # A view is the newest step of each place, -1 before the first.
-    rows = [*([("v", 0), ("v", 1)] if published else [("y", t) for t in range(steps + 1)]), ("m", 0)]
-    places = {(*row, w): i for i, (w, row) in enumerate((w, row) for w in range(len(code)) for row in rows)}
-    empty = tuple(0 if (buffer, row) == ("y", 0) else -1 for buffer, row, _ in places)
-    arrived = programs if without == "a counter at zero" else 0
+    def __init__(self, programs, warps, steps, exchanges, without, resident, launches, counters, published):
+        self.programs, self.warps, self.without, self.counters = programs, warps, without, counters or launches
+        self.crews = [range(p * warps, (p + 1) * warps) for p in range(launches * programs)]
+        self.code = [
+            program(steps, exchanges, programs, w == crew[0], without, published) for crew in self.crews for w in crew
+        ]
+        self.resident = resident or len(self.crews)
+        rows = [*([("v", 0), ("v", 1)] if published else [("y", t) for t in range(steps + 1)]), ("m", 0)]
+        each = ((*row, w) for w in range(len(self.code)) for row in rows)
+        self.places = {place: i for i, place in enumerate(each)}
 
-    def ended(at, p):
-        return all(at[w] == len(code[w]) for w in crews[p])
+    def first(self):
+        """The state before any move."""
+        n, counters = len(self.code), self.counters
+        empty = tuple(0 if (buffer, row) == ("y", 0) else -1 for buffer, row, _ in self.places)
+        arrived = self.programs if self.without == "a counter at zero" else 0
+        cached = (frozenset(),) * len(self.crews)
+        return (0,) * n, (empty,) * n, (empty,), (arrived,) * counters, (empty,) * counters, cached
 
-    def move(state, w):
+    def ended(self, at, p):
+        return all(at[w] == len(self.code[w]) for w in self.crews[p])
+
+    def line(self, state, w):
+        """What warp w does next, in words."""
+        return f"{w // self.warps}.{w % self.warps} {' '.join(map(str, self.code[w][state[0][w]]))}"
+
+    def move(self, state, w):
         """What may go wrong in the next line of warp w, and the state after it; None where it has to wait."""
         at, knows, (made,), counts, released, cached = map(list, state)
-        p = w // warps
-        launch, counter = p // programs, p // programs % counters
-        if at[w] == len(code[w]) or p >= resident + sum(ended(at, q) for q in range(len(crews))):
+        code, crews, p = self.code, self.crews, w // self.warps
+        counter = p // self.programs % self.counters
+        ended = sum(self.ended(at, q) for q in range(len(crews)))
+        if at[w] == len(code[w]) or p >= self.resident + ended:
             return None
         wrong = set()
         match code[w][at[w]]:
             case "load", buffer, row, step:
-                # All units in one move. A load changes nothing (but for the cache), so if one unit can be wrong at some
-                # time between the others, the search sees it where they are all loaded at that time.
-                for v in range(launch * programs * warps, (launch + 1) * programs * warps):
-                    place = places[buffer, row, v]
-                    if knows[w][place] < step:
-                        wrong.add(f"{buffer} too old")
-                    if made[place] > step:
-                        wrong.add(f"{buffer} overwritten")
-                    if any((place, old) in cached[p] for old in range(-1, step)):
-                        wrong.add(f"{buffer} too old in L1")
-                if without == f"cg of {buffer}":  # what the program stores itself is up to date in its cache
-                    line = {i for (b, _, v), i in places.items() if b == buffer and v not in crews[p]}
-                    cached[p] |= {(i, knows[w][i]) for i in line}
+                wrong = self.load(w, buffer, row, step, knows[w], made, cached)
             case "store", buffer, row, step:
-                place = places[buffer, row, w]
+                place = self.places[buffer, row, w]
                 made, knows[w] = put(made, place, step), put(knows[w], place, step)
             case "block", _:  # one move for the whole program, made when all its warps are there
                 if any(at[v] == len(code[v]) or code[v][at[v]][0] != "block" for v in crews[p]) or w != crews[p][0]:
@@ -125,19 +127,46 @@ def explore(programs, warps, steps, exchanges, without="", resident=None, launch
         at[w] += 1
         return wrong, tuple(map(tuple, (at, knows, (made,), counts, released, cached)))
 
-    n = len(code)
-    first = (0,) * n, (empty,) * n, (empty,), (arrived,) * counters, (empty,) * counters, (frozenset(),) * len(crews)
+    def load(self, w, buffer, row, step, known, made, cached):
+        """What may go wrong in a load; adds to `cached` what it leaves in the cache of warp w's program."""
+        p, places, wrong = w // self.warps, self.places, set()
+        units = self.programs * self.warps  # of a launch
+        first = w // units * units
+        # All units in one move. A load changes nothing (but for the cache), so if one unit can be wrong at some time
+        # between the others, the search sees it where they are all loaded at that time.
+        for v in range(first, first + units):
+            place = places[buffer, row, v]
+            if known[place] < step:
+                wrong.add(f"{buffer} too old")
+            if made[place] > step:
+                wrong.add(f"{buffer} overwritten")
+            if any((place, old) in cached[p] for old in range(-1, step)):
+                wrong.add(f"{buffer} too old in L1")
+        if self.without == f"cg of {buffer}":  # what the program stores itself is up to date in its cache
+            line = {i for (b, _, v), i in places.items() if b == buffer and v not in self.crews[p]}
+            cached[p] |= {(i, known[i]) for i in line}
+        return wrong
+
+
+def explore(programs, warps, steps, exchanges, without="", resident=None, launches=1, counters=None, published=False):
+    """Tries every order of moves. Yields what can come of it, each once, with a shortest way there: "finished",
+    "deadlock" or what is wrong with a load, after which the search goes on as if it had been right. Each launch has a
+    counter of its own, or they share `counters`. A program that is not among the first `resident` starts when another
+    has ended.
+    """
+    model = Model(programs, warps, steps, exchanges, without, resident, launches, counters, published)
+    first = model.first()
     before, queue, found = {first: None}, deque([first]), set()
 
     def way(state, w):
-        here = [f"{w // warps}.{w % warps} {' '.join(map(str, code[w][state[0][w]]))}"]
+        here = [model.line(state, w)]
         return way(*before[state]) + here if before[state] else here
 
     while queue:  # it ends: every move takes a warp on by a line
         state = queue.popleft()
-        moves = [(w, moved) for w in range(n) if (moved := move(state, w))]
+        moves = [(w, moved) for w in range(len(model.code)) if (moved := model.move(state, w))]
         if not moves:
-            end = "finished" if all(ended(state[0], p) for p in range(len(crews))) else "deadlock"
+            end = "finished" if all(model.ended(state[0], p) for p in range(len(model.crews))) else "deadlock"
             if end not in found:
                 yield end, way(*before[state])
             found.add(end)

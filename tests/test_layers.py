@@ -202,11 +202,7 @@ def ours_alone():
             RuntimeError,
             r"Expected hidden\[1\] size \(1, 2, 4\), got \[1, 1, 4\]",
         ),
-        "bidirectional": (
-            lambda: seqcells.GRU(3, 4, bidirectional=1),
-            TypeError,
-            "bidirectional should be of type bool",
-        ),
+        "bidirectional": (lambda: seqcells.GRU(3, 4, bidirectional=1), TypeError, "should be of type bool"),
         "resets dtype": (
             lambda: layer(x, resets=torch.zeros(5, 2, dtype=torch.complex64)),
             TypeError,

@@ -90,80 +90,93 @@ def by_step(cell, given, resets=None):
     return torch.stack(ys), states
 
 
-def walk(cell, functions, given, dy, dfinal, resets=None, stored=None):
-    """y, the final states, and gradients of all that is given, by the functions. stored: a dtype of what backward is
-    given of forward."""
-    form, f = cell.form, functions
-    given = {n: t.detach() for n, t in given.items()}
-    x, w_ih, w_hh, b_ih, b_hh = (given[n] for n in ("x", "w_ih", "w_hh", "b_ih", "b_hh"))
-    T, B, H = x.shape[0], x.shape[1], of_kind(given, "state", cell.states)[0].shape[-1]
-    extra, gates = len(cell.outputs), len(cell.x_gates)
-    order = list(cell.order)
-    u = torch.stack([w_hh[n * H : n * H + H] for n in order]) if order else torch.zeros(0, H, H).double()
-    b = torch.stack([b_hh[n * H : n * H + H] for n in order]) if order else torch.zeros(0, H).double()
-    gx = list(linear(x, w_ih, b_ih).split(H, -1))[:gates] if gates else []
-    for n, tile in enumerate(form.adds):
-        if tile >= 0:
-            gx[tile] = gx[tile] + b[n]
-    gx += of_kind(given, "input", cell.inputs)
-    params = tuple(p.expand(H) for p in of_kind(given, "param", cell.params))
-    ends = [sum(o.products for o in form.operands[: n + 1]) for n in range(len(form.operands))]
-    of_operand = [range(e - o.products, e) for e, o in zip(ends, form.operands, strict=True)]
+class Walk:
+    """A cell's functions over all steps. stored: a dtype of what backward is given of forward."""
 
-    def first_operands(gxs, states):
-        if f.operands_1 is not None:
-            return f.operands_1(gxs, states, params)
-        return states[:1] if form.level else ()
+    def __init__(self, cell, functions, given, resets, stored):
+        self.cell, self.form, self.functions, self.resets, self.stored = cell, cell.form, functions, resets, stored
+        self.given = {n: t.detach() for n, t in given.items()}
+        x, w_ih, w_hh, b_ih, b_hh = (self.given[n] for n in ("x", "w_ih", "w_hh", "b_ih", "b_hh"))
+        self.shape = B, H = x.shape[1], self.of("state", cell.states)[0].shape[-1]
+        self.extra, self.gates, form = len(cell.outputs), len(cell.x_gates), cell.form
+        order = list(cell.order)
+        self.u = torch.stack([w_hh[n * H : n * H + H] for n in order]) if order else torch.zeros(0, H, H).double()
+        self.b = torch.stack([b_hh[n * H : n * H + H] for n in order]) if order else torch.zeros(0, H).double()
+        self.gx = list(linear(x, w_ih, b_ih).split(H, -1))[: self.gates] if self.gates else []
+        for n, tile in enumerate(form.adds):
+            if tile >= 0:
+                self.gx[tile] = self.gx[tile] + self.b[n]
+        self.gx += self.of("input", cell.inputs)
+        self.params = tuple(p.expand(H) for p in self.of("param", cell.params))
+        ends = [sum(o.products for o in form.operands[: n + 1]) for n in range(len(form.operands))]
+        self.of_operand = [range(e - o.products, e) for e, o in zip(ends, form.operands, strict=True)]
+        self.unknown = (torch.full((B, H), float("nan")).double(),) * self.extra  # an output is no state before
 
-    def multiply(operands, start):
-        products = [(v, n) for i, v in enumerate(operands, start) for n in of_operand[i]]
-        return [v @ u[n].T + (b[n] if form.adds[n] < 0 else 0) for v, n in products]
+    def of(self, kind, names):
+        return of_kind(self.given, kind, names)
 
-    def masked(states, t):
+    def first_operands(self, gxs, states):
+        if self.functions.operands_1 is not None:
+            return self.functions.operands_1(gxs, states, self.params)
+        return states[:1] if self.form.level else ()
+
+    def multiply(self, operands, start):
+        products = [(v, n) for i, v in enumerate(operands, start) for n in self.of_operand[i]]
+        return [v @ self.u[n].T + (self.b[n] if self.form.adds[n] < 0 else 0) for v, n in products]
+
+    def masked(self, states, t):
+        resets = self.resets
         return states if resets is None else tuple(s.masked_fill(resets[t, :, None], 0) for s in states)
 
-    states = (*[torch.full((B, H), float("nan")).double()] * extra, *of_kind(given, "state", cell.states))
-    past, ys = [], []
-    for t in range(T):
-        before, gxs = masked(states, t), tuple(g[t] for g in gx)
-        operands = first_operands(gxs, before)
-        hu = multiply(operands, 0)
-        if f.operands_2 is not None:
-            second = f.operands_2(gxs, tuple(hu), before, params)
-            hu += multiply(second, form.level)
-            operands = (*operands, *second)
-        states, saved = f.forward(gxs, tuple(hu), before, params)
-        assert len(states) == form.states and len(saved) == form.saved
-        assert all(t.shape == (B, H) and t.dtype == x.dtype for t in (*states, *saved, *operands, *hu))
-        past.append((before, states, saved, operands))
-        ys.append(states[0])
+    def forward(self):
+        """Of each step the states before and after it, what is saved, and the operands."""
+        f, form, past = self.functions, self.form, []
+        states = (*self.unknown, *self.of("state", self.cell.states))
+        for t in range(len(self.given["x"])):
+            before, gxs = self.masked(states, t), tuple(g[t] for g in self.gx)
+            operands = self.first_operands(gxs, before)
+            hu = self.multiply(operands, 0)
+            if f.operands_2 is not None:
+                second = f.operands_2(gxs, tuple(hu), before, self.params)
+                hu += self.multiply(second, form.level)
+                operands = (*operands, *second)
+            states, saved = f.forward(gxs, tuple(hu), before, self.params)
+            assert len(states) == form.states and len(saved) == form.saved
+            made = (*states, *saved, *operands, *hu)
+            assert all(t.shape == self.shape and t.dtype == self.given["x"].dtype for t in made)
+            past.append((before, states, saved, operands))
+        return past
 
-    dstates = (*[torch.zeros(B, H).double()] * extra, *dfinal)
-    dgxs, dhus = [], []
-    dparams = [torch.zeros(H).double() for _ in params]
-    for t in range(T - 1, -1, -1):
-        before, after, saved, operands = past[t]
-        if stored:
-            saved, before, after = (tuple(s.to(stored).double() for s in part) for part in (saved, before, after))
-        have = (saved, before, after, params)
-        dstates = (dstates[0] + dy[t], *dstates[1:])
+    def backward_of_gates(self, dstates, operands, have):
+        """dgx, dhu, the gradients of the states before the step, those of params; all before `finish`."""
+        f, form, u, level = self.functions, self.form, self.u, self.form.level
         dm, again = (), ()
         if f.backward_2 is not None:
             dhu_2, again = f.backward_2(dstates, *have)
-            starts = [r.start - form.first_products for r in of_operand[form.level :]]
+            starts = [r.start - form.first_products for r in self.of_operand[level:]]
             dm = tuple(
                 sum(dhu_2[s + i] @ u[n] for i, n in enumerate(r))
-                for s, r in zip(starts, of_operand[form.level :], strict=True)
+                for s, r in zip(starts, self.of_operand[level:], strict=True)
             )
         dgx, dhu, dbefore, dp, computed = f.backward(dstates, dm, *have)
         if f.backward_2 is not None:
             assert all(torch.allclose(a, c, atol=1e-13) for a, c in zip(dhu_2, dhu[form.first_products :], strict=True))
         m = [operands[n] for n in form.stored]
-        near = 1e-13 if stored is None else 1.0
+        near = 1e-13 if self.stored is None else 1.0
         assert all(torch.allclose(a, c, atol=near) for a, c in zip((*computed, *again), m, strict=True))
-        through = [sum(dhu[n] @ u[n] for n in r) for r in of_operand[: form.level]]
+        return dgx, dhu, dbefore, dp
+
+    def step_back(self, dstates, past):
+        """dgx, dhu, the gradients of the states before the step, those of params."""
+        f, form = self.functions, self.form
+        before, after, saved, operands = past
+        if self.stored:
+            saved, before, after = (tuple(s.to(self.stored).double() for s in part) for part in (saved, before, after))
+        have = (saved, before, after, self.params)
+        early, dhu, dbefore, dp = self.backward_of_gates(dstates, operands, have)
+        through = [sum(dhu[n] @ self.u[n] for n in r) for r in self.of_operand[: form.level]]
         dv = tuple(d for d, o in zip(through, form.operands, strict=False) if o.state is None)
-        early = dgx
+        dgx = early
         if f.finish is not None:
             dgx, dbefore, dp = f.finish(dgx, dbefore, dp, dv, *have)
         assert all(n in form.late or torch.equal(a, c) for n, (a, c) in enumerate(zip(early, dgx, strict=True)))
@@ -173,36 +186,56 @@ def walk(cell, functions, given, dy, dfinal, resets=None, stored=None):
         for d, o in zip(through, form.operands, strict=False):
             if o.state is not None:
                 dbefore[o.state] = dbefore[o.state] + d
-        assert not extra or not dbefore[0].any()
-        assert all(d.shape == (B, H) for d in (*dgx, *dhu, *dbefore, *dp))
-        dparams = [a + c.sum(0) for a, c in zip(dparams, dp, strict=True)]
-        dstates = masked(tuple(dbefore), t)
-        dgxs.insert(0, torch.stack(dgx) if dgx else torch.zeros(0, B, H).double())
-        dhus.insert(0, torch.stack(dhu) if dhu else torch.zeros(0, B, H).double())
+        assert not self.extra or not dbefore[0].any()
+        assert all(d.shape == self.shape for d in (*dgx, *dhu, *dbefore, *dp))
+        return dgx, dhu, tuple(dbefore), dp
 
-    dgx, dhu = torch.stack(dgxs), torch.stack(dhus)  # [T, tiles, B, H]
-    dw_hh, db_hh = torch.zeros_like(w_hh), torch.zeros_like(b_hh)
-    for operand, r in enumerate(of_operand):
-        v = torch.stack([p[3][operand] for p in past])
-        for n in r:
-            rows = slice(order[n] * H, order[n] * H + H)
-            dw_hh[rows], db_hh[rows] = torch.einsum("tbo,tbi->oi", dhu[:, n], v), dhu[:, n].sum((0, 1))
-    flat = dgx[:, :gates].transpose(1, 2).reshape(T, B, gates * H)
-    found = {
-        "y": torch.stack(ys),
-        **{f"final {n}": s for n, s in zip(cell.states, states[extra:], strict=True)},
-        "d x": flat @ w_ih,
-        **{f"d state {n}": d for n, d in zip(cell.states, dstates[extra:], strict=True)},
+    def backward(self, past, dy, dfinal):
+        """dgx, dhu [T, tiles, B, H], the gradients of the given states, those of params."""
+        none = torch.zeros(*self.shape).double()
+        dstates, dgxs, dhus = (*[none] * self.extra, *dfinal), [], []
+        dparams = [torch.zeros(self.shape[1]).double() for _ in self.params]
+        for t in range(len(past) - 1, -1, -1):
+            dgx, dhu, dbefore, dp = self.step_back((dstates[0] + dy[t], *dstates[1:]), past[t])
+            dparams = [a + c.sum(0) for a, c in zip(dparams, dp, strict=True)]
+            dstates = self.masked(dbefore, t)
+            dgxs.insert(0, torch.stack(dgx) if dgx else none.expand(0, *self.shape))
+            dhus.insert(0, torch.stack(dhu) if dhu else none.expand(0, *self.shape))
+        return torch.stack(dgxs), torch.stack(dhus), dstates[self.extra :], dparams
+
+    def recurrent_gradients(self, past, dhu):
+        """Of w_hh and b_hh."""
+        dw, db = (torch.zeros_like(self.given[n]) for n in ("w_hh", "b_hh"))
+        H, order = self.shape[1], self.cell.order
+        for operand, r in enumerate(self.of_operand):
+            v = torch.stack([p[3][operand] for p in past])
+            for n in r:
+                rows = slice(order[n] * H, order[n] * H + H)
+                dw[rows], db[rows] = torch.einsum("tbo,tbi->oi", dhu[:, n], v), dhu[:, n].sum((0, 1))
+        return dw, db
+
+
+def walk(cell, functions, given, dy, dfinal, resets=None, stored=None):
+    """y, the final states, and gradients of all that is given, by the functions; stored: see `Walk`."""
+    steps = Walk(cell, functions, given, resets, stored)
+    past = steps.forward()
+    dgx, dhu, dstates, dparams = steps.backward(past, dy, dfinal)
+    dw_hh, db_hh = steps.recurrent_gradients(past, dhu)
+    x, gates, scalars = steps.given["x"], steps.gates, cell.scalars
+    flat = dgx[:, :gates].transpose(1, 2).flatten(2)
+    final = past[-1][1][steps.extra :]
+    return {
+        "y": torch.stack([states[0] for _, states, _, _ in past]),
+        **{f"final {n}": s for n, s in zip(cell.states, final, strict=True)},
+        "d x": flat @ steps.given["w_ih"],
+        **{f"d state {n}": d for n, d in zip(cell.states, dstates, strict=True)},
         "d w_ih": torch.einsum("tbo,tbi->oi", flat, x),
         "d w_hh": dw_hh,
         "d b_ih": flat.sum((0, 1)),
         "d b_hh": db_hh,
-        **{
-            f"d param {n}": d.sum()[None] if n in cell.scalars else d for n, d in zip(cell.params, dparams, strict=True)
-        },
+        **{f"d param {n}": d.sum()[None] if n in scalars else d for n, d in zip(cell.params, dparams, strict=True)},
         **{f"d input {n}": dgx[:, gates + i] for i, n in enumerate(cell.inputs)},
     }
-    return found
 
 
 def autograd(cell, given, dy, dfinal, resets=None):

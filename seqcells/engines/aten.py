@@ -12,8 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-_STEPS: dict[str, Any] = {"gru": torch.gru_cell, "rnn_tanh": torch.rnn_tanh_cell, "rnn_relu": torch.rnn_relu_cell}
-LAYERS = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
+_STEPS: dict[str, Any] = {
+    "lstm": torch.lstm_cell,
+    "gru": torch.gru_cell,
+    "rnn_tanh": torch.rnn_tanh_cell,
+    "rnn_relu": torch.rnn_relu_cell,
+}
+LAYERS: dict[str, Any] = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
 # What oneDNN has by operators of its own. Asked here: torch.compile cannot trace the question.
 ONEDNN = {("lstm", "cpu", torch.float32)} if torch.backends.mkldnn.is_available() else set()
 Weights = Sequence["Tensor | None"]  # w_ih, w_hh, b_ih, b_hh and, of an LSTM with a projection, w_hr
@@ -52,9 +57,9 @@ def stack(
     train = rate > 0 or grad or torch.jit.is_tracing()
     options = (module.bias, module.num_layers, rate, train, module.bidirectional)
     if batch_sizes is None:
-        y, *final = own(x, hx, weights, *options, False)  # type: ignore[operator]
+        y, *final = own(x, hx, weights, *options, False)
     else:
-        y, *final = own(x, batch_sizes, hx, weights, *options)  # type: ignore[operator]
+        y, *final = own(x, batch_sizes, hx, weights, *options)
     return y, tuple(final)
 
 
@@ -79,7 +84,7 @@ def scan(
         starts, flat = [s[:, order] for s in states], [t for weights in groups for t in _flat(weights)]
         own = (groups[0][2] is not None or groups[0][3] is not None, 1, 0.0, _trains(x, *starts, *flat), K == 2)
         hx: Any = starts if cell == "lstm" else starts[0]
-        y, *final = LAYERS[cell](packed.data, packed.batch_sizes, hx, flat, *own)  # type: ignore[operator]
+        y, *final = LAYERS[cell](packed.data, packed.batch_sizes, hx, flat, *own)
         padded, _ = pad_packed_sequence(PackedSequence(y, packed.batch_sizes, order, back), total_length=x.shape[0])
         return padded, tuple(s[:, back] for s in final)
     outputs, finals = [], []
@@ -117,17 +122,18 @@ def layer(
         return _directions(x, states, groups)
     hx: Any = list(states) if cell == "lstm" else states[0]
     how = (1, 0.0, _trains(x, *states, *flat), len(groups) == 2, False)
-    y, *final = LAYERS[cell](x, hx, flat, biases, *how)  # type: ignore[operator]
+    y, *final = LAYERS[cell](x, hx, flat, biases, *how)
     return y, tuple(final)
 
 
 def step(cell: str, x: Tensor, states: tuple[Tensor, ...] | None, weights: Weights) -> tuple[Tensor, ...]:
     """torch's own fused cell. x [B, I]; states [B, H], None is zero."""
     if states is None:
-        zero = x.new_zeros(x.shape[0], weights[1].shape[1])  # type: ignore[union-attr]
+        assert weights[1] is not None
+        zero = x.new_zeros(x.shape[0], weights[1].shape[1])
         states = (zero, zero)
     if cell == "lstm":
-        return torch.lstm_cell(x, states, *weights)  # type: ignore[arg-type]
+        return _STEPS[cell](x, states, *weights)
     return (_STEPS[cell](x, states[0], *weights),)
 
 
@@ -175,7 +181,7 @@ def _call(
 
 def _call_backward(
     grads: Sequence[Tensor | None], inputs: Sequence[Tensor], out: Sequence[Tensor], reverse: bool, workspace: Tensor
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh."""
     x, h0, c0, *weights = (t.contiguous() for t in inputs)
     given = [torch.zeros_like(o) if g is None else g.contiguous() for o, g in zip(out, grads, strict=True)]
@@ -199,7 +205,7 @@ def _backward_op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
     *out, workspace = _call(*inputs, reverse, True)
-    return _call_backward((dy, dh, dc), inputs, out, reverse, workspace)  # type: ignore[return-value]
+    return _call_backward((dy, dh, dc), inputs, out, reverse, workspace)
 
 
 @_forward_op.register_fake

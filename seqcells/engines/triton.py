@@ -114,7 +114,7 @@ def _scan_forward(
     call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **how)
     planned = partial(plan_for, cell, gx.shape[1], (u.shape[0], u.shape[2]), u, precision=precision, backward=False)
     if schedule != "auto":
-        return tuple(call(plan=planned(schedule=schedule)))  # type: ignore[return-value]  # a Scanned
+        return (*call(plan=planned(schedule=schedule)),)
 
     def by_loop() -> Any:
         y, c, kept, hn, cn = projected.forward((gx, u, bias, mask, params), (h0, c0), cell, save, reversed)
@@ -154,7 +154,7 @@ def _scan_backward(
     call = partial(kernels.scan.backward, declared, dy, dhn, dcn, u, y, c, saved, mask, **how)
     planned = partial(plan_for, cell, y.shape[1], (u.shape[0], u.shape[2]), u, precision=precision, backward=True)
     if schedule != "auto":
-        return tuple(call(plan=planned(schedule=schedule)))  # type: ignore[return-value]  # a Gradients
+        return (*call(plan=planned(schedule=schedule)),)
 
     def by_loop() -> Any:
         kept = _kept(cell, saved, y.dtype) if declared.saved else saved
@@ -229,7 +229,7 @@ def _single_forward(
     given = (x, w_ih, u[0], *step_biases(at, b_ih, b_hh, H), h0, c0)
     call = partial(kernels.single.forward, declared, *given, **how)
     if schedule != "auto":
-        return tuple(call())  # type: ignore[return-value]
+        return (*call(),)
 
     def by_scan() -> Any:
         bi, bh, h, c, vectors = (None if t is None else t[None] for t in (b_ih, b_hh, h0, c0, params))
@@ -340,7 +340,8 @@ def backward(
     dx, dw_ih, dinputs = products.input_gradients(at, dgx, x, w_ih, (need[0], need[3], need[8]))
     dw_hh = db_ih = db_hh = None
     if need[4]:
-        each = [products.recurrent_gradient(at, dgx, dhu, m, y, c, mask, options.reversed, k) for k in range(K)]
+        gates = (dgx, dhu, m)
+        each = [products.recurrent_gradient(at, gates, (y, c), mask, options.reversed, k) for k in range(K)]
         dw_hh = each[0] if K == 1 else torch.stack(each)
     if need[5] or need[6]:
         db_ih, db_hh = products.bias_gradients(at, dgx, dhu, H)

@@ -46,7 +46,8 @@ def _traced(
 ) -> Gradients:
     """By the operator, of one sample."""
     given, (dy, dhn, dcn, dcs) = grouped(inputs), of_outputs(options, grads)
-    K = given[3].shape[0]  # type: ignore[union-attr]
+    assert given[3] is not None
+    K = given[3].shape[0]
     dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, d.shape[2] // K) for d in (dy, dcs))
     found = torch.ops.seqcells.loop_backward(
         dy, dhn, dcn, dcs, *given, mask, *buffers, options.cell, options.reversed, list(need), 1
@@ -84,7 +85,8 @@ def layer_gradients(
         y, c, gates, *finals = (None if t is None or t.dim() == 1 else t[k] for t in (*buffers, dhn, dcn))
         rows = [None if d is None else d[:, k] for d in (dy, dcs)]
         sums = Sums(group, need, samples)
-        starts = scan_back(group, group.states(y, c, gates), rows, finals, sums)  # type: ignore[arg-type]
+        assert y is not None
+        starts = scan_back(group, group.states(y, c, gates), rows, finals, sums)
         each.append(sums.results(starts, need))
     dx, *others, extra = zip(*each, strict=True)
     found = [_of_groups(dx, x.dim() == 4)]

@@ -33,7 +33,7 @@ def _runs(columns: Iterable[int]) -> tuple[Run, ...]:
             found[-1][3] += 1
         else:
             found.append([column, column + 1, n, n + 1])
-    return tuple(map(tuple, found))  # type: ignore[arg-type]
+    return tuple((a, b, i, j) for a, b, i, j in found)
 
 
 def _inverse(order: Sequence[int]) -> tuple[int, ...]:
@@ -202,7 +202,8 @@ def forward(options: Options, save: str, inputs: Inputs, mask: Tensor | None) ->
     x, *starts, w_ih = inputs[:4]
     assert x is not None and w_ih is not None
     (T, B), K, columns = x.shape[:2], 1 if w_ih.dim() == 2 else w_ih.shape[0], column_order(options.cell)
-    part, orders = columns.part, {}  # type: ignore[var-annotated]
+    part = columns.part
+    orders: dict[bool, RowOrder] = {}
     groups = [layer_group(columns, inputs, mask, k, bool(options.reversed >> k & 1), orders) for k in range(K)]
     if options.notes is not None:
         options.notes["orders"] = orders
@@ -225,9 +226,8 @@ def forward(options: Options, save: str, inputs: Inputs, mask: Tensor | None) ->
         for of in states[columns.places.output :]
     ]
     shown = [_shown(of, groups, T, B) for of in (states if options.states else states[:1])]
-    if len(states) == 1:
-        states.append(x.new_empty(0))
-    return (shown[0], *finals, *shown[1:]), (*states, x.new_empty(0) if gates is None else gates)  # type: ignore[return-value]
+    c = states[1] if len(states) > 1 else x.new_empty(0)
+    return (shown[0], *finals, *shown[1:]), (states[0], c, x.new_empty(0) if gates is None else gates)
 
 
 def _shown(buffer: Tensor, groups: list[Group], T: int, B: int) -> Tensor:
@@ -249,7 +249,8 @@ def grouped(inputs: Inputs) -> list[Tensor | None]:
     assert x is not None and weights[0] is not None
     if weights[0].dim() == 2:
         weights = [None if t is None else t[None] for t in weights]
-    K, B = weights[0].shape[0], x.shape[1]  # type: ignore[union-attr]
+    assert weights[0] is not None
+    K, B = weights[0].shape[0], x.shape[1]
     h0, c0 = (None if s is None else s.reshape(K, B, s.shape[-1]) for s in (h0, c0))
     return [x, h0, c0, *weights, given]
 

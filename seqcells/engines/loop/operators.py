@@ -128,7 +128,7 @@ def loop_backward(
     return tuple(
         x.new_empty(0) if d is None or t is None or not n else d.reshape(s).clone() if i in (5, 6, 7) else d.reshape(s)
         for i, (d, t, n, s) in enumerate(zip(found, tensors, need, _shapes(tensors, samples), strict=True))
-    )  # type: ignore[return-value]
+    )  # type: ignore[return-value]  # nine
 
 
 def _shapes(tensors: Sequence[Tensor | None], samples: int) -> list[Any]:

@@ -111,7 +111,8 @@ def backward(
                 into[k] = of
         for buffer, of in zip(out[:3], (dgx, *map(order.placed, (sums.dhu, sums.m))), strict=True):
             if buffer.dim() > 1:
-                buffer[:, :, k] = of.view(T, B, -1)  # type: ignore[union-attr]
+                assert of is not None
+                buffer[:, :, k] = of.view(T, B, -1)
     return out
 
 

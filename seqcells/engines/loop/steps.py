@@ -58,7 +58,8 @@ def scan(group: Group, y: Tensor, c: Tensor | None, saved: Tensor | None) -> Non
             x = gates[: b - a] if own else gates[a:b]
             rows = [None if s is None else s[order.head + a : order.head + b] for s in (y, c)]
             outs, cs = (r if e is None else e[: b - a] for r, e in zip(rows, exact, strict=True))
-            group.project(x if part.width else outs, a, b)  # type: ignore[arg-type]
+            assert outs is not None
+            group.project(x if part.width else outs, a, b)
             h, c_now = part.forward(order.sizes[begin:end], x, h, c_now, outs, cs, operands, scratch)
             if rounded:
                 for into, t in zip(rows, (outs, cs), strict=True):
@@ -122,6 +123,7 @@ def scan_backward(
             mine = p[: b - a]
             others = part.coefficients(mine, saved, h, c, y, after, group.params)
             part.backward(sizes, mine, saved, others, (each, dc[i:j], added, below), operands, scratch)
-            collect(a, b, mine, others, h, c)  # type: ignore[arg-type]
+            assert h is not None
+            collect(a, b, mine, others, h, c)
     dh0 = order.by_sequence(carried, dhn)
     return dh0, order.by_sequence(dc, dcn) if C else dh0

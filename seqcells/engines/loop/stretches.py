@@ -62,8 +62,10 @@ class RowOrder:
         """t [N, .] in the order of time [T*B, .]; zero where padding is."""
         if self.source is None:
             return t
-        # Without a mask every row is written.
-        found = torch.empty_like(t) if self.start is None else t.new_zeros(len(self.target), t.shape[1])  # type: ignore[arg-type]
+        if self.start is None or self.target is None:  # without a mask every row is written
+            found = torch.empty_like(t)
+        else:
+            found = t.new_zeros(len(self.target), t.shape[1])
         return found.index_copy_(0, self.source, t)
 
     def placed_states(self, buffer: Tensor) -> Tensor:
