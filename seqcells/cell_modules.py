@@ -1,6 +1,6 @@
-"""RecurrentCell: one step of any cell; and LSTMCell, GRUCell, RNNCell, which are it under torch.nn's names.
+"""RecurrentCell: one step of any cell; and LSTMCell, GRUCell and RNNCell, its subclasses with torch.nn's names.
 
-These are subclasses of torch.nn's cells, too, of which they take nothing.
+The latter also subclass torch.nn's cells, for isinstance, but inherit no behavior from them.
 """
 
 from __future__ import annotations
@@ -145,12 +145,12 @@ class RecurrentCell(modules.Module):
         self.reset_parameters()
 
     def _shapes(self, layer: int = 0) -> dict[str, tuple[int, ...]]:
-        """Of each parameter."""
+        """The shape of each parameter, by name."""
         return modules.shapes(self.cell, self.hidden_size, self.input_size, self.hidden_size, bool(self.bias))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
-        # Modules pickled by earlier versions have the name of their cell, LSTMCells not even that.
+        # Modules pickled by earlier versions have the cell's name instead of the cell, or, if LSTMCells, no cell.
         self.__dict__["cell"] = get(self.__dict__.get("cell", "lstm"))
 
     def reset_parameters(self) -> None:
@@ -260,7 +260,8 @@ class RecurrentCell(modules.Module):
             vectors = [{name: getattr(self, name) for name in self.cell.params}]
             now = {name: t[None] for name, t in more.items()}
             y, final, _ = dispatch.run(self.cell, x[None], states, [weights], options, None, vectors, now)
-            # [1, B, H] from those without an operator for one step; copied, since no view can be detached in place.
+            # Backends without an operator for one step return [1, B, H]. Copied: users may detach states in place,
+            # which a view does not allow.
             final = tuple(s[0].clone() if s.dim() == 3 else s for s in final)
             y = y[0].clone() if self.cell.outputs else final[0]
         return (y, final) if batched else (y[0], tuple(s[0] for s in final))

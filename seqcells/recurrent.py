@@ -241,31 +241,33 @@ class Recurrent(modules.Module):
 
         Args:
             x: [T, B, I], with ``batch_first`` [B, T, I], without a batch [T, I]; or a PackedSequence.
-            state: The initial states, a tuple of one [D*L, B, H] for each state of the cell, or, of a cell with one
-                state, that tensor; without a batch [D*L, H]. Default: ``None``, zeros
+            state: The initial states, a tuple with one [D*L, B, H] for each state of the cell, or just the tensor if
+                the cell has one state; without a batch [D*L, H]. Default: ``None``, zeros
             resets: [T, B], with ``batch_first`` [B, T], without a batch [T]: bools or the numbers 0 and 1, in a tensor
-                or a nested list. Where it is set, an episode begins at that step: no state crosses from the step before
-                it, in any layer or direction, nor does ``state`` reach the first step. For a PackedSequence: packed
-                like x, or padded, in the order of the sequences. Default: ``None``, no resets
-            lengths: int [B] on any device, or a list of ints: the steps of each sequence in a padded batch. The results
-                are those of the packed batch: the output is zero beyond, the states are those after the last step, and
-                the padding may hold anything. Default: ``None``, all steps
-            return_states: If ``True``, the states after every step are returned, too. Default: ``False``
-            inputs: The cell's per-step inputs, all of them, by name: [T, B], one value for all units, or [T, B, H],
-                laid out as x is. For a PackedSequence: packed like x, or padded, in the order of the sequences. Every
-                layer and direction is given them. They are differentiable.
+                or a nested list. Where set, a new episode begins at that step: no state crosses from the step before
+                it, in any layer or direction. At the first step, this means that ``state`` is not used. For a
+                PackedSequence: packed like x, or padded, in the original order of the sequences. Default: ``None``, no
+                resets
+            lengths: int [B] on any device, or a list of ints: the number of steps of each sequence in a padded batch.
+                The results are those of the packed batch: the output is zero at padding, and the final states are those
+                after each sequence's last step. The padding may have any values. Default: ``None``, all steps
+            return_states: If ``True``, also return the states after every step. Default: ``False``
+            inputs: All of the cell's per-step inputs, by name: [T, B] (one value for all units) or [T, B, H], in the
+                layout of x. For a PackedSequence: packed like x, or padded, in the original order of the sequences.
+                Every layer and direction receives the same inputs. They are differentiable.
 
         Returns:
-            ``output, state`` or ``output, state, states``. output: the last layer's after every step, [T, B, D*H], in
-            the layout of x (packed if that is). state: after the last step, as the argument. states: of the last layer
-            after every step, each laid out as output; a tuple, or, of a cell with one state, a tensor.
+            ``output, state`` or ``output, state, states``. output: the last layer's output after every step,
+            [T, B, D*H], in the layout of x (packed if x is packed). state: the final states, in the form of the
+            argument. states: the last layer's states after every step, each in the layout of output; a tuple, or just
+            the tensor if the cell has one state.
 
         Raises:
-            TypeError, ValueError, RuntimeError: As torch.nn.LSTM does, for types, shapes, dtypes and devices that do
-                not fit; RuntimeError also where the backend that was asked for cannot do it.
+            TypeError, ValueError, RuntimeError: As torch.nn.LSTM, for wrong types, shapes, dtypes and devices.
+                RuntimeError also if the requested backend does not support the call.
         """
         one = len(self.cell.states) == 1
-        # Whether torch.fx traces.
+        # torch.fx is tracing if an argument is a Proxy.
         known = type(x) is Tensor and not inputs and (state is None or type(state) in (Tensor, tuple))
         if not known:
             options = {"resets": resets, "lengths": lengths, "return_states": return_states}
@@ -408,12 +410,12 @@ class Recurrent(modules.Module):
         return packing.pack(x, where), joined, None if every is None else tuple(packing.pack(s, where) for s in every)
 
     def _dropped(self, x: Tensor, where: packing.Layout | None) -> Tensor:
-        """A layer's output, as the next one gets it: with dropout in training. where: the rows of a packed input."""
+        """A layer's output as the next layer's input: with dropout in training. where: the rows of a packed input."""
         if not self.dropout or not self.training:
             return x
         if where is None:
             return dropout(x, self.dropout)
-        # Of a packed input only its rows: torch.nn draws as many random numbers.
+        # Of a packed input, only its rows, so that as many random numbers are drawn as in torch.nn.
         return packing.pad(dropout(packing.pack(x, where), self.dropout), where)
 
     def _call(self, layer: int, x: Tensor, states: States, weights: Sequence[Tensor]) -> dispatch.Call:
