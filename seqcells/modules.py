@@ -102,7 +102,7 @@ class Module(nn.Module):
                     name = type(self).__name__
                     raise fx.proxy.TraceError(f"torch.fx cannot look into this {name}: trace a module that calls it")
                 hooks = (*self._forward_pre_hooks.values(), *self._forward_hooks.values())
-                # torch's parametrizations compute a weight, and may compute it again.
+                # torch's own hooks compute a weight, which does no harm if done twice.
                 if any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
                     raise RuntimeError(
                         f"torch.fx would call this {type(self).__name__}'s forward hooks while it traces and again in "

@@ -63,9 +63,9 @@ class Shape:
     H: int
 
 
-# Odd on purpose: no size is a multiple of a tile, B needs several programs, H one tile and several.
+# Odd on purpose: no size is a multiple of a tile, B needs several programs, and H one tile or several.
 SMALL = (Shape(4, 3, 2, 20), Shape(3, 17, 3, 33))
-# On a device: the largest resident sizes, several batch tiles, and a U that must be spread over all of it or streamed.
+# On a GPU: the largest resident sizes, several batch tiles, and a U that must be spread over all of it or streamed.
 LARGE = (
     Shape(50, 17, 5, 20),
     Shape(60, 33, 7, 64),
