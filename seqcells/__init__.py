@@ -1,4 +1,4 @@
-"""Recurrent cells for PyTorch with fused Triton kernels: torch.nn's API and parameters, plus resets and the rest."""
+"""Recurrent cells for PyTorch with fused Triton kernels: torch.nn's API and parameters, plus what torch.nn lacks."""
 
 from . import backends, cells, functional, init, interop, reference, subclasses, testing
 from .backends import backend

@@ -1,7 +1,7 @@
-"""What a call of a function, a layer or a cell must be given: types first, then what does not fit together.
+"""Checks of the arguments of functions, layers and cells: first types, then what does not fit together.
 
-All of it is said before anything runs. The values of a tensor are looked at only where the host has them, and never
-while something traces.
+All checks are done before anything runs. The values of a tensor are checked only if it is on the CPU, and never while
+something traces.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .precisions import PRECISIONS
 
 SAVES = ("gates", "states")
 NAMES = ("w_ih", "w_hh", "b_ih", "b_hh")
-FEW = 128  # values that are looked at faster in a list than in a tensor
+FEW = 128  # up to this many values, checking a list is faster than checking a tensor
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
 def options(backend: Any, precision: Any, save: Any = "gates", cell: str | None = None) -> None:
-    """The options that scans and modules have. cell: a module's, which its backend must have.
+    """Check the options of scans and modules. cell: a module's cell, which its backend must support.
 
-    Whether the backend runs on this machine is asked at the call: a module may be made where it is not to run.
+    Whether the backend can run on this machine is checked at the call, since a module may be made on another machine.
     """
     checks.one_of("save", save, SAVES)
     if backend is not None:
@@ -40,14 +40,14 @@ def options(backend: Any, precision: Any, save: Any = "gates", cell: str | None 
 
 
 def readable(*tensors: Tensor) -> bool:
-    """Whether the host has their values: to look at a device's would be to wait for it."""
+    """Whether the tensors' values can be read without waiting for a device."""
     return all(t.device.type == "cpu" and type(t) is Tensor for t in tensors) and not backends.traced()
 
 
 def lengths(given: Any, shape: Sequence[int], device: torch.device, anywhere: bool = False) -> Tensor | None:
-    """lengths as a tensor of integers [B] on that device. anywhere: one on another device is brought there.
+    """lengths as a tensor of integers [B] on that device. anywhere: move a tensor from another device there.
 
-    shape: T, B. ValueError for values beyond 0..T, if the host has them.
+    shape: T, B. ValueError for values outside 0..T, if they can be read (see `readable`).
     """
     if given is None:
         return None
@@ -72,7 +72,7 @@ def lengths(given: Any, shape: Sequence[int], device: torch.device, anywhere: bo
 
 
 def _whole_numbers(given: Any) -> list[int]:
-    """The ints in a sequence that is no tensor."""
+    """The ints in a sequence that is not a tensor."""
     if isinstance(given, np.ndarray):
         given = given.tolist()
     expected = "a tensor of integers [B] or a list of ints"
@@ -90,10 +90,10 @@ def _whole_numbers(given: Any) -> list[int]:
 
 
 def resets(given: Any, shape: Sequence[int], device: torch.device) -> Tensor | None:
-    """resets as a bool tensor of that shape on that device. None is fine.
+    """resets as a bool tensor of that shape on that device; None is allowed.
 
-    Taken are bool tensors, those of another real dtype that hold 0 and 1, and nested lists or arrays of such numbers,
-    which are brought to the device. ValueError for other values, if the host has them.
+    Accepts bool tensors, tensors of other real dtypes that hold 0 and 1, and nested lists or arrays of such numbers,
+    which are moved to the device. ValueError for other values, if they can be read (see `readable`).
     """
     if given is None:
         return None
@@ -135,9 +135,9 @@ def _listed(given: Any) -> Tensor:
 
 
 def types(x: Any, states: Any, weights: dict[str, Any], rank: int | None = 3, missing: Sequence[str] = ()) -> None:
-    """x, states and weights (by name) of a scan: tensors where they must be, x of that rank if one is given.
+    """Check the types of x, states and weights (by name) of a scan, and the rank of x if one is given.
 
-    missing: the weights that the cell does not have."""
+    missing: the weights that the cell lacks."""
     checks.tensor("x", x)
     if rank is not None and x.dim() != rank:
         raise RuntimeError(f"input must have {rank} dimensions, got {x.dim()}")
@@ -153,10 +153,10 @@ def fit(
     groups: Sequence[Sequence[Tensor | None]],
     rows: Sequence[int],
 ) -> None:
-    """Raise what torch.nn raises, in its words where it has some, where shapes, dtypes and devices do not fit.
+    """Check shapes, dtypes and devices. Raises torch.nn's errors, with its messages where it has them.
 
-    x [T, B, I] or [T, B, K, I]; states [K, B, .] or [B, .]; groups: of each w_ih, w_hh, b_ih, b_hh (and w_hr). rows: of
-    the four in units of H.
+    x [T, B, I] or [T, B, K, I]; states [K, B, .] or [B, .]; groups: each group's w_ih, w_hh, b_ih, b_hh (and w_hr).
+    rows: the number of rows of these four, in units of H.
     """
     for k, weights in enumerate(groups):
         own = [s[k] if s is not None and s.dim() == 3 else s for s in states]
@@ -187,7 +187,7 @@ def _fit_group(
 def hidden_size(
     cell: Cell, weights: Sequence[Tensor | None], states: Sequence[Tensor | None], params: Any, inputs: Any
 ) -> int:
-    """H; of a cell that reads no x by the first of its tensors that has it."""
+    """H, from w_ih, or, for a cell that reads no x, from the first tensor that has a size of H."""
     if cell.rows[0]:
         assert weights[0] is not None
         return weights[0].shape[0] // cell.rows[0]
@@ -200,7 +200,7 @@ def hidden_size(
 
 
 def _fit_weights(weights: Sequence[Tensor | None], rows: Sequence[int]) -> tuple[int, int]:
-    """H and the size of h, by the weights; RuntimeError where those do not fit one another."""
+    """H and the size of h, from the weights. RuntimeError if the weights' shapes contradict one another."""
     w_ih, w_hh, b_ih, b_hh, *projection = weights
     of_x, of_u, *of_biases = rows
     if w_ih is None or (w_hh is None and of_u):
@@ -227,7 +227,7 @@ def _fit_weights(weights: Sequence[Tensor | None], rows: Sequence[int]) -> tuple
 
 
 def together(x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor | None], dtypes: bool = True) -> None:
-    """RuntimeError where they are not on one device, or, if dtypes, not of one dtype."""
+    """RuntimeError unless all tensors are on one device and, if dtypes, of one dtype."""
     for kind, tensors in (("hidden", states), ("parameter", weights)):
         for t in tensors:
             if t is not None and t.device != x.device:
@@ -249,16 +249,16 @@ def dtypes_differ(x: torch.dtype, weight: torch.dtype) -> str:
     )
 
 
-# The reference's functions
+# The functions of `reference`
 
 States = tuple[Tensor, ...]
 Step = Callable[..., States]  # (x, states, w_ih, w_hh, b_ih, b_hh), and params and inputs, if there are any
 
 
 def explained(cell: Cell, step: Step, doc: str) -> Step:
-    """A cell's step by itself. If it fails, the error says which argument is wrong.
+    """A cell's step that, if it fails, raises an error saying which argument is wrong.
 
-    To check before each step would take as long as a small step.
+    Arguments are checked only after a failure, because a check before each step would take as long as a small step.
     """
 
     def call(
@@ -295,7 +295,7 @@ def _reference_types(step: Any, x: Any, states: Any, weights: Sequence[Any], ran
 
 
 def _rows(step: Any, weights: Sequence[Any]) -> tuple[int, ...]:
-    """How many blocks of H rows each weight has: the step's `rows`, or, where it has none, as many as w_hh has."""
+    """The number of blocks of H rows of each weight: the step's `rows`, or, if it has no such attribute, as in w_hh."""
     if (known := getattr(step, "rows", None)) is not None:
         return known
     w_hh = weights[1]
@@ -306,7 +306,7 @@ def _rows(step: Any, weights: Sequence[Any]) -> tuple[int, ...]:
 def reference_scan(
     step: Any, x: Any, states: Any, weights: Sequence[Any], params: Any, inputs: Any, reverse: Any
 ) -> None:
-    """Those of reference.scan_states, but for resets and lengths."""
+    """Check the arguments of reference.scan_states except resets and lengths."""
     _reference_types(step, x, states, weights, rank=3)
     checks.boolean("reverse", reverse)
     fit(x, states, [weights], _rows(step, weights))
@@ -319,7 +319,7 @@ def reference_scan(
 
 
 def reference_groups(step: Any, x: Any, states: Any, weights: Sequence[Any], reversed: Any) -> None:
-    """Those of reference.scan_groups that each group's scan does not check."""
+    """Check the arguments of reference.scan_groups that each group's scan does not check."""
     _reference_types(step, x, states, weights, rank=None)
     checks.integer("reversed", reversed, least=0)
     name, of = ("w_ih", weights[0]) if weights[1] is None else ("w_hh", weights[1])

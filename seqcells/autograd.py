@@ -1,4 +1,4 @@
-"""The autograd.Function of a scan, around the engines that walk the steps.
+"""The autograd.Function of a scan, around the engines that run the steps.
 
 First derivatives are the engine's. Second derivatives and forward mode differentiate the reference.
 """
@@ -25,17 +25,19 @@ Tensors = tuple["Tensor | None", ...]
 
 
 class Engine(NamedTuple):
-    """What walks the steps. P trained vectors, N inputs of each step, S states; the rest as `functional.scan` has it.
+    """An engine, which runs the steps. P trained vectors, N per-step inputs, S states; other sizes as in
+    `functional.scan`.
 
     forward(options, save, inputs, mask) -> outputs, buffers
         save: "gates", "states" (backward recomputes the gates) or "none" (there is no backward). inputs, the 9 tensors:
         x [T, B, I] or [T, B, K, I], h0 [K, B, H], c0 [K, B, (S-1)*H], w_ih [K, Gx*H, I], w_hh [K, Gu*H, H], b_ih and
-        b_hh [K, .], params [K, P*H], inputs [T, B, N*H]; of one group also without K; None where there is none.
-        outputs: y [T, B, K*H]; the final first state [K, B, H] (not of a cell whose first state is an output that no
-        step reads); the other final states [K, B, (S-1)*H], if there are; and, if options.states, those after each step
-        [T, B, K*(S-1)*H]. buffers: three tensors that backward needs, None where it recomputes.
-    backward(options, inputs, mask, buffers, grads, need) -> the gradients of the 9 inputs, in their shapes
-        grads: of the outputs, None is zero. need: which gradients are wanted; the others are None.
+        b_hh [K, .], params [K, P*H], inputs [T, B, N*H]. With one group, K may be left out. None for a tensor that the
+        cell lacks, and for states that are zero. outputs: y [T, B, K*H]; the final first state [K, B, H] (not if the
+        cell's first state is an output that no step reads); the other final states [K, B, (S-1)*H], if there are any;
+        and, if options.states, the other states after each step [T, B, K*(S-1)*H]. buffers: three tensors that backward
+        needs; None for one that it recomputes.
+    backward(options, inputs, mask, buffers, grads, need) -> the gradients of the 9 inputs, in the inputs' shapes
+        grads: the outputs' gradients; None means zero. need: which gradients are wanted; the others are None.
     """
 
     forward: Callable[..., Any]
@@ -47,12 +49,12 @@ ENGINES: dict[str, Engine] = {}
 
 @dataclass(frozen=True)
 class Options:
-    """What a scan is told beside its tensors. cell: its key. reversed: bits, see kernels.buffers. states: also return
-    the states but the first after each step.
+    """What describes a scan besides its tensors. cell: its key. reversed: bits, see kernels.buffers. states: also
+    return the states except the first after each step.
 
-    single: the precision of the input's product where one step is one launch; "" is a scan. traced: a compiler, a
-    tracer, a transform or a mode is active: the engine must go through its operators. notes: where the engine's forward
-    leaves its backward what is no tensor; it may be lost.
+    single: "" for a scan; for one step in one launch, the precision of the input's product. traced: a compiler, a
+    tracer, a transform or a mode is active, so the engine must use its operators. notes: where an engine's forward
+    stores non-tensors for its backward, which must be able to do without them.
     """
 
     engine: str
@@ -71,7 +73,7 @@ _NO_RANGE = nullcontext()
 
 
 def _range(options: Options, direction: str) -> Any:
-    """A range of the profiler that says what runs, if one is on."""
+    """A profiler range that names the scan, if a profiler is active."""
     if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
         return _NO_RANGE
     return torch.profiler.record_function(f"seqcells {options.cell} {direction} ({options.engine})")
@@ -80,7 +82,10 @@ def _range(options: Options, direction: str) -> Any:
 def reference_of(
     options: Options, present: list[bool], resets: Tensor | None, lengths: Tensor | None
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """The scan as a function of its present tensors among the 9, differentiable any number of times: its outputs."""
+    """The scan by the reference: a function from those of the 9 tensors that are not None to the outputs.
+
+    It is differentiable any number of times.
+    """
     at, step = places(options.cell), reference.step_of(options.cell)
     S = at.states
 
@@ -114,18 +119,21 @@ def reference_of(
 
 
 def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor:
-    """Joined along an axis; one alone as it is."""
+    """Concatenate tensors along an axis; a single one is returned as it is."""
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim)
 
 
 def vjp(run: Callable[..., Any], *primals: Any) -> tuple[Any, Any]:
-    """run's outputs, and their gradients' way back."""
+    """run's outputs, and the function from their gradients to those of primals."""
     found = torch.func.vjp(run, *primals)
     return found[0], found[1]
 
 
 def _gradients_of(run: Callable[..., Any], wanted: list[bool], given: list[bool]) -> Callable[..., tuple[Tensor, ...]]:
-    """The wanted gradients of run's inputs, as a function of its inputs and of the given gradients of its outputs."""
+    """The wanted gradients of run's inputs, as a function of its inputs and of its outputs' gradients.
+
+    given: which of these are arguments; the others are zero.
+    """
 
     def first(*tensors: Tensor) -> tuple[Tensor, ...]:
         out, back = vjp(run, *tensors[: len(wanted)])
@@ -137,8 +145,8 @@ def _gradients_of(run: Callable[..., Any], wanted: list[bool], given: list[bool]
 
 
 def _forward_mode(run: Callable[..., Any], primals: list[Tensor], tangents: list[Tensor | None]) -> tuple[Tensor, ...]:
-    """The derivative of run along tangents (None: zero), by backward mode twice: a gradient is linear in the gradients
-    it is given, and its own gradient in those is the derivative forward."""
+    """The derivative of run along tangents (None: zero), by applying backward mode twice. Backward is linear in the
+    outputs' gradients, and its gradient with respect to them is the forward derivative."""
     out, back = vjp(run, *primals)
     _, forth = vjp(back, tuple(torch.zeros_like(o) for o in out))
     return forth(tuple(torch.zeros_like(p) if t is None else t for p, t in zip(primals, tangents, strict=True)))[0]
@@ -146,14 +154,14 @@ def _forward_mode(run: Callable[..., Any], primals: list[Tensor], tangents: list
 
 @dataclass(frozen=True)
 class _Scan:
-    """What the Function computes: of mask and the 9 inputs, the engine's outputs and buffers."""
+    """What the Function computes: the engine's outputs and buffers, from mask and the 9 inputs."""
 
     options: Options
 
     def run(self, mask: Tensor | None, *inputs: Tensor | None) -> Tensors:
         options = self.options
         outputs, buffers = ENGINES[options.engine].forward(options, options.save, inputs, mask)
-        if forward_ad._current_level >= 0:  # views of other outputs have no tangents
+        if forward_ad._current_level >= 0:  # an output that is a view of another one has no tangent
             outputs = tuple(o.clone() for o in outputs)
         return *outputs, *buffers
 
@@ -186,9 +194,9 @@ class _Scan:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """The gradients of a _Scan: of mask, buffers, the 9 inputs and the gradients of the outputs, up to 9. need: which.
+    """The gradients of a _Scan, from mask, buffers, the 9 inputs and the outputs' gradients. need: which of the 9.
 
-    Their own derivatives are the reference's.
+    Their own derivatives are those of the reference.
     """
 
     options: Options
@@ -205,8 +213,8 @@ class _Gradients:
     def function(
         self, mask: Tensor | None, tensors: Tensors
     ) -> tuple[Callable[..., Tensors], list[Tensor], list[bool]]:
-        """The gradients as a function of the tensors (inputs and gradients) that are present; these; and which of the 9
-        it gives."""
+        """The gradients as a function of the tensors (inputs and gradients) that are not None; these tensors; and which
+        of the 9 gradients the function returns."""
         present = [t is not None for t in tensors[:9]]
         run = reference_of(self.options, present, *masks.decode(mask))
         wanted = [n for n, p in zip(self.need, present, strict=True) if p]
@@ -215,7 +223,7 @@ class _Gradients:
         return gradients, [t for t in tensors if t is not None], found
 
     def by_reference(self, tensors: Tensors) -> Tensors:
-        """What `run` gives, in operations that can be transformed."""
+        """What `run` returns, in operations that can be transformed."""
         gradients, primals, given = self.function(tensors[0], tensors[4:])
         found = iter(gradients(*primals))
         return tuple(next(found) if g else None for g in given)
@@ -234,11 +242,11 @@ class _Gradients:
         return tuple(next(found) if g else None for g in given)
 
 
-# The names of these classes are what a profile shows.
+# A profile shows the names of these classes.
 
 
 class SeqcellsScanCompiled(torch.autograd.Function):
-    """A _Scan or its _Gradients, and then the tensors of its `run`."""
+    """Applies a _Scan or its _Gradients, the first argument, to the tensors of its `run`."""
 
     @staticmethod
     def forward(operation: Any, *tensors: Any) -> Any:
@@ -252,7 +260,7 @@ class SeqcellsScanCompiled(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.operation = operation
         ctx.save_for_backward(*saved)
-        ctx.save_for_forward(*saved)  # the same: torch.func's vmap has one list of their dimensions
+        ctx.save_for_forward(*saved)  # the same list, since torch.func's vmap has one list of batch dims for both
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
@@ -260,7 +268,7 @@ class SeqcellsScanCompiled(torch.autograd.Function):
 
 
 class SeqcellsScan(SeqcellsScanCompiled):
-    """SeqcellsScanCompiled with what torch.func and forward mode ask for, which torch.compile refuses to trace."""
+    """SeqcellsScanCompiled with the methods for torch.func and forward mode, which torch.compile refuses to trace."""
 
     generate_vmap_rule = True
 
@@ -274,8 +282,8 @@ def apply(
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """y [T, B, K*H], the final states [K, B, H] and, if options.states, the states after each step [T, B, K*H].
 
-    weights: w_ih [K, Gx*H, I], w_hh [K, Gu*H, H], b_ih, b_hh [K, .]; params [K, P*H]; of one group also without their
-    K. Arguments are taken as checked.
+    weights: w_ih [K, Gx*H, I], w_hh [K, Gu*H, H], b_ih, b_hh [K, .]; params [K, P*H]. With one group, K may be left
+    out. Arguments are not checked here.
     """
     at, states = places(options.cell), call.states
     S = at.states
@@ -284,9 +292,9 @@ def apply(
     else:
         h0, c0 = None if at.output else states[0], _joined(states[1 - at.output :])
     given = (call.x, h0, c0, *weights, params, call.inputs)
-    if case.jit:  # a trace can hold operators, but no Function: it has no gradients
+    if case.jit:  # a trace can contain operators but no autograd.Function, so it has no gradients
         wanted = False
-    elif case.transforming:  # within vmap requires_grad does not show, nor does a tangent ever
+    elif case.transforming:  # under vmap requires_grad is not visible, and a tangent never is
         wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
     else:
         wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
@@ -310,7 +318,7 @@ def apply(
 
 
 def _joined(states: Sequence[Tensor | None]) -> Tensor | None:
-    """States [K, B, H] (or [B, H]) beside one another; None if all are."""
+    """States [K, B, H] (or [B, H]) concatenated along H; None if all are None."""
     some = next((s for s in states if s is not None), None)
     if some is None:
         return None

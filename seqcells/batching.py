@@ -22,9 +22,10 @@ GRADIENTS = (*RESULTS, WEIGHTS)
 
 
 def _fold(t: Tensor | None, dim: int | None, axis: int | None, size: int) -> Tensor | None:
-    """The batch dim of t (none: repeated) as the slower part of its axis; an empty tensor as it is.
+    """Merge the batch dim of t into its axis, as the slower part; without a batch dim, t is repeated. An empty tensor
+    is returned as it is.
 
-    With no axis to take it, it is none, or one alone.
+    If axis is None, there is no batch dim, or one of size 1.
     """
     if t is None:
         return None
@@ -41,7 +42,7 @@ def _fold(t: Tensor | None, dim: int | None, axis: int | None, size: int) -> Ten
 
 def rule(op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed: int) -> Any:
     def together(size: int, dims: Any, arguments: list[Any], groups: bool) -> tuple[list[Tensor], list[int | None]]:
-        """The results of one call, and the axis of each that vmap added."""
+        """The results of one call, and for each the axis that vmap added."""
         which = int(groups)
         folded = [
             t if k is None else _fold(t, d, k[which], size) for t, d, k in zip(arguments, dims, kinds, strict=False)
@@ -64,11 +65,11 @@ def rule(op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed:
             (t, d, k) for t, d, k in zip(arguments, in_dims, kinds, strict=False) if k is not None and t is not None
         ]
         own = [t.shape[0] if d is None else t.select(d, 0).shape[0] for t, d, k in tensors if k is WEIGHTS]
-        # The gradient of trained vectors, which the operator sums over rows, is of groups alone.
+        # The gradient of trained vectors is summed over rows by the operator, so it has groups but no rows.
         summed = results[-1] is WEIGHTS and len(arguments) == len(kinds) and arguments[-1] is not None
         groups = summed or any(k is WEIGHTS and d is not None for _, d, k in tensors)
         if groups and any(k is MASK and d is not None for _, d, k in tensors):
-            most = 1  # a mask has rows, but no groups: one after another
+            most = 1  # a mask has rows but no groups: one call after another
         elif groups and arguments[at_reversed]:
             most = max(1, MOST // own[0])
         found: list[Any] = []
@@ -91,7 +92,7 @@ def rule(op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed:
 
 
 def register(forward: Any, backward: Any, recompute: Any) -> None:
-    """Give an engine's operators (see autograd.Engine) their vmap."""
+    """Register vmap rules for an engine's operators (see autograd.Engine)."""
     forward.register_vmap(rule(forward, FORWARD, RESULTS, 8))
     backward.register_vmap(rule(backward, BACKWARD, GRADIENTS, 10))
     recompute.register_vmap(rule(recompute, RECOMPUTE, RESULTS[:1], 7))

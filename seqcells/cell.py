@@ -1,4 +1,4 @@
-"""A cell of one's own: one step in PyTorch, from which the fused kernels are derived.
+"""Custom cells: one step in PyTorch, from which the fused kernels are derived.
 
 @seqcells.cell(gates="f n", states="h")
 def mgu(x, U, h):
@@ -43,8 +43,8 @@ __all__ = ["Cell", "CellError", "cell"]
 
 T = TypeVar("T")
 _BY_KEY: dict[str, Cell] = {}
-_BY_NAME: dict[str, Cell] = {}  # the latest of each name
-# What arguments of the step cannot be called, and why.
+_BY_NAME: dict[str, Cell] = {}  # the last one defined under each name
+# Names that a step's arguments cannot have, and why.
 _TAKEN = {
     **dict.fromkeys(("x", "U"), "the step's first two arguments are x and U"),
     **dict.fromkeys(
@@ -56,11 +56,11 @@ _TAKEN = {
 }
 
 
-_FACTS: list[str] = []  # the attributes that are found
+_FACTS: list[str] = []  # the names of the _Found attributes
 
 
 class _Found(Generic[T]):
-    """An attribute of a cell that is found when it is first asked for."""
+    """An attribute of a cell that is computed when it is first read."""
 
     def __init__(self, find: Callable[[Any], T]) -> None:
         self.find, self.name, self.__doc__ = find, find.__name__, find.__doc__
@@ -75,9 +75,9 @@ class _Found(Generic[T]):
         if made is None:
             return self
         if is_compiling():
-            # Not read from the cell: if a second cell's numbers differ, Dynamo takes them for variables, and
-            # `0 in cell.rows` is false. But a Form from a constant function would have no properties,
-            # and a type could not be called.
+            # Numbers are not read from the cell: if those of a second cell differ, Dynamo makes them symbolic, and
+            # `0 in cell.rows` is false. But a Form returned by a constant function would lose its properties, and a
+            # type could not be called.
             fact = _find(made.key, self.name)
             return made._facts[self.name][0] if self.name in ("form", "by_gate") else fact
         if not made._facts[self.name]:
@@ -95,21 +95,22 @@ def _find(key: str, name: str) -> Any:
     return made._facts[name][0]
 
 
-# torch.compile asks while it traces, and does not trace the derivation: torch.compiler.assume_constant_result.
+# torch.compile calls this while tracing, and must not trace the derivation: torch.compiler.assume_constant_result.
 _find._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
 
 
 @dataclass(frozen=True, eq=False)
 class Cell:
-    """A cell as its author wrote it; `cell` makes one.
+    """A cell, as made by `cell`.
 
-    name: what functions know it by. key: what operators and registries do; a cell defined again under the same name has
-    another. gates, states, params, inputs: their names, in order. scalars: those params that are one number. constants:
-    {name: number}. outputs: () or the name of a result that is the output in place of the first state. biased: the
-    gates that have biases. step: the function. base: the cell that this one is, but for its constants.
+    name: its name in functions. key: its name in operators and registries; a cell that is defined again under the same
+    name has a new key. gates, states, params, inputs: their names, in order. scalars: those params that are one number.
+    constants: {name: number}. outputs: (), or the name of a result that is the output in place of the first state.
+    biased: the gates that have biases. step: the function. base: the cell that this one is with other constants; None
+    if it is not.
 
-    What is derived from the step (form, x_gates and the rest) is found when it is first wanted; that raises CellError
-    for a step that no kernels can be derived from.
+    Attributes that are derived from the step (form, x_gates and the rest) are computed when they are first read. This
+    raises CellError if no kernels can be derived from the step.
     """
 
     name: str
@@ -123,9 +124,9 @@ class Cell:
     outputs: tuple[str, ...]
     biased: tuple[str, ...]
     step: FunctionType = field(repr=False)
-    base: Cell | None = field(default=None, repr=False)  # with other constants
+    base: Cell | None = field(default=None, repr=False)
     _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, init=False, repr=False)
-    # Each in a list of its own, empty until it is found: Dynamo reads no list before that.
+    # Each in a list of its own, empty until it is computed: Dynamo reads no list before that.
     _facts: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in _FACTS}, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -141,13 +142,12 @@ class Cell:
 
     @cached_property
     def _gates(self) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]]:
-        """x_gates, u_gates, and of each of these the state it is multiplied with (-1: none).
+        """x_gates, u_gates, and for each u gate the number of the state it is multiplied with (-1: not a state).
 
-        By running the step once, for the derivation takes longer, and may fail.
-
-        Where that does not go well the derivation says what is wrong.
+        Found by running the step once, because the derivation takes longer and may fail. If running it fails, the
+        derivation is tried, for its error message.
         """
-        with ThreadPoolExecutor(1) as apart:  # what the caller is in the middle of (a transform, a mode) stays out
+        with ThreadPoolExecutor(1) as apart:  # without the caller's transforms and modes
             found = apart.submit(_seen, self).result()
         if found is not None:
             return found
@@ -156,7 +156,7 @@ class Cell:
 
     @_Found
     def form(self) -> Form:
-        """What the kernels take and give, in numbers."""
+        """The numbers of the kernels' inputs and outputs."""
         return self._derived.parts.form
 
     @_Found
@@ -171,13 +171,13 @@ class Cell:
 
     @_Found
     def by_gate(self) -> tuple[type, type]:
-        """The types of the step's x and U, with an attribute for each gate, which torch.compile can trace."""
+        """The types of the step's x and U: with an attribute for each gate, and traceable by torch.compile."""
         return namedtuple("x", self.x_gates), namedtuple("U", self.u_gates)  # names are the cell's
 
     @_Found
     def runs(self) -> tuple[tuple[int, int, int], ...]:
-        """Neighbours among u_gates that are multiplied with the same state: that state (-1: something that the step
-        computes), the first of them, their number."""
+        """Runs of neighbours among u_gates that are multiplied with the same state: (the state's number, or -1 for a
+        value that the step computes; the first gate of the run; the number of gates)."""
         found: list[tuple[int, int, int]] = []
         for n, state in enumerate(self._gates[2]):
             if found and found[-1][0] == state:
@@ -188,8 +188,8 @@ class Cell:
 
     @_Found
     def problem(self) -> str:
-        """Why no kernels can be derived from the step, which runs all the same; "" where they can. CellError for a step
-        that would run wrongly."""
+        """Why no kernels can be derived from a step that still runs on other backends; "" if they can be derived.
+        CellError for a step that would give wrong results."""
         try:
             _ = self._derived
         except (UnknownOperation, DataDependentBranch, MixesUnits, TooManyProducts) as error:
@@ -198,7 +198,8 @@ class Cell:
 
     @_Found
     def operations(self) -> frozenset[str]:
-        """What is computed in the step and in its gradients, by `derive.values`' names; none if nothing is derived."""
+        """The operations in the step and its gradients, by `derive.values`' names; empty if no kernels can be
+        derived."""
         return frozenset() if self.problem else self._derived.parts.operations
 
     @_Found
@@ -208,26 +209,26 @@ class Cell:
 
     @_Found
     def rows(self) -> tuple[int, int, int, int]:
-        """Of weight_ih, weight_hh, bias_ih and bias_hh, in blocks of hidden_size."""
+        """The number of blocks of hidden_size rows in weight_ih, weight_hh, bias_ih and bias_hh."""
         x, u = self._gates[:2]
         return len(x), len(u), sum(g in self.biased for g in x), sum(g in self.biased for g in u)
 
     @property
     def source(self) -> str:
-        """The Triton functions, as seqcells.kernels.cells describes them."""
+        """The source of the Triton functions, see seqcells.kernels.cells."""
         return self._derived.source
 
     @property
     def saved(self) -> tuple[str, ...]:
-        """What a step forward saves for backward, in the step's words."""
+        """The values that forward saves for backward at each step, in the step's own terms."""
         return self._derived.saved
 
     def explain(self) -> str:
-        """What was found in the step: gates and products, and what is saved for backward; a few lines."""
+        """What was derived from the step, in a few lines: gates, products, and what is saved for backward."""
         return f"{self.key}: {self._derived.explain()}"
 
     def with_constants(self, **constants: float) -> Cell:
-        """The same cell with other constants, by name; always the same object for the same numbers."""
+        """The same cell with other constants, by name. The same numbers always return the same object."""
         base = self.base or self
         if unknown := sorted(set(constants) - set(self.constants)):
             has = f"has {', '.join(self.constants)}" if self.constants else "has none (constants= of seqcells.cell)"
@@ -246,11 +247,11 @@ class Cell:
         return base._variants[numbers]
 
     def __call__(self, x: Any, U: Any, *arguments: Any) -> Any:
-        """The step itself: x, U, the states before, and then the params and inputs; the constants are the cell's."""
+        """Call the step with x, U, the states before it, the params and the inputs; the constants are the cell's."""
         return self.step(x, U, *arguments, *self.constants.values())
 
     def __reduce__(self) -> Any:
-        """By reference, as functions are: a cell is copied and unpickled as the one object that it is."""
+        """Pickle and copy by reference, as functions are: the result is the same object."""
         return self.step.__qualname__ if self.base is None else (_with_constants, (self.base, dict(self.constants)))
 
 
@@ -288,7 +289,7 @@ def _seen(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]
 
 
 class _Seen:
-    """x or U of a step, which notes what is asked of it."""
+    """x or U of a step that records which attributes are read."""
 
     def __init__(self, gates: tuple[str, ...], give: Callable[[str], Any]) -> None:
         self.gates, self.give, self.found = gates, give, dict[str, int]()
@@ -301,8 +302,10 @@ class _Seen:
 
 
 def get(key: str | Cell) -> Cell:
-    """The cell of that key, which stays the same when its name is defined again; a Cell itself. ValueError if there is
-    none."""
+    """The cell with that key (which stays valid when the name is defined again); a Cell is returned as it is.
+
+    ValueError if there is none.
+    """
     if isinstance(key, Cell):
         return key
     checks.one_of("cell", key, _BY_KEY)
@@ -310,13 +313,15 @@ def get(key: str | Cell) -> Cell:
 
 
 def named(cell: str | Cell) -> Cell:
-    """What a user means: the cell last defined under that name, or that of a key; a Cell itself. ValueError if there is
-    none, TypeError if cell is neither."""
+    """The cell last defined under that name, or the one with that key; a Cell is returned as it is.
+
+    ValueError if there is none, TypeError if cell is neither a Cell nor a string.
+    """
     return _BY_NAME[cell] if isinstance(cell, str) and cell in _BY_NAME else get(cell)
 
 
 def keys() -> list[str]:
-    """Of all cells, those too whose names were defined again."""
+    """The keys of all cells, including those whose names were defined again."""
     return list(_BY_KEY)
 
 
@@ -330,24 +335,25 @@ def cell(
     outputs: str = "",
     bias: str | None = None,
 ) -> Callable[[Callable[..., Any]], Cell]:
-    """Make a cell of a step written in PyTorch: a decorator.
+    """Decorator that makes a cell of a step written in PyTorch.
 
     gates: the gates' names, in the order of the weights' rows. states: the states' names; the first is the output.
-    The step takes x, U and the states, by their names, and returns the states after it: one tensor, or a tuple.
-    x.k is gate k's input product, with its bias b_ih. U.k(v) is its recurrent product with v, with its bias b_hh; v is
-    a state, or anything of a state's shape that the step computes, with other products too: in two levels at most. A
-    gate may have one of both alone. Everything is [B, H]. The rest is torch functions of one value for each row and
-    unit, and numbers. Numbers from outside the step are taken when its kernels are derived.
+    The step takes x, U and the states, by their names, and returns the states after the step: one tensor, or a tuple.
+    x.k is gate k's input product, including its bias b_ih. U.k(v) is gate k's recurrent product with v, including its
+    bias b_hh. v is a state, or any value of a state's shape that the step computes. It may itself depend on recurrent
+    products, in at most two levels. A gate may have only one of the two products. All tensors are [B, H]. Otherwise the
+    step may use elementwise torch functions and numbers. The values of numbers from outside the step are read once,
+    when its kernels are derived.
 
-    After the states the step takes, by their names and in this order,
-    params: trained vectors, one number a unit [H]; "alpha:1" is one number for all units.
-    inputs: what is given at each step besides x, [B, H]; layers take it as [T, B] or [T, B, H].
-    constants: numbers that a layer may set, as "dt=0.042 gamma=2.7".
+    After the states, the step takes by their names, in this order:
+    params: trained vectors with one number for each unit, [H]; "alpha:1" is one number for all units.
+    inputs: inputs of each step besides x, [B, H]; layers take them as [T, B] or [T, B, H].
+    constants: numbers that a layer may set, such as "dt=0.042 gamma=2.7".
 
-    outputs: the name of one more result, returned after the states, that is the output in place of the first state.
-    bias: the names of the gates that have biases; None: all.
+    outputs: the name of a further result, returned after the states, that is the output in place of the first state.
+    bias: the names of the gates that have biases. Default: None, all gates
 
-    The cell is known by the step's name to everything that takes one, until a cell of the same name takes its place:
+    Functions that take a cell also take the step's name, which means the last cell defined under that name:
 
         >>> @seqcells.cell(gates="f n", states="h")
         ... def mgu(x, U, h):
@@ -359,8 +365,8 @@ def cell(
         >>> y.shape, h_n.shape
         (torch.Size([5, 3, 20]), torch.Size([3, 20]))
 
-    TypeError or ValueError for names, or a step, that do not fit. CellError, at the first use and with the line, for a
-    step that no kernels can be derived from.
+    TypeError or ValueError for wrong names or a step that does not match them. CellError, at the first use and with the
+    step's line, if no kernels can be derived from the step.
     """
     gate_names, state_names = _names("gates", gates), _names("states", states)
     param_names, scalars = _params(params)
@@ -417,7 +423,7 @@ def _names(argument: str, value: Any, none: bool = False) -> tuple[str, ...]:
 
 
 def _params(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Names, and those of them that are one number."""
+    """The names of all params, and of those that are one number."""
     if not isinstance(value, str):
         raise checks.wrong("params", "a string of names, as 'p q alpha:1'", value)
     parts = [part.partition(":") for part in value.split()]

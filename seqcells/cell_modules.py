@@ -1,6 +1,6 @@
-"""RecurrentCell: one step of any cell; and LSTMCell, GRUCell, RNNCell, which are it under torch.nn's names.
+"""RecurrentCell: one step of any cell; and LSTMCell, GRUCell and RNNCell, its subclasses with torch.nn's names.
 
-These are subclasses of torch.nn's cells, too, of which they take nothing.
+The latter also subclass torch.nn's cells, for isinstance, but inherit no behavior from them.
 """
 
 from __future__ import annotations
@@ -38,34 +38,35 @@ class RecurrentCell(modules.Module):
     """Apply one step of any cell.
 
     It is to :class:`seqcells.Recurrent` what :class:`torch.nn.LSTMCell` is to :class:`torch.nn.LSTM`. LSTMCell, GRUCell
-    and RNNCell are subclasses under torch.nn's names.
+    and RNNCell are subclasses with torch.nn's names.
 
     Args:
-        cell: The cell, one that :func:`seqcells.cell` made, or its name.
+        cell: A cell made by :func:`seqcells.cell`, or its name.
         input_size: I, the number of features in the input.
         hidden_size: H, the number of features in each state.
-        bias: If ``False``, there are no ``bias_ih`` and ``bias_hh``. Default: ``True``
-        device: The device of the parameters. Default: ``None``, torch's
-        dtype: The dtype of the parameters. Default: ``None``, torch's
-        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, what
-            :func:`seqcells.backend` says, else "auto"
-        precision: How the kernels multiply in float32: "ieee", "tf32" or "tf32x3", see
-            :func:`seqcells.functional.scan`. Default: ``None``, by PyTorch's switches for its own RNNs
-        constants: The cell's constants by name, where they are not to have the values of its definition.
+        bias: If ``False``, there is no ``bias_ih`` and no ``bias_hh``. Default: ``True``
+        device: The device of the parameters. Default: ``None``, torch's default
+        dtype: The dtype of the parameters. Default: ``None``, torch's default
+        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, the
+            one set by :func:`seqcells.backend`, else "auto"
+        precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
+            :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
+        constants: New values for the cell's constants, by name. Default: the values in the cell's definition
 
-    Inputs and outputs are described at :meth:`forward`.
+    For inputs and outputs see :meth:`forward`.
 
     Attributes:
         weight_ih: The input weights, [Gx*H, I], of the Gx gates whose x the cell reads, in the order of its ``gates``.
-        weight_hh: The recurrent weights, [Gu*H, H], of the Gu gates whose U it uses; none if there is none.
-        bias_ih, bias_hh: The biases of those gates that have one.
-        [name]: The cell's parameter of that name, [H]; a scalar [1].
+        weight_hh: The recurrent weights, [Gu*H, H], of the Gu gates whose U it uses. A cell without a recurrent product
+            has none.
+        bias_ih, bias_hh: The biases, for those gates that have one.
+        [name]: The cell's parameter of that name, [H], or [1] if it is a scalar.
 
-    All are drawn from U(-1/sqrt(H), 1/sqrt(H)).
+    All parameters are initialized from U(-1/sqrt(H), 1/sqrt(H)).
 
     Raises:
-        TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell does, for arguments of a wrong type or value; so for
-            an unknown cell, for a constant that it does not have, and for a parameter with a name that modules have.
+        TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell, for arguments of the wrong type or value, including
+            an unknown cell, a constant that it lacks, and a parameter whose name is an attribute of modules.
 
     Example::
 
@@ -114,7 +115,7 @@ class RecurrentCell(modules.Module):
         backend: str | None,
         precision: str | None,
     ) -> None:
-        """What constructors have in common."""
+        """The part that the constructors share."""
         nn.Module.__init__(self)
         for name, size in (("input_size", input_size), ("hidden_size", hidden_size)):
             checks.integer(name, size, bools=True)
@@ -142,12 +143,12 @@ class RecurrentCell(modules.Module):
         self.reset_parameters()
 
     def _shapes(self, layer: int = 0) -> dict[str, tuple[int, ...]]:
-        """Of each parameter."""
+        """The shape of each parameter, by name."""
         return modules.shapes(self.cell, self.hidden_size, self.input_size, self.hidden_size, bool(self.bias))
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
-        # Modules pickled by earlier versions have the name of their cell, LSTMCells not even that.
+        # Modules pickled by earlier versions have the cell's name instead of the cell, or, if LSTMCells, no cell.
         self.__dict__["cell"] = get(self.__dict__.get("cell", "lstm"))
 
     def reset_parameters(self) -> None:
@@ -173,17 +174,17 @@ class RecurrentCell(modules.Module):
 
         Args:
             x: [B, I], or [I] without a batch.
-            state: The states before the step, a tuple of one [B, H] for each, or, of a cell with one state, that
-                tensor; [H] without a batch. Default: ``None``, zeros
-            inputs: The cell's per-step inputs, all of them, by name: [B], one value for all units, or [B, H]; without a
-                batch [], or [H].
+            state: The states before the step, a tuple with one [B, H] for each state, or just the tensor if the cell
+                has one state; [H] without a batch. Default: ``None``, zeros
+            inputs: All of the cell's per-step inputs, by name: [B] (one value for all units) or [B, H]; without a batch
+                [] or [H].
 
         Returns:
-            The states after the step, as the argument; of a cell with ``outputs`` a tuple of the output and that.
+            The states after the step, in the form of the argument. If the cell has ``outputs``, a tuple of the output
+            and these states.
 
         Raises:
-            TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell does, for types, shapes, dtypes and devices that
-                do not fit.
+            TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell, for wrong types, shapes, dtypes and devices.
         """
         known = type(x) is Tensor and not inputs and (state is None or type(state) in (Tensor, tuple))
         if not known and (call := self._traced(x, state, **inputs)) is not None:
@@ -201,7 +202,7 @@ class RecurrentCell(modules.Module):
         return (y, after) if self.cell.outputs else after
 
     def _check(self, x: Any, states: Any, inputs: dict[str, Any] | None = None) -> None:
-        """Raise what is wrong with a call beside what `_step` sees itself."""
+        """Check what `_step` does not check in a call."""
         layer_arguments.step(self, x, states, inputs or {}, self._shapes())
 
     def _step(
@@ -211,7 +212,7 @@ class RecurrentCell(modules.Module):
         names: tuple[str, ...],
         inputs: dict[str, Tensor] | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """The output and the states after a step. names: of the states, in errors."""
+        """The output and the states after a step. names: what errors call the states."""
         kind, rank = type(self).__name__, x.dim()
         if rank not in (1, 2):
             raise ValueError(f"{kind}: Expected input to be 1D or 2D, got {rank}D instead")
@@ -228,7 +229,7 @@ class RecurrentCell(modules.Module):
             states = None if states is None else tuple(s[None] for s in states)
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
-        held, weights = self._parameters, []  # which nn.Module's __getattr__ would find slowly
+        held, weights = self._parameters, []  # nn.Module's __getattr__ is slower
         for part, rows in zip(modules.PARTS, self.cell.rows, strict=True):
             there = rows and (self.bias or part.startswith("w"))
             weights.append((held[part] if part in held else getattr(self, part)) if there else None)
@@ -256,7 +257,8 @@ class RecurrentCell(modules.Module):
             vectors = [{name: getattr(self, name) for name in self.cell.params}]
             now = {name: t[None] for name, t in more.items()}
             y, final, _ = run(self.cell, x[None], states, [weights], options, None, vectors, now)
-            # [1, B, H] from those without an operator for one step; copied, since no view can be detached in place.
+            # Engines without an operator for one step return [1, B, H]. Copied: users may detach states in place,
+            # which a view does not allow.
             final = tuple(s[0].clone() if s.dim() == 3 else s for s in final)
             y = y[0].clone() if self.cell.outputs else final[0]
         return (y, final) if batched else (y[0], tuple(s[0] for s in final))
@@ -265,32 +267,32 @@ class RecurrentCell(modules.Module):
 class LSTMCell(RecurrentCell, nn.LSTMCell):  # type: ignore[misc]  # forward is ours
     """Apply one step of a long short-term memory (LSTM) cell.
 
-    It is :class:`torch.nn.LSTMCell` with the same arguments, parameters and results, and with ``backend`` and
-    ``precision``.
+    It has the arguments, parameters and results of :class:`torch.nn.LSTMCell`, and in addition the options ``backend``
+    and ``precision``.
 
     Args:
         input_size: I, the number of features in the input.
         hidden_size: H, the number of features in the state.
-        bias: If ``False``, there are no ``bias_ih`` and ``bias_hh``. Default: ``True``
-        device: The device of the parameters. Default: ``None``, torch's
-        dtype: The dtype of the parameters. Default: ``None``, torch's
-        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, what
-            :func:`seqcells.backend` says, else "auto"
-        precision: How the kernels multiply in float32: "ieee", "tf32" or "tf32x3", see
-            :func:`seqcells.functional.scan`. Default: ``None``, by PyTorch's switches for its own RNNs
+        bias: If ``False``, there is no ``bias_ih`` and no ``bias_hh``. Default: ``True``
+        device: The device of the parameters. Default: ``None``, torch's default
+        dtype: The dtype of the parameters. Default: ``None``, torch's default
+        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, the
+            one set by :func:`seqcells.backend`, else "auto"
+        precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
+            :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
 
-    Inputs and outputs are described at :meth:`forward`.
+    For inputs and outputs see :meth:`forward`.
 
     Attributes:
         weight_ih: The input weights, [4*H, I].
         weight_hh: The recurrent weights, [4*H, H].
         bias_ih, bias_hh: The biases, [4*H].
 
-    Gates are in the order i, f, g, o. All are drawn from U(-1/sqrt(H), 1/sqrt(H)), and the same seed gives torch.nn's
-    values.
+    Gates are in the order i, f, g, o. All parameters are initialized from U(-1/sqrt(H), 1/sqrt(H)); the same seed
+    yields the same values as in torch.nn.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell does, for arguments of a wrong type or value.
+        TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell, for arguments of the wrong type or value.
 
     Example::
 
@@ -330,16 +332,15 @@ class LSTMCell(RecurrentCell, nn.LSTMCell):  # type: ignore[misc]  # forward is 
             The states after the step, h and c, in the shape of ``hx``.
 
         Raises:
-            TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell does, for types, shapes, dtypes and devices that
-                do not fit.
+            TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell, for wrong types, shapes, dtypes and devices.
         """
-        # Whether torch.fx traces. Asked in line, for every call pays for it.
+        # torch.fx is tracing if an argument is a Proxy. The check is inline because every call pays for it.
         known = type(input) is Tensor and (hx is None or (type(hx) is tuple and hx and type(hx[0]) is Tensor))
         if not known and (call := self._traced(input, hx)) is not None:
             return call
         if hx is not None and not isinstance(hx, (tuple, list)):
             raise TypeError(f"LSTMCell: expected hx to be a tuple of two tensors (h, c), got {checks.kind(hx)}")
-        # Whether an argument is to blame is asked after a failure: before each step it would cost.
+        # Arguments are checked after a failure only: a check before each step would cost time.
         try:
             h, c = self._step(input, hx, ("hx[0]", "hx[1]"))[1]
         except checks.FAILURES as error:
@@ -367,8 +368,7 @@ class _OneState(RecurrentCell):
             The state after the step, in the shape of ``hx``.
 
         Raises:
-            TypeError, ValueError, RuntimeError: As torch.nn does, for types, shapes, dtypes and devices that do not
-                fit.
+            TypeError, ValueError, RuntimeError: As torch.nn, for wrong types, shapes, dtypes and devices.
         """
         known = type(input) is Tensor and (hx is None or type(hx) is Tensor)
         if not known and (call := self._traced(input, hx)) is not None:
@@ -387,35 +387,35 @@ class _OneState(RecurrentCell):
 class GRUCell(_OneState, nn.GRUCell):  # type: ignore[misc]  # forward is ours
     """Apply one step of a gated recurrent unit (GRU) cell.
 
-    It is :class:`torch.nn.GRUCell` with the same arguments, parameters and results, and with ``reset_after``,
-    ``backend`` and ``precision``.
+    It has the arguments, parameters and results of :class:`torch.nn.GRUCell`, and in addition the options
+    ``reset_after``, ``backend`` and ``precision``.
 
     Args:
         input_size: I, the number of features in the input.
         hidden_size: H, the number of features in the state.
-        bias: If ``False``, there are no ``bias_ih`` and ``bias_hh``. Default: ``True``
-        device: The device of the parameters. Default: ``None``, torch's
-        dtype: The dtype of the parameters. Default: ``None``, torch's
+        bias: If ``False``, there is no ``bias_ih`` and no ``bias_hh``. Default: ``True``
+        device: The device of the parameters. Default: ``None``, torch's default
+        dtype: The dtype of the parameters. Default: ``None``, torch's default
         reset_after: If ``True``, the reset gate multiplies the product of the state with its weights, as in torch.nn
             and cuDNN. If ``False``, it multiplies the state before that product, as in Cho et al. 2014
             (arXiv:1406.1078 v3). Default: ``True``
-        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, what
-            :func:`seqcells.backend` says, else "auto"
-        precision: How the kernels multiply in float32: "ieee", "tf32" or "tf32x3", see
-            :func:`seqcells.functional.scan`. Default: ``None``, by PyTorch's switches for its own RNNs
+        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, the
+            one set by :func:`seqcells.backend`, else "auto"
+        precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
+            :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
 
-    Inputs and outputs are described at :meth:`forward`.
+    For inputs and outputs see :meth:`forward`.
 
     Attributes:
         weight_ih: The input weights, [3*H, I].
         weight_hh: The recurrent weights, [3*H, H].
         bias_ih, bias_hh: The biases, [3*H].
 
-    Gates are in the order r, z, n. All are drawn from U(-1/sqrt(H), 1/sqrt(H)), and the same seed gives torch.nn's
-    values.
+    Gates are in the order r, z, n. All parameters are initialized from U(-1/sqrt(H), 1/sqrt(H)); the same seed yields
+    the same values as in torch.nn.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As torch.nn.GRUCell does, for arguments of a wrong type or value.
+        TypeError, ValueError, RuntimeError: As torch.nn.GRUCell, for arguments of the wrong type or value.
 
     Example::
 
@@ -446,34 +446,34 @@ class GRUCell(_OneState, nn.GRUCell):  # type: ignore[misc]  # forward is ours
 
 
 class RNNCell(_OneState, nn.RNNCell):  # type: ignore[misc]  # forward is ours
-    """Apply one step of an Elman network with a tanh or relu.
+    """Apply one step of an Elman RNN with tanh or relu.
 
-    It is :class:`torch.nn.RNNCell` with the same arguments, parameters and results, and with ``backend`` and
-    ``precision``.
+    It has the arguments, parameters and results of :class:`torch.nn.RNNCell`, and in addition the options ``backend``
+    and ``precision``.
 
     Args:
         input_size: I, the number of features in the input.
         hidden_size: H, the number of features in the state.
-        bias: If ``False``, there are no ``bias_ih`` and ``bias_hh``. Default: ``True``
+        bias: If ``False``, there is no ``bias_ih`` and no ``bias_hh``. Default: ``True``
         nonlinearity: "tanh" or "relu". Default: "tanh"
-        device: The device of the parameters. Default: ``None``, torch's
-        dtype: The dtype of the parameters. Default: ``None``, torch's
-        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, what
-            :func:`seqcells.backend` says, else "auto"
-        precision: How the kernels multiply in float32: "ieee", "tf32" or "tf32x3", see
-            :func:`seqcells.functional.scan`. Default: ``None``, by PyTorch's switches for its own RNNs
+        device: The device of the parameters. Default: ``None``, torch's default
+        dtype: The dtype of the parameters. Default: ``None``, torch's default
+        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, the
+            one set by :func:`seqcells.backend`, else "auto"
+        precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
+            :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
 
-    Inputs and outputs are described at :meth:`forward`.
+    For inputs and outputs see :meth:`forward`.
 
     Attributes:
         weight_ih: The input weights, [H, I].
         weight_hh: The recurrent weights, [H, H].
         bias_ih, bias_hh: The biases, [H].
 
-    All are drawn from U(-1/sqrt(H), 1/sqrt(H)), and the same seed gives torch.nn's values.
+    All parameters are initialized from U(-1/sqrt(H), 1/sqrt(H)); the same seed yields the same values as in torch.nn.
 
     Raises:
-        TypeError, ValueError, RuntimeError: As torch.nn.RNNCell does, for arguments of a wrong type or value.
+        TypeError, ValueError, RuntimeError: As torch.nn.RNNCell, for arguments of the wrong type or value.
 
     Example::
 

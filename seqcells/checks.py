@@ -1,7 +1,7 @@
-"""What is wrong with one argument, in words. torch.nn's, where it has some.
+"""Checks of one argument, with torch.nn's error messages where it has them.
 
-TypeError for a value of another type, ValueError for one that is not allowed, RuntimeError for a tensor that does not
-fit, as in torch.nn.
+As in torch.nn: TypeError for a value of the wrong type, ValueError for a value that is not allowed, RuntimeError for a
+tensor of the wrong shape, dtype or device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 def kind(value: Any) -> str:
-    """What a value is: "None", "a list of 2", "an int", "the class LSTM"."""
+    """A description of a value: "None", "a list of 2", "an int", "the class LSTM"."""
     if value is None:
         return "None"
     if isinstance(value, type):
@@ -27,12 +27,12 @@ def kind(value: Any) -> str:
 
 
 def wrong(name: str, expected: str, value: Any) -> TypeError:
-    """The error for a value of another type than expected."""
+    """The error for a value of the wrong type."""
     return TypeError(f"{name} must be {expected}, got {kind(value)}")
 
 
 def tensor(name: str, value: Any, optional: bool = False, expected: str = "a tensor") -> None:
-    """A dense tensor; None too if it is optional."""
+    """Check that value is a dense tensor (or None, if optional)."""
     if value is None and optional:
         return
     if not isinstance(value, Tensor):
@@ -43,19 +43,20 @@ def tensor(name: str, value: Any, optional: bool = False, expected: str = "a ten
 
 
 def tensors(name: str, value: Any, expected: str, count: int | None = None, optional: bool = False) -> None:
-    """A tuple or list of tensors, of that many if count is given; optional: of None too."""
+    """Check that value is a tuple or list of tensors. count: how many; None: any number. optional: None is allowed
+    instead of a tensor."""
     if not isinstance(value, (tuple, list)) or (count is not None and len(value) != count):
         raise wrong(name, expected, value)
     for i, t in enumerate(value):
         tensor(f"{name}[{i}]", t, optional)
 
 
-# What somebody runs into who is given a wrong argument.
+# The exceptions that a wrong argument may cause where it is used.
 FAILURES = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
 def clearer(error: Exception, check: Callable[..., Any], *arguments: Any) -> Exception:
-    """What the check raises of these arguments; error itself, where they are not what is wrong."""
+    """The exception that check raises for these arguments; error itself if it raises none."""
     try:
         check(*arguments)
     except (TypeError, ValueError, RuntimeError) as found:
@@ -69,7 +70,8 @@ def boolean(name: str, value: Any) -> None:
 
 
 def integer(name: str, value: Any, least: int | None = None, bools: bool = False) -> None:
-    """An int; True and False are none, unless torch.nn takes them and so bools is given. least: the smallest."""
+    """Check that value is an int. least: the smallest allowed. bools: whether True and False count as ints, which is
+    for arguments where torch.nn accepts them."""
     if not isinstance(value, int) or (isinstance(value, bool) and not bools):
         raise TypeError(f"{name} should be of type int, got: {type(value).__name__}")
     if least is not None and value < least:
@@ -83,7 +85,7 @@ def number(name: str, value: Any, optional: bool = False) -> None:
 
 
 def one_of(name: str, value: Any, allowed: Iterable[str], optional: bool = False) -> None:
-    """One of some names."""
+    """Check that value is one of the allowed strings (or None, if optional)."""
     if value is None and optional:
         return
     if not isinstance(value, str):
@@ -98,18 +100,19 @@ def dtype(value: Any, optional: bool = False) -> None:
 
 
 def device(value: Any, optional: bool = False) -> None:
-    """A torch.device, or what is one in words. What the words say is torch's to check."""
+    """Check that value is a torch.device, a string or an int. Their values are for torch to check."""
     taken = isinstance(value, (str, torch.device)) or (isinstance(value, int) and not isinstance(value, bool))
     if not taken and not (value is None and optional):
         raise wrong("device", "a torch.device, its name or an index" + " or None" * optional, value)
 
 
 def parameter(module: nn.Module, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-    """The module's parameter of that name, which somebody may have deleted or replaced."""
+    """The module's parameter of that name. RuntimeError if it was deleted, or replaced by something that does not
+    fit."""
     try:
         found = getattr(module, name)
     except AttributeError:
-        if hasattr(type(module), name):  # a parametrization, which ran into something itself
+        if hasattr(type(module), name):  # a parametrization that failed
             raise
         raise RuntimeError(f"this {type(module).__name__} has no {name}: was the parameter deleted?") from None
     tensor(name, found)

@@ -15,7 +15,7 @@ import torch
 
 backend: str  # a spelling of backends.parse; "auto" where there is no choice
 _backend: ContextVar[str] = ContextVar("seqcells.backend", default="")
-of_context = _backend.get  # for where nothing compiles; "" if the context has none of its own yet: then ask `backend`
+of_context = _backend.get  # faster, for where nothing compiles; returns "" if the context has no value: read `backend`
 
 
 def _of_caller() -> str:

@@ -1,9 +1,9 @@
-"""convert and revert: turn torch.nn's recurrent modules in a model into seqcells' and back, in place.
+"""convert and revert: change torch.nn's recurrent modules in a model to seqcells' and back, in place.
 
-A module stays the same object. Its class and its settings change; everything else stays: parameters (so optimizers and
+A module stays the same object. Its class and its settings change. Everything else stays: parameters (so optimizers and
 tied weights remain valid), buffers, hooks and their handles, parametrizations, weight_norm, pruning masks,
-requires_grad, training and attributes that users set. Every reference to the module sees the converted one, and a
-module registered in two places is still one module. torch changes a module's class in the same way in
+requires_grad, training, and attributes that users set. All references to the module remain valid, and a module
+registered in two places is still one module. torch changes a module's class in the same way in
 torch.nn.utils.parametrize and in its lazy modules.
 """
 
@@ -47,8 +47,8 @@ Classes = Mapping[Any, type[nn.Module]]  # Any: keys of a Mapping must be of exa
 
 @dataclass(frozen=True)
 class Change:
-    """What was done to one module. names: all its names in the model. before, after: its class. skipped: why it was
-    left unchanged, "" if it was changed."""
+    """The change of one module. names: all its names in the model. before, after: its class. skipped: why it was left
+    unchanged, "" if it was changed."""
 
     names: tuple[str, ...]
     before: str
@@ -66,13 +66,13 @@ class _Swap:
 
     module: nn.Module
     cls: type[nn.Module]
-    drop: frozenset[str]  # attributes only the old class has
-    settings: dict[str, Any]  # attributes only the new class has, or both
+    drop: frozenset[str]  # attributes that only the old class has
+    settings: dict[str, Any]  # attributes that the new class has
     absent: tuple[str, ...]  # parameters that are registered as None in the new class and not in the old one
     surplus: tuple[str, ...]  # the opposite
 
     def do(self) -> None:
-        # Not by __setattr__: torch.nn.LSTM's updates lists that are incomplete at this point.
+        # Not by __setattr__: that of torch.nn.LSTM updates lists that are incomplete at this point.
         state = self.module.__dict__
         for name in self.drop:
             state.pop(name, None)
@@ -105,8 +105,8 @@ def convert(
     matches dots). A module with several names matches by any of them.
     subclass: True uses the classes of seqcells.subclasses, for code that checks isinstance(module, torch.nn.LSTM).
     With these torch.compile breaks its graph at each layer, and raises with fullgraph=True, as with torch.nn's own (see
-    seqcells.subclasses). Layers that are seqcells' already are converted too, and keep their settings. (The cells are
-    instances of torch.nn's classes in any case; torch.compile supports them.)
+    seqcells.subclasses). Layers of seqcells are converted too, and keep their settings. (seqcells' cells are always
+    instances of torch.nn's classes, and torch.compile supports them.)
     mapping: {Theirs: Mine}, for subclasses of torch.nn's classes: modules of exactly the class Theirs become Mine, a
     subclass of the corresponding seqcells class. Attributes stay, and the constructor of Mine is not called. Often an
     empty `class Mine(Theirs, seqcells.subclasses.LSTM)` is enough.
@@ -121,9 +121,9 @@ def convert(
     class, and modules whose forward was replaced on the instance. Modules in programs of torch.jit or torch.export are
     not found. A compiled model is compiled again at its next call. Call convert before fully_shard, which changes the
     classes of modules.
-    Raises TypeError or ValueError, before anything is changed, if model is no module, backend, save or precision is
-    unknown, mapping has other classes, or a pattern matches no recurrent module. If anything else raises, all changes
-    are undone.
+    Raises TypeError or ValueError, before anything is changed, if model is not a module, if backend, save or precision
+    is unknown, if mapping has other classes, or if a pattern matches no recurrent module. If anything else raises, all
+    changes are undone.
     """
     arguments.options(backend, precision, save)
     checks.boolean("subclass", subclass)
@@ -152,14 +152,15 @@ def revert(
     mapping: Classes | None = None,
     report: list[Change] | None = None,
 ) -> M:
-    """The opposite of convert, also for modules of model that were made as seqcells': in place, the same parameters.
+    """Convert all of seqcells' modules in model to torch.nn's class, in place, with the same parameters.
 
-    backend, save and precision are dropped; a forward that passes resets= to the module will no longer run. Subclasses
-    of seqcells' classes are left alone, but for those in mapping.
-    mapping: as given to convert, {Theirs: Mine}: modules of exactly the class Mine become Theirs.
+    This also applies to modules that convert did not make. backend, save and precision are dropped, and a forward that
+    passes resets= to the module will no longer run. Subclasses of seqcells' classes are left unchanged, except those in
+    mapping.
+    mapping: as in convert, {Theirs: Mine}: modules of exactly the class Mine become Theirs.
     include, exclude, report: as in convert.
-    Raises TypeError or ValueError, before anything is changed, as convert does, and for a module that torch.nn has no
-    equal of (a GRU or GRUCell with reset_after=False, a Recurrent or RecurrentCell): exclude it.
+    Raises TypeError or ValueError, before anything is changed, as convert, and for a module that torch.nn has no
+    counterpart of (a GRU or GRUCell with reset_after=False, a Recurrent or RecurrentCell): exclude it.
     """
     theirs: dict[type[nn.Module], type[nn.Module]] = {}
     for cls, mine in _classes(mapping).items():
@@ -181,7 +182,7 @@ def revert(
 
 
 def _classes(mapping: Classes | None) -> dict[type[nn.Module], type[nn.Module]]:
-    """mapping, if it is one."""
+    """Check mapping and return it as a dict."""
     if mapping is not None and not isinstance(mapping, Mapping):
         raise checks.wrong("mapping", "a dict of classes, {Theirs: Mine}, or None", mapping)
     for theirs, mine in (mapping or {}).items():
@@ -198,7 +199,7 @@ def _classes(mapping: Classes | None) -> dict[type[nn.Module], type[nn.Module]]:
             raise TypeError(f"mapping: {spelled(theirs)} must become {expected}, got {spelled(mine)}")
         try:
             object.__new__(theirs).__class__ = mine
-        except TypeError:  # other slots, as those of abc.ABC
+        except TypeError:  # incompatible slots, such as those of abc.ABC
             name = spelled(SUBCLASSES.get(_base(theirs), ours))
             raise TypeError(
                 f"mapping: Python cannot make a {spelled(theirs)} a {spelled(mine)}, whose bases lay out an object in "
@@ -208,12 +209,12 @@ def _classes(mapping: Classes | None) -> dict[type[nn.Module], type[nn.Module]]:
 
 
 def _base(cls: type[nn.Module]) -> type[nn.Module]:
-    """The class of seqcells' or torch.nn's that it is, or is a subclass of."""
+    """The class of seqcells or torch.nn that cls is or inherits from."""
     return next(base for base in cls.__mro__ if base in THEIRS or base in OURS)
 
 
 def _left(cls: type[nn.Module], remedy: str) -> str:
-    """Why a module of that class is left alone, and what would change it."""
+    """Why a module of that class is left unchanged. remedy: how to have it converted."""
     if any(base.__module__.startswith("torch.distributed.") for base in cls.__mro__):
         return "fully_shard changed its class: call convert or revert before fully_shard"
     return f"a subclass of {spelled(_base(cls))}; to change it: {remedy}"
@@ -228,7 +229,8 @@ def _swap_all(
     exclude: str | Iterable[str] | None,
     report: list[Change] | None,
 ) -> M:
-    """target: the class that a module becomes, why it is left unchanged, or None if there is nothing to do."""
+    """target returns the class that a module becomes, or why it is left unchanged, or None if there is nothing to
+    do."""
     if not isinstance(model, nn.Module):
         error = checks.wrong("model", "a torch.nn.Module", model)
         if isinstance(model, type):
@@ -268,7 +270,7 @@ def _swap_all(
 
 
 def _summary(what: str, model: str, there: int, wanted: int, changes: list[Change]) -> tuple[int, str]:
-    """A logging level and one line. there, wanted: the number of recurrent modules, and of those selected."""
+    """A logging level and a one-line summary. there, wanted: the number of recurrent modules, and of selected ones."""
     found = f"{there} recurrent module{'s' * (there > 1)} in this {model}"
     if not there:
         return logging.WARNING, f"seqcells.{what}: nothing to do: no LSTM, GRU, RNN or cell of these in this {model}"
@@ -299,7 +301,7 @@ def _do(swaps: list[_Swap], changes: list[Change], report: list[Change] | None, 
         for change in changes:
             LOGGER.log(logging.WARNING if change.skipped else logging.DEBUG, "%s", change)
         LOGGER.log(summary[0], "%s", summary[1])
-        # If logging is not configured, Python shows warnings only.
+        # If logging is not configured, Python shows only warnings.
         if summary[0] == logging.INFO and LOGGER.level <= logging.INFO and not LOGGER.hasHandlers():
             print(summary[1], file=sys.stderr)
     except BaseException:
@@ -329,7 +331,7 @@ def _joined(names: Iterable[str]) -> str:
 def _matching(
     names: dict[nn.Module, list[str]], patterns: str | Iterable[str] | None, argument: str, default: bool
 ) -> set[nn.Module]:
-    """The modules with a name that matches a pattern; all or none of them if no pattern is given."""
+    """The modules with a name that matches a pattern. If no pattern is given, all or none of them."""
     if patterns is None:
         return set(names) if default else set()
     try:
@@ -359,7 +361,7 @@ def _blank(module: nn.Module, cls: type[nn.Module], options: dict[str, Any]) -> 
     given += ["nonlinearity"] if hasattr(module, "nonlinearity") else []
     blank = cls(**{name: getattr(module, name) for name in given}, device="meta", **options)
     if hasattr(module, "dropout"):
-        blank.dropout = module.dropout  # not by the constructor, which warned already when module was made
+        blank.dropout = module.dropout  # not by the constructor, which would repeat its warning
     return blank
 
 
@@ -380,21 +382,21 @@ def _plan(module: nn.Module, cls: type[nn.Module], new: type[nn.Module], options
     absent = [n for n, p in blank._parameters.items() if p is None and n not in parameters]
     surplus = [n for n, p in parameters.items() if p is None and n in old._parameters and n not in blank._parameters]
     if parametrize.is_parametrized(module):
-        # torch puts the properties that compute the parametrized tensors in a class of the module's own. They look
-        # into module.parametrizations by name, so they do as well on top of another class.
+        # torch defines the properties that compute parametrized tensors in a class made for this module. They look up
+        # module.parametrizations by name, so they also work on top of another class.
         body = {k: v for k, v in type(module).__dict__.items() if k not in ("__dict__", "__weakref__", "__doc__")}
         new = type(f"Parametrized{new.__name__}", (new,), body)
     return _Swap(module, new, drop, own, tuple(absent), tuple(surplus))
 
 
 def _flat_weights(module: nn.Module, names: list[str]) -> dict[str, Any]:
-    """torch.nn.LSTM's list of its weights, and the weak references by which it sees that one was replaced."""
+    """torch.nn.LSTM's list of its weights, and its weak references that show whether one was replaced."""
     found: list[Tensor | None] = []
     for name in names:
         weight: Tensor | None = module._parameters.get(name)
         if weight is None and parametrize.is_parametrized(module, name):
-            # Not computed here, which may have effects (spectral_norm's power iteration): a tensor that is not the
-            # weight, so that the first forward sees a change and computes all.
+            # The weight is not computed here, because that may have side effects (spectral_norm's power iteration).
+            # A placeholder makes the first forward see a change and compute all weights.
             parts = module.get_submodule(f"parametrizations.{name}")
             weight = next(chain(parts.parameters(recurse=False), parts.buffers(recurse=False)), None)
         found.append(module.__dict__.get(name) if weight is None else weight)

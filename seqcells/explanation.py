@@ -1,4 +1,4 @@
-"""explain(): what a scan of some shape would run on, and why, without running it."""
+"""explain(): which backend a scan would use, and why, without running it."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ WIDTH = 80  # of a printed line
 
 @dataclass(frozen=True)
 class Explanation:
-    """Which backend a scan would use, and why; for triton, the Plan forward and the one backward, with its own why.
+    """Which backend a scan would use, and why; for triton also the Plans of forward and backward, with their reasons.
 
-    choice: what the call itself would find; case: by which facts. str() gives all of it in words, in lines of at most
-    80 characters.
+    choice: the Choice that the call itself would make; case: the facts it is based on. str() returns a description in
+    lines of at most 80 characters.
     """
 
     case: Case
@@ -51,7 +51,7 @@ class Explanation:
 
 
 def _described(plan: Plan) -> list[str]:
-    """A plan's reasons, a paragraph each, and its figures."""
+    """A plan's reasons, one paragraph each, and its figures."""
     lines = []
     for reason in plan.why.split("; "):
         lines += textwrap.wrap(reason, WIDTH, initial_indent="  - ", subsequent_indent="    ")
@@ -79,13 +79,15 @@ def explain(
     backend: str | None = None,
     precision: str | None = None,
 ) -> Explanation:
-    """What a scan of this shape would run on, without running it.
+    """Explain which backend a scan of this shape would use, and why, without running it.
 
-    cell: itself or its name. batch, hidden_size, dtype, resets, backend: of the scan.
-    device: a torch device, or a GPU that need not be present by its name or architecture, in any case: "H100", "sm_90",
-    "RTX 4090" (kernels.devices.KNOWN has all).
-    groups: of `scan_groups`. steps: None, many. lengths: of a batch with little padding. grad: in training. precision:
-    as in `scan`. Raises as `scan` does, and ValueError for an unknown device.
+    cell: the cell or its name. batch, hidden_size, dtype, backend, precision: those of the scan. resets: whether there
+    are resets.
+    device: a torch device; or the name or architecture of a GPU, which need not be present, in upper or lower case:
+    "H100", "sm_90", "RTX 4090" (all are in kernels.devices.KNOWN).
+    groups: the number of groups, see `scan_groups`. steps: the number of steps; None means many. lengths: whether there
+    are lengths, with little padding. grad: whether gradients are wanted, as in training.
+    Raises the errors of `scan`, and ValueError for an unknown device.
 
         >>> print(seqcells.explain("gru", batch=16, hidden_size=64, device="cpu"))
         loop: the tensors are on the CPU, and it is faster than torch's own fused gru
@@ -115,7 +117,7 @@ def explain(
         1 << 10 if steps is None else steps,
         batch,
         grad,
-        resets=resets and steps != 1,  # resets of one step zero the states before it
+        resets=resets and steps != 1,  # for one step, resets just zero the states before it
         lengths=lengths,
         onednn=aten.onednn(cell, place, dtype),
         refused=not elsewhere and fallback.refused(place, cell, dtype, hidden_size, grad),

@@ -1,6 +1,6 @@
-"""What some cells take beside x, states and weights: trained vectors and inputs of each step, by name.
+"""What some cells take besides x, states and weights: trained vectors and per-step inputs, by name.
 
-What is wrong with them, and all of them side by side in one tensor, as `autograd` takes them.
+Both functions check them and concatenate them into the one tensor that `autograd` takes.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from . import checks, masks
 
 
 def params(cell: Any, groups: Sequence[Any] | None, x: Tensor, H: int) -> Tensor | None:
-    """The trained vectors of each group [K, P*H] in the cell's order; of one group [P*H]; None: the cell has none.
+    """The trained vectors of all groups [K, P*H] in the cell's order; for one group [P*H]. None if the cell has none.
 
-    groups: for each a mapping from names to tensors [H], scalars [1]. TypeError, ValueError or RuntimeError for what
-    does not fit.
+    groups: for each group a mapping from names to tensors [H], scalars [1]. TypeError, ValueError or RuntimeError for
+    wrong names, values, shapes, dtypes and devices.
     """
     every = []
     for given in groups or (None,):
@@ -37,10 +37,11 @@ def params(cell: Any, groups: Sequence[Any] | None, x: Tensor, H: int) -> Tensor
 
 
 def inputs(cell: Any, given: Any, x: Tensor, H: int, lengths: Tensor | None) -> Tensor | None:
-    """The inputs of each step [T, B, N*H] in the cell's order, of a mapping from names to tensors [T, B] or [T, B, H];
-    None: the cell has none. lengths: beyond them is padding, which may hold anything and is zero here.
+    """The per-step inputs [T, B, N*H] in the cell's order. None if the cell has none.
 
-    TypeError, ValueError or RuntimeError for what does not fit.
+    given: a mapping from names to tensors [T, B] or [T, B, H]. lengths: the padding beyond them may have any values,
+    and is zero in the result. TypeError, ValueError or RuntimeError for wrong names, values, shapes, dtypes and
+    devices.
     """
     found, shape = [], tuple(x.shape[:2])
     past = None if lengths is None else masks.ended(lengths, x.shape[0])
@@ -65,7 +66,7 @@ def _fit(name: str, t: Tensor, x: Tensor) -> None:
 
 
 def _by_name(argument: str, names: Sequence[str], given: Any, cell: str) -> dict[str, Tensor]:
-    """The tensors of those names, in their order."""
+    """The tensors of those names, in that order."""
     if given is None:
         given = {}
     if not isinstance(given, Mapping):

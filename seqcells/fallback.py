@@ -1,9 +1,9 @@
-"""What runs where a kernel does not compile or does not launch, and the user did not ask for the kernels by name.
+"""What runs if a kernel does not compile or launch, and the user did not ask for the kernels by name.
 
-Under "auto" another schedule runs; if none is left, the same computation in torch operations (the loop engine). From
-the next call on, `backends` then chooses torch's own layer or the loop. A RuntimeWarning says what failed and what runs
-instead, once: what failed is not tried again in this process. backend="triton" raises the error instead. Not caught:
-lack of memory, and errors after which CUDA's context is lost.
+Under "auto", another schedule runs. If none is left, the same computation runs in torch operations (the loop engine).
+From the next call on, `dispatch` then chooses torch's own layer or the loop. A RuntimeWarning says once what failed and
+what runs instead: what failed is not tried again in this process. backend="triton" raises the error instead. Not
+caught: out-of-memory errors, and errors after which the CUDA context is lost.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 class Kernel(NamedTuple):
-    """What fails together, whatever the batch. direction: forward, backward, recompute or step (of a cell)."""
+    """The kernels that fail together, for any batch. direction: forward, backward, recompute or step (of a cell)."""
 
     cell: str
     direction: str
@@ -35,7 +35,7 @@ class Failed(Exception):
     """A kernel did not compile or launch; __cause__ is the error."""
 
 
-# Parts of messages. Lack of memory is for the caller to handle; after the others nothing runs on the device any more.
+# Parts of messages. The caller must handle lack of memory. After the other errors nothing runs on the device.
 _NOT_CAUGHT = (
     "out of memory",
     "illegal memory access",
@@ -48,11 +48,11 @@ _NOT_CAUGHT = (
     "uncorrectable",
 )
 _failed: set[tuple[Kernel, str]] = set()  # and schedule
-refused_kernels: set[Kernel] = set()  # all of whose schedules failed
+refused_kernels: set[Kernel] = set()  # those of which all schedules failed
 
 
 def guarded(call: Callable[[], None]) -> None:
-    """call(), which compiles and launches a kernel. Raises Failed if that goes wrong in a way that can be mended."""
+    """Run call(), which compiles and launches a kernel. Raises Failed for an error for which there is a fallback."""
     try:
         call()
     except Exception as error:
@@ -65,14 +65,14 @@ def guarded(call: Callable[[], None]) -> None:
 def first_that_runs(
     kernel: Kernel, attempts: Iterable[tuple[str, Callable[[], T]]], otherwise: Callable[[], T] | None
 ) -> T:
-    """The result of the first attempt that does not raise Failed, or ValueError where nothing fits; else otherwise().
+    """The result of the first attempt that does not raise Failed (or ValueError, if nothing fits); else otherwise().
 
-    attempts: schedules by name, the best first. Those that failed before are passed over. With otherwise None the
+    attempts: (schedule, function), the best first. Those that failed before are skipped. If otherwise is None, the
     error of the last one is raised.
     """
     errors: list[tuple[str, BaseException]] = []
     if otherwise is not None and kernel._replace(direction="forward") in refused_kernels:
-        return otherwise()  # as forward did, and the warning said; the next call is another's
+        return otherwise()  # as forward did, with a warning; the next call chooses another engine
     for schedule, attempt in attempts:
         if (kernel, schedule) in _failed:
             continue
@@ -105,7 +105,7 @@ def _warn(kernel: Kernel, errors: list[tuple[str, BaseException]], instead: str)
 
 
 def refused(device: torch.device, cell: str, dtype: torch.dtype, hidden_size: int, grad: bool) -> bool:
-    """Whether the kernels of a scan, and with grad those of its backward, were tried and failed."""
+    """Whether the kernels of a scan (with grad, also those of its backward) were tried and failed."""
     if not refused_kernels:
         return False
     directions = ("forward", "backward", "recompute") if grad else ("forward",)

@@ -1,7 +1,7 @@
-"""Formulas by which torch.utils.flop_counter.FlopCounterMode counts our operators, and oneDNN's LSTM, which it does not
-know: products alone, two operations for each multiplication and addition, as torch counts them.
+"""Formulas by which torch.utils.flop_counter.FlopCounterMode counts our operators, and oneDNN's LSTM, which it lacks.
 
-Padding is counted like other steps.
+As in torch, only matrix products are counted, with two operations for each multiply-add. Padding is counted like other
+steps.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ Shape = Sequence[int]
 
 
 def _walk(steps: Shape, u: Shape) -> int:
-    """h U^T at each step, or its gradient: steps [T, B, K, .]; u [K, G*H, H]."""
+    """The operations of h U^T at each step, or of its gradient: steps [T, B, K, .]; u [K, G*H, H]."""
     return 2 * steps[0] * steps[1] * prod(u)
 
 
@@ -75,7 +75,8 @@ def _formulas() -> dict[Any, Callable[..., int]]:
 
 
 def register() -> None:
-    """Of what counts now, and will. (Imports nothing: that module imports triton.)"""
+    """Register the formulas with torch's present and future counters. (Does not import torch's module, which imports
+    triton.)"""
     counter = sys.modules.get("torch.utils.flop_counter")
     if counter is None:
         return

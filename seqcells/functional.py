@@ -1,8 +1,8 @@
-"""lstm(), gru(), rnn(), scan(), scan_groups(): check the arguments, choose a backend, run. One layer.
+"""One layer as a function: lstm(), gru(), rnn(), scan(), scan_groups().
 
 Shapes: x [T, B, I]; states [B, H]; w_ih [G*H, I]; w_hh [G*H, H]; b_ih, b_hh [G*H] or None; resets bool [T, B];
-lengths int [B].
-G = 4 for LSTM (i f g o), 3 for GRU (r z n), 1 for RNN, in torch's order. y [T, B, H].
+lengths int [B]; y [T, B, H].
+G is the number of gates, in torch's order: 4 for LSTM (i f g o), 3 for GRU (r z n), 1 for RNN.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .precisions import autocast
 
 
 def _missing(spec: Cell) -> Sequence[str]:
-    """The weights that the cell does not have."""
+    """The weights that the cell lacks."""
     return () if 0 not in spec.rows else [name for name, n in zip(NAMES, spec.rows, strict=True) if not n]
 
 
@@ -87,31 +87,32 @@ def scan(
     precision: str | None = None,
     return_states: bool = False,
 ) -> tuple[Any, ...]:
-    """A cell over all steps of x: (y, final states [B, H]). Shapes: see the module.
+    """Run a cell over all steps of x. Returns (y, final states [B, H]). For shapes see the module.
 
-    cell: "lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu", or one's own (see `cell`), itself or by its name.
-    states: (h0,), (h0, c0), as many as the cell has; None, whole or in part, is zero.
-    w_ih, b_ih: of the gates whose x the cell reads. w_hh, b_hh: of those whose U it uses. (w_ih or w_hh is None for a
-    cell that has no such gate.) b_ih, b_hh: of those among them that have biases.
-    params: the cell's trained vectors by name, each [H], scalars [1]. inputs: its inputs of each step by name, each
-    [T, B] or [T, B, H].
+    cell: "lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu", or a custom cell (see `cell`), itself or by its name.
+    states: (h0,) or (h0, c0), as many as the cell has. None, as a whole or for one state, means zeros.
+    w_ih, b_ih: for the gates whose x the cell reads. w_hh, b_hh: for the gates whose U it uses. w_ih or w_hh is None if
+    the cell has no such gate. The biases have rows only for gates that have a bias.
+    params: the cell's trained vectors by name, each [H], scalars [1]. inputs: its per-step inputs by name, each [T, B]
+    or [T, B, H].
     Options:
-    resets: [T, B], bool or the numbers 0 and 1, or nested lists of them. Where set, an episode begins at that step: no
-    state crosses from the step before it. (On a device other numbers than 0 count as 1; on the CPU they raise.)
-    lengths: int [B], or a list: the steps of each row. Outputs beyond are zero, the final states those after its last
-    step, and padding may hold anything.
+    resets: [T, B], bool or the numbers 0 and 1, or nested lists of them. Where set, a new episode begins at that step:
+    no state crosses from the step before it. (On a GPU, numbers other than 0 count as 1; on the CPU they raise.)
+    lengths: int [B], or a list: the number of steps of each row. Outputs at padding are zero, and the final states are
+    those after each row's last step. Padding may have any values.
     save: what the triton backend saves for backward: "gates", or "states" (about a third of the memory, one more GEMM).
-    backend: see seqcells.backends; None is the context's, else "auto".
-    precision: of float32 recurrent products on the triton backend: "ieee" (float32 itself), "tf32" (operands rounded to
-    nearest, to 11 bits), or "tf32x3" (three TF32 products for one of nearly float32's precision; NVIDIA only); None is
-    what PyTorch's switches for RNNs say on CUDA, "tf32" or "ieee". Other dtypes and backends ignore it, as do the large
-    products outside the recurrence, which follow PyTorch's switches for matrix products.
-    return_states: also give a third result, the states after each step, each [T, B, H].
+    backend: see seqcells.backends. None: the context's backend, else "auto".
+    precision: the precision of float32 recurrent products on the triton backend: "ieee" (full float32), "tf32"
+    (operands rounded to nearest, to 11 bits), or "tf32x3" (three TF32 products for nearly float32's precision; NVIDIA
+    only). None: "tf32" or "ieee", by PyTorch's settings for RNNs on CUDA. Other dtypes and backends ignore it. So do
+    the large products outside the recurrence, which follow PyTorch's settings for matrix products.
+    return_states: also return, as a third result, the states after each step, each [T, B, H].
 
-    Under autocast tensors are cast to the dtype in which torch.nn answers: autocast's, or, of a GRU and of one step of
-    an LSTM on the CPU, that of the state. y must not be changed in place while backward still needs it; that raises.
+    Under autocast, tensors are cast to the dtype of torch.nn's results: autocast's dtype, or, for a GRU and for one
+    step of an LSTM on the CPU, the dtype of the state. Do not change y in place before backward has used it; backward
+    then raises.
 
-    Raises RuntimeError, ValueError or TypeError as torch.nn does for shapes, dtypes and devices that do not fit.
+    Raises RuntimeError, ValueError or TypeError, as torch.nn, for wrong shapes, dtypes and devices.
     """
     spec = named(cell)
     weights = {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}
@@ -147,15 +148,16 @@ def scan_groups(
     precision: str | None = None,
     return_states: bool = False,
 ) -> tuple[Any, ...]:
-    """K independent scans of one cell, on the triton backend in one launch: y [T, B, K*H], final states [K, B, H].
+    """Run K independent scans of one cell; on the triton backend, in one launch.
 
-    cell, inputs, resets, lengths, save, backend, precision, and what is raised: as in `scan`; return_states: each
+    Returns (y [T, B, K*H], final states [K, B, H]), and with return_states the states after each step, each
     [T, B, K*H].
 
-    The two directions of a layer: x [T, B, I], reverse (False, True); y is then torch.nn's, forward beside backward.
-    Heads (a block-diagonal recurrence): x [T, B, K, I]. w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H],
-    params [K, H], scalars [K, 1], states [K, B, H]. reverse: for each group, whether it walks from the last step to the
-    first; () is none.
+    For the two directions of a layer: x [T, B, I] and reverse (False, True); y is then that of torch.nn, with forward
+    before backward. For heads (a block-diagonal recurrence): x [T, B, K, I].
+    w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H], params [K, H], scalars [K, 1], states [K, B, H]. reverse:
+    for each group, whether it runs from the last step to the first. Default: (), none.
+    cell, inputs, resets, lengths, save, backend, precision and errors: as in `scan`.
     """
     spec, weights = named(cell), (w_ih, w_hh, b_ih, b_hh)
     arguments.types(x, states, dict(zip(NAMES, weights, strict=True)), rank=None, missing=_missing(spec))
@@ -201,10 +203,10 @@ def lstm(
     b_hh: Tensor | None = None, *, resets: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None,
     save: str = "gates", backend: str | None = None, precision: str | None = None,
 ) -> tuple[Tensor, tuple[Tensor, Tensor]]:  # fmt: skip
-    """Apply one layer of an LSTM to x [T, B, I]: y [T, B, H] and (h_n, c_n), each [B, H].
+    """Apply one layer of an LSTM to x [T, B, I]. Returns y [T, B, H] and (h_n, c_n), each [B, H].
 
-    hx: (h0, c0), each [B, H], or None, zeros. w_ih [4*H, I], w_hh [4*H, H]; b_ih, b_hh [4*H] or None, zeros. resets,
-    lengths, save, backend, precision, and what is raised: see `scan`.
+    hx: (h0, c0), each [B, H], or None (zeros). w_ih [4*H, I], w_hh [4*H, H]; b_ih, b_hh [4*H] or None (zeros). resets,
+    lengths, save, backend, precision and errors: see `scan`.
 
         >>> lstm = torch.nn.LSTM(10, 20)
         >>> y, (h_n, c_n) = seqcells.lstm(torch.randn(5, 3, 10), None, *lstm.parameters())
@@ -223,11 +225,11 @@ def gru(
     *, reset_after: bool = True, resets: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None,
     save: str = "gates", backend: str | None = None, precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Apply one layer of a GRU to x [T, B, I]: y [T, B, H] and h_n [B, H].
+    """Apply one layer of a GRU to x [T, B, I]. Returns y [T, B, H] and h_n [B, H].
 
-    hx: h0 [B, H], or None, zeros. w_ih [3*H, I], w_hh [3*H, H]; b_ih, b_hh [3*H] or None, zeros. reset_after: torch's
-    and cuDNN's form; False: Cho et al. 2014 v3. resets, lengths, save, backend, precision, and what is raised: see
-    `scan`.
+    hx: h0 [B, H], or None (zeros). w_ih [3*H, I], w_hh [3*H, H]; b_ih, b_hh [3*H] or None (zeros). reset_after: True
+    for torch's and cuDNN's form, False for that of Cho et al. 2014 v3. resets, lengths, save, backend, precision and
+    errors: see `scan`.
 
         >>> gru = torch.nn.GRU(10, 20)
         >>> y, h_n = seqcells.gru(torch.randn(5, 3, 10), None, *gru.parameters(), lengths=[5, 4, 2])
@@ -247,10 +249,10 @@ def rnn(
     *, nonlinearity: str = "tanh", resets: Tensor | None = None, lengths: Tensor | Sequence[int] | None = None,
     save: str = "gates", backend: str | None = None, precision: str | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Apply one layer of an Elman network to x [T, B, I]: y [T, B, H] and h_n [B, H].
+    """Apply one layer of an Elman RNN to x [T, B, I]. Returns y [T, B, H] and h_n [B, H].
 
-    hx: h0 [B, H], or None, zeros. w_ih [H, I], w_hh [H, H]; b_ih, b_hh [H] or None, zeros. nonlinearity: "tanh" or
-    "relu". resets, lengths, save, backend, precision, and what is raised: see `scan`.
+    hx: h0 [B, H], or None (zeros). w_ih [H, I], w_hh [H, H]; b_ih, b_hh [H] or None (zeros). nonlinearity: "tanh" or
+    "relu". resets, lengths, save, backend, precision and errors: see `scan`.
 
         >>> rnn = torch.nn.RNN(10, 20, nonlinearity="relu")
         >>> y, h_n = seqcells.rnn(torch.randn(5, 3, 10), None, *rnn.parameters(), nonlinearity="relu")
@@ -264,7 +266,7 @@ def rnn(
 
 
 def rnn_cell_name(nonlinearity: str) -> str:
-    """The kernels' name of the cell. ValueError in torch's words for anything but tanh and relu."""
+    """The kernels' name for the cell. ValueError, with torch's message, for anything but "tanh" and "relu"."""
     if not isinstance(nonlinearity, str) or nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     return f"rnn_{nonlinearity}"

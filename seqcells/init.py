@@ -1,10 +1,10 @@
-"""Initializers for gates. Like those of torch.nn.init they work in place, without gradient, and return the module.
+"""Initializers for gates. Like those of torch.nn.init, they work in place, without gradients, and return the module.
 
-They take modules of seqcells and of torch.nn, and set every layer and direction. They set only the biases of the gates
-they name: bias_ih to the whole value and bias_hh to zero. Weights and other biases stay unchanged. A gate is found by
-its name in the cell: i f g o in an LSTM, r z n in a GRU; a module of any cell with such a gate is accepted. (Whether a
-gate keeps the state at 1 or at 0 depends on the cell: with h + f * (n - h) a negative bias of f remembers.) All raise
-TypeError for other modules and for cells without such a gate, and ValueError for a module without bias. For a model:
+They accept modules of seqcells and of torch.nn, and set every layer and direction. They set only the biases of certain
+gates: bias_ih to the value, and bias_hh to zero. Weights and other biases stay unchanged. A gate is found by its name
+in the cell: i f g o in an LSTM, r z n in a GRU. Modules of any cell with such a gate are accepted. (Whether a gate
+preserves the state at 1 or at 0 depends on the cell: with h + f * (n - h), a negative bias of f remembers.) All raise
+TypeError for other modules and for cells without such a gate, and ValueError for a module without biases. For a model:
 
     for module in model.modules():
         if isinstance(module, seqcells.LSTM):
@@ -26,7 +26,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def forget_bias_(module: M, value: float = 1.0) -> M:
-    """Set the bias of module's forget gates f (as an LSTM has) to value, so that it remembers from the start.
+    """Set the biases of module's forget gates f (as in an LSTM) to value, so that it remembers from the start.
 
         >>> lstm = seqcells.init.forget_bias_(seqcells.LSTM(10, 20))
         >>> lstm.bias_ih_l0[20:40].unique().item()
@@ -43,10 +43,10 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
 def chrono_(module: M, max_length: float, *, generator: torch.Generator | None = None) -> M:
     """Chrono initialization: the memory of each unit of module (LSTM, GRU) lasts between 1 and max_length steps.
 
-    LSTM: b_f = log(u), b_i = -b_f, with u from U(1, max_length - 1) for each unit. GRU: b_z = log(u), since z, in
-    torch's h' = (1 - z) n + z h, keeps the state; the paper's z is 1 - z. Another cell is set as an LSTM if it has a
-    gate f (b_i only if it has a gate i), else as a GRU. max_length: the longest dependency expected, more than 2, else
-    ValueError. generator: on the module's device.
+    LSTM: b_f = log(u), b_i = -b_f, with u from U(1, max_length - 1) for each unit. GRU: b_z = log(u), since z preserves
+    the state in torch's h' = (1 - z) n + z h; the paper's z is 1 - z. Another cell is treated as an LSTM if it has a
+    gate f (b_i only if it has a gate i), else as a GRU. max_length: the longest expected dependency; ValueError unless
+    it is more than 2. generator: on the module's device.
 
     Tallec and Ollivier 2018, "Can recurrent neural networks warp time?", arXiv:1804.11188.
     """
@@ -72,14 +72,14 @@ def chrono_(module: M, max_length: float, *, generator: torch.Generator | None =
 def accumulator_(module: M, keep: float | None = None, add: float | None = None) -> M:
     """Make module (LSTM, GRU) start as an accumulator: it forgets nothing, and each step adds a little to the state.
 
-    keep: the bias of the gate that keeps the state: the forget gate of an LSTM (14 if None), z of a GRU (8 if None).
-    add: the bias of the input gate of an LSTM (-9 if None). A GRU has no input gate: it adds by 1 - z, so ValueError.
-    In another cell: its gates f and i, if it has both, else f or z, taken as a GRU's z.
+    keep: the bias of the gate that preserves the state: the forget gate of an LSTM (None: 14), z of a GRU (None: 8).
+    add: the bias of the input gate of an LSTM (None: -9). ValueError for a GRU, which has no input gate: it adds by
+    1 - z. Another cell is treated as an LSTM if it has gates f and i, else as a GRU with its gate f or z.
 
     A step then adds about sigmoid(add) (a GRU: sigmoid(-keep)) times the candidate. That is so little that the state
-    stays where tanh is linear, and sums stay sums; the model must multiply its output accordingly. These values learn
-    to count the ones in strings of 64, correct up to length 127: LSTM, 8 units, 14 and -9, output times 1500; GRU, 16
-    units, 8, output times 300. To remember a symbol over a hundred steps: 6 and -3 (LSTM), 4 (GRU). See
+    stays where tanh is linear, and sums stay sums; the model must scale its output up accordingly. With these values
+    models learn to count the ones in strings of 64, correct up to length 127: LSTM, 8 units, 14 and -9, output times
+    1500; GRU, 16 units, 8, output times 300. To remember a symbol for a hundred steps: 6 and -3 (LSTM), 4 (GRU). See
     seqcells/tasks/count_ones_regression.py and temporal_order.py; results are in benchmarks/results/tasks-cpu.md.
     """
     keeper, gates = _gate(module, "accumulator_", ("f", "z"))
@@ -95,8 +95,8 @@ def accumulator_(module: M, keep: float | None = None, add: float | None = None)
 
 
 def _gate(module: nn.Module, caller: str, wanted: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """The first of the wanted gates that the module's cell has, and all its gates that have a bias. TypeError if the
-    cell has none of them, or module is not recurrent."""
+    """The first of the wanted gates that the module's cell has, and all of its gates that have a bias. TypeError if the
+    cell has none of them, or if module is not recurrent."""
     kinds = " or ".join({"f": "LSTM or LSTMCell", "z": "GRU or GRUCell"}[gate] for gate in wanted)
     expected = f"an {kinds} of seqcells or torch.nn, or of another cell with a gate {' or '.join(wanted)}"
     cell = weights.cell_of(module, caller, expected)
@@ -113,11 +113,11 @@ def _filled(value: float) -> Callable[[Tensor], Tensor]:
 
 
 def _set(module: M, gates: dict[str, Callable[[Tensor], Tensor]]) -> M:
-    """gates: for each gate, what makes its new bias [H] from the old one."""
+    """Set biases. gates: for each gate, a function from its old bias [H] to the new one."""
     if not module.bias:
         raise ValueError(f"this {type(module).__name__} has no bias to set (bias=False)")
     cell = weights.cell_of(module, "", "")
-    order = {  # of the blocks of rows
+    order = {  # the gates of the blocks of rows
         "bias_ih": [gate for gate in cell.x_gates if gate in cell.biased],
         "bias_hh": [gate for gate in cell.u_gates if gate in cell.biased],
     }

@@ -1,4 +1,4 @@
-"""Weights from and to other libraries: Keras, haste, and cells as they are often written by hand.
+"""Weights from and to other libraries: Keras, haste, and hand-written cells of common forms.
 
 The from_ functions take arrays and return a cell's state_dict with torch.nn's names: weight_ih [G*H, I], weight_hh
 [G*H, H], bias_ih and bias_hh [G*H]; without biases if there were none. load_ copies such a dict into a cell, or into
@@ -24,9 +24,9 @@ from .cell import get
 from .kernels.registry import BUILT_IN
 
 Array = Any  # anything numpy.asarray takes, or a tensor
-# What others call our cells: lstm, gru or rnn.
+# For each of our cells, other libraries' name: lstm, gru or rnn.
 KINDS = {name: name.partition("_")[0] for name in BUILT_IN}
-# Our gates in their order.
+# Our names of the gates in the other library's order.
 KERAS = {"lstm": "ifgo", "gru": "zrn", "rnn": "n"}
 HASTE = {"lstm": "igfo", "gru": "zrn"}
 
@@ -34,13 +34,14 @@ HASTE = {"lstm": "igfo", "gru": "zrn"}
 def from_keras(
     kernel: Array, recurrent_kernel: Array, bias: Array | None = None, *, cell: str = "lstm", reset_after: bool = True
 ) -> dict[str, Tensor]:
-    """The weights of a Keras LSTM, GRU or SimpleRNN, as get_weights() returns them, as a torch.nn cell's state_dict.
+    """Convert the weights of a Keras LSTM, GRU or SimpleRNN, from get_weights(), to a torch.nn cell's state_dict.
 
-    kernel [I, G*H], recurrent_kernel [H, G*H]; bias [G*H], of a GRU with reset_after (Keras's default since
-    TensorFlow 2, and torch's form) [2, 3*H], None with use_bias=False. cell: "lstm", "gru" or "rnn". reset_after=False
-    is seqcells.GRU(reset_after=False). The activations must be tanh and sigmoid (not hard_sigmoid, once Keras's
-    default), in a SimpleRNN tanh or relu. A Bidirectional layer returns the forward weights, then the backward ones.
-    Raises ValueError for an unknown cell and for shapes that do not fit.
+    kernel [I, G*H], recurrent_kernel [H, G*H]. bias [G*H], or [2, 3*H] for a GRU with reset_after (Keras's default
+    since TensorFlow 2, and torch's form), or None for use_bias=False. cell: "lstm", "gru" or "rnn". reset_after=False
+    is seqcells.GRU(reset_after=False). The activations must be tanh and sigmoid (not hard_sigmoid, the default in old
+    versions of Keras), in a SimpleRNN tanh or relu. get_weights() of a Bidirectional layer returns the forward weights,
+    then the backward ones.
+    Raises ValueError for an unknown cell and for wrong shapes.
     """
     order = _order(KERAS, cell)
     checks.boolean("reset_after", reset_after)
@@ -57,10 +58,10 @@ def from_keras(
 
 
 def to_keras(module: nn.Module, layer: int = 0, reverse: bool = False) -> list[np.ndarray]:
-    """The inverse: [kernel, recurrent_kernel, bias], as set_weights() of a Keras layer takes them.
+    """The inverse of from_keras: [kernel, recurrent_kernel, bias], for set_weights() of a Keras layer.
 
     module: a cell, or an LSTM, GRU or RNN, of which layer and reverse (the second direction) select the weights.
-    Without bias: [kernel, recurrent_kernel]. Where Keras has a single bias, it is bias_ih + bias_hh.
+    Without biases: [kernel, recurrent_kernel]. If Keras has a single bias, it is bias_ih + bias_hh.
     Raises TypeError for another module, ValueError for a layer that does not exist and for proj_size.
     """
     cell = _kind(module, "to_keras")
@@ -107,11 +108,11 @@ def from_haste(
     *,
     cell: str = "lstm",
 ) -> dict[str, Tensor]:
-    """The parameters of a haste_pytorch.LSTM or GRU (github.com/lmnt-com/haste), as a torch.nn cell's state_dict.
+    """Convert the weights of a haste_pytorch.LSTM or GRU (github.com/lmnt-com/haste) to a torch.nn cell's state_dict.
 
-    kernel [I, G*H], recurrent_kernel [H, G*H], bias [G*H]; a GRU (its reset gate after the product, as torch's) also
-    has recurrent_bias [3*H]. cell: "lstm" or "gru". Zoneout and DropConnect are not weights and are not taken over.
-    Raises ValueError for an unknown cell and for shapes that do not fit.
+    kernel [I, G*H], recurrent_kernel [H, G*H], bias [G*H]; a GRU (with its reset gate after the product, as in torch)
+    also has recurrent_bias [3*H]. cell: "lstm" or "gru". Zoneout and DropConnect are not weights and are not converted.
+    Raises ValueError for an unknown cell and for wrong shapes.
     """
     order = _order(HASTE, cell)
     if cell == "lstm" and recurrent_bias is not None:
@@ -130,10 +131,10 @@ def from_haste(
 
 
 def from_handwritten_lstm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict of an LSTM cell of two Linears, x_fc and h_fc, whose output is cut into i f g o.
+    """Convert the state_dict of an LSTM cell of two Linears, x_fc and h_fc, whose outputs are split into i f g o.
 
-    state: as tasks.handwritten.HandwrittenLSTMCell's: x_fc.weight [4*H, I], h_fc.weight [4*H, H], both with bias.
-    Raises ValueError for names and shapes that do not fit.
+    state: as that of tasks.handwritten.HandwrittenLSTMCell: x_fc.weight [4*H, I], h_fc.weight [4*H, H], both with bias.
+    Raises ValueError for wrong names and shapes.
     """
     _names(state, [f"{x}_fc.{kind}" for x in "xh" for kind in ("weight", "bias")])
     found = {"weight_ih": "x_fc.weight", "weight_hh": "h_fc.weight", "bias_ih": "x_fc.bias", "bias_hh": "h_fc.bias"}
@@ -144,11 +145,11 @@ def from_handwritten_lstm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_handwritten_gru(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The state_dict of a GRU cell of six Linears, x_fc_r, x_fc_z, x_fc_n and h_fc_r, h_fc_z, h_fc_n, all with bias.
+    """Convert the state_dict of a GRU cell of six Linears with bias: x_fc_r, x_fc_z, x_fc_n, h_fc_r, h_fc_z, h_fc_n.
 
-    state: as tasks.handwritten.HandwrittenGRUCell's. The reset gate comes before the product: load it into a GRU with
-    reset_after=False. Each x_fc_.weight [H, I], each h_fc_.weight [H, H].
-    Raises ValueError for names and shapes that do not fit.
+    state: as that of tasks.handwritten.HandwrittenGRUCell: the weight of each x_fc_ is [H, I], that of each h_fc_
+    [H, H]. The reset gate comes before the product: load the result into a GRU with reset_after=False.
+    Raises ValueError for wrong names and shapes.
     """
     _names(state, [f"{x}_fc_{gate}.{kind}" for x in "xh" for gate in "rzn" for kind in ("weight", "bias")])
     H = _checked("h_fc_r.weight", state["h_fc_r.weight"], ("H", "H")).shape[1]
@@ -166,11 +167,11 @@ def from_handwritten_gru(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def load_(module: nn.Module, state: Mapping[str, Tensor], layer: int = 0, reverse: bool = False) -> nn.Module:
     """Copy a cell's state_dict into a cell, or into one layer and direction of a layer; returns module.
 
-    module: as in to_keras, or a Recurrent or RecurrentCell of any cell; layer, reverse: as there. state: the state_dict
-    of torch.nn's cell, or of a RecurrentCell of that cell.
-    Values are converted to the module's dtype and device. If state has no biases and the module has, they become zero.
-    Raises TypeError for another module; ValueError for a layer that does not exist, for proj_size, for biases that the
-    module lacks, and for names and shapes that do not fit. If anything does not fit, nothing is copied.
+    module: as in to_keras, or a Recurrent or RecurrentCell of any cell; layer, reverse: as in to_keras. state: the
+    state_dict of torch.nn's cell, or of a RecurrentCell of the same cell.
+    Values are converted to the module's dtype and device. If the module has biases and state has none, they become
+    zero. Raises TypeError for another module; ValueError for a layer that does not exist, for proj_size, for biases
+    that the module lacks, and for wrong names and shapes. If anything is wrong, nothing is copied.
     """
     weights.cell_of(module, "load_", _OURS)
     _no_projection(module, "a cell")
@@ -205,7 +206,7 @@ def _kind(module: nn.Module, caller: str) -> str:
 
 
 def _ours(kind: str) -> str:
-    """Our order of the gates."""
+    """The gates in our order."""
     return "".join(next(get(key).gates for key, of in KINDS.items() if of == kind))
 
 
@@ -232,8 +233,8 @@ def _no_projection(module: nn.Module, what: str) -> None:
 
 
 def _checked(name: str, array: Array, expected: tuple[int | str, ...]) -> Tensor:
-    """A copy of array as a tensor. TypeError unless it has real numbers, ValueError unless it has the expected shape,
-    where a str is any size."""
+    """A copy of array as a tensor. TypeError unless it has real numbers, ValueError unless it has the expected shape. A
+    str in the expected shape stands for any size."""
     if isinstance(array, Tensor):
         checks.tensor(name, array)
         if array.is_complex() or array.dtype == torch.bool:
@@ -242,7 +243,7 @@ def _checked(name: str, array: Array, expected: tuple[int | str, ...]) -> Tensor
     else:
         try:
             plain = np.asarray(array)
-        except (TypeError, ValueError) as error:  # as of a ragged list
+        except (TypeError, ValueError) as error:  # such as for a ragged list
             raise ValueError(f"{name} must be an array or a tensor, got {checks.kind(array)}: {error}") from None
         if plain.dtype.kind not in "fiu":
             raise TypeError(f"{name} must be an array of real numbers, got {checks.kind(array)} of {plain.dtype}")
@@ -266,6 +267,6 @@ def _from_kernels(kernel: Array, recurrent_kernel: Array, order: str, cell: str)
 
 
 def _reordered(rows: Tensor, order: str, wanted: str) -> Tensor:
-    """rows [G*H, ...] with their G parts in the wanted order of gates instead of order."""
+    """rows [G*H, ...] with the G gates rearranged from order to the wanted order."""
     parts = dict(zip(order, rows.chunk(len(order)), strict=True))
     return torch.cat([parts[gate] for gate in wanted])

@@ -1,7 +1,7 @@
-"""LSTM, GRU, RNN: torch.nn's modules of those names over whole sequences, with resets, lengths and a choice of backend.
+"""The layers LSTM, GRU and RNN: torch.nn's modules, with resets, lengths and a choice of backend.
 
-Each is `Recurrent` with a built-in cell, under torch.nn's names. Not subclasses of torch.nn's classes, which
-torch.compile refuses by design; `subclasses` has some that are.
+Each is a `Recurrent` with a built-in cell and torch.nn's argument names. They do not subclass torch.nn's classes, which
+torch.compile refuses by design. For classes that do, see `subclasses`.
 """
 
 from __future__ import annotations
@@ -28,40 +28,40 @@ _Lengths: TypeAlias = "Tensor | Sequence[int] | None"
 if TYPE_CHECKING:
 
     def _typed_as(function: F) -> Callable[[Callable[..., Any]], F]:
-        """For a module's __call__, which takes and gives what its forward does."""
+        """Type a module's __call__ as its forward."""
 
 
 class LSTM(Recurrent):
     """Apply a multi-layer long short-term memory (LSTM) network to an input sequence.
 
-    It is :class:`torch.nn.LSTM` with the same arguments, parameters and results, and with more: ``resets``, ``lengths``
-    and ``return_cell_states`` when it is called, ``backend``, ``save`` and ``precision`` here.
+    It has the arguments, parameters and results of :class:`torch.nn.LSTM`. In addition, the constructor takes
+    ``backend``, ``save`` and ``precision``, and :meth:`forward` takes ``resets``, ``lengths`` and
+    ``return_cell_states``.
 
     Below, T is the number of steps, B the batch size, I the input size, H the hidden size, L the number of layers, D
-    the number of directions (2 if bidirectional, else 1) and P the size of the output, ``proj_size`` or else H.
+    the number of directions (2 if bidirectional, else 1) and P the output size (``proj_size`` if greater than 0, else
+    H).
 
     Args:
         input_size: I, the number of features in the input.
         hidden_size: H, the number of features in the state.
-        num_layers: L, the number of layers, each on top of the one before. Default: 1
-        bias: If ``False``, there are no ``bias_ih`` and ``bias_hh``. Default: ``True``
+        num_layers: L, the number of stacked layers. Default: 1
+        bias: If ``False``, there is no ``bias_ih`` and no ``bias_hh``. Default: ``True``
         batch_first: If ``True``, input and output have the shape [B, T, features] instead of [T, B, features]. The
             states do not change. Default: ``False``
-        dropout: The probability with which an element of the output of each layer but the last is zeroed in training.
-            Default: 0
-        bidirectional: If ``True``, each layer has a second direction, from the last step to the first. Default:
-            ``False``
-        proj_size: If more than 0, the output is the state multiplied by a matrix [proj_size, H]. Default: 0
-        device: The device of the parameters. Default: ``None``, torch's
-        dtype: The dtype of the parameters. Default: ``None``, torch's
-        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, what
-            :func:`seqcells.backend` says, else "auto"
-        save: What is kept for backward: "gates", or "states", about a third of the memory for one more matrix product.
-            Default: "gates"
-        precision: How the kernels multiply in float32: "ieee", "tf32" or "tf32x3", see
-            :func:`seqcells.functional.scan`. Default: ``None``, by PyTorch's switches for its own RNNs
+        dropout: The probability of dropout on the outputs of each layer except the last, in training. Default: 0
+        bidirectional: If ``True``, each layer also runs from the last step to the first. Default: ``False``
+        proj_size: If greater than 0, the hidden state is projected to this size by a matrix [proj_size, H]. Default: 0
+        device: The device of the parameters. Default: ``None``, torch's default
+        dtype: The dtype of the parameters. Default: ``None``, torch's default
+        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, the
+            one set by :func:`seqcells.backend`, else "auto"
+        save: What is saved for backward: "gates" or "states". "states" takes about a third of the memory, and one more
+            matrix product in backward. Default: "gates"
+        precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
+            :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
 
-    Inputs and outputs are described at :meth:`forward`.
+    For inputs and outputs see :meth:`forward`.
 
     Attributes:
         weight_ih_l[k]: The input weights of layer k, [4*H, I], of the layers above the first [4*H, D*P].
@@ -69,11 +69,11 @@ class LSTM(Recurrent):
         bias_ih_l[k], bias_hh_l[k]: The biases of layer k, [4*H].
         weight_hr_l[k]: The projection of layer k, [P, H], with ``proj_size`` only.
 
-    Gates are in the order i, f, g, o. The second direction's names end in ``_reverse``. All are drawn from
-    U(-1/sqrt(H), 1/sqrt(H)), and the same seed gives torch.nn's values.
+    Gates are in the order i, f, g, o. The second direction's names end in ``_reverse``. All parameters are initialized
+    from U(-1/sqrt(H), 1/sqrt(H)); the same seed yields the same values as in torch.nn.
 
     Raises:
-        TypeError, ValueError: As torch.nn.LSTM does, for arguments of a wrong type or value.
+        TypeError, ValueError: As torch.nn.LSTM, for arguments of the wrong type or value.
 
     Example::
 
@@ -147,27 +147,28 @@ class LSTM(Recurrent):
 
         Args:
             input: [T, B, I], with ``batch_first`` [B, T, I], without a batch [T, I]; or a PackedSequence.
-            hx: The initial states (h_0 [D*L, B, P], c_0 [D*L, B, H]), without a batch [D*L, .]. Default: ``None``,
-                zeros
+            hx: The initial states (h_0 [D*L, B, P], c_0 [D*L, B, H]); without a batch [D*L, P] and [D*L, H]. Default:
+                ``None``, zeros
             resets: [T, B], with ``batch_first`` [B, T], without a batch [T]: bools or the numbers 0 and 1, in a tensor
-                or a nested list. Where it is set, an episode begins at that step: no state crosses from the step before
-                it, in any layer or direction, nor does ``hx`` reach the first step. For a PackedSequence: packed like
-                the input, or padded, in the order of the sequences. Default: ``None``, no resets
-            lengths: int [B] on any device, or a list of ints: the steps of each sequence in a padded batch. The results
-                are those of the packed batch: the output is zero beyond, the states are those after the last step, and
-                the padding may hold anything. Default: ``None``, all steps
-            return_cell_states: If ``True``, the cell states of every step are returned, too. Default: ``False``
+                or a nested list. Where set, a new episode begins at that step: no state crosses from the step before
+                it, in any layer or direction. At the first step, this means that ``hx`` is not used. For a
+                PackedSequence: packed like the input, or padded, in the original order of the sequences. Default:
+                ``None``, no resets
+            lengths: int [B] on any device, or a list of ints: the number of steps of each sequence in a padded batch.
+                The results are those of the packed batch: the output is zero at padding, and the final states are those
+                after each sequence's last step. The padding may have any values. Default: ``None``, all steps
+            return_cell_states: If ``True``, also return the cell states after every step. Default: ``False``
 
         Returns:
-            ``output, (h_n, c_n)`` or ``output, (h_n, c_n), cell_states``. output: h of the last layer after every step,
-            [T, B, D*P], in the layout of the input (packed if that is). h_n [D*L, B, P], c_n [D*L, B, H]: the states
-            after the last step. cell_states: c of the last layer after every step, [T, B, D*H], laid out as output.
+            ``output, (h_n, c_n)`` or ``output, (h_n, c_n), cell_states``. output: the last layer's h after every step,
+            [T, B, D*P], in the input's layout (packed if the input is packed). h_n [D*L, B, P], c_n [D*L, B, H]: the
+            final states. cell_states: the last layer's c after every step, [T, B, D*H], in the layout of output.
 
         Raises:
-            TypeError, ValueError, RuntimeError: As torch.nn.LSTM does, for types, shapes, dtypes and devices that do
-                not fit; RuntimeError also where the backend that was asked for cannot do it.
+            TypeError, ValueError, RuntimeError: As torch.nn.LSTM, for wrong types, shapes, dtypes and devices.
+                RuntimeError also if the requested backend does not support the call.
         """
-        # Whether torch.fx traces. Asked in line, for every call pays for it.
+        # torch.fx is tracing if an argument is a Proxy. The check is inline because every call pays for it.
         known = type(input) is Tensor and (hx is None or (type(hx) is tuple and hx and type(hx[0]) is Tensor))
         if not known:
             options = {"resets": resets, "lengths": lengths, "return_cell_states": return_cell_states}
@@ -210,20 +211,21 @@ class _OneState(Recurrent):
             input: [T, B, I], with ``batch_first`` [B, T, I], without a batch [T, I]; or a PackedSequence.
             hx: The initial state [D*L, B, H], without a batch [D*L, H]. Default: ``None``, zeros
             resets: [T, B], with ``batch_first`` [B, T], without a batch [T]: bools or the numbers 0 and 1, in a tensor
-                or a nested list. Where it is set, an episode begins at that step: no state crosses from the step before
-                it, in any layer or direction, nor does ``hx`` reach the first step. For a PackedSequence: packed like
-                the input, or padded, in the order of the sequences. Default: ``None``, no resets
-            lengths: int [B] on any device, or a list of ints: the steps of each sequence in a padded batch. The results
-                are those of the packed batch: the output is zero beyond, the state is that after the last step, and the
-                padding may hold anything. Default: ``None``, all steps
+                or a nested list. Where set, a new episode begins at that step: no state crosses from the step before
+                it, in any layer or direction. At the first step, this means that ``hx`` is not used. For a
+                PackedSequence: packed like the input, or padded, in the original order of the sequences. Default:
+                ``None``, no resets
+            lengths: int [B] on any device, or a list of ints: the number of steps of each sequence in a padded batch.
+                The results are those of the packed batch: the output is zero at padding, and the final state is that
+                after each sequence's last step. The padding may have any values. Default: ``None``, all steps
 
         Returns:
-            ``output, h_n``. output: h of the last layer after every step, [T, B, D*H], in the layout of the input
-            (packed if that is). h_n [D*L, B, H]: the state after the last step.
+            ``output, h_n``. output: the last layer's h after every step, [T, B, D*H], in the input's layout (packed if
+            the input is packed). h_n [D*L, B, H]: the final state.
 
         Raises:
-            TypeError, ValueError, RuntimeError: As torch.nn does, for types, shapes, dtypes and devices that do not
-                fit; RuntimeError also where the backend that was asked for cannot do it.
+            TypeError, ValueError, RuntimeError: As torch.nn, for wrong types, shapes, dtypes and devices. RuntimeError
+                also if the requested backend does not support the call.
         """
         known = type(input) is Tensor and (hx is None or type(hx) is Tensor)
         if not known and (call := self._traced(input, hx, resets=resets, lengths=lengths)) is not None:
@@ -238,8 +240,8 @@ class _OneState(Recurrent):
 
 
 def _without_projection(init: F) -> F:
-    """A constructor that takes proj_size where torch.nn's does, by name or behind bidirectional, to refuse it."""
-    place = list(inspect.signature(init).parameters).index("bidirectional")  # of proj_size, self not counted
+    """A constructor that refuses proj_size where torch.nn's takes it: by name, or by position after bidirectional."""
+    place = list(inspect.signature(init).parameters).index("bidirectional")  # proj_size's position without self
 
     @wraps(init)
     def checked(self: Any, *args: Any, **options: Any) -> None:
@@ -253,8 +255,8 @@ def _without_projection(init: F) -> F:
 class GRU(_OneState):
     """Apply a multi-layer gated recurrent unit (GRU) network to an input sequence.
 
-    It is :class:`torch.nn.GRU` with the same arguments, parameters and results, and with more: ``resets`` and
-    ``lengths`` when it is called, ``reset_after``, ``backend``, ``save`` and ``precision`` here.
+    It has the arguments, parameters and results of :class:`torch.nn.GRU`. In addition, the constructor takes
+    ``reset_after``, ``backend``, ``save`` and ``precision``, and :meth:`forward` takes ``resets`` and ``lengths``.
 
     Below, T is the number of steps, B the batch size, I the input size, H the hidden size, L the number of layers and D
     the number of directions (2 if bidirectional, else 1).
@@ -262,38 +264,36 @@ class GRU(_OneState):
     Args:
         input_size: I, the number of features in the input.
         hidden_size: H, the number of features in the state.
-        num_layers: L, the number of layers, each on top of the one before. Default: 1
-        bias: If ``False``, there are no ``bias_ih`` and ``bias_hh``. Default: ``True``
+        num_layers: L, the number of stacked layers. Default: 1
+        bias: If ``False``, there is no ``bias_ih`` and no ``bias_hh``. Default: ``True``
         batch_first: If ``True``, input and output have the shape [B, T, features] instead of [T, B, features]. The
             state does not change. Default: ``False``
-        dropout: The probability with which an element of the output of each layer but the last is zeroed in training.
-            Default: 0
-        bidirectional: If ``True``, each layer has a second direction, from the last step to the first. Default:
-            ``False``
-        device: The device of the parameters. Default: ``None``, torch's
-        dtype: The dtype of the parameters. Default: ``None``, torch's
+        dropout: The probability of dropout on the outputs of each layer except the last, in training. Default: 0
+        bidirectional: If ``True``, each layer also runs from the last step to the first. Default: ``False``
+        device: The device of the parameters. Default: ``None``, torch's default
+        dtype: The dtype of the parameters. Default: ``None``, torch's default
         reset_after: If ``True``, the reset gate multiplies the product of the state with its weights, as in torch.nn
             and cuDNN. If ``False``, it multiplies the state before that product, as in Cho et al. 2014
             (arXiv:1406.1078 v3). Default: ``True``
-        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, what
-            :func:`seqcells.backend` says, else "auto"
-        save: What is kept for backward: "gates", or "states", about a third of the memory for one more matrix product.
-            Default: "gates"
-        precision: How the kernels multiply in float32: "ieee", "tf32" or "tf32x3", see
-            :func:`seqcells.functional.scan`. Default: ``None``, by PyTorch's switches for its own RNNs
+        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, the
+            one set by :func:`seqcells.backend`, else "auto"
+        save: What is saved for backward: "gates" or "states". "states" takes about a third of the memory, and one more
+            matrix product in backward. Default: "gates"
+        precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
+            :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
 
-    Inputs and outputs are described at :meth:`forward`.
+    For inputs and outputs see :meth:`forward`.
 
     Attributes:
         weight_ih_l[k]: The input weights of layer k, [3*H, I], of the layers above the first [3*H, D*H].
         weight_hh_l[k]: The recurrent weights of layer k, [3*H, H].
         bias_ih_l[k], bias_hh_l[k]: The biases of layer k, [3*H].
 
-    Gates are in the order r, z, n. The second direction's names end in ``_reverse``. All are drawn from
-    U(-1/sqrt(H), 1/sqrt(H)), and the same seed gives torch.nn's values.
+    Gates are in the order r, z, n. The second direction's names end in ``_reverse``. All parameters are initialized
+    from U(-1/sqrt(H), 1/sqrt(H)); the same seed yields the same values as in torch.nn.
 
     Raises:
-        TypeError, ValueError: As torch.nn.GRU does, for arguments of a wrong type or value; so for a ``proj_size``.
+        TypeError, ValueError: As torch.nn.GRU, for arguments of the wrong type or value, including ``proj_size``.
 
     Example::
 
@@ -332,10 +332,10 @@ class GRU(_OneState):
 
 
 class RNN(_OneState):
-    """Apply a multi-layer Elman network with a tanh or relu to an input sequence.
+    """Apply a multi-layer Elman RNN with tanh or relu to an input sequence.
 
-    It is :class:`torch.nn.RNN` with the same arguments, parameters and results, and with more: ``resets`` and
-    ``lengths`` when it is called, ``backend``, ``save`` and ``precision`` here.
+    It has the arguments, parameters and results of :class:`torch.nn.RNN`. In addition, the constructor takes
+    ``backend``, ``save`` and ``precision``, and :meth:`forward` takes ``resets`` and ``lengths``.
 
     Below, T is the number of steps, B the batch size, I the input size, H the hidden size, L the number of layers and D
     the number of directions (2 if bidirectional, else 1).
@@ -343,36 +343,34 @@ class RNN(_OneState):
     Args:
         input_size: I, the number of features in the input.
         hidden_size: H, the number of features in the state.
-        num_layers: L, the number of layers, each on top of the one before. Default: 1
+        num_layers: L, the number of stacked layers. Default: 1
         nonlinearity: "tanh" or "relu". Default: "tanh"
-        bias: If ``False``, there are no ``bias_ih`` and ``bias_hh``. Default: ``True``
+        bias: If ``False``, there is no ``bias_ih`` and no ``bias_hh``. Default: ``True``
         batch_first: If ``True``, input and output have the shape [B, T, features] instead of [T, B, features]. The
             state does not change. Default: ``False``
-        dropout: The probability with which an element of the output of each layer but the last is zeroed in training.
-            Default: 0
-        bidirectional: If ``True``, each layer has a second direction, from the last step to the first. Default:
-            ``False``
-        device: The device of the parameters. Default: ``None``, torch's
-        dtype: The dtype of the parameters. Default: ``None``, torch's
-        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, what
-            :func:`seqcells.backend` says, else "auto"
-        save: What is kept for backward: "gates", or "states", about a third of the memory for one more matrix product.
-            Default: "gates"
-        precision: How the kernels multiply in float32: "ieee", "tf32" or "tf32x3", see
-            :func:`seqcells.functional.scan`. Default: ``None``, by PyTorch's switches for its own RNNs
+        dropout: The probability of dropout on the outputs of each layer except the last, in training. Default: 0
+        bidirectional: If ``True``, each layer also runs from the last step to the first. Default: ``False``
+        device: The device of the parameters. Default: ``None``, torch's default
+        dtype: The dtype of the parameters. Default: ``None``, torch's default
+        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, the
+            one set by :func:`seqcells.backend`, else "auto"
+        save: What is saved for backward: "gates" or "states". "states" takes about a third of the memory, and one more
+            matrix product in backward. Default: "gates"
+        precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
+            :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
 
-    Inputs and outputs are described at :meth:`forward`.
+    For inputs and outputs see :meth:`forward`.
 
     Attributes:
         weight_ih_l[k]: The input weights of layer k, [H, I], of the layers above the first [H, D*H].
         weight_hh_l[k]: The recurrent weights of layer k, [H, H].
         bias_ih_l[k], bias_hh_l[k]: The biases of layer k, [H].
 
-    The second direction's names end in ``_reverse``. All are drawn from U(-1/sqrt(H), 1/sqrt(H)), and the same seed
-    gives torch.nn's values.
+    The second direction's names end in ``_reverse``. All parameters are initialized from U(-1/sqrt(H), 1/sqrt(H)); the
+    same seed yields the same values as in torch.nn.
 
     Raises:
-        TypeError, ValueError: As torch.nn.RNN does, for arguments of a wrong type or value; so for a ``proj_size``.
+        TypeError, ValueError: As torch.nn.RNN, for arguments of the wrong type or value, including ``proj_size``.
 
     Example::
 
@@ -384,7 +382,7 @@ class RNN(_OneState):
 
     @property
     def mode(self) -> str:
-        """torch.nn's name of the kind: "RNN_TANH" or "RNN_RELU"."""
+        """torch.nn's name for the kind of RNN: "RNN_TANH" or "RNN_RELU"."""
         return f"RNN_{self.nonlinearity.upper()}"
 
     @_without_projection

@@ -1,4 +1,4 @@
-"""Episode beginnings and sequence lengths as the one mask [T, B] that every engine takes (codes: kernels.buffers)."""
+"""resets and lengths as the one mask [T, B] that every engine takes (for its codes see kernels.buffers)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .kernels.buffers import HELD, RESET, RESET_REVERSED, held, resets_of
 
 
 def ended(lengths: Tensor, steps: int) -> Tensor:
-    """Where rows of these lengths are past their end: [T, B] bool."""
+    """Where there is padding, for rows of these lengths: [T, B] bool."""
     return torch.arange(steps, device=lengths.device)[:, None] >= lengths
 
 
 def encode(resets: Tensor | None, lengths: Tensor | None, steps: int, reversed: int) -> Tensor | None:
     """resets [T, B] bool and lengths [B] as a mask; None if there is nothing to mask.
 
-    An episode that begins at step t begins there in both directions: a reversed group forgets on its way from t to t-1.
-    Where a row has ended no episode begins.
+    A reset at step t separates t-1 from t in both directions: a reversed group is reset between t and t-1. There are no
+    resets in padding.
     """
     if lengths is None and (resets is None or not reversed):
         return resets
@@ -38,9 +38,10 @@ def encode(resets: Tensor | None, lengths: Tensor | None, steps: int, reversed: 
 
 
 def cleared(states: Sequence[Tensor | None], begins: Tensor, reverse: Sequence[bool]) -> tuple[Tensor | None, ...]:
-    """The states [L*K, B, .], of L layers of K groups, or [B, .], before one step: zero where an episode begins [B, 1].
+    """The states before one step, zero where there is a reset. begins: the resets [B, 1].
 
-    Not those of a reversed group, which come from the step after.
+    states: [L*K, B, .], of L layers of K groups, or [B, .]. Those of a reversed group are not reset, because they come
+    from the step after.
     """
     if any(reverse):
         begins = torch.stack([begins & (not back) for back in reverse])
@@ -50,7 +51,7 @@ def cleared(states: Sequence[Tensor | None], begins: Tensor, reverse: Sequence[b
 
 
 def decode(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """resets and lengths of a mask, for the reference."""
+    """The resets and lengths of a mask, for the reference."""
     if mask is None:
         return None, None
     past = held(mask)

@@ -1,5 +1,4 @@
-"""What layers and cells have in common as modules: their name, and what torch's tools, which know torch.nn's classes by
-name or type, make of them."""
+"""The module base class of layers and cells: names, and support for torch tools that recognize torch.nn's classes."""
 
 from __future__ import annotations
 
@@ -17,7 +16,7 @@ PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
 def cell_of(given: Any, constants: Mapping[str, Any]) -> Cell:
-    """The cell that a module is made of: itself or its name, and the constants that are not to be its definition's."""
+    """The cell for a module. given: a cell or its name; constants: new values for its constants."""
     cell = named(given)
     for name, value in constants.items():
         if name not in cell.constants:
@@ -28,9 +27,9 @@ def cell_of(given: Any, constants: Mapping[str, Any]) -> Cell:
 
 
 def shapes(cell: Cell, hidden: int, width: int, outer: int, bias: bool) -> dict[str, tuple[int, ...]]:
-    """Of the parameters of one step: weight_ih, weight_hh, bias_ih, bias_hh, those that there are, and the cell's own.
+    """The shapes of one step's parameters: weight_ih, weight_hh, bias_ih and bias_hh, if present, and the cell's own.
 
-    hidden: H; width: of x; outer: of h, where that is not H.
+    hidden: H. width: the number of features of x. outer: the size of h, which differs from H with a projection.
     """
     w_ih, w_hh, b_ih, b_hh = (rows * hidden for rows in cell.rows)
     weights: dict[str, tuple[int, ...]] = {"weight_ih": (w_ih, width), "weight_hh": (w_hh, outer)}
@@ -40,13 +39,13 @@ def shapes(cell: Cell, hidden: int, width: int, outer: int, bias: bool) -> dict[
 
 
 def with_cell(cell: Cell, text: str) -> str:
-    """What repr shows of a module whose class does not name the cell."""
+    """The repr of a module whose class does not name the cell: text, preceded by the cell."""
     constants = "".join(f", {name}={value!r}" for name, value in dict(cell.constants).items())
     return f"{cell.name}, {text}{constants}"
 
 
 def spelled(cls: type) -> str:
-    """A class as people write it: torch.nn.LSTM, seqcells.LSTM, somebody.elses.LSTM."""
+    """A class's name as users write it: torch.nn.LSTM, seqcells.LSTM, package.module.LSTM."""
     package, _, module = cls.__module__.partition(".")
     if package == "seqcells" and issubclass(cls, Module):
         return f"seqcells.{'subclasses.' * (module == 'subclasses')}{cls.__name__}"
@@ -59,22 +58,22 @@ class Module(nn.Module):
     """A layer or a cell."""
 
     def _get_name(self) -> str:
-        """What repr shows: seqcells.LSTM, not to be taken for torch.nn's; of a subclass of the user's its own name."""
+        """The name in repr: seqcells.LSTM, to tell it from torch.nn's; for a user's subclass, the subclass's name."""
         cls, name = parametrize.type_before_parametrizations(self), type(self).__name__
         return spelled(cls).removesuffix(cls.__name__) + name if cls.__module__.startswith("seqcells.") else name
 
     @property
     def qconfig(self) -> Any:
-        """What torch.ao.quantization notes at each module that it comes to. There is none before."""
+        """Set by torch.ao.quantization on each module that it visits; absent before that."""
         if "qconfig" not in self.__dict__:
             raise AttributeError("qconfig")
         return self.__dict__["qconfig"]
 
     @qconfig.setter
     def qconfig(self, value: Any) -> None:
-        # It replaces modules whose type is exactly torch.nn's and passes over all others without a word. It does so
-        # with torch.nn.RNN, too, for which it has nothing.
-        # With others than LSTM, GRU and the cells it has nothing to do.
+        # It replaces modules whose type is exactly torch.nn's, and silently skips all others, as it does torch.nn.RNN,
+        # which it does not support.
+        # It only supports LSTM, GRU and the cells.
         named = hasattr(self, "mode") or isinstance(self, nn.RNNCellBase)
         if "qconfig" not in self.__dict__ and named and not getattr(self, "mode", "").startswith("RNN"):
             cls = parametrize.type_before_parametrizations(self)
@@ -91,10 +90,9 @@ class Module(nn.Module):
             raise AttributeError("qconfig")
 
     def _traced(self, input: Any, hx: Any, **options: Any) -> Any:
-        """torch.fx's record of this call, one node as for torch.nn's modules: a Proxy for the result. None where
-        nothing given is one.
+        """The torch.fx node for this call, as for torch.nn's modules; None if no argument is a Proxy.
 
-        fx asks for the module's name in torch.nn, so that it would look into forward.
+        Without it, fx would trace into forward: it treats only modules from torch.nn as one node.
         """
         for given in (input, hx, *options.values()):
             for value in given if type(given) in (tuple, list) else (given,):
@@ -104,7 +102,7 @@ class Module(nn.Module):
                     name = type(self).__name__
                     raise fx.proxy.TraceError(f"torch.fx cannot look into this {name}: trace a module that calls it")
                 hooks = (*self._forward_pre_hooks.values(), *self._forward_hooks.values())
-                # torch's own compute a weight, and may do so again.
+                # torch's own hooks compute a weight, which does no harm if done twice.
                 if any(not type(hook).__module__.startswith("torch.nn.utils.") for hook in hooks):
                     raise RuntimeError(
                         f"torch.fx would call this {type(self).__name__}'s forward hooks while it traces and again in "

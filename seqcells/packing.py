@@ -1,6 +1,7 @@
-"""PackedSequence's rows in a padded batch and back, on the device: two gathers, and no value read by the host.
+"""Convert a PackedSequence's rows to a padded batch and back by gathers on the device; the host reads no values.
 
-A PackedSequence keeps step t's rows together, the batch_sizes[t] longest sequences first; see torch.nn.utils.rnn.
+A PackedSequence stores the rows of step t together, those of the batch_sizes[t] longest sequences; see
+torch.nn.utils.rnn.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Where rows are. Not a tuple: torch.func takes those apart.
+    """The positions of the rows. Not a tuple, which torch.func would unpack.
 
-    lengths [B], longest first; source [T, B]: the packed row of a padded one (0 for padding); padding [T, B] bool;
-    target [N]: the padded row of a packed one.
+    lengths [B], longest first. source [T, B]: for each padded row its packed row (0 for padding). padding [T, B] bool.
+    target [N]: for each packed row its padded row.
     """
 
     lengths: Tensor
@@ -27,7 +28,7 @@ class Layout:
 
 
 def layout(batch_sizes: Tensor, batch: int, rows: int, device: torch.device) -> Layout:
-    """Of a PackedSequence's batch_sizes (on the CPU), largest batch size and number of rows."""
+    """The Layout of a PackedSequence, from its batch_sizes (on the CPU), largest batch size and number of rows."""
     sizes = batch_sizes.to(device, non_blocking=True)
     column = torch.arange(batch, device=device)
     padding = column >= sizes[:, None]
@@ -39,7 +40,7 @@ def layout(batch_sizes: Tensor, batch: int, rows: int, device: torch.device) -> 
 
 
 class SeqcellsPadding(torch.autograd.Function):
-    """Packed rows [N, ...] to padded ones [T, B, ...] (zero where padding), or back; each is the other's gradient."""
+    """Packed rows [N, ...] to padded ones [T, B, ...] (zero at padding), or back; each is the other's gradient."""
 
     @staticmethod
     def forward(x: Tensor, where: Layout, pad: bool) -> Tensor:
@@ -59,7 +60,7 @@ class SeqcellsPadding(torch.autograd.Function):
 
 
 class SeqcellsPaddingTransformed(SeqcellsPadding):
-    """SeqcellsPadding with what torch.func and forward mode ask for, which torch.compile refuses to trace."""
+    """SeqcellsPadding with the methods for torch.func and forward mode, which torch.compile refuses to trace."""
 
     generate_vmap_rule = True
 
@@ -69,16 +70,16 @@ class SeqcellsPaddingTransformed(SeqcellsPadding):
 
 
 def _move(x: Tensor, where: Layout, pad: bool) -> Tensor:
-    if torch.jit.is_tracing():  # a trace can hold operators, but no Function
+    if torch.jit.is_tracing():  # a trace can contain operators but no autograd.Function
         return SeqcellsPadding.forward(x, where, pad)
     return (SeqcellsPadding if torch.compiler.is_compiling() else SeqcellsPaddingTransformed).apply(x, where, pad)
 
 
 def pad(data: Tensor, where: Layout) -> Tensor:
-    """[N, ...] to [T, B, ...], zero where padding."""
+    """Convert [N, ...] to [T, B, ...], zero at padding."""
     return _move(data, where, True)
 
 
 def pack(padded: Tensor, where: Layout) -> Tensor:
-    """[T, B, ...] to [N, ...]."""
+    """Convert [T, B, ...] to [N, ...]."""
     return _move(padded, where, False)

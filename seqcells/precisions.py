@@ -1,5 +1,4 @@
-"""In what precision float32 is multiplied: asked for by name, or by PyTorch's own switches; and what autocast makes of
-a call."""
+"""The precision of float32 matrix products, as requested or by PyTorch's settings; and casting under autocast."""
 
 from __future__ import annotations
 
@@ -16,9 +15,10 @@ Groups = Sequence[Sequence["Tensor | None"]]
 
 
 def rnn_precision() -> str:
-    """ "tf32" or "ieee": what float32 recurrent products use on CUDA, by PyTorch's own switches for RNNs.
+    """The precision of float32 recurrent products on CUDA by PyTorch's settings for RNNs: "tf32" or "ieee".
 
-    torch.backends.cudnn.rnn.fp32_precision (which torch.backends.cudnn.allow_tf32 sets too); "none" asks its parents.
+    The setting is torch.backends.cudnn.rnn.fp32_precision (which torch.backends.cudnn.allow_tf32 also sets). "none"
+    defers to its parents.
     """
     backends: Any = torch.backends  # whose stubs lack these
     cudnn = backends.cudnn
@@ -29,14 +29,14 @@ def rnn_precision() -> str:
 
 
 def of_products(asked: str | None, dtype: torch.dtype, device: torch.device) -> str:
-    """The precision of recurrent products. Only float32 has a choice: `asked`, or on CUDA PyTorch's switches."""
+    """The precision of recurrent products. For float32 it is `asked`, or, on CUDA, given by PyTorch's settings."""
     if dtype != torch.float32:
         return "ieee"
     return asked or (rnn_precision() if device.type == "cuda" else "ieee")
 
 
 def of_inputs(dtype: torch.dtype, device: torch.device) -> str:
-    """The precision of the input's product: for float32 on CUDA, PyTorch's switch for matrix products decides."""
+    """The precision of the input's product. For float32 on CUDA, it follows PyTorch's setting for matrix products."""
     switched = dtype == torch.float32 and device.type == "cuda"
     tf32 = switched and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"

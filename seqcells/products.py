@@ -1,7 +1,7 @@
-"""The products around a recurrence: the input's of all steps at once, the weights' gradients; and the kernels' order.
+"""The products around a recurrence: the input's for all steps at once, the weights' gradients; and the kernels' order.
 
-A cell's weights and biases have blocks of H rows, by gate in the cell's order, for the gates that have one. The kernels
-know tiles of gx (the gates whose x is read, then the inputs of each step) and products (see `kernels.form`).
+A cell's weights and biases consist of blocks of H rows, in the cell's order, one for each gate that has one. The
+kernels use tiles of gx (the gates whose x is read, then the per-step inputs) and products (see `kernels.form`).
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .cell import Cell, get
 from .kernels.buffers import previous_outputs
 from .kernels.form import Form, Segment
 
-Blocks = tuple[int, ...]  # -1 where there is none
+Blocks = tuple[int, ...]  # numbers of blocks; -1: a block of zeros
 
 
 class Gemm(NamedTuple):
-    """Part of the gradient of U: products whose gradients lie in a row, and their operand.
+    """One GEMM for part of the gradient of U: products with adjacent gradients and the same operand.
 
-    state: the operand, before the step; -1: it is column operand of m. apart, column, width: of the gradients, in dhu
-    or else dgx.
+    state: the number of the state before the step that is the operand; -1: the operand is column `operand` of m. apart,
+    column, width: where the gradients are, in dhu if apart, else in dgx.
     """
 
     state: int
@@ -37,17 +37,16 @@ class Gemm(NamedTuple):
 
 @dataclass(frozen=True)
 class Places:
-    """Where a cell's blocks are. Fields alone, and no dataclasses in them, for torch.compile to follow.
+    """The positions of a cell's blocks. Plain fields without nested dataclasses, so that torch.compile can trace it.
 
-    states, saved: of its form.
-    output: whether the kernels' first state is an output that no step reads, and no user gives. inputs: of each step.
-    x: gates whose x is read. ordered: the products are in the order of w_hh. joined: all biases add to the tiles of
-    gx, in their order. u: for each product its block of w_hh; w_hh: for each block of w_hh
-    its product.
-    Of biases: b_ih and b_hh: for each tile of gx the block that is added to it; several of b_hh where several products
-    add to one tile. product, apart: for each product, and each of those apart, its block of b_hh. of_b_ih: for each
-    block its tile of gx; of_b_hh: for each block its tile, or, of a product apart, its place in dhu, counted on from
-    the tiles.
+    states, saved: as in the cell's form. output: whether the kernels' first state is an output that no step reads and
+    no user passes. inputs: the number of per-step inputs. x: the number of gates whose x is read. ordered: whether the
+    products are in the order of w_hh. joined: whether all biases are added to the tiles of gx, in the tiles' order. u:
+    the block of w_hh of each product. w_hh: the product of each block of w_hh.
+    Biases: b_ih and b_hh: for each tile of gx the block that is added to it; several of b_hh if several products are
+    added to one tile. product, apart: the block of b_hh of each product, and of each product apart. of_b_ih: the tile
+    of gx of each block. of_b_hh: the tile of each block, or, for a product apart, its position in dhu, counted from the
+    number of tiles on.
     """
 
     states: int
@@ -72,7 +71,7 @@ _PLACES: dict[str, Places] = {}
 
 
 def places(key: str) -> Places:
-    """Of the cell of that key."""
+    """The Places of the cell with that key."""
     if (found := _PLACES.get(key)) is None:
         found = _PLACES[key] = _places(get(key))
     return found
@@ -124,7 +123,7 @@ _RUNS: dict[Blocks, tuple[tuple[int, int], ...]] = {}
 
 
 def _runs(which: Blocks) -> tuple[tuple[int, int], ...]:
-    """Neighbours among blocks: the first (-1: zeros), and how many."""
+    """Runs of consecutive blocks: the first (-1: zeros), and how many."""
     if which not in _RUNS:
         found: list[tuple[int, int]] = []
         for n in which:
@@ -137,13 +136,13 @@ def _runs(which: Blocks) -> tuple[tuple[int, int], ...]:
     return _RUNS[which]
 
 
-# torch.compile asks while it traces: torch.compiler.assume_constant_result, which imports it.
+# torch.compile calls these while tracing. As torch.compiler.assume_constant_result does, which imports the compiler.
 for _function in (places, _runs):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def blocks(t: Tensor, which: Sequence[int], H: int, dim: int = -1) -> Tensor:
-    """Those blocks of H of t's axis, in that order; zeros where -1."""
+    """The given blocks of H along an axis of t, in that order; zeros for -1."""
     runs = _runs(tuple(which))
     if len(runs) == 1 and runs[0][0] == 0 and t.shape[dim] == len(which) * H:
         return t
@@ -159,7 +158,7 @@ def blocks(t: Tensor, which: Sequence[int], H: int, dim: int = -1) -> Tensor:
 
 
 def hidden_size(at: Places, w_ih: Tensor, w_hh: Tensor | None, h0: Tensor | None, c0: Tensor | None) -> int:
-    """H, by the first of these that has it."""
+    """H, from the first of these tensors that is not None and has that size."""
     if at.x:
         return w_ih.shape[-2] // at.x
     if w_hh is not None:
@@ -171,15 +170,16 @@ def hidden_size(at: Places, w_ih: Tensor, w_hh: Tensor | None, h0: Tensor | None
 
 
 def recurrent(at: Places, w_hh: Tensor | None, w_ih: Tensor, H: int) -> Tensor:
-    """The kernels' u [K, products*H, H] of w_hh [K, Gu*H, H]; w_ih [K, Gx*H, I] says what a cell without one lacks."""
+    """The kernels' u [K, products*H, H], from w_hh [K, Gu*H, H]. If w_hh is None, w_ih [K, Gx*H, I] provides K, dtype
+    and device."""
     if w_hh is None:
         return w_ih.new_empty(w_ih.shape[0], 0, H)
     return w_hh if at.ordered else blocks(w_hh, at.u, H, 1)
 
 
 def input_biases(at: Places, b_ih: Tensor | None, b_hh: Tensor | None, H: int) -> tuple[Tensor | None, Tensor | None]:
-    """Of biases [K, .] or [.]: the sum of what adds to the tiles of gx [., G*H], and what is apart [., apart*H]; None:
-    zero."""
+    """From biases [K, .] or [.]: the sum of those that are added to the tiles of gx [., G*H], and those of the products
+    apart [., apart*H]; None means zero."""
     if at.joined:
         return b_hh if b_ih is None else b_ih if b_hh is None else b_ih + b_hh, None
     adds = None if b_ih is None or not at.of_b_ih else blocks(b_ih, at.b_ih, H)
@@ -192,7 +192,8 @@ def input_biases(at: Places, b_ih: Tensor | None, b_hh: Tensor | None, H: int) -
 
 
 def step_biases(at: Places, b_ih: Tensor | None, b_hh: Tensor | None, H: int) -> tuple[Tensor | None, Tensor | None]:
-    """b_ih [Gx*H] by tile of gx, b_hh [products*H] by product, for a step in one launch."""
+    """b_ih [Gx*H] in the order of gx's tiles, and b_hh [products*H] in that of the products, for a step in one
+    launch."""
     of_x = None if b_ih is None or not at.of_b_ih else blocks(b_ih, at.b_ih[: at.x], H)
     return of_x, None if b_hh is None or not at.of_b_hh else blocks(b_hh, at.product, H)
 
@@ -200,7 +201,8 @@ def step_biases(at: Places, b_ih: Tensor | None, b_hh: Tensor | None, H: int) ->
 def input_projection(
     at: Places, x: Tensor, w_ih: Tensor, b_ih: Tensor | None, b_hh: Tensor | None, H: int, inputs: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
-    """gx [T, B, K, G*H] with every bias that only adds, by one GEMM; and b_hh of the products apart [K, apart*H].
+    """gx [T, B, K, G*H] by one GEMM, including all biases that can be added to it; and b_hh of the products apart
+    [K, apart*H].
 
     x [T, B, I] for all groups, or [T, B, K, I]; w_ih [K, Gx*H, I]; inputs [T, B, N*H], the last tiles of all groups.
     """
@@ -209,7 +211,7 @@ def input_projection(
     own = bias if bias is None or inputs is None else bias[..., :GH]
     if x.dim() == 3:
         gx = linear(x, w_ih.reshape(K * GH, -1), None if own is None else own.reshape(-1))
-        gx = gx.reshape(*x.shape[:2], K, GH)  # not unflatten, which Dynamo does not follow under a default device
+        gx = gx.reshape(*x.shape[:2], K, GH)  # not unflatten, which Dynamo cannot trace under a default device
     else:
         gx = torch.einsum("tbki,kgi->tbkg", x, w_ih)
         gx = (gx if own is None else gx + own).contiguous()
@@ -224,7 +226,7 @@ def input_projection(
 def input_gradients(
     at: Places, dgx: Tensor, x: Tensor, w_ih: Tensor, need: Sequence[bool]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, w_ih [K, Gx*H, I] and inputs [T, B, N*H]. need: of which."""
+    """The gradients of x, w_ih [K, Gx*H, I] and inputs [T, B, N*H]. need: which of them are wanted."""
     K, GH = w_ih.shape[:2]
     dinputs = dgx[..., GH:].sum(2) if need[2] else None
     if at.inputs:
@@ -238,7 +240,7 @@ def input_gradients(
 
 
 def bias_gradients(at: Places, dgx: Tensor, dhu: Tensor, H: int) -> tuple[Tensor | None, Tensor | None]:
-    """Of b_ih and b_hh [K, .]; None where no gate has one."""
+    """The gradients of b_ih and b_hh [K, .]; None if no gate has such a bias."""
     sums = every = dgx.sum((0, 1))
     if at.apart:
         every = torch.cat([sums, dhu.sum((0, 1))], 1)
@@ -255,8 +257,10 @@ def recurrent_gradient(
     reversed: int,
     k: int,
 ) -> Tensor:
-    """[Gu*H, H] of group k: one GEMM a segment of the products (see kernels.form). of_gates: dgx, dhu and m; states: y
-    and c."""
+    """The gradient of w_hh [Gu*H, H] of group k, by one GEMM for each segment of the products (see kernels.form).
+
+    of_gates: dgx, dhu and m; states: y and c.
+    """
     (dgx, dhu, m), (y, c) = of_gates, states
     H = y.shape[3]
     operands: dict[tuple[int, int], Tensor] = {}

@@ -1,8 +1,8 @@
-"""An LSTM with a projection (Sak et al. 2014, arXiv:1402.1128) as one without: no kernel of its own.
+"""An LSTM with a projection (Sak et al. 2014, arXiv:1402.1128), computed by one without, so it needs no kernels.
 
 With m the LSTM's o * tanh(c), the projected state is h = m W_hr^T, and so the recurrent product h U^T is m (U W_hr)^T:
 an LSTM over m with recurrent weights U W_hr, [G*H, H], whose outputs are projected all at once. Only the given h0 is
-not the projection of an m: its product with U reaches the first step as part of the input.
+not the projection of an m; its product with U enters the first step as part of the input.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Weights = Sequence["Tensor | None"]
 
 
 def scan(run: Callable[[Call], Result], call: Call, options: ScanOptions) -> Result:
-    """The scan of an LSTM with a projection; run: that of one without."""
+    """The scan of an LSTM with a projection. run: the scan of an LSTM without one."""
     x, (h0, c0), groups = call.x, call.states, call.groups
     plain = unprojected(groups)
     if h0 is not None:
@@ -49,14 +49,14 @@ def with_start(
     resets: Tensor | None,
     lengths: Tensor | None,
 ) -> tuple[Tensor, list[Weights]]:
-    """x [T, B, I + K*P] that brings each group's h0 to its first step, in columns of its own, and weights for them."""
+    """x [T, B, I + K*P] with extra columns for each group's h0 at its first step, and the weights for it."""
     T, B, K = *x.shape[:2], len(groups)
     last = torch.full((B,), T - 1, device=x.device) if lengths is None else (lengths - 1).clamp(min=0)
     columns = [x]
     for k in range(K):
         first = last if reverse[k] else torch.zeros_like(last)
         start = h0[k]
-        if resets is not None and not reverse[k]:  # an episode that begins there knows nothing of it
+        if resets is not None and not reverse[k]:  # a reset at the first step: h0 is not used
             start = start.masked_fill(resets[0, :, None], 0)
         here = torch.arange(T, device=x.device)[:, None] == first
         columns.append(start.masked_fill(~here[..., None], 0))
@@ -70,13 +70,13 @@ def with_start(
 
 
 def project(y: Tensor, groups: Sequence[Weights]) -> Tensor:
-    """m [T, B, K*H] to h [T, B, K*P]."""
+    """Project m [T, B, K*H] to h [T, B, K*P]."""
     projections = [w_hr for *_, w_hr in groups if w_hr is not None]
     return torch.cat([m @ w.t() for m, w in zip(y.chunk(len(groups), 2), projections, strict=True)], 2)
 
 
 def project_final(m: Tensor, groups: Sequence[Weights], h0: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """The final m [K, B, H] to h_n [K, B, P]; a row without steps ends where it began."""
+    """Project the final m [K, B, H] to h_n [K, B, P]. For a row without steps, h_n is h0."""
     projections = [w_hr for *_, w_hr in groups if w_hr is not None]
     h = torch.stack([m[k] @ w.t() for k, w in enumerate(projections)])
     return h if h0 is None or lengths is None else torch.where((lengths > 0)[:, None], h, h0)

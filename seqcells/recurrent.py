@@ -1,6 +1,6 @@
-"""Recurrent: layers of any cell over whole sequences; what LSTM, GRU and RNN of `layers` are, too.
+"""Recurrent: layers of any cell over whole sequences, and the base class of LSTM, GRU and RNN in `layers`.
 
-Parameters are read at each call, so weight norm, parametrizations, pruning and tying need nothing.
+Parameters are read at each call, so weight norm, parametrizations, pruning and weight tying work without further code.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ _SAVES, _PRECISIONS = arguments.SAVES, (None, *arguments.PRECISIONS)
 class Recurrent(modules.Module):
     """Apply a multi-layer recurrent network of any cell to an input sequence.
 
-    It has the options of :class:`torch.nn.LSTM`, and more: the cell is one that :func:`seqcells.cell` made, with any
-    number of states, with trained vectors, per-step inputs and constants of its own. LSTM, GRU and RNN are subclasses
-    under torch.nn's names.
+    It has the options of :class:`torch.nn.LSTM`, and runs any cell made by :func:`seqcells.cell`. Such a cell may have
+    any number of states, and trained vectors, per-step inputs and constants of its own. LSTM, GRU and RNN are
+    subclasses with torch.nn's names.
 
     Below, T is the number of steps, B the batch size, I the input size, H the hidden size, L the number of layers and D
     the number of directions (2 if bidirectional, else 1).
@@ -40,40 +40,38 @@ class Recurrent(modules.Module):
         cell: The cell, or its name.
         input_size: I, the number of features in the input.
         hidden_size: H, the number of features in each state.
-        num_layers: L, the number of layers, each on top of the one before. Default: 1
-        bias: If ``False``, there are no ``bias_ih`` and ``bias_hh``. Default: ``True``
+        num_layers: L, the number of stacked layers. Default: 1
+        bias: If ``False``, there is no ``bias_ih`` and no ``bias_hh``. Default: ``True``
         batch_first: If ``True``, input, output and per-step inputs have the shape [B, T, ...] instead of [T, B, ...].
             The states do not change. Default: ``False``
-        dropout: The probability with which an element of the output of each layer but the last is zeroed in training.
-            Default: 0
-        bidirectional: If ``True``, each layer has a second direction, from the last step to the first. Default:
-            ``False``
-        device: The device of the parameters. Default: ``None``, torch's
-        dtype: The dtype of the parameters. Default: ``None``, torch's
-        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, what
-            :func:`seqcells.backend` says, else "auto"
-        save: What is saved for backward: "gates", or "states", less memory for one more matrix product. Default:
-            "gates"
-        precision: How the kernels multiply in float32: "ieee", "tf32" or "tf32x3", see
-            :func:`seqcells.functional.scan`. Default: ``None``, by PyTorch's switches for its own RNNs
-        constants: The cell's constants by name, where they are not to have the values of its definition.
+        dropout: The probability of dropout on the outputs of each layer except the last, in training. Default: 0
+        bidirectional: If ``True``, each layer also runs from the last step to the first. Default: ``False``
+        device: The device of the parameters. Default: ``None``, torch's default
+        dtype: The dtype of the parameters. Default: ``None``, torch's default
+        backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, the
+            one set by :func:`seqcells.backend`, else "auto"
+        save: What is saved for backward: "gates" or "states". "states" takes less memory, and one more matrix product
+            in backward. Default: "gates"
+        precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
+            :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
+        constants: New values for the cell's constants, by name. Default: the values in the cell's definition
 
-    Inputs and outputs are described at :meth:`forward`.
+    For inputs and outputs see :meth:`forward`.
 
     Attributes:
         weight_ih_l[k]: The input weights of layer k, [Gx*H, I], of the layers above the first [Gx*H, D*H]. Gx is the
             number of gates whose x the cell reads; they are in the order of the cell's ``gates``.
-        weight_hh_l[k]: The recurrent weights of layer k, [Gu*H, H], of the Gu gates whose U the cell uses, in that
+        weight_hh_l[k]: The recurrent weights of layer k, [Gu*H, H], of the Gu gates whose U the cell uses, in the same
             order. A cell without a recurrent product has none.
-        bias_ih_l[k], bias_hh_l[k]: The biases of layer k, of those gates that have one.
-        [name]_l[k]: The cell's parameter of that name, [H]; a scalar [1].
+        bias_ih_l[k], bias_hh_l[k]: The biases of layer k, for those gates that have one.
+        [name]_l[k]: The cell's parameter of that name, [H], or [1] if it is a scalar.
 
-    The second direction's names end in ``_reverse``. All, the cell's own parameters too, are drawn from
+    The second direction's names end in ``_reverse``. All parameters, including the cell's own, are initialized from
     U(-1/sqrt(H), 1/sqrt(H)), as in torch.nn.
 
     Raises:
-        TypeError, ValueError: As torch.nn.LSTM does, for arguments of a wrong type or value; so for an unknown cell and
-            for a constant that the cell does not have. CellError for a cell whose step cannot be understood.
+        TypeError, ValueError: As torch.nn.LSTM, for arguments of the wrong type or value, including an unknown cell and
+            a constant that the cell lacks. CellError for a cell whose step cannot be traced.
 
     Example::
 
@@ -87,7 +85,7 @@ class Recurrent(modules.Module):
         >>> y.shape, h_n.shape
         (torch.Size([5, 3, 40]), torch.Size([4, 3, 20]))
 
-    A cell with two states, a trained vector, an input of its own for each step and a constant::
+    A cell with two states, a trained vector, a per-step input and a constant::
 
         >>> @seqcells.cell(gates="f g", states="h c", params="p", inputs="a", constants="leak=0.1")
         ... def leaky(x, U, h, c, p, a, leak):
@@ -137,8 +135,8 @@ class Recurrent(modules.Module):
         save: str,
         precision: str | None,
     ) -> None:
-        """What constructors have in common. sizes: see layer_arguments.sizes."""
-        nn.Module.__init__(self)  # in `subclasses` torch.nn.LSTM's would be next
+        """The part that the constructors share. sizes: see layer_arguments.sizes."""
+        nn.Module.__init__(self)  # not super(), which in `subclasses` is torch.nn.LSTM's
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size = sizes
         rate = layer_arguments.rate(dropout)  # first, as in torch.nn
         layer_arguments.sizes(sizes, stacklevel=_outside(self))
@@ -170,24 +168,24 @@ class Recurrent(modules.Module):
         self.reset_parameters()
 
     def _shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Of each parameter of that layer's directions."""
+        """The shape of each parameter of that layer, by name without suffix; the same for both directions."""
         out = self.proj_size or self.hidden_size
         width = out * (2 if self.bidirectional else 1) if layer else self.input_size
         projection = {"weight_hr": (self.proj_size, self.hidden_size)} if self.proj_size else {}
         return modules.shapes(self.cell, self.hidden_size, width, out, self.bias) | projection
 
     def reset_parameters(self) -> None:
-        """All from U(-1/sqrt(H), 1/sqrt(H)), in torch.nn's order: the same seed gives the same weights."""
+        """Initialize all parameters from U(-1/sqrt(H), 1/sqrt(H)), in torch.nn's order and with its random numbers."""
         bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
         for weight in self.parameters():
             nn.init.uniform_(weight, -bound, bound)
 
     def flatten_parameters(self) -> None:
-        """Nothing: the kernels read each parameter where it is."""
+        """Do nothing: the kernels read each parameter where it is. For code that calls torch.nn's method."""
 
     @property
     def all_weights(self) -> list[list[Tensor]]:
-        """Each layer's and direction's parameters, in the order of their names."""
+        """The parameters, as a list for each layer and direction."""
         return [[getattr(self, name) for name in names] for names in self._all_weights]
 
     @property
@@ -196,13 +194,13 @@ class Recurrent(modules.Module):
 
     @property
     def _flat_weights(self) -> list[Tensor]:
-        # Not API, but what libraries that handle torch.nn's RNNs read.
+        # Not part of the API, but libraries that handle torch.nn's RNNs read it.
         return [getattr(self, name) for name in self._flat_weights_names]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         nn.Module.__setstate__(self, state)
-        # Modules pickled by earlier versions have the name of their cell, LSTMs not even that; the oldest are of one
-        # layer and direction.
+        # Modules pickled by earlier versions have the cell's name instead of the cell, or, if LSTMs, no cell at all.
+        # The oldest have one layer and direction.
         self.__dict__["cell"] = get(self.__dict__.get("cell", "lstm"))
         names = ["weight_ih_l0", "weight_hh_l0"] + (["bias_ih_l0", "bias_hh_l0"] if self.bias else [])
         self.__dict__.setdefault("_all_weights", [names])
@@ -237,31 +235,33 @@ class Recurrent(modules.Module):
 
         Args:
             x: [T, B, I], with ``batch_first`` [B, T, I], without a batch [T, I]; or a PackedSequence.
-            state: The initial states, a tuple of one [D*L, B, H] for each state of the cell, or, of a cell with one
-                state, that tensor; without a batch [D*L, H]. Default: ``None``, zeros
+            state: The initial states, a tuple with one [D*L, B, H] for each state of the cell, or just the tensor if
+                the cell has one state; without a batch [D*L, H]. Default: ``None``, zeros
             resets: [T, B], with ``batch_first`` [B, T], without a batch [T]: bools or the numbers 0 and 1, in a tensor
-                or a nested list. Where it is set, an episode begins at that step: no state crosses from the step before
-                it, in any layer or direction, nor does ``state`` reach the first step. For a PackedSequence: packed
-                like x, or padded, in the order of the sequences. Default: ``None``, no resets
-            lengths: int [B] on any device, or a list of ints: the steps of each sequence in a padded batch. The results
-                are those of the packed batch: the output is zero beyond, the states are those after the last step, and
-                the padding may hold anything. Default: ``None``, all steps
-            return_states: If ``True``, the states after every step are returned, too. Default: ``False``
-            inputs: The cell's per-step inputs, all of them, by name: [T, B], one value for all units, or [T, B, H],
-                laid out as x is. For a PackedSequence: packed like x, or padded, in the order of the sequences. Every
-                layer and direction is given them. They are differentiable.
+                or a nested list. Where set, a new episode begins at that step: no state crosses from the step before
+                it, in any layer or direction. At the first step, this means that ``state`` is not used. For a
+                PackedSequence: packed like x, or padded, in the original order of the sequences. Default: ``None``, no
+                resets
+            lengths: int [B] on any device, or a list of ints: the number of steps of each sequence in a padded batch.
+                The results are those of the packed batch: the output is zero at padding, and the final states are those
+                after each sequence's last step. The padding may have any values. Default: ``None``, all steps
+            return_states: If ``True``, also return the states after every step. Default: ``False``
+            inputs: All of the cell's per-step inputs, by name: [T, B] (one value for all units) or [T, B, H], in the
+                layout of x. For a PackedSequence: packed like x, or padded, in the original order of the sequences.
+                Every layer and direction receives the same inputs. They are differentiable.
 
         Returns:
-            ``output, state`` or ``output, state, states``. output: the last layer's after every step, [T, B, D*H], in
-            the layout of x (packed if that is). state: after the last step, as the argument. states: of the last layer
-            after every step, each laid out as output; a tuple, or, of a cell with one state, a tensor.
+            ``output, state`` or ``output, state, states``. output: the last layer's output after every step,
+            [T, B, D*H], in the layout of x (packed if x is packed). state: the final states, in the form of the
+            argument. states: the last layer's states after every step, each in the layout of output; a tuple, or just
+            the tensor if the cell has one state.
 
         Raises:
-            TypeError, ValueError, RuntimeError: As torch.nn.LSTM does, for types, shapes, dtypes and devices that do
-                not fit; RuntimeError also where the backend that was asked for cannot do it.
+            TypeError, ValueError, RuntimeError: As torch.nn.LSTM, for wrong types, shapes, dtypes and devices.
+                RuntimeError also if the requested backend does not support the call.
         """
         one = len(self.cell.states) == 1
-        # Whether torch.fx traces.
+        # torch.fx is tracing if an argument is a Proxy.
         known = type(x) is Tensor and not inputs and (state is None or type(state) in (Tensor, tuple))
         if not known:
             options = {"resets": resets, "lengths": lengths, "return_states": return_states}
@@ -282,7 +282,7 @@ class Recurrent(modules.Module):
     def _check(
         self, x: Any, state: Any, resets: Any, lengths: Any, states: Any, inputs: Any
     ) -> tuple[list[Tensor], Any, Tensor | None]:
-        """Raise what is wrong with a call; else the parameters, and resets and lengths as tensors."""
+        """Check a call. Returns the parameters, and resets and lengths as tensors."""
         weights = self._weights()
         return weights, *layer_arguments.layer(self, weights, (x, state, resets, lengths, states, inputs))
 
@@ -295,7 +295,7 @@ class Recurrent(modules.Module):
         states: bool = False,
         inputs: Mapping[str, Any] | None = None,
     ) -> tuple[Any, tuple[Tensor, ...], Any]:
-        """Output, final states, and the last layer's states after every step or None, in the layout of x."""
+        """The output, the final states, and the last layer's states after every step (or None), in the layout of x."""
         cell = self.cell
         given = None if state is None else (state,) if len(cell.states) == 1 else state
         plain = None
@@ -373,7 +373,7 @@ class Recurrent(modules.Module):
         options: ScanOptions,
         inputs: Mapping[str, Any],
     ) -> tuple[PackedSequence, tuple[Tensor, ...], tuple[PackedSequence, ...] | None]:
-        """`_run` of a PackedSequence."""
+        """`_run` for a PackedSequence."""
         _, batch_sizes, order, back = x
         if order is not None:
             states = tuple(None if s is None else s.index_select(1, order) for s in states)
@@ -393,9 +393,10 @@ class Recurrent(modules.Module):
         inputs: Mapping[str, Any],
         packed: PackedSequence | None = None,
     ) -> dispatch.Result:
-        """All layers over x [T, B, I], or over packed's data; states [layers * directions, B, .], in packed's order.
+        """Run all layers over x [T, B, I], or over the data of `packed`.
 
-        parameters: they, and what layer_arguments.plain found. Results as x is: [T, B, .], or rows.
+        states [layers * directions, B, .], in the order of `packed`. parameters: the parameters, and the result of
+        layer_arguments.plain. Results have the layout of x: [T, B, .], or packed rows.
         """
         cell, H, (weights, plain) = self.cell, self.hidden_size, parameters
         if torch._C._is_any_autocast_enabled() and backends.autocasting(x.device):
@@ -441,16 +442,16 @@ class Recurrent(modules.Module):
         return packing.pack(x, where), joined, None if every is None else tuple(packing.pack(s, where) for s in every)
 
     def _dropped(self, x: Tensor, where: packing.Layout | None) -> Tensor:
-        """A layer's output, as the next one gets it: with dropout in training. where: the rows of a packed input."""
+        """A layer's output as the next layer's input: with dropout in training. where: the rows of a packed input."""
         if not self.dropout or not self.training:
             return x
         if where is None:
             return dropout(x, self.dropout)
-        # Of a packed input only its rows: torch.nn draws as many random numbers.
+        # Of a packed input, only its rows, so that as many random numbers are drawn as in torch.nn.
         return packing.pad(dropout(packing.pack(x, where), self.dropout), where)
 
     def _call(self, layer: int, x: Tensor, states: States, weights: Sequence[Tensor]) -> dispatch.Call:
-        """The tensors of one layer, of those of all."""
+        """One layer's tensors, selected from those of all layers."""
         count = 2 if self.bidirectional else 1
         n, first = len(weights) // (count * self.num_layers), layer * count
         groups: list[aten.Weights] = [weights[k * n : (k + 1) * n] for k in range(first, first + count)]
@@ -468,15 +469,17 @@ class Recurrent(modules.Module):
             for of in named
         ]
         if self._parts[0] != "weight_ih":
-            own = dispatch.starts(x, own, groups, self.hidden_size)  # which say what the hidden size is
+            own = dispatch.starts(x, own, groups, self.hidden_size)  # no weight has the hidden size, so states must
         cell = self.cell
         vectors = [{name: of[name] for name in cell.params} for of in named]
         params = extras.params(cell, vectors, x, self.hidden_size) if cell.params else None
         return dispatch.Call(x, own, groups, params=params)
 
     def _padded(self, given: Tensor | PackedSequence, x: PackedSequence, where: packing.Layout) -> Tensor:
-        """resets or a per-step input of a packed x, packed like it or padded in the batch's own order: [T, B, ...] in
-        the packed order, zero where padding."""
+        """resets or a per-step input for a packed x, as [T, B, ...] in the packed order, zero at padding.
+
+        given: packed like x, or padded in the original order.
+        """
         if isinstance(given, PackedSequence):
             return packing.pad(given.data, where)
         given = given.transpose(0, 1) if self.batch_first else given
@@ -485,7 +488,7 @@ class Recurrent(modules.Module):
 
 
 def _outside(module: nn.Module) -> int:
-    """A warning's stacklevel, from a function that a constructor's helper calls: the line that makes the module."""
+    """The stacklevel with which a warning in a constructor's helper points at the line that makes the module."""
     level, frame = 2, sys._getframe(1)
     while frame.f_locals.get("self") is module and frame.f_back is not None:
         level, frame = level + 1, frame.f_back

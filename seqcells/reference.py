@@ -1,7 +1,7 @@
 """Recurrent cells in pure PyTorch, and the loop over time: the specification.
 
-Slow and simple. Any floating dtype, any device, differentiable any number of times; everything else in seqcells is
-tested against it. Parameter names, gate order and shapes are torch.nn's:
+Slow and simple. It runs in any floating dtype, on any device, and is differentiable any number of times. Everything
+else in seqcells is tested against it. Parameter names, gate order and shapes are torch.nn's:
 
     w_ih [G*H, I], w_hh [G*H, H], b_ih and b_hh [G*H] or None; G = 4 (LSTM: i f g o), 3 (GRU: r z n), 1 (RNN)
     x [T, B, I] (a cell: [B, I]); states [B, H]; resets bool [T, B]; lengths int [B]
@@ -25,11 +25,11 @@ from .cell import Cell, named
 
 
 def step_of(of: str | Cell) -> Step:
-    """The step of a cell on weights, as `scan` takes it.
+    """The step of a cell as a function of the weights, for `scan`.
 
-    step(x [B, I], states, w_ih, w_hh, b_ih, b_hh, params, inputs) -> the states after the step, preceded by the output
-    where that is not a state. Weights and biases have rows for the gates that have one, in the cell's order; params are
-    its trained vectors [H], inputs those of the step [B, H].
+    step(x [B, I], states, w_ih, w_hh, b_ih, b_hh, params, inputs) returns the states after the step, preceded by the
+    output if that is not a state. Weights and biases have rows only for the gates that have one, in the cell's order.
+    params: the cell's trained vectors [H]. inputs: its inputs of this step [B, H].
     """
     cell = named(of)
 
@@ -54,7 +54,7 @@ def step_of(of: str | Cell) -> Step:
         found = cell(x_type(*gates), u_type(*recurrent), *states, *params, *inputs)
         results = found if isinstance(found, (tuple, list)) else (found,)
         shape = states[0].shape
-        results = tuple(r if r.shape == shape else r.expand(shape) for r in results)  # made of trained vectors alone
+        results = tuple(r if r.shape == shape else r.expand(shape) for r in results)  # of trained vectors alone
         return (*results[len(states) :], *results[: len(states)]) if cell.outputs else results
 
     vars(step)["rows"] = cell.rows
@@ -62,7 +62,7 @@ def step_of(of: str | Cell) -> Step:
 
 
 def _products(cell: Cell, states: States, w_hh: Tensor, b_hh: Tensor | None) -> list[Callable[[Tensor], Tensor]]:
-    """U.k of each gate k that has one; one product for neighbouring gates that multiply the same state."""
+    """U.k for each gate k that has one. Neighbouring gates that multiply the same state share one product."""
     H, count = w_hh.shape[1], len(cell.u_gates)
     if b_hh is not None and cell.rows[3] < count:
         biases = _biases(cell, cell.u_gates, b_hh, H)
@@ -82,7 +82,7 @@ def _products(cell: Cell, states: States, w_hh: Tensor, b_hh: Tensor | None) -> 
 
 
 def _product(state: Tensor, known: Tensor, k: int, w: Tensor, b: Tensor | None) -> Callable[[Tensor], Tensor]:
-    """U.k, the k-th block of w and b. known: its value for that state."""
+    """U.k as a function, from the k-th block of w and b. known: its value for that state."""
 
     def times(v: Tensor) -> Tensor:
         if v is state:
@@ -94,7 +94,7 @@ def _product(state: Tensor, known: Tensor, k: int, w: Tensor, b: Tensor | None) 
 
 
 def _biases(cell: Cell, gates: tuple[str, ...], b: Tensor, H: int) -> list[Tensor | None]:
-    """The bias of each gate, None where it has none."""
+    """The bias of each gate; None for a gate without one."""
     given = iter(b.split(H))
     return [next(given) if g in cell.biased else None for g in gates]
 
@@ -136,13 +136,14 @@ def scan_states(
     lengths: Tensor | None = None,
     reverse: bool = False,
 ) -> tuple[States, States]:
-    """Apply step to each of x [T, B, I]: every state after each step, [T, B, H] each, and the final states [B, H].
+    """Apply step to each step of x [T, B, I]. Returns all states after each step, [T, B, H] each, and the final states
+    [B, H].
 
-    A step may return one tensor more than there are states: its output, as the first.
-    params, inputs: further arguments of the step, if it has any: trained vectors [H] or [1], and per-step inputs
-    [T, B, H]. resets: where True, the states are zero before that step: none is carried across, in either direction.
-    lengths: from step lengths[b] on, row b is padding: its states stay as they are, and outputs are zero. reverse: go
-    from the last step to the first.
+    step may return one more tensor than there are states: its output, as the first.
+    params, inputs: further arguments of step, if it has any: trained vectors [H] or [1], and per-step inputs [T, B, H].
+    resets: where True, the states before that step are zero: no state crosses, in either direction. lengths: from step
+    lengths[b] on, row b is padding: its states stay as they are, and outputs are zero. reverse: run from the last step
+    to the first.
     """
     weights = (w_ih, w_hh, b_ih, b_hh)
     arguments.reference_scan(step, x, states, weights, params, inputs, reverse)
@@ -172,7 +173,7 @@ def scan_states(
 
 
 def scan(step: Step, x: Tensor, states: States, *weights: Tensor | None, **options: Any) -> tuple[Tensor, States]:
-    """`scan_states`, but only the output [T, B, H] (the first state, or what the step returns before it)."""
+    """`scan_states`, but of all states only the output [T, B, H] (the first, or what step returns before it)."""
     every, final = scan_states(step, x, states, *weights, **options)  # type: ignore[arg-type]  # checked there
     return every[0], final
 
@@ -192,11 +193,11 @@ def scan_groups(
     lengths: Tensor | None = None,
     reversed: int = 0,
 ) -> tuple[States, States]:
-    """K scans side by side: every state after each step [T, B, K*H], and the final states [K, B, H].
+    """Run K scans side by side. Returns all states after each step [T, B, K*H], and the final states [K, B, H].
 
-    w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H], params [K, H], states [K, B, H] (of one group also without
-    K); x [T, B, I] for all groups or [T, B, K, I] for each; inputs [T, B, H] for all. Group k goes from the last step
-    to the first if bit k of reversed is set. Half precision is computed in float32, and rounded at the end.
+    w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H], params [K, H], states [K, B, H] (with one group, K may be
+    left out); x [T, B, I] for all groups, or [T, B, K, I]; inputs [T, B, H] for all groups. Group k runs from the last
+    step to the first if bit k of reversed is set. Half precision is computed in float32 and rounded at the end.
     """
     arguments.reference_groups(step, x, states, (w_ih, w_hh, b_ih, b_hh), reversed)
     dtype, alone = x.dtype, w_ih.dim() == 2

@@ -1,6 +1,6 @@
-"""Tests of a cell: every backend against the cell's step in float64, every output and every gradient.
+"""Tests of a cell: every output and gradient of every backend against the cell's step in float64.
 
-`check` tests a cell of your own. TOLERANCE is the project's only table of tolerances: its own tests use it too.
+`check` tests a custom cell. TOLERANCE is the project's only table of tolerances; its own tests use it too.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ TOLERANCE: dict[torch.dtype | str, float] = {
 }
 # Largest absolute difference of any element from torch.nn's, in networks of a few units and steps.
 AGAINST_TORCH = {torch.float64: 1e-10, torch.float32: 5e-5}
-# Operations whose result or derivative jumps, and those that have no bound, or no value everywhere.
+# Operations whose result or derivative is discontinuous, and those that are unbounded or undefined somewhere.
 _JUMPS = {"lt", "le", "gt", "ge", "eq", "ne", "where"}
 _UNBOUNDED = {"div", "exp", "exp2", "expm1", "log", "log1p", "log2", "pow", "sqrt"}
 
 
 def tolerance(cell: str | Cell, dtype: torch.dtype | str, shape: Shape) -> float:
-    """The tolerance in the table. For a cell that compares, divides or has exponentials: twice the error of its own
-    steps rounded to that precision, if that is more.
+    """The tolerance in the table. For a cell that compares, divides or has exponentials, it is at least twice the error
+    of its own steps rounded to that precision.
 
     If rounding moves a pre-activation across zero, relu's derivative jumps, and the whole gradient of that element is
-    wrong, in any implementation, and more so the longer the sequence.
+    wrong. This happens in any implementation, and more often in longer sequences.
     """
     _check_shape(cell, shape)
     if not isinstance(dtype, (str, torch.dtype)) or dtype not in TOLERANCE:
@@ -63,9 +63,9 @@ class Shape:
     H: int
 
 
-# Odd on purpose: no size is a multiple of a tile, B needs several programs, H one tile and several.
+# Odd on purpose: no size is a multiple of a tile, B needs several programs, and H one tile or several.
 SMALL = (Shape(4, 3, 2, 20), Shape(3, 17, 3, 33))
-# On a device: the largest resident sizes, several batch tiles, and a U that must be spread over all of it or streamed.
+# On a GPU: the largest resident sizes, several batch tiles, and a U that must be spread over all of it or streamed.
 LARGE = (
     Shape(50, 17, 5, 20),
     Shape(60, 33, 7, 64),
@@ -82,8 +82,8 @@ def _check_shape(cell: str | Cell, shape: Shape) -> None:
 
 
 def names(cell: str | Cell) -> list[str]:
-    """The names of the tensors of `inputs`: x, w_ih, w_hh, b_ih, b_hh (those that the cell has), the initial states as
-    h0, then trained vectors and per-step inputs by their own names."""
+    """The names of the tensors of `inputs`: x; w_ih, w_hh, b_ih and b_hh, if the cell has them; the initial states,
+    such as h0; then trained vectors and per-step inputs by their own names."""
     known = named(cell)
     weights = {"w_ih": known.x_gates, "w_hh": known.u_gates}
     weights |= {"b_ih": _biased(known, known.x_gates), "b_hh": _biased(known, known.u_gates)}
@@ -96,7 +96,7 @@ def _biased(cell: Cell, gates: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def outputs(cell: str | Cell) -> list[str]:
-    """y, and each final state as h_n."""
+    """The names of the outputs: y, and the final states, such as h_n."""
     return ["y", *(f"{state}_n" for state in named(cell).states)]
 
 
@@ -110,8 +110,8 @@ def inputs(
 ) -> list[Tensor]:
     """Random tensors for a cell, in the order of `names`. At scale 1 gates cover their whole range.
 
-    The initial states of a cell that divides or has exponentials are states that it reaches from zero: it need not be
-    defined for others.
+    If a cell divides or has exponentials, its initial states are states that it reaches from zero, because it may not
+    be defined for others.
     """
     _check_shape(cell, shape)
     checks.dtype(dtype)
@@ -145,9 +145,10 @@ def inputs(
 
 
 def scan(cell: str | Cell, tensors: Sequence[Tensor], *, backend: str | None, **options: Any) -> tuple[Tensor, ...]:
-    """y and the final states, by a backend, for tensors in the order of `names`.
+    """y and the final states, computed by a backend from tensors in the order of `names`.
 
-    backend: None is the reference with every operation rounded to the tensors' dtype. options: functional.scan's.
+    backend: None is the reference with every operation rounded to the tensors' dtype. options: those of
+    functional.scan.
     """
     known, given = named(cell), dict(zip(names(cell), tensors, strict=True))
     states = tuple(given[f"{state}0"] for state in known.states)
@@ -175,7 +176,7 @@ def run(
     precision: str | None = None,
     seed: int = 1,
 ) -> dict[str, Tensor]:
-    """Every output and every gradient of a weighted sum of the outputs, by name (gradients with a leading d).
+    """All outputs, and all gradients of a weighted sum of the outputs, by name (gradients with a leading d).
 
     backend: None is the reference with every operation rounded to the tensors' dtype.
     """
@@ -184,7 +185,7 @@ def run(
     found = scan(cell, leaves, backend=backend, **options)
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in found]
-    # A tensor that no output depends on has a gradient of zero, which a backend may leave out.
+    # The gradient of a tensor that no output depends on is zero; a backend may return None for it.
     gradients = torch.autograd.grad(found, leaves, weights, allow_unused=True, materialize_grads=True)
     named = dict(zip(outputs(cell), (o.detach() for o in found), strict=True))
     return named | {f"d{n}": g for n, g in zip(names(cell), gradients, strict=True)}
@@ -212,7 +213,7 @@ def errors(
     ends = torch.randint(1, shape.T + 1, (shape.B,), generator=generator) if lengths else None
     masked: Any = {"resets": None if mask is None else mask.to(device), "lengths": ends}
     got = run(cell, tensors, **masked, backend=backend, save=save, precision=precision)
-    # The reference runs on the CPU, so that the device's products are not tested against themselves.
+    # The reference runs on the CPU, so that the GPU's matrix products are not tested against themselves.
     exact = run(cell, [t.cpu().double() for t in tensors], mask, lengths=ends, backend="reference")
     return {name: relative(got[name], exact[name]) for name in exact}
 
@@ -231,7 +232,7 @@ def relative(got: Tensor, exact: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Result:
-    """The largest error of each output and gradient of a cell, by a backend, in a dtype.
+    """The largest error of each output and gradient of a cell, for one backend and dtype.
 
     missing: why there are no errors, if no shape fits the backend.
     """
@@ -249,7 +250,7 @@ class Result:
 
 
 def kinds(device: str, dtypes: list[str] | None = None) -> list[torch.dtype | str]:
-    """The dtypes and precisions that `sweep` tests, keys of TOLERANCE: those named in dtypes; None: all.
+    """The dtypes and precisions that `sweep` tests, as keys of TOLERANCE. dtypes: their names; None: all.
 
     ValueError if none is left: tf32 and tf32x3 exist on CUDA only.
     """
@@ -274,7 +275,7 @@ def sweep(
 ) -> Iterator[Result]:
     """The largest errors over the device's shapes, with and without masks, by cell, backend and dtype.
 
-    On a device float32 is checked at every precision; the interpreter has only one.
+    On a GPU, float32 is checked at every precision; the interpreter has only one.
     """
     shapes = LARGE if torch.device(device).type == "cuda" else SMALL
     for cell in cells or BUILT_IN:
@@ -291,7 +292,7 @@ def _worst(cell: str | Cell, backend: str, kind: torch.dtype | str, device: str,
         size: dict[str, Any] = {"batch": shape.B, "hidden_size": shape.H, "dtype": dtype}
         try:
             explanation.explain(cell, device=device, backend=backend, precision=precision, **size)
-        except ValueError as error:  # U does not fit on chip: there the schedule does not exist
+        except ValueError as error:  # U does not fit on chip, so the schedule cannot run
             missing = str(error)
             if "schedule does not fit" not in missing:
                 raise
@@ -305,7 +306,7 @@ def _worst(cell: str | Cell, backend: str, kind: torch.dtype | str, device: str,
 
 
 def table(results: Sequence[Result]) -> str:
-    """A table with a line for each cell, backend and dtype, and a column for each output and gradient."""
+    """A table with a row for each cell, backend and dtype, and a column for each output and gradient."""
     columns = list(dict.fromkeys(name for r in results for name in r.errors))
     lines = [("cell", "backend", "dtype", *columns, "allowed", "")]
     for r in results:
@@ -318,9 +319,9 @@ def table(results: Sequence[Result]) -> str:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """A context in which uninitialized memory is NaN, which shows what a kernel does not write or reads too early."""
+    """A context in which uninitialized memory is NaN, to find what a kernel fails to write or reads too early."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    settings: Any = torch.utils.deterministic  # declares no types
+    settings: Any = torch.utils.deterministic  # it has no type annotations
     filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     settings.fill_uninitialized_memory = True
@@ -340,13 +341,14 @@ def check(
 ) -> list[Result]:
     """Check every backend of a cell against its step, differentiated by autograd in float64.
 
-    Checks every output and every gradient, at sizes that do not fill a tile, with uninitialized memory set to NaN, for
+    Checks every output and gradient, at sizes that do not fill a tile and with uninitialized memory set to NaN: for
     each schedule of the kernels and the loop, each dtype, both save modes, with resets and lengths. Then runs
     torch.autograd.gradcheck and gradgradcheck on each backend in float64. For the tolerances see `tolerance`. Takes
     minutes if kernels are interpreted.
 
-    cell: a Cell, or its name. device: None is "cuda" if available, else "cpu", where kernels need Triton's interpreter:
-    set TRITON_INTERPRET=1 before Python starts. backends, dtypes: which to check, such as "triton:grid" and "float32".
+    cell: a Cell, or its name. device: None means "cuda" if available, else "cpu". On the CPU, kernels need Triton's
+    interpreter: set TRITON_INTERPRET=1 before Python starts. backends, dtypes: which to check, such as "triton:grid"
+    and "float32"; None means all.
 
     Returns the results, which `table` shows. Raises AssertionError with that table if an error is too large,
     RuntimeError if the kernels cannot run, CellError if no kernels can be derived from the step.

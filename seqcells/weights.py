@@ -1,4 +1,5 @@
-"""A recurrent module's cell and parameters, by layer and direction, for init and interop: seqcells' and torch.nn's."""
+"""The cell and the parameters of seqcells' and torch.nn's recurrent modules, by layer and direction; for init and
+interop."""
 
 from __future__ import annotations
 
@@ -14,7 +15,7 @@ from .cell import Cell, get
 
 
 def cell_of(module: nn.Module, caller: str, wanted: str) -> Cell:
-    """The cell of a recurrent module, seqcells' or torch.nn's. TypeError for any other; wanted: a module it takes."""
+    """The cell of a recurrent module of seqcells or torch.nn. TypeError, which says what is wanted, for any other."""
     if isinstance(module, (recurrent.Recurrent, cell_modules.RecurrentCell)):
         return module.cell
     if isinstance(module, (nn.LSTM, nn.GRU, nn.RNN)):
@@ -27,7 +28,7 @@ def cell_of(module: nn.Module, caller: str, wanted: str) -> Cell:
 
 
 def _layers(module: nn.Module) -> tuple[int, bool] | None:
-    """num_layers and bidirectional; None for a cell."""
+    """num_layers and bidirectional of a layer; None for a cell."""
     if isinstance(module, (cell_modules.RecurrentCell, nn.RNNCellBase)):
         return None
     assert isinstance(module, (recurrent.Recurrent, nn.RNNBase))
@@ -35,7 +36,7 @@ def _layers(module: nn.Module) -> tuple[int, bool] | None:
 
 
 def suffix(module: nn.Module, layer: int, reverse: bool) -> str:
-    """What follows weight_ih in the names of the parameters of a layer and direction. ValueError if there is none."""
+    """The suffix of the parameters' names for a layer and direction. ValueError if there is no such layer."""
     checks.integer("layer", layer)
     checks.boolean("reverse", reverse)
     if (found := _layers(module)) is None:
@@ -51,7 +52,7 @@ def suffix(module: nn.Module, layer: int, reverse: bool) -> str:
 
 
 def shapes(module: Any, layer: int = 0) -> dict[str, tuple[int, ...]]:
-    """The shapes of the parameters of that layer, by their names without suffix."""
+    """The shapes of that layer's parameters, by their names without suffix."""
     if isinstance(module, (recurrent.Recurrent, cell_modules.RecurrentCell)):
         return module._shapes(layer)
     H, cell = module.hidden_size, cell_of(module, "", "")
@@ -61,7 +62,7 @@ def shapes(module: Any, layer: int = 0) -> dict[str, tuple[int, ...]]:
 
 
 def suffixes(module: nn.Module) -> Iterator[str]:
-    """`suffix` of every layer and direction."""
+    """The suffixes of all layers and directions."""
     count, bidirectional = _layers(module) or (1, False)
     for layer in range(count):
         yield suffix(module, layer, False)
@@ -70,10 +71,10 @@ def suffixes(module: nn.Module) -> Iterator[str]:
 
 
 def assign(module: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Set the named parameters to these values, in place; a parametrized one through its right_inverse.
+    """Set the named parameters to these values, in place; parametrized ones through their right_inverse.
 
-    ValueError, before any is changed, if a hook computes one from others (the old weight_norm, pruning), which would
-    overwrite the value.
+    ValueError, before any is changed, if a hook computes one of them from others (the old weight_norm, pruning) and
+    would overwrite the value.
     """
     for name, value in values.items():
         if parametrize.is_parametrized(module, name):

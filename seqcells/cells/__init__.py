@@ -1,6 +1,6 @@
-"""Cells, one file a family: ten lines of PyTorch and the paper.
+"""The cells, one file for each family: ten lines of PyTorch and the paper.
 
-The layers LSTM, GRU and RNN use lstm, gru, gru_before, rnn_tanh and rnn_relu. The others are for
+The layers LSTM, GRU and RNN use lstm, gru, gru_before, rnn_tanh and rnn_relu. Use the others with
 `seqcells.Recurrent`:
 
 >>> layer = seqcells.Recurrent(seqcells.cells.mgu, 10, 20)

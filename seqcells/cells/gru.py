@@ -1,5 +1,5 @@
-"""GRU (Cho et al. 2014, arXiv:1406.1078): with the reset after the product, as torch.nn.GRU and cuDNN define it (v1 of
-the paper), and before it (v3), the textbook's."""
+"""GRU (Cho et al. 2014, arXiv:1406.1078): with the reset gate after the product, as torch.nn.GRU and cuDNN define it
+(v1 of the paper), and before it, as in textbooks (v3)."""
 
 import torch
 
@@ -8,7 +8,7 @@ from ..cell import cell
 
 @cell(gates="r z n", states="h")
 def gru(x, U, h):
-    """GRU, the reset gate applied after the product, as torch.nn.GRU defines it."""
+    """GRU with the reset gate applied after the product, as torch.nn.GRU defines it."""
     r, z = torch.sigmoid(x.r + U.r(h)), torch.sigmoid(x.z + U.z(h))
     n = torch.tanh(x.n + r * U.n(h))
     return n + z * (h - n)
@@ -16,7 +16,7 @@ def gru(x, U, h):
 
 @cell(gates="r z n", states="h")
 def gru_before(x, U, h):
-    """GRU, the reset gate applied to h before the product (Cho et al. 2014, v3)."""
+    """GRU with the reset gate applied to h before the product (Cho et al. 2014, v3)."""
     r, z = torch.sigmoid(x.r + U.r(h)), torch.sigmoid(x.z + U.z(h))
     n = torch.tanh(x.n + U.n(r * h))
     return n + z * (h - n)

@@ -1,4 +1,4 @@
-"""Elman network (Elman 1990), as torch.nn.RNN defines it: with tanh, and with relu."""
+"""Elman RNN (Elman 1990), as torch.nn.RNN defines it: with tanh, and with relu."""
 
 import torch
 
@@ -7,11 +7,11 @@ from ..cell import cell
 
 @cell(gates="n", states="h")
 def rnn_tanh(x, U, h):
-    """Elman network with tanh, as torch.nn.RNN defines it."""
+    """Elman RNN with tanh, as torch.nn.RNN defines it."""
     return torch.tanh(x.n + U.n(h))
 
 
 @cell(gates="n", states="h")
 def rnn_relu(x, U, h):
-    """Elman network with relu, as torch.nn.RNN defines it."""
+    """Elman RNN with relu, as torch.nn.RNN defines it."""
     return torch.relu(x.n + U.n(h))

@@ -7,7 +7,7 @@ from ..cell import cell
 
 @cell(gates="i f z o", states="h c n m")
 def slstm(x, U, h, c, n, m):
-    """sLSTM (Beck et al. 2024). After the first step of a sequence n is 1 or more, so that nothing overflows."""
+    """sLSTM (Beck et al. 2024). After the first step of a sequence, n is at least 1, so nothing overflows."""
     i, f = x.i + U.i(h), torch.nn.functional.logsigmoid(x.f + U.f(h)) + m
     m = torch.where(n == 0, i, torch.maximum(f, i))
     i, f = torch.exp(i - m), torch.exp(torch.clamp(f - m, max=0))
