@@ -4,8 +4,8 @@
     python benchmarks/overhead.py --against CHECKOUT     beside the same in another checkout of this repository
     TRITON_INTERPRET=1 python benchmarks/overhead.py --calls     the functions that a call goes through
 
-The kernels of the triton cases are launched by a function that does nothing. Times are the smallest median of runs that alternate
-between the two checkouts, one process each; only their ratios mean something.
+The kernels of the triton cases are launched by a function that does nothing. Times are the smallest median of runs that
+alternate between the two checkouts, one process each; only their ratios mean something.
 """
 
 from __future__ import annotations

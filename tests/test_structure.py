@@ -111,7 +111,7 @@ def sources():
 
 def room(parts):
     """kernels.plan and engines.aten are rooms of their own; tasks.count_ones is in tasks."""
-    return ".".join(parts[:2] if parts[0] in ("kernels", "engines") else parts[:1])
+    return ".".join(parts[:2] if parts[:1] in (("kernels",), ("engines",)) else parts[:1])
 
 
 def imports(file, parts, is_package):
