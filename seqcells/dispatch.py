@@ -182,13 +182,13 @@ def case_of(
     return Case(key, backend, device, dtype, *facts)
 
 
-# Measured by benchmarks/crossover.py: benchmarks/results/crossover-cpu.md. With more threads than one torch's own gain
-# more than the loop does.
-_STEPS = {"rnn_tanh": 20, "rnn_relu": 20}  # below which the loop's call costs more than its steps save
-_OTHERS, _INFERENCE = 10, 96  # steps of the other cells; without gradients
-_WORKSPACE = 1 << 20  # T*B*H above which oneDNN's, of 16 such, is memory new in every call
-# B*H up to which oneDNN's LSTM with reset steps is faster than the loop, with gradients and without; a quarter of it
-# with lengths, for the loop leaves padding out, and nothing where less than this share of the rows is real.
+# Measured by benchmarks/crossover.py, see benchmarks/results/crossover-cpu.md. With more than one thread, torch's own
+# layers gain more than the loop.
+_STEPS = {"rnn_tanh": 20, "rnn_relu": 20}  # with fewer steps, calling the loop costs more than its steps save
+_OTHERS, _INFERENCE = 10, 96  # the same for the other cells; without gradients
+_WORKSPACE = 1 << 20  # T*B*H above which oneDNN's workspace, 16 times as large, is allocated anew in every call
+# B*H up to which oneDNN's LSTM with reset steps is faster than the loop, with gradients and without. With lengths, a
+# quarter of it, because the loop skips padding; and never if less than this share of the rows is real.
 _RESET_STEPS, _REAL = {True: 4096, False: 8192}, 0.5
 
 
@@ -447,13 +447,13 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
 
 
 def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Choice) -> Result:
-    """By the autograd.Function, and an engine that walks the steps."""
+    """Run the autograd.Function with an engine that runs the steps."""
     weights, params = (call.groups[0], call.params) if len(call.groups) == 1 and not call.stacked else _stacked(call)
     schedule, single, precision = choice.schedule, "", "ieee"
     if case.dtype == torch.float32 and choice.engine == "triton" and (options.precision or case.device.type == "cuda"):
         precision = precisions.of_products(options.precision, case.dtype, case.device)
     if schedule in backends.SCHEDULES:
-        # It may not fit: say so before anything runs. (A compiler cannot trace the plan; the operator says it then.)
+        # The scan may not fit: raise before anything runs. (A compiler cannot trace the plan; then the operator raises.)
         if not case.compiling:
             size = (len(call.groups), case.hidden_size)
             for backward in (False, True):

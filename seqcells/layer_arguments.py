@@ -133,7 +133,7 @@ def _padded(
 
 
 def _hidden(module: Any, given: Any, rank: int | None) -> Sequence[Tensor]:
-    """The states in the argument hx or state: one tensor, or several; of that rank, if one is given."""
+    """The states in the argument hx or state: one tensor, or several. rank: the expected rank; None: any."""
     if given is None:
         return ()
     name, names = module._hx, module.cell.states
@@ -144,7 +144,7 @@ def _hidden(module: Any, given: Any, rank: int | None) -> Sequence[Tensor]:
             raise RuntimeError(f"For {shape} input, {name} should also be {rank}-D but got {given.dim()}-D tensor")
         return (given,)
     if _as_torch(module):
-        # torch.nn takes a tensor's rows until it looks at the type; so says what it says of their ranks and sizes.
+        # torch.nn unpacks a tensor into its rows before it checks the type, so its errors are about ranks and sizes.
         parts = given if isinstance(given, (tuple, list)) or (isinstance(given, Tensor) and given.dim()) else ()
         expected, called = _PAIR, "hx and cx"
         fits = len(parts) >= 2

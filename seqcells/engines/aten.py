@@ -39,7 +39,7 @@ def stack(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """y and the final states of all layers of a module in one call, over x [T, B, I] or a PackedSequence's data.
 
-    states [layers * directions, B, .], None is zero; weights: of each layer and direction, in torch's order.
+    states [layers * directions, B, .], None means zeros; weights: those of each layer and direction, in torch's order.
     """
     H, own = module.hidden_size, LAYERS[module.cell.key]
     rows, B = len(module._all_weights), x.shape[1] if batch_sizes is None else int(batch_sizes[0])
@@ -48,7 +48,7 @@ def stack(
         zero = x.new_zeros(rows, B, module.proj_size or H)
         hx = (zero, x.new_zeros(rows, B, H) if module.proj_size else zero) if len(states) > 1 else zero
     rate = module.dropout if module.training else 0.0
-    # cuDNN saves what its backward needs only in training mode; and what is traced may be trained.
+    # cuDNN saves what its backward needs only in training mode, and a traced program may be trained.
     train = rate > 0 or grad or torch.jit.is_tracing()
     options = (module.bias, module.num_layers, rate, train, module.bidirectional)
     if batch_sizes is None:

@@ -66,7 +66,7 @@ def _attempts(planned: Callable[..., Plan], call: Callable[..., Any]) -> Iterato
         try:
             chosen = planned(schedule="", avoid=avoid)
         except ValueError as error:
-            if not avoid:  # nothing ever fitted: `call` raises it again
+            if not avoid:  # no schedule fits at all: `call` raises the error again
                 yield "any", partial(_raise, error)
             return
         yield chosen.schedule, partial(call, plan=chosen, launch=_launch)
