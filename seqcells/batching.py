@@ -1,7 +1,7 @@
 """torch.func.vmap of an engine's operators: what vmap adds becomes more rows, or more groups, of one launch.
 
-Weights shared by all (per-sample gradients, a batch of batches): rows. Weights of each its own (an ensemble): groups,
-of MOST a launch where some are reversed.
+If weights are shared (per-sample gradients, a batch of batches), rows; if each has its own weights (an ensemble),
+groups: at most MOST in one launch if some are reversed.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MOST = 62  # groups of which some are reversed: their bits are one integer
-# The axes (rows, groups) of each argument and result: of steps, of states, of weights, of the mask; None: no tensor.
+MOST = 62  # groups if some are reversed, because their bits are stored in one integer
+# The axes (rows, groups) of each argument and result: of steps, of states, of weights, of the mask; None: not a tensor.
 STEPS, STATES, WEIGHTS, MASK = (1, 2), (1, 0), (None, 0), (1, None)
 FORWARD = (STEPS, WEIGHTS, WEIGHTS, STATES, STATES, MASK, *(None,) * 5, WEIGHTS)
 BACKWARD = (STEPS, STATES, STATES, STEPS, WEIGHTS, STEPS, STEPS, STEPS, MASK, *(None,) * 4, WEIGHTS)

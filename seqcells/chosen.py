@@ -1,8 +1,8 @@
-"""The backend that `with seqcells.backend(...)` chose, for the thread or task that asks: this module's `backend`.
+"""The backend that `with seqcells.backend(...)` has set in the current thread or task: this module's `backend`.
 
 It is a context variable behind a property of the module's class. torch.compile can neither trace a context variable nor
-guard on one. But it guards on a module's attribute, by getting it again in the thread that calls; and it traces setting
-one.
+guard on one. But it can guard on a module's attribute, which it reads again in the calling thread, and it can trace
+setting one.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ from types import ModuleType
 
 import torch
 
-backend: str  # a spelling of backends.parse; "auto" where there is no choice
+backend: str  # a name that backends.parse accepts; "auto" if none is set
 _backend: ContextVar[str] = ContextVar("seqcells.backend", default="")
 of_context = _backend.get  # faster, for where nothing compiles; returns "" if the context has no value: read `backend`
 
 
 def _of_caller() -> str:
-    """The choice in a context that has none of its own yet.
+    """The backend in a context that has no value of its own yet.
 
-    The autograd engine's own threads have none ever. They run what torch.utils.checkpoint recomputes on a GPU. It gets
-    the choice of the thread that called backward, whose context PyTorch (2.13, not 2.11) hands on.
+    The autograd engine's own threads never have one. On a GPU, they run what torch.utils.checkpoint recomputes. They
+    use the backend of the thread that called backward, whose context PyTorch passes on (2.13 does, 2.11 does not).
     """
     if torch._C._current_graph_task_id() == -1:
-        _backend.set("auto")  # so that it is looked for once
+        _backend.set("auto")  # so that this function is called only once
         return "auto"
     context = torch._C._get_obj_in_tls("context") if torch._C._is_key_in_tls("context") else None
     return (context.get(_backend) if isinstance(context, Context) else None) or "auto"

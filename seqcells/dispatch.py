@@ -1,6 +1,6 @@
 """Which engine runs a call: `Case` holds the facts about it, gathered once; `choose` is the one table of rules.
 
-Then `execute` does what the choice says. Shapes: x [T, B, I]; states [B, H]; weights and biases of G*H rows;
+`execute` then does what was chosen. Shapes: x [T, B, I]; states [B, H]; weights and biases of G*H rows;
 resets bool [T, B]; lengths int [B].
 """
 
@@ -28,7 +28,7 @@ from . import (
 from .cell import Cell
 from .engines import aten, reset_steps, triton
 
-KERNEL_DEVICES = ("cuda",)  # where "auto" is the kernels
+KERNEL_DEVICES = ("cuda",)  # where "auto" uses the kernels
 _TENSORS = (Tensor, torch.nn.Parameter)
 _PRECISIONS = (None, *precisions.PRECISIONS)
 
@@ -36,8 +36,8 @@ _PRECISIONS = (None, *precisions.PRECISIONS)
 class ScanOptions(NamedTuple):
     """The options of `functional.scan`, as modules pass them on.
 
-    reverse: for each group, whether it runs from the last step to the first. all_states: the states after each step
-    are wanted, too. padded: x is zero beyond lengths already, as packing and a layer below leave it. one_step: a
+    reverse: for each group, whether it runs from the last step to the first. all_states: also return the states after
+    each step. padded: x is already zero at padding, as after packing and in the layers above the first. one_step: a
     cell's call, x [1, B, I], for which aten and triton have kernels of their own.
     """
 
@@ -55,11 +55,11 @@ class ScanOptions(NamedTuple):
 class Case(NamedTuple):
     """The facts about one call.
 
-    steps, batch: None where a compiler does not know them. grad: gradients are wanted. real: the share of rows that are
-    not padding. onednn: oneDNN's LSTM takes such an input. plain: all tensors are torch.Tensor itself, with values.
-    exporting: to a program that torch's own layers can be in. observed: a TorchDispatchMode is active. traced: values
-    mean nothing, or operators have to be seen, so that an engine must go through its operators. problem: why neither
-    kernels nor a loop can be derived from the cell's step. refused: its kernels failed before (see `fallback`).
+    steps, batch: None if a compiler does not know them. grad: gradients are wanted. real: the share of rows that are
+    not padding. onednn: oneDNN's LSTM supports such an input. plain: all tensors are exactly torch.Tensor, with values.
+    exporting: to a program that can contain torch's own layers. observed: a TorchDispatchMode is active. traced: an
+    engine must use its operators, because tensors have no values or because the operators are recorded. problem: why
+    neither kernels nor a loop can be derived from the cell's step. refused: its kernels failed before (see `fallback`).
     """
 
     cell: str
@@ -95,9 +95,9 @@ class Case(NamedTuple):
 class Choice(NamedTuple):
     """What runs a call, and why. engine: triton, aten, loop or reference.
 
-    schedule: of triton: "" is the plan's choice; "auto", too, but there another schedule or engine may run where it
-    fails; else the one that was asked for. reset_steps: aten runs it with steps of its own for resets and padding (see
-    `engines.reset_steps`). stack: aten runs all layers of a module in one call.
+    schedule: for triton: "" is the plan's choice; "auto" is, too, but if it fails, another schedule or engine may run;
+    else the requested one. reset_steps: aten adds steps for resets and padding (see `engines.reset_steps`). stack: aten
+    runs all layers of a module in one call.
     """
 
     engine: str
@@ -110,9 +110,9 @@ class Choice(NamedTuple):
 class Call(NamedTuple):
     """The tensors of one scan, checked.
 
-    x [T, B, I] or [T, B, K, I]; states [K, B, H], of one group also [B, H], None is zero; groups: each group's w_ih,
-    w_hh, b_ih, b_hh (and w_hr, of an LSTM with a projection); stacked: the same with an axis K, where there are such
-    tensors already; params [K, P*H], of one group [P*H]; inputs [T, B, N*H]; mask: see `masks`.
+    x [T, B, I] or [T, B, K, I]; states [K, B, H], for one group also [B, H], None means zeros; groups: each group's
+    w_ih, w_hh, b_ih, b_hh (and w_hr, for an LSTM with a projection); stacked: the same with an axis K, if such tensors
+    exist already; params [K, P*H], for one group [P*H]; inputs [T, B, N*H]; mask: see `masks`.
     """
 
     x: Tensor
@@ -128,7 +128,7 @@ Result = tuple[Tensor, tuple[Tensor, ...], "tuple[Tensor, ...] | None"]
 
 
 def survey(x: Tensor, tensors: Iterable[Tensor | None]) -> tuple[bool, bool]:
-    """Of all tensors of a call: whether one requires gradients; whether each is torch.Tensor itself, with values."""
+    """Whether any tensor of a call requires gradients, and whether all are exactly torch.Tensor, with values."""
     grad, plain = x.requires_grad, type(x) in _TENSORS and x.device.type != "meta"
     for t in tensors:
         if t is not None:
@@ -160,7 +160,7 @@ def case_of(
         onnx = torch.onnx.is_in_onnx_export()
         # torch.export needs to know the number of steps, as it does for torch.nn's.
         exporting = torch.compiler.is_exporting() and isinstance(T, int) and not torch.compiler.is_dynamo_compiling()
-    # Resets of one step zero the states before it: see `prepared`.
+    # For one step, resets just zero the states before it: see `prepared`.
     resets = options.resets is not None and (compiling or jit or transforming or packed is not None or T != 1)
     onednn = (key, device.type, dtype) in aten.ONEDNN and x.dim() == (3 if packed is None else 2) and x.numel() > 0
     onednn = onednn and bool(torch.backends.mkldnn.enabled)
@@ -180,13 +180,13 @@ def case_of(
     return Case(key, backend, device, dtype, *facts)
 
 
-# Measured by benchmarks/crossover.py: benchmarks/results/crossover-cpu.md. With more threads than one torch's own gain
-# more than the loop does.
-_STEPS = {"rnn_tanh": 20, "rnn_relu": 20}  # below which the loop's call costs more than its steps save
-_OTHERS, _INFERENCE = 10, 96  # steps of the other cells; without gradients
-_WORKSPACE = 1 << 20  # T*B*H above which oneDNN's, of 16 such, is memory new in every call
-# B*H up to which oneDNN's LSTM with reset steps is faster than the loop, with gradients and without; a quarter of it
-# with lengths, for the loop leaves padding out, and nothing where less than this share of the rows is real.
+# Measured by benchmarks/crossover.py, see benchmarks/results/crossover-cpu.md. With more than one thread, torch's own
+# layers gain more than the loop.
+_STEPS = {"rnn_tanh": 20, "rnn_relu": 20}  # with fewer steps, calling the loop costs more than its steps save
+_OTHERS, _INFERENCE = 10, 96  # the same for the other cells; without gradients
+_WORKSPACE = 1 << 20  # T*B*H above which oneDNN's workspace, 16 times as large, is allocated anew in every call
+# B*H up to which oneDNN's LSTM with reset steps is faster than the loop, with gradients and without. With lengths, a
+# quarter of it, because the loop skips padding; and never if less than this share of the rows is real.
 _RESET_STEPS, _REAL = {True: 4096, False: 8192}, 0.5
 
 
@@ -243,12 +243,12 @@ def _reset_steps_fit(case: Case) -> bool:
         return False
     if case.compiling or case.jit or case.transforming:
         return False
-    # torch's own takes a packed batch, and short ones are faster by it.
+    # torch's own runs a packed batch, which is faster if it is short.
     return not case.packed or case.resets or case.steps is None or _looped(case, True)
 
 
 def _reset_steps_pay(case: Case) -> bool:
-    """Whether they are faster than the loop."""
+    """Whether oneDNN's LSTM with reset steps is faster than the loop."""
     if case.steps is None or case.batch is None:
         return True
     most = _RESET_STEPS[case.grad] // (4 if case.lengths else 1)
@@ -267,7 +267,7 @@ def aten_lacks(case: Case, reset_steps: bool = False) -> str:
 
 
 def _triton_lacks(device: torch.device, dtype: torch.dtype) -> str:
-    """Why triton cannot run there; "" if it can."""
+    """Why triton cannot run on that device and dtype; "" if it can."""
     if not backends.installed():
         return backends.NO_TRITON
     if dtype not in backends.TRITON_DTYPES:
@@ -280,13 +280,13 @@ def _triton_lacks(device: torch.device, dtype: torch.dtype) -> str:
     return f"the triton backend needs CUDA tensors, got tensors on {device}; {advice}"
 
 
-# As torch.compiler.assume_constant_result does, which imports the compiler: torch.compile asks it while it traces, and
-# does not trace the import.
+# As torch.compiler.assume_constant_result does, which imports the compiler: torch.compile calls this while tracing, and
+# cannot trace the import.
 _triton_lacks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
 
 
 def own_step(cell: str, backend: str | None, on_cpu: bool) -> bool:
-    """Whether one step of a cell is torch's own: the first rule, which a cell asks before it gathers a Case."""
+    """Whether torch's own cell runs one step: the first rule, which a cell applies before it gathers a Case."""
     if not on_cpu or cell not in backends.ATEN_CELLS or (backend or chosen.backend) not in ("auto", "aten"):
         return False
     return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
@@ -309,7 +309,7 @@ def choose(case: Case) -> Choice:
         return Choice("aten", "", asked)
     if name != "aten" and case.compiling and case.transforming:
         return Choice("reference", "", "within torch.compile, torch.func has no vmap of a Function")
-    # 2. What was asked for by name, or an error.
+    # 2. The backend that was requested by name, or an error.
     if name == "triton":
         if lacking := _triton_lacks(case.device, case.dtype):
             if lacking == backends.NO_TRITON:
@@ -352,7 +352,7 @@ def choose(case: Case) -> Choice:
 
 
 def _without_kernels(case: Case, reset_steps: bool, lacking: str) -> tuple[str, str]:
-    """What "auto" is where the kernels do not run, and why. lacking: why that cannot be aten."""
+    """What "auto" uses where the kernels do not run, and why. lacking: why it cannot use aten."""
     if case.problem:
         return "reference", f"from the step nothing else can be derived: {case.problem}"
     packed_only = "torch's own fused RNNs take lengths only packed" if case.lengths and not case.packed else ""
@@ -382,9 +382,9 @@ def _without_kernels(case: Case, reset_steps: bool, lacking: str) -> tuple[str, 
 def prepared(
     case: Case, choice: Choice, x: Tensor, states: tuple[Tensor | None, ...], options: ScanOptions
 ) -> tuple[Tensor, tuple[Tensor | None, ...], ScanOptions, Tensor | None]:
-    """x, states and options as the engine takes them, and its mask: what layers have in common.
+    """x, states and options for the engine, and its mask: the part that all layers of a module share.
 
-    Padding of x is zeroed, for it takes no part, whatever it is: NaN, too.
+    Padding of x is set to zero, so that its values, even NaN, have no effect.
     """
     if case.observed:
         flops.register()
@@ -402,7 +402,7 @@ def prepared(
 
 
 def _bits(reverse: Sequence[bool]) -> int:
-    """Bit k is set where group k is reversed."""
+    """An integer whose bit k is set if group k is reversed."""
     return sum(1 << k for k, back in enumerate(reverse) if back)
 
 
@@ -415,7 +415,7 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
         return _differentiable(cell, call, options, case, choice)
     if choice.reset_steps:
         found = reset_steps.scan(call.x, call.states, call.groups, call.mask, options.reverse)  # type: ignore[arg-type]  # there is a mask
-        # None where something is not finite, which reset steps cannot separate.
+        # None if a value is not finite, which reset steps cannot separate.
         return (*found, None) if found else _differentiable(cell, call, options, case, Choice("loop", "", choice.why))
     full = starts(call.x, call.states, call.groups, case.hidden_size)
     if choice.engine == "aten" and options.one_step:
@@ -435,13 +435,13 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
 
 
 def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Choice) -> Result:
-    """By the autograd.Function, and an engine that walks the steps."""
+    """Run the autograd.Function with an engine that runs the steps."""
     weights, params = (call.groups[0], call.params) if len(call.groups) == 1 and not call.stacked else _stacked(call)
     schedule, single, precision = choice.schedule, "", "ieee"
     if case.dtype == torch.float32 and choice.engine == "triton" and (options.precision or case.device.type == "cuda"):
         precision = precisions.of_products(options.precision, case.dtype, case.device)
     if schedule in backends.SCHEDULES:
-        # It may not fit: say so before anything runs. (A compiler cannot trace the plan; the operator says it then.)
+        # The scan may not fit: raise before anything runs. (A compiler cannot trace the plan; then the operator raises.)
         if not case.compiling:
             size = (len(call.groups), case.hidden_size)
             for backward in (False, True):
@@ -467,7 +467,7 @@ def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, ch
 
 
 def _stacked(call: Call) -> tuple[aten.Weights, Tensor | None]:
-    """The groups' weights and trained vectors with an axis K."""
+    """The groups' weights and trained vectors, stacked along an axis K."""
     params = call.params
     if call.stacked is not None:
         return call.stacked, params[None] if params is not None and params.dim() == 1 else params
@@ -477,7 +477,7 @@ def _stacked(call: Call) -> tuple[aten.Weights, Tensor | None]:
 def starts(
     x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], H: int, batch: int | None = None
 ) -> tuple[Tensor, ...]:
-    """The given states [K, B, .], zeros where there is none."""
+    """The given states [K, B, .]; zeros for one that is None."""
     K, B = len(groups), x.shape[1] if batch is None else batch
     w_hh = groups[0][1]
     sizes = (H if w_hh is None else w_hh.shape[1], *(H,) * (len(given) - 1))

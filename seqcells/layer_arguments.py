@@ -1,4 +1,4 @@
-"""What a call of a layer or of one step must be given, in torch.nn's words where those are its; see `arguments`."""
+"""Checks of the arguments of layers and cells, with torch.nn's messages where it has them; see `arguments`."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from .arguments import dtypes_differ, lengths, readable, resets, together
 
 
 def plain(module: Any, x: Any, states: Any, resets_: Any) -> tuple[list[Tensor], bool, tuple[int, int]] | None:
-    """All parameters of a Recurrent, whether a tensor of the call requires gradients, and T and B; if all about the
-    call is quickly seen to be as it should be, but for the parameters (see `plain_weights`). Else None: ask `layer`.
+    """A quick check of a Recurrent's call: its parameters, whether a tensor of the call requires gradients, and T, B.
 
-    states: a tuple, or None. Resets are plain where there is one step.
+    Returns None unless the call is quickly seen to be valid and all tensors are exactly torch.Tensor; then `layer` must
+    check it. states: a tuple, or None. Resets pass the quick check only for one step.
     """
     data = x.data if type(x) is PackedSequence else x
     if type(data) is not Tensor or data.layout is not torch.strided or data.is_nested or torch.compiler.is_compiling():
@@ -80,16 +80,16 @@ _TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def _plain_flags(resets_: Any, shape: tuple[int, ...], device: torch.device) -> bool:
-    """Whether resets are as they should be, at first sight."""
+    """Whether resets are quickly seen to be valid."""
     return (
         type(resets_) is Tensor and resets_.dtype is torch.bool and resets_.shape == shape and resets_.device == device
     )
 
 
 def layer(module: Any, weights: Sequence[Tensor], call: tuple[Any, ...]) -> tuple[Any, Tensor | None]:
-    """A Recurrent's call: x, state, resets, lengths, whether to return states, inputs by name. weights: its parameters.
+    """Check a Recurrent's call: x, state, resets, lengths, return_states, inputs by name. weights: its parameters.
 
-    Its resets and lengths as tensors, resets packed if they came packed.
+    Returns resets and lengths as tensors, resets packed if they were given packed.
     """
     x, state, resets_, lengths_, states, inputs = call
     checks.boolean("return_cell_states" if _as_torch(module) else "return_states", states)
@@ -117,7 +117,7 @@ def layer(module: Any, weights: Sequence[Tensor], call: tuple[Any, ...]) -> tupl
 
 
 def _as_torch(module: Any) -> bool:
-    """Whether it has torch.nn's names, and so its words."""
+    """Whether the module has torch.nn's argument names, and so its error messages."""
     return bool(module._hx == "hx")
 
 
@@ -127,7 +127,7 @@ _PAIR = "a tuple of two tensors (h_0, c_0) or None"
 def _padded(
     module: Any, first: Tensor, x: Any, state: Any, resets_: Any, lengths_: Any
 ) -> tuple[Sequence[Tensor], Tensor | None, Tensor | None]:
-    """Of an input that is not packed. The states, resets and lengths."""
+    """Check a call whose input is not packed. Returns the states, resets and lengths."""
     checks.tensor("input" if _as_torch(module) else "x", x, expected="a tensor or a PackedSequence")
     kind, rank = type(module).__name__, x.dim()
     if rank not in (2, 3):
@@ -150,7 +150,7 @@ def _padded(
 
 
 def _hidden(module: Any, given: Any, rank: int | None) -> Sequence[Tensor]:
-    """The states in the argument hx or state: one tensor, or several; of that rank, if one is given."""
+    """The states in the argument hx or state: one tensor, or several. rank: the expected rank; None: any."""
     if given is None:
         return ()
     name, names = module._hx, module.cell.states
@@ -161,7 +161,7 @@ def _hidden(module: Any, given: Any, rank: int | None) -> Sequence[Tensor]:
             raise RuntimeError(f"For {shape} input, {name} should also be {rank}-D but got {given.dim()}-D tensor")
         return (given,)
     if _as_torch(module):
-        # torch.nn takes a tensor's rows until it looks at the type; so says what it says of their ranks and sizes.
+        # torch.nn unpacks a tensor into its rows before it checks the type, so its errors are about ranks and sizes.
         parts = given if isinstance(given, (tuple, list)) or (isinstance(given, Tensor) and given.dim()) else ()
         expected, called = _PAIR, "hx and cx"
         fits = len(parts) >= 2
@@ -188,9 +188,9 @@ def _fit_module(
     rank: int | None = None,
     more: bool = False,
 ) -> None:
-    """What torch.nn checks before it runs. x [..., I], of that rank if one is given.
+    """The checks of torch.nn before it runs. x [..., I], of that rank if one is given.
 
-    states [layers * directions, B, .], or of more sequences, if `more`.
+    states [layers * directions, B, .]; if `more`, the states may be of more sequences.
     """
     dtype = weight.dtype
     if x.dtype != dtype and not torch._C._is_any_autocast_enabled():
@@ -214,7 +214,7 @@ def _fit_module(
 
 
 def named(what: str, given: dict[str, Any], names: Sequence[str], cell: str) -> None:
-    """TypeError where the per-step inputs of a call are not those of the cell."""
+    """TypeError unless the per-step inputs of a call are those of the cell."""
     missing, unknown = [n for n in names if n not in given], [n for n in given if n not in names]
     if missing or unknown:
         takes = f"the per-step inputs {', '.join(names)}" if names else "no per-step inputs"
@@ -225,7 +225,7 @@ def named(what: str, given: dict[str, Any], names: Sequence[str], cell: str) -> 
 def _inputs(
     module: Any, given: dict[str, Any], x: Tensor | PackedSequence, steps: int = 0, batch: int = 0
 ) -> dict[str, Tensor]:
-    """The tensors among a call's per-step inputs, whose shapes are right. steps, batch: of a packed x."""
+    """Check the shapes of a call's per-step inputs; returns their tensors. steps, batch: those of a packed x."""
     named(type(module).__name__, given, module.cell.inputs, module.cell.name)
     found: dict[str, Tensor] = {}
     for name, value in given.items():
@@ -253,14 +253,14 @@ def _inputs(
 def _packed(
     module: Any, first: Tensor, x: PackedSequence, state: Any, resets_: Any, lengths_: Any
 ) -> tuple[Sequence[Tensor], Tensor | PackedSequence | None]:
-    """Of a packed input. The states, and resets."""
+    """Check a call whose input is packed. Returns the states and resets."""
     if lengths_ is not None:
         raise ValueError("lengths cannot be given with a PackedSequence, which has its own")
     packed("input" if _as_torch(module) else "x", x)
     data, batch_sizes, order, _ = x
     states = _hidden(module, state, None)
     batch = packed_batch(x, states)
-    # Of states that are put in order, as in torch.nn, there may be more.
+    # As in torch.nn, states that are to be sorted may be of more sequences.
     _fit_module(module, first, data, states, batch, rank=2, more=order is not None)
     _rows("input" if _as_torch(module) else "x", x)
     if isinstance(resets_, PackedSequence):
@@ -274,17 +274,17 @@ def _packed(
 
 
 def packed_batch(input: PackedSequence, states: Sequence[Tensor | None]) -> int:
-    """The sequences in a PackedSequence."""
+    """The number of sequences in a PackedSequence."""
     if input.sorted_indices is not None:
         return input.sorted_indices.shape[0]
     given = states[0] if len(states) else None
     if torch.compiler.is_compiling() and given is not None and given.dim() == 3:
-        return given.shape[1]  # without a value that a compiler could not know
+        return given.shape[1]  # does not depend on a value that a compiler cannot know
     return int(input.batch_sizes[0])
 
 
 def _well_packed(given: PackedSequence) -> int:
-    """B, if a PackedSequence on the CPU is as torch makes it; else 0. What is wrong, `packed` and `_rows` say."""
+    """B if a PackedSequence on the CPU is valid, else 0: the slower `packed` and `_rows` say why."""
     data, sizes, order, back = given
     if sizes is None:
         return 0
@@ -302,7 +302,7 @@ def _well_packed(given: PackedSequence) -> int:
 
 
 def packed(name: str, given: PackedSequence) -> None:
-    """A PackedSequence that somebody may have made by hand."""
+    """Check a PackedSequence, which may have been made by hand."""
     data, sizes, order, back = given
     checks.tensor(f"{name}.data", data)
     checks.tensor(f"{name}.batch_sizes", sizes)
@@ -318,14 +318,14 @@ def packed(name: str, given: PackedSequence) -> None:
 
 
 def _rows(name: str, given: PackedSequence) -> None:
-    """RuntimeError where a PackedSequence has not the rows that its batch_sizes say."""
+    """RuntimeError unless a PackedSequence has the number of rows that its batch_sizes say."""
     count = given.data.shape[0] if given.data.dim() else 0
     if readable(given.batch_sizes) and (expected := sum(given.batch_sizes.tolist())) != count:
         raise RuntimeError(f"{name}.data must have the {expected} rows of {name}.batch_sizes, got {count}")
 
 
 def _packed_indices(name: str, order: Any, back: Any, batch: int | None, device: torch.device) -> None:
-    """sorted_indices and unsorted_indices: none, or a permutation and its inverse."""
+    """Check sorted_indices and unsorted_indices: None, or a permutation and its inverse."""
     if order is None and back is None:
         return
     for field, of in (("sorted_indices", order), ("unsorted_indices", back)):
@@ -347,7 +347,7 @@ def _packed_indices(name: str, order: Any, back: Any, batch: int | None, device:
 
 
 def _same_order(input: PackedSequence, given: PackedSequence, name: str = "resets") -> None:
-    """RuntimeError where packed resets, or per-step inputs, are not packed as the input is."""
+    """RuntimeError unless packed resets or per-step inputs are packed like the input."""
     if backends.traced():
         return
     if not torch.equal(given.batch_sizes, input.batch_sizes):
@@ -362,7 +362,7 @@ def _same_order(input: PackedSequence, given: PackedSequence, name: str = "reset
 
 
 def _few(values: list[int]) -> str:
-    """A list in a message, cut short."""
+    """A list for a message, shortened."""
     return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:8]))}, ...]"
 
 
@@ -372,9 +372,9 @@ def _few(values: list[int]) -> str:
 def step(
     module: Any, x: Any, states: Sequence[Any] | None, inputs: dict[str, Any], weights: dict[str, tuple[int, ...]]
 ) -> None:
-    """A RecurrentCell's call: what it does not ask at each step, since only a failure makes it worth asking.
+    """Check a RecurrentCell's call, after a failure: checks before each step would cost time.
 
-    weights: the shapes of the parameters, by name. Other shapes are the module's own to check.
+    weights: the shapes of the parameters, by name. The module checks other shapes itself.
     """
     checks.tensor("input" if _as_torch(module) else "x", x)
     for i, s in enumerate(states or ()):
@@ -392,7 +392,7 @@ def step(
 
 
 def rate(dropout: Any) -> float:
-    """dropout as a float; what float raises, in words that name it."""
+    """dropout as a float. Raises as float does, with a message that names dropout."""
     try:
         return float(dropout)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
@@ -404,7 +404,8 @@ _DROPOUT = "dropout should be a number in range [0, 1] representing the probabil
 
 
 def sizes(given: tuple[Any, ...], stacklevel: int) -> None:
-    """torch.nn's checks, in its words and order; and of bidirectional, at whose type it stumbles when called.
+    """torch.nn's checks, with its messages and in its order. Also checks bidirectional's type, which torch.nn's does
+    not until the call.
 
     given: input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size.
     """

@@ -50,10 +50,10 @@ def autocast(
     more: tuple[Any, Any] = (None, None),
     one_step: bool = False,
 ) -> tuple[Tensor, tuple[Tensor | None, ...], Groups, tuple[Any, Any]]:
-    """x, states, weights, and params and inputs (see `run`), in the dtype in which torch's own cell answers."""
+    """x, states, weights, and params and inputs (see `run`), cast to the dtype of the results of torch's own cell."""
     dtype, low = torch.get_autocast_dtype(x.device.type), (torch.float16, torch.bfloat16, torch.float32)
     if x.device.type == "cpu" and (cell in ("gru", "gru_before") or (cell == "lstm" and one_step)):
-        # There torch has no fused kernel to cast for. It rounds the products' operands, and the state keeps its dtype.
+        # Here torch has no fused kernel to cast for: it rounds the products' operands, and states keep their dtype.
         dtype = torch.promote_types(dtype, next((s.dtype for s in states if s is not None), x.dtype))
 
     def cast(tensors: Iterable[Any]) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""What runs a call: triton (the fused kernels), loop (a loop in torch operations) and aten (torch's own fused RNNs).
+"""The engines, which run a call: triton (the fused kernels), loop (torch operations), aten (torch's own fused RNNs).
 
 `dispatch` chooses among them and the reference.
 """

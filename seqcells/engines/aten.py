@@ -19,13 +19,13 @@ _STEPS: dict[str, Any] = {
     "rnn_relu": torch.rnn_relu_cell,
 }
 LAYERS: dict[str, Any] = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
-# What oneDNN has by operators of its own. Asked here: torch.compile cannot trace the question.
+# What oneDNN runs by its own operators. Found at import, because torch.compile cannot trace the question.
 ONEDNN = {("lstm", "cpu", torch.float32)} if torch.backends.mkldnn.is_available() else set()
 Weights = Sequence["Tensor | None"]  # w_ih, w_hh, b_ih, b_hh and, of an LSTM with a projection, w_hr
 
 
 def _flat(weights: Weights) -> list[Tensor]:
-    """The weights as torch's RNNs want them: both biases or neither."""
+    """The weights for torch's RNNs: both biases or neither."""
     w_ih, w_hh, b_ih, b_hh, *projection = weights
     if (b_ih is None) != (b_hh is None):
         given = b_hh if b_ih is None else b_ih
@@ -45,7 +45,7 @@ def stack(
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
     """y and the final states of all layers of a module in one call, over x [T, B, I] or a PackedSequence's data.
 
-    states [layers * directions, B, .], None is zero; weights: of each layer and direction, in torch's order.
+    states [layers * directions, B, .], None means zeros; weights: those of each layer and direction, in torch's order.
     """
     H, own, rows = module.hidden_size, LAYERS[module.cell.key], len(module._all_weights)
     hx: Any = states if len(states) > 1 else states[0]
@@ -53,7 +53,7 @@ def stack(
         zero = x.new_zeros(rows, batch, module.proj_size or H)
         hx = (zero, x.new_zeros(rows, batch, H) if module.proj_size else zero) if len(states) > 1 else zero
     rate = module.dropout if module.training else 0.0
-    # cuDNN saves what its backward needs only in training mode; and what is traced may be trained.
+    # cuDNN saves what its backward needs only in training mode, and a traced program may be trained.
     train = rate > 0 or grad or torch.jit.is_tracing()
     options = (module.bias, module.num_layers, rate, train, module.bidirectional)
     if batch_sizes is None:
@@ -70,7 +70,7 @@ def scan(
     groups: Sequence[Weights],
     options: tuple[Tensor | None, tuple[bool, ...]],
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """One layer's groups: in one call where they are a layer's directions, else one after another.
+    """One layer's groups: in one call if they are a layer's two directions, else one after another.
 
     x [T, B, I] or [T, B, K, I]; states [K, B, .]; options: lengths, and whether each group is reversed.
     """
@@ -90,7 +90,7 @@ def scan(
     outputs, finals = [], []
     for k in range(K):
         mine = x if x.dim() == 3 else x[:, :, k]
-        # A reversed group alone: to run a second direction only to drop the first would be waste.
+        # A reversed group alone: running both directions only to drop the first would be a waste.
         if reverse[k] and lengths is not None:
             raise RuntimeError("the aten backend takes lengths only with both directions: use backend='loop'")
         mine = mine.flip(0) if reverse[k] else mine
@@ -101,7 +101,7 @@ def scan(
 
 
 def _trains(*tensors: Tensor) -> bool:
-    """Whether torch's own are to run in training mode, without which cuDNN does not keep what its backward needs."""
+    """Whether torch's own run in training mode, without which cuDNN does not save what its backward needs."""
     if torch.jit.is_tracing():  # a trace may be trained
         return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
@@ -127,7 +127,7 @@ def layer(
 
 
 def step(cell: str, x: Tensor, states: tuple[Tensor, ...] | None, weights: Weights) -> tuple[Tensor, ...]:
-    """torch's own fused cell. x [B, I]; states [B, H], None is zero."""
+    """torch's own fused cell. x [B, I]; states [B, H], None means zeros."""
     if states is None:
         assert weights[1] is not None
         zero = x.new_zeros(x.shape[0], weights[1].shape[1])
@@ -138,7 +138,7 @@ def step(cell: str, x: Tensor, states: tuple[Tensor, ...] | None, weights: Weigh
 
 
 def onednn(cell: str, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether oneDNN runs it, by operators of its own."""
+    """Whether oneDNN runs the cell, by its own operators."""
     return (cell, device.type, dtype) in ONEDNN and bool(torch.backends.mkldnn.enabled)
 
 
@@ -156,7 +156,7 @@ def _directions(x: Tensor, states: Sequence[Tensor], groups: Sequence[Weights]) 
     return y, tuple(final)
 
 
-_MODE = 2  # an LSTM, to mkldnn_rnn_layer
+_MODE = 2  # mkldnn_rnn_layer's number for an LSTM
 _forward: Any = torch.ops.aten.mkldnn_rnn_layer.default
 _backward: Any = torch.ops.aten.mkldnn_rnn_layer_backward.default
 
@@ -173,7 +173,7 @@ def _call(
     train: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, h_n and c_n, shaped as h0 and c0, and oneDNN's workspace."""
-    # oneDNN keeps a workspace for backward only where gradients are enabled; nothing of this is recorded.
+    # oneDNN returns a workspace for backward only if gradients are enabled. Autograd records none of this.
     given = [t.detach().contiguous() for t in (x, w_ih, w_hh, b_ih, b_hh, h0, c0)]
     with torch.set_grad_enabled(train):
         return _forward(*given, reverse, [], _MODE, w_hh.shape[1], 1, True, False, False, train)
@@ -219,7 +219,7 @@ def _(dy: Any, dh: Any, dc: Any, *inputs: Any) -> tuple[Tensor, ...]:
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    # The workspace's size is known to oneDNN alone, so a compiler cannot pass it on: backward makes it anew.
+    # Only oneDNN knows the workspace's size, so a compiler cannot pass it on: backward computes it again.
     *tensors, ctx.reverse = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)

@@ -1,9 +1,9 @@
-"""Resets and lengths for oneDNN's LSTM, which lacks them: by extra steps, which two more inputs mark.
+"""Resets and lengths for oneDNN's LSTM, which lacks them, by extra steps that are marked by two extra inputs.
 
-A clearing step stands before each step at which an episode begins: with i, f and o shut, c and h are zero after it.
-Holding steps follow a sequence's end: with i and o shut and f open, c stays. An input of 1e30 shuts and opens exactly,
+A clearing step is inserted before each step with a reset: with the gates i, f and o closed, c and h are zero after it.
+Padding becomes steps with i and o closed and f open, so that c stays. An input of 1e30 closes and opens gates exactly,
 since sigmoid is 0 or 1 there and its derivative 0: values and gradients are those without such steps, as long as they
-are finite. (The results are no views: people detach states in place.)
+are finite. (The results are not views, because users detach states in place.)
 """
 
 from __future__ import annotations
@@ -21,9 +21,10 @@ FAR = 1e30
 
 
 def _steps(mask: Tensor, back: bool, given: bool) -> tuple[packing.Layout, Tensor, Tensor]:
-    """Where the steps go, the two marks of each [T', B, 2], and each sequence's last row of T'*B rows.
+    """The positions of the steps, their two marks [T', B, 2], and each sequence's last row among T'*B rows.
 
-    A Layout of T*B rows to T' steps: those that are padding are marked. given: there are states to clear at the start.
+    The positions are a Layout of T*B rows in T' steps; padding is marked. given: initial states are given, which a
+    reset at the first step must clear.
     """
     T, B = mask.shape
     ended, step = held(mask), torch.arange(T, device=mask.device)[:, None]
@@ -50,9 +51,9 @@ def _steps(mask: Tensor, back: bool, given: bool) -> tuple[packing.Layout, Tenso
 def scan(
     x: Tensor, states: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], mask: Tensor, reverse: Sequence[bool]
 ) -> tuple[Tensor, tuple[Tensor, ...]] | None:
-    """One layer's groups, one after another: y [T, B, K*H] and h_n, c_n [K, B, H]; None where `_layer` gives None.
+    """One layer's groups, one after another: y [T, B, K*H] and h_n, c_n [K, B, H]; None if `_layer` returns None.
 
-    x [T, B, I] or [T, B, K, I]; states [K, B, H], of one group also [B, H]; mask: see `masks`.
+    x [T, B, I] or [T, B, K, I]; states [K, B, H], for one group also [B, H]; mask: see `masks`.
     """
     found = []
     for k, weights in enumerate(groups):
@@ -68,9 +69,9 @@ def scan(
 def _layer(
     x: Tensor, h0: Tensor | None, c0: Tensor | None, weights: aten.Weights, mask: Tensor, back: bool
 ) -> tuple[Tensor, Tensor, Tensor] | None:
-    """y [T, B, H], h_n and c_n [1, B, H] of one direction; x is finite where there is padding. h0, c0 [1, B, H].
+    """y [T, B, H], h_n and c_n [1, B, H] of one direction; x must be finite at padding. h0, c0 [1, B, H].
 
-    None where something is not finite: zero times that would cross what clears.
+    None if a value is not finite: clearing multiplies by zero, which would turn it into NaN.
     """
     w_ih, w_hh, b_ih, b_hh = weights
     assert w_ih is not None and w_hh is not None

@@ -1,12 +1,13 @@
 """The engine triton: the kernels, and around them the products that do not depend on the step before.
 
-Those are ordinary tensor operations, which compilers and torch.func see through: the input's product of all steps and
-the weight gradients, one large product each. The kernels are torch.library operators (called straight away where
-nothing traces, for the dispatcher costs tens of microseconds), with the fakes that torch.compile and torch.export ask
-for and with rules for vmap. Their argument schedule: "" for the plan's choice, a schedule's name, or "auto": the plan's
-choice, and if it does not compile or launch another, and at last the same in torch operations (see `fallback`).
+Those products are ordinary tensor operations, which compilers and torch.func can trace: the input's product for all
+steps and the weight gradients, one large product each. The kernels are torch.library operators, with fake
+implementations for torch.compile and torch.export, and vmap rules. If nothing is tracing, their functions are called
+directly, because the dispatcher costs tens of microseconds. Their argument schedule is "" for the plan's choice, a
+schedule's name, or "auto": the plan's choice; if that does not compile or launch, another schedule; and at last torch
+operations (see `fallback`).
 
-triton is imported by the first call.
+The first call imports triton.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from .loop import part_of, projected
 
 @lru_cache(maxsize=1 << 12)
 def _planned(cell: str, batch: int, size: tuple[int, int, int], device: torch.device, asked: tuple[Any, ...]) -> Plan:
-    """size: K, H, bytes an element; asked: schedule, precision, backward, avoid."""
+    """The cached plan. size: K, H, bytes per element; asked: schedule, precision, backward, avoid."""
     schedule, precision, backward, avoid = asked
     options: Any = {"B": batch, "H": size[1], "groups": size[0], "itemsize": size[2], "avoid": avoid}
     options |= {"device": kernels.scan.device_facts(device), "schedule": schedule or None, "precision": precision}
@@ -48,13 +49,14 @@ def plan_for(
     backward: bool,
     avoid: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan of a scan of a size, K and H, in like's dtype. schedule: "" chooses. Raises as `plan` does."""
+    """The plan of a scan. size: K and H; like: a tensor of its dtype and device; schedule: "" for the plan's choice.
+    Raises as `plan`."""
     asked = (schedule, precision, backward, avoid)
     return _planned(cell, batch, (*size, like.element_size()), like.device, asked)
 
 
 def _launch(launch: kernels.scan.Launch) -> None:
-    """`scan.run`; raises fallback.Failed where the kernel does not compile or launch."""
+    """`scan.run`; raises fallback.Failed if the kernel does not compile or launch."""
     fallback.guarded(partial(kernels.scan.run, launch))
 
 
@@ -65,7 +67,7 @@ def _attempts(planned: Callable[..., Plan], call: Callable[..., Any]) -> Iterato
         try:
             chosen = planned(schedule="", avoid=avoid)
         except ValueError as error:
-            if not avoid:  # nothing ever fitted: `call` raises it again
+            if not avoid:  # no schedule fits at all: `call` raises the error again
                 yield "any", partial(_raise, error)
             return
         yield chosen.schedule, partial(call, plan=chosen, launch=_launch)
@@ -81,13 +83,13 @@ def _kernel(cell: str, direction: str, like: Tensor, u: Tensor) -> fallback.Kern
 
 
 def _tiles(cell: str, kept: Tensor) -> Tensor:
-    """The kernels' saved words of what the loop engine saves [T, B, K, S*H]."""
+    """What the loop engine saves [T, B, K, S*H], in the kernels' packed format."""
     order = list(part_of(cell).order)
     return pack_saved(kept.unflatten(3, (len(order), -1))[:, :, :, order])
 
 
 def _kept(cell: str, words: Tensor, dtype: torch.dtype) -> Tensor:
-    """The opposite of `_tiles`."""
+    """The inverse of `_tiles`."""
     order = part_of(cell).order
     back = [order.index(n) for n in range(len(order))]
     return unpack_saved(words, len(order), dtype)[:, :, :, back].flatten(3, 4)
@@ -217,7 +219,7 @@ def _single_forward(
     input_precision: str,
     params: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """See kernels.single.forward: one step, x [B, I]; what scan_forward gives of one step, but all states [B, H].
+    """See kernels.single.forward: one step, x [B, I]. Returns what scan_forward does for one step, with states [B, H].
 
     Weights and biases in the cell's order."""
     declared, at, w = kernels.cells.get(cell), places(cell), w_ih[None]
@@ -272,7 +274,7 @@ def _(x: Tensor, w_ih: Tensor, w_hh: Any, b_ih: Any, b_hh: Any, h0: Any, c0: Any
 
 
 def _grouped(*tensors: Tensor | None) -> list[Tensor | None]:
-    """w_ih, w_hh, b_ih, b_hh, params of groups as they are; of one group without an axis for it, with one."""
+    """w_ih, w_hh, b_ih, b_hh and params with an axis of groups, which is added if it was left out."""
     w_ih = tensors[0]
     assert w_ih is not None
     return list(tensors) if w_ih.dim() == 3 else [None if t is None else t[None] for t in tensors]
@@ -303,13 +305,13 @@ def forward(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -
     shown = [outputs(s, options.reversed) for s in ((y, c) if options.states else (y,))]
     padding = None if mask is None else masks.held(mask)
     if padding is not None and options.reversed and not (h0 is None and c0 is None):
-        # A reversed group waits in its given start, which its buffer holds, until its row begins.
+        # In a reversed group, padding comes first: the buffer contains the initial state until the row begins.
         shown = [s.masked_fill(padding[..., None, None], 0) for s in shown]
     return (shown[0].flatten(2), *_finals(at, *final), *(s.flatten(2) for s in shown[1:])), (y, c, saved)
 
 
 def _finals(at: Places, first: Any, others: Any) -> tuple[Any, ...]:
-    """Those of the two that users see."""
+    """Those of the two final states that users see."""
     return (others,) if at.output else (first, others)[: at.states]
 
 
@@ -331,7 +333,7 @@ def backward(
     dhn = None if at.output else rest.pop(0)
     dcn, dcs = (*rest, None, None)[:2]
     dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, -1) for d in (dy, dcs))
-    if options.single:  # whose states have no axis of groups
+    if options.single:  # states have no axis of groups
         dhn, dcn = (None if d is None else d[None] for d in (dhn, dcn))
     run = scan_backward if options.traced else _scan_backward
     told = (options.cell, options.reversed, options.schedule, options.precision, params)
@@ -346,7 +348,7 @@ def backward(
     if need[5] or need[6]:
         db_ih, db_hh = products.bias_gradients(at, dgx, dhu, H)
     found = [dx, dh0, dc0, dw_ih, dw_hh, db_ih, db_hh, dparams, dinputs]
-    # In the shapes the inputs had; the optional ones answer with None where they were None.
+    # In the inputs' shapes; the gradient of an input that is None is None.
     return tuple(
         g.reshape(t.shape) if n and g is not None and t is not None else None
         for g, t, n in zip(found, inputs, need, strict=True)

@@ -1,12 +1,12 @@
-"""The loop over time in torch operations, forward and backward by hand: an engine (see `autograd`) that runs anywhere.
+"""The loop over time in torch operations, with a hand-written backward: an engine (see `autograd`) for any device.
 
-It lies between `reference`, where autograd differentiates every step, and the kernels. A step is as few operations as
-there can be (`cells`), resets and padding are taken out before (`stretches`), and what does not depend on a
-neighbouring step is done for many at once (`steps`): the derivatives of the activations, the input's product, the
-weight gradients.
+It lies between `reference`, where autograd differentiates every step, and the kernels. A step takes as few operations
+as possible (`cells`). Resets and padding are removed beforehand (`stretches`). What does not depend on a neighbouring
+step is done for many steps at once (`steps`): the derivatives of the activations, the input's product, the weight
+gradients.
 
-`layer` and `gradients` are the engine's forward and backward, called directly, or as the `operators` that compilers
-and torch.func trace. `projected` is the steps alone, in the kernels' buffers, for where a kernel fails.
+`layer` and `gradients` are the engine's forward and backward. They are called directly, or as the `operators` that
+compilers and torch.func trace. `projected` runs only the steps, on the kernels' buffers, if a kernel fails.
 """
 
 from __future__ import annotations

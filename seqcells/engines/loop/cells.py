@@ -1,43 +1,44 @@
-"""The cells of the loop engine: a step's operations in torch, forward and backward, as few as there can be.
+"""The cells of the loop engine: a step's torch operations, forward and backward, as few as possible.
 
-On the CPU a small step costs what its operations cost to call, so their number is what counts. They work in place on
-columns of one buffer: one product fills all gates, one sigmoid or one multiplication serves neighbouring ones. What
-does not depend on a neighbouring step (`coefficients`) is done for many steps at once. The formulas are in
-kernels/cells.
+On the CPU, the time of a small step is the overhead of calling its operations, so their number counts. They work in
+place on columns of one buffer: one product fills all gates, and one sigmoid or one multiplication is applied to
+neighbouring gates. What does not depend on a neighbouring step (`coefficients`) is done for many steps at once. The
+formulas are in kernels/cells.
 
-Rows are those of a `stretches.RowOrder`: each step has sizes[k] of them, a leading part of the step's before. A step
-forward works on a buffer x [rows, width*H]: the tiles of gx, and the products that are apart. A step backward works on
-p [rows, gradient_width*H], the gradients of the same. A part of the engine, a class here or a `derived.Generated`, has
+Rows are those of a `stretches.RowOrder`: step k has sizes[k] rows, a leading part of the rows of the step before. A
+step forward works on a buffer x [rows, width*H]: the tiles of gx, and the products that are apart. A step backward
+works on p [rows, gradient_width*H], the gradients of the same. A part of the engine, a class here or a
+`derived.Generated`, has
 
     gates, states, params    as `kernels.form.Form`
     saved            columns of what is saved for backward, in units of H
     width            columns of x in units of H; 0: the gate is the output itself, and its product is formed there
     saves_all        whether all of x is saved
     columns, apart   the columns in x of gx's tiles, and of the products apart
-    zeroed           columns of x that begin with zero
-    order            which columns of what is saved are the kernels' saved tiles, in their order
-    operands         how many are no state
+    zeroed           columns of x that are initialized to zero
+    order            which saved columns are the kernels' saved tiles, in the kernels' order
+    operands         the number of operands that are not states
     gradient_width   columns of p in units of H
     grads, apart_grads, param_grads    the columns in p of gx's tiles and of the products apart; the first parameter's
     rows             the products, in the order in which `products` returns their rows of the weights
-    scratch_forward, scratch_backward    how many tensors [rows of a step, H] to work in
-    forward_weights(u), backward_weights(u)    the recurrent weights [products*H, H] as forward and activate take them,
-                     and as backward does
-    save(into, x, H) copies from x what is saved, where that is not all
+    scratch_forward, scratch_backward    the number of scratch tensors [rows of a step, H]
+    forward_weights(u), backward_weights(u)    the recurrent weights [products*H, H] in the form for forward and
+                     activate, and in that for backward
+    save(into, x, H) copies from x what is saved, if that is not all of x
     activate(x, h, c, u)    the gates of any number of rows at once, in place
     forward(sizes, x, h, c, y, cs, u, scratch)    steps in turn: y and cs (all c) are filled. Returns the last h and c
-    coefficients(p, saved, h, c, y, after, params)    fills p with the factors by which each gate's gradient is one that
-                     backward knows, from h and c before and y and c after; returns what else backward needs of these
-                     rows
+    coefficients(p, saved, h, c, y, after, params)    fills p with factors: each gate's gradient is its factor times a
+                     gradient that backward has. h and c are the states before, y and after those after the step.
+                     Returns what else backward needs of these rows
     backward(sizes, p, saved, others, grads, u, scratch)    steps backward: p becomes the gates' gradients. others: what
                      coefficients returned. grads: dh of each step; dc, that of c; what each step adds to it, or None;
-                     and of each step the tensor to which the gradient of the step before is added
+                     and for each step the tensor to which the gradient of the step before is added
     products(p, others, h, c)    pairs (gates' gradients, operand) whose products are the recurrent weights' gradient,
                      one part of its rows after another
-    stored(others)   the operands that are no state
+    stored(others)   the operands that are not states
 
-c are all states but the first, side by side. u, but in forward_weights and backward_weights, has the parameters'
-vectors after the weights.
+c are all states except the first, concatenated. u has the trained vectors after the weights, except in forward_weights
+and backward_weights.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def last_first(t: Tensor, H: int) -> Tensor:
 
 
 class Tuned:
-    """What the cells here have in common: all of x is saved, and p has the same columns."""
+    """The base class of the cells here: all of x is saved, and p has the same columns."""
 
     params, operands, saves_all, scratch_forward, scratch_backward = 0, 0, True, 1, 1
     zeroed: tuple[int, ...] = ()
@@ -75,7 +76,7 @@ class Tuned:
 
 
 class LSTM(Tuned):
-    """x: o i f g. The three sigmoids are neighbours, and so are the three gates that reach c."""
+    """x: o i f g. The three sigmoids are adjacent, and so are the three gates that c depends on."""
 
     gates, states, saved, width, gradient_width, param_grads = 4, 2, 4, 4, 4, 4
     order = columns = grads = (1, 2, 3, 0)
@@ -148,7 +149,8 @@ class LSTM(Tuned):
 
 
 class GRU(Tuned):
-    """x: n r z q, q the inner product: the input's product goes to n r z, and the recurrent one to r z q."""
+    """x: n r z q, where q is the inner product. The input's product fills n r z, and the recurrent one is added to
+    r z q."""
 
     gates, states, saved, width, gradient_width, param_grads = 3, 1, 4, 4, 4, 4
     order, columns, grads = (1, 2, 0, 3), (1, 2, 0), (1, 2, 0)
@@ -208,7 +210,7 @@ class GRU(Tuned):
 
 
 class GRUBefore(Tuned):
-    """x: r z n. The sigmoids are neighbours, and so are the gates that the gradient of h reaches first."""
+    """x: r z n. The sigmoids are adjacent, and so are the gates that the gradient of h reaches first."""
 
     gates, states, saved, width, gradient_width, param_grads = 3, 1, 3, 3, 3, 3
     order = columns = grads = rows = (0, 1, 2)
@@ -276,7 +278,7 @@ class GRUBefore(Tuned):
 
 
 class Tanh(Tuned):
-    """x is empty: y is all that backward needs."""
+    """x is empty: backward needs only y."""
 
     gates, states, saved, width, gradient_width, param_grads = 1, 1, 0, 0, 1, 1
     order, columns, grads, apart_grads, rows = (), (0,), (0,), (), (0,)
@@ -318,8 +320,8 @@ class Tanh(Tuned):
 
 
 class Relu(Tanh):
-    """Its derivative is no factor: torch's backward of relu is 0 where y is 0, even for a gradient of inf or NaN, and
-    the gradient itself where y is NaN."""
+    """Its derivative is not a factor: torch's backward of relu is 0 where y is 0, even for a gradient of inf or NaN,
+    and the gradient itself where y is NaN."""
 
     activation = torch.relu_
 

@@ -1,12 +1,12 @@
-"""A derived cell for the loop: its step as torch operations, from the graph that its kernels are printed from.
+"""A derived cell for the loop: its step as torch operations, from the same graph as its kernels.
 
-A step forward works on columns of one buffer, x: a column of H for each tile of gx, to which the products that only add
-are added in place, and one for each product that is apart. Functions of one such column work in place, too, and those
-of neighbours are one operation. A step back is linear in the gradients that it is given. So what multiplies them, the
-coefficients, is formed for many steps at once, in the columns of p that then become the gates' gradients, or beside
-them (`others`): the loop back only multiplies and adds.
+A step forward works on columns of one buffer x: one column of H for each tile of gx, to which products that are only
+summed with it are added in place, and one for each product that is apart. Functions of one such column also work in
+place, and adjacent columns share one operation. A step backward is linear in its incoming gradients. So their factors,
+the coefficients, are computed for many steps at once, in the columns of p that then become the gates' gradients, or in
+separate tensors (`others`): the loop backward only multiplies and adds.
 
-`cells` says what a part of the engine is; `Generated` is one.
+`Generated` is a part of the engine, see `cells`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .printing import compiled
 
 
 class Generated(Layout):
-    """found: what was derived. source: the functions."""
+    """found: the derived cell. source: the source of its functions."""
 
     def __init__(self, found: Parts) -> None:
         super().__init__(found)
@@ -38,21 +38,21 @@ class Generated(Layout):
             setattr(self, name, made[name])
 
     def forward_weights(self, u: Tensor) -> list[Tensor]:
-        """Of u [products*H, H]: for each run of products in x its weights, transposed."""
+        """From u [products*H, H]: for each run of products in x its weights, transposed."""
         H = u.shape[1]
         return [blocks(u, numbers, H, 0).t().contiguous() for runs in self.products_in for _, numbers in runs]
 
     def backward_weights(self, u: Tensor) -> list[Tensor]:
-        """Of u [products*H, H]: for each run of products in p its weights."""
+        """From u [products*H, H]: for each run of products in p its weights."""
         return [blocks(u, numbers, u.shape[1], 0) for runs in self.products_back for _, numbers in runs]
 
     def save(self, into: Tensor, x: Tensor, H: int) -> None:
-        """Copies what is saved from x [rows, width*H] into [rows, saved*H]."""
+        """Copy what is saved from x [rows, width*H] to into [rows, saved*H]."""
         for n, column, count in self.saved_runs:
             into[:, n * H : (n + count) * H] = x[:, column * H : (column + count) * H]
 
     def stored(self, others: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Of what `coefficients` returned, the operands that are no state."""
+        """The operands that are not states, from what `coefficients` returned."""
         return others[len(others) - len(self.form.stored) :]
 
     def _operand(self, number: int, others: Sequence[Tensor], h: Tensor, c: Tensor | None) -> Tensor:
@@ -62,7 +62,7 @@ class Generated(Layout):
         return h if state == 0 or c is None else c[:, (state - 1) * H : state * H]
 
     def products(self, p: Tensor, others: Sequence[Tensor], h: Tensor, c: Tensor | None) -> list[tuple[Tensor, Tensor]]:
-        """Pairs whose products are the gradient of U, in the order of `rows`."""
+        """Pairs (gates' gradients, operand) whose products are the gradient of U, in the order of `rows`."""
         H = h.shape[1]
         return [
             (p[:, column * H : (column + len(numbers)) * H], self._operand(o, others, h, c))
@@ -75,7 +75,7 @@ _FOUND: dict[str, Generated] = {}
 
 
 def get(key: str) -> Any:
-    """The part of the cell of that key: a tuned one, or one derived from its step at the first use."""
+    """The part for the cell of that key: hand-tuned, or derived from the cell's step at the first use."""
     if key in CELLS:
         return CELLS[key]
     parts = defined(key)._derived.parts

@@ -1,4 +1,4 @@
-"""A layer by the loop, backward. The gradients of weights are summed piece by piece, right after the steps."""
+"""The loop engine's backward. The weights' gradients are summed piece by piece, right after the steps."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ def backward(
     grads: Sequence[Tensor | None],
     need: Sequence[bool],
 ) -> Gradients:
-    """The engine's backward: the gradients of the 9 inputs, in their shapes; None where `need` says so. buffers: those
-    of forward, traced as it was; saved None: it is recomputed. grads: of its outputs."""
+    """The engine's backward: the gradients of the 9 inputs, in their shapes; None where `need` is false.
+
+    buffers: those of forward, which must have been traced or not as this is; if saved is None, it is recomputed. grads:
+    the gradients of forward's outputs.
+    """
     if options.traced:
         found = _traced(options, inputs, mask, buffers, grads, need)
     else:
@@ -44,7 +47,7 @@ def _traced(
     grads: Sequence[Tensor | None],
     need: Sequence[bool],
 ) -> Gradients:
-    """By the operator, of one sample."""
+    """`backward` by the operator, with one sample."""
     given, (dy, dhn, dcn, dcs) = grouped(inputs), of_outputs(options, grads)
     assert given[3] is not None
     K = given[3].shape[0]
@@ -56,7 +59,7 @@ def _traced(
 
 
 def of_outputs(options: Options, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """dy, dhn, dcn, dcs of the gradients of outputs."""
+    """dy, dhn, dcn and dcs, from the outputs' gradients."""
     dy, *others = grads
     dhn = None if places(options.cell).output else others.pop(0)
     return dy, dhn, *(*others, None, None)[:2]
@@ -71,8 +74,8 @@ def layer_gradients(
     need: Sequence[bool],
     samples: int = 1,
 ) -> Gradients:
-    """`backward`, in shapes of as many elements. Of more samples than one, those of weights are [samples, K, .], one of
-    each sample, which is an equal part of the B sequences."""
+    """`backward`, but results may have other shapes with the same number of elements. With more than one sample, the
+    gradients of weights are [samples, K, .]; each sample is an equal part of the B sequences."""
     x, w_ih, given = inputs[0], inputs[3], inputs[8]
     assert x is not None and w_ih is not None
     T, B, K = *x.shape[:2], 1 if w_ih.dim() == 2 else w_ih.shape[0]
@@ -98,12 +101,12 @@ def layer_gradients(
 
 
 def _of_groups(each: Any, apart: bool) -> Any:
-    """The gradient of the groups' input: side by side where each has its own (apart), else their sum."""
+    """The gradient of the groups' input: concatenated if each has its own (apart), else their sum."""
     return None if each[0] is None else torch.stack(each, 1) if apart else sum(each[1:], each[0])
 
 
 def scan_back(group: Group, states: Any, rows: Sequence[Any], finals: Sequence[Any], sums: Sums) -> Any:
-    """steps.scan_backward, the gradients of outputs in the order of time. Returns inference tensors."""
+    """steps.scan_backward, with the outputs' gradients in the order of time. Returns inference tensors."""
     order = group.order
     copies = [None if d is None else lambda into, a, b, d=d: into.copy_(order.of(d, a, b)) for d in rows]
     with torch.inference_mode():
@@ -151,26 +154,29 @@ class Sums:
         weights.add(p, x, pairs)
 
     def results(self, starts: Sequence[Tensor], need: Sequence[bool]) -> Gradients:
-        """The 9 gradients, dx [T*B, I]; of more samples than one, those of weights [samples, .]. starts: of h0, c0."""
-        # Copies: these are inference tensors.
+        """The 9 gradients, dx as [T*B, I]; with more than one sample, those of weights are [samples, .].
+
+        starts: the gradients of h0 and c0.
+        """
+        # Copies, because these are inference tensors.
         dh0, dc0 = (s.to(self.dtype, copy=True) if n else None for s, n in zip(starts, need[1:3], strict=True))
         dx, dgiven = (None if d is None else _placed(self.group, d) for d in (self.dx, self.dgiven))
         return dx, dh0, dc0, *self.weights.results(self.dtype), dgiven
 
 
 def _placed(group: Group, t: Tensor) -> Tensor:
-    """Gradients of rows [head+N, .] in the order of time; zero where padding is."""
+    """Gradients of rows [head+N, .] in the order of time; zero at padding."""
     t[: group.order.head] = 0
     return group.order.placed_states(t)
 
 
 def _rows_of(t: Tensor, rows: Tensor) -> Tensor:
-    """Rows [samples, .] of t; after its last, zero."""
+    """Rows of t by their numbers [samples, .]; zero for numbers after its last row."""
     return torch.cat([t, t.new_zeros(1, t.shape[1])]).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def _add_product(into: Tensor, d: Tensor, operand: Tensor) -> None:
-    """d^T operand, of each sample if there are samples."""
+    """Add d^T operand to `into`, for each sample if there are samples."""
     if d.dim() == 3:
         into.baddbmm_(d.transpose(1, 2), operand)
     else:
@@ -190,7 +196,7 @@ class _WeightSums:
         self.sums = u.new_zeros(*lead, self.part.gradient_width * self.H) if biases or vectors else None
 
     def add(self, p: Tensor, x: Tensor | None, pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """The products of some rows: gates' gradients and input; and, of u, pairs of the two."""
+        """Add the products of some rows: of the gates' gradients with the input, and, for u, of the pairs."""
         H = self.H
         if self.dw is not None and x is not None:
             for first, end, i, j in self.columns.runs_back:

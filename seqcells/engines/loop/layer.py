@@ -1,6 +1,6 @@
-"""A layer by the loop, forward: its groups, with their weights in the order of the products. Backward: `gradients`.
+"""The loop engine's forward: a layer's groups, with their weights in the order of the products. Backward: `gradients`.
 
-The input's product is formed piece by piece, right before the steps that use it. See `autograd` for the arguments.
+The input's product is computed piece by piece, right before the steps that use it. For the arguments see `autograd`.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from .stretches import RowOrder, row_order
 
 Inputs = Sequence["Tensor | None"]  # x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs
 Buffers = tuple[Tensor, Tensor, Tensor]
-Run = tuple[int, int, int, int]  # columns from, to of one thing; from, to of another; in units of H
+Run = tuple[int, int, int, int]  # columns from, to of one tensor, and from, to of another, in units of H
 
 
 def _runs(columns: Iterable[int]) -> tuple[Run, ...]:
-    """Where tiles side by side are columns side by side: columns, and the tiles."""
+    """The runs of adjacent tiles that are also adjacent columns: the columns, and the tiles."""
     found: list[list[int]] = []
     for n, column in enumerate(columns):
         if found and found[-1][1] == column:
@@ -41,14 +41,14 @@ def _inverse(order: Sequence[int]) -> tuple[int, ...]:
 
 
 class ColumnOrder:
-    """In what order a cell's blocks of H rows are multiplied, and in which columns the products are; made once a cell.
+    """The order in which a cell's blocks of H rows are multiplied, and the columns of their products; one per cell.
 
-    tiles: of gx, those that the product of x fills; the others are given.
-    Forward: w_ih: its blocks in the order of their columns; runs: of these; given: of the given tiles. u: the blocks of
-    w_hh in the order of the products; None: they are. b_ih, b_hh: as w_ih; given_b_hh: of the given tiles; one_bias:
-    the two are added to the same.
-    Backward: w_ih_back, runs_back, given_back: the same of the gradients' columns. of_w_ih, of_w_hh, of_b_ih, of_b_hh:
-    the blocks of a gradient so formed in the cell's order.
+    tiles: the tiles of gx that the product of x fills; the others are given.
+    Forward: w_ih: its blocks in the order of their columns. runs: the runs of these columns; given: those of the given
+    tiles. u: the blocks of w_hh in the order of the products; None: they are in that order already. b_ih, b_hh: as
+    w_ih. given_b_hh: for the given tiles. one_bias: both biases are added to the same columns.
+    Backward: w_ih_back, runs_back, given_back: the same for the gradients' columns. of_w_ih, of_w_hh, of_b_ih, of_b_hh:
+    the blocks of a gradient in that order, rearranged to the cell's order.
     """
 
     def __init__(self, part: Any, at: Places, tiles: int) -> None:
@@ -71,7 +71,7 @@ _ORDERS: dict[tuple[str, bool], ColumnOrder] = {}
 
 
 def column_order(key: str, projected: bool = False) -> ColumnOrder:
-    """Of the cell of that key. projected: all tiles of gx are given."""
+    """The ColumnOrder of the cell of that key. projected: all tiles of gx are given."""
     found = _ORDERS.get((key, projected))
     if found is None or (key not in CELLS and found.part is not get(key)):
         at = places(key)
@@ -81,11 +81,11 @@ def column_order(key: str, projected: bool = False) -> ColumnOrder:
 
 @dataclass
 class Group:
-    """One of the groups of a layer; all but x and given in what is computed in.
+    """One of the groups of a layer. All but x and given have the dtype of the computation.
 
     u [products*H, H] in the order of the products; params [H] each; apart: the biases of the products apart [., H].
     given: the tiles of gx that are given [T*B, .*H]; bias_of_given: what is added to them.
-    x [T*B, I]; w_ih in the cell's order; w_columns, bias: w_ih, and what is added to its product, by column.
+    x [T*B, I]; w_ih in the cell's order; w_columns, bias: w_ih and the bias of its product, in the order of columns.
     """
 
     columns: ColumnOrder
@@ -103,12 +103,12 @@ class Group:
     bias: Tensor | None = None
 
     def rows(self, a: int, b: int) -> Tensor:
-        """The input of rows a to b."""
+        """The input in rows a to b."""
         assert self.x is not None
         return self.order.of(self.x, a, b).to(self.u.dtype)
 
     def project(self, into: Tensor, a: int, b: int) -> None:
-        """Fills x (see `cells`) of rows a to b but for the recurrent products."""
+        """Fill x (see `cells`) for rows a to b with everything except the recurrent products."""
         H, part = self.H, self.part
         if self.w_columns is not None:
             x = self.rows(a, b)
@@ -130,7 +130,7 @@ class Group:
             into[:, column * H : (column + 1) * H] = 0
 
     def states(self, y: Tensor, c: Tensor | None, gates: Tensor | None) -> steps.States:
-        """The `states` of steps.scan_backward; gates None: they are recomputed."""
+        """The argument `states` of steps.scan_backward. If gates is None, they are recomputed."""
         order, part, head = self.order, self.part, self.order.head
         operands = [*part.forward_weights(self.u), *self.params] if part.saved and gates is None else []
 
@@ -155,7 +155,7 @@ class Group:
 def layer_group(
     columns: ColumnOrder, inputs: Inputs, mask: Tensor | None, k: int, reversed: bool, orders: dict[bool, RowOrder]
 ) -> Group:
-    """Group k. orders: of groups of either direction, if there is one; one that is made here is added."""
+    """Group k. orders: the RowOrders by direction, as far as they exist; one that is made here is added."""
     x, h0, c0, *weights, given = inputs
     at = columns.places
     assert x is not None and weights[0] is not None
@@ -193,9 +193,9 @@ def layer_group(
 
 
 def forward(options: Options, save: str, inputs: Inputs, mask: Tensor | None) -> tuple[tuple[Tensor, ...], Buffers]:
-    """The engine's forward: outputs, and the buffers y, c, saved (empty: none) for backward.
+    """The engine's forward: outputs, and the buffers y, c, saved for backward; an empty tensor means nothing is saved.
 
-    Traced, through the operator, the buffers are [T, B, K, .]; else [K, head+N, .] and [K, N, .] in `RowOrder`s.
+    If traced, the operator is used and the buffers are [T, B, K, .]; else [K, head+N, .] and [K, N, .] in `RowOrder`s.
     """
     if options.traced:
         return _traced(options, save, inputs, mask)
@@ -215,7 +215,7 @@ def forward(options: Options, save: str, inputs: Inputs, mask: Tensor | None) ->
         if start is not None:
             buffer[:, :B] = start.reshape(K, B, start.shape[-1])
     gates = x.new_empty(K, rows, part.saved * H) if save == "gates" and part.saved else None
-    with torch.inference_mode():  # less to do in each of many small operations
+    with torch.inference_mode():  # less overhead in each of many small operations
         for k, group in enumerate(groups):
             c = states[1][k] if part.states > 1 else None
             steps.scan(group, states[0][k], c, None if gates is None else gates[k])
@@ -231,7 +231,7 @@ def forward(options: Options, save: str, inputs: Inputs, mask: Tensor | None) ->
 
 
 def _shown(buffer: Tensor, groups: list[Group], T: int, B: int) -> Tensor:
-    """The states after each step [T, B, K*width], zero where padding: a tensor of its own, to be changed at will."""
+    """The states after each step [T, B, K*width], zero at padding: a separate tensor, which users may change."""
     K, _, width = buffer.shape
     y = buffer.new_empty(T, B, K * width)
     for k, group in enumerate(groups):
@@ -244,7 +244,7 @@ def _shown(buffer: Tensor, groups: list[Group], T: int, B: int) -> Tensor:
 
 
 def grouped(inputs: Inputs) -> list[Tensor | None]:
-    """Of one group, all with an axis of groups: states [K, B, .] and weights [K, .]."""
+    """The inputs with an axis of groups, which is added if it was left out: states [K, B, .] and weights [K, .]."""
     x, h0, c0, *weights, given = inputs
     assert x is not None and weights[0] is not None
     if weights[0].dim() == 2:
@@ -261,7 +261,7 @@ def _traced(options: Options, save: str, inputs: Inputs, mask: Tensor | None) ->
     y, c, saved, hn, cn = torch.ops.seqcells.loop_forward(*given)
     at = places(options.cell)
     shown = [s.flatten(2) for s in ((y, c) if options.states else (y,))]
-    if save != "none":  # backward needs y as it is, and users may change theirs in place
+    if save != "none":  # backward needs y unchanged, and users may change theirs in place
         shown = [s.clone() for s in shown]
     finals = (cn,) if at.output else (hn, cn)[: at.states]
     return (shown[0], *finals, *shown[1:]), (y, c, saved)

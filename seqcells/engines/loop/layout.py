@@ -13,14 +13,14 @@ Item = tuple[str, int]  # ("gx", tile), ("hu", product), ("param", n) or ("saved
 
 
 class Columns:
-    """Items side by side, each H wide."""
+    """Adjacent items, each H wide."""
 
     def __init__(self, items: Sequence[Item]) -> None:
         self.items = list(items)
         self.at = {item: n for n, item in enumerate(items)}
 
     def runs(self, wanted: Iterable[tuple[Item, int]]) -> list[tuple[int, list[int]]]:
-        """Of (item, number): (first column, the numbers of the items side by side from there on)."""
+        """From pairs (item, number): (first column, the numbers of the adjacent items from there on)."""
         found: list[tuple[int, list[int]]] = []
         for column, number in sorted((self.at[item], number) for item, number in wanted):
             if found and found[-1][0] + len(found[-1][1]) == column:
@@ -31,7 +31,7 @@ class Columns:
 
 
 class Layout:
-    """found: what was derived."""
+    """found: the derived cell."""
 
     def __init__(self, found: Parts) -> None:
         self.found, self.form = found, found.form
@@ -46,7 +46,7 @@ class Layout:
     # --- columns ------------------------------------------------------------------------------------------------------
 
     def _sum_up(self) -> None:
-        """Which products are added to their tile of gx in place (summed), and what a tile holds then (tiles)."""
+        """Find the products that are added to their tile of gx in place (summed), and the tiles' values then (tiles)."""
         found, form = self.found, self.form
         results = [*found.new, *found.operands, *found.saved]
         order = ancestors(results)
@@ -74,12 +74,12 @@ class Layout:
                 self.tiles["hu", n] = found.hu[n]
 
     def place(self, n: int) -> Item:
-        """Where in x product n is added."""
+        """The item of x to which product n is added."""
         return ("gx", self.summed[n]) if n in self.summed else ("hu", n)
 
     def _lay_out(self) -> None:
         found, form = self.found, self.form
-        self.activated: dict[Item, Value] = {}  # functions of a column alone, in its place
+        self.activated: dict[Item, Value] = {}  # functions of one column alone, stored in its place
         free = set(found.new)
         for value in ancestors([*found.new, *found.operands, *found.saved]):
             if value.op in LEAVES or value.op in BOOLEAN or len(value.args) != 1 or not value.inputs or value in free:
@@ -111,7 +111,7 @@ class Layout:
         self.zeroed = tuple(  # products that only add, but not to a tile in place: their column begins with zero
             self.x.at["hu", n] for n in range(form.products) if n not in self.summed and form.adds[n] >= 0
         )
-        self.products_in = [  # of each operand: runs of its products in x
+        self.products_in = [  # for each operand: runs of its products in x
             self.x.runs((self.place(n), n) for n in range(form.products) if self.of_product[n] == o)
             for o in range(len(form.operands))
         ]
@@ -145,5 +145,5 @@ class Layout:
         self.rows = tuple(n for runs in self.products_back for _, numbers in runs for n in numbers)
 
     def gradient(self, n: int) -> Item:
-        """Where in p the gradient of product n is."""
+        """The item of p with the gradient of product n."""
         return ("hu", n) if self.form.adds[n] < 0 else ("gx", self.form.adds[n])

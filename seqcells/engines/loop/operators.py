@@ -1,8 +1,8 @@
-"""A layer forward and backward as operators, for compilers and torch.func: their fakes and their rules of vmap.
+"""The engine's forward and backward as operators, for compilers and torch.func, with fakes and vmap rules.
 
-Weights have an axis of groups, and buffers are in the order of time, [T, B, K, .]: their shapes depend on no mask. x
-[T, B, I] and inputs [T, B, N*H] are of all groups, or have an axis of groups before the last. What does not exist is
-None among the arguments, and an empty tensor [0] among the results.
+Weights have an axis of groups. Buffers are in the order of time, [T, B, K, .], so that their shapes do not depend on
+the mask. x [T, B, I] and inputs [T, B, N*H] are shared by all groups, or have an axis of groups before the last. A
+missing tensor is None as an argument and an empty tensor [0] as a result.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def loop_forward(
     save: str,
     reversed: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """y [T, B, K, H]; with a `save`, the other states [T, B, K, (S-1)*H], and, where it is "gates", what is saved;
-    final states [K, B, H] (not of a cell whose first state is an output) and [K, B, (S-1)*H]."""
+    """Returns y [T, B, K, H]; the other states [T, B, K, (S-1)*H] unless save is "none"; what is saved if save is
+    "gates"; the final states [K, B, H] (not if the cell's first state is an output) and [K, B, (S-1)*H]."""
     (T, B), K, at = x.shape[:2], w_ih.shape[0], places(cell)
     several = at.states > 1 and save != "none"
     options = Options("loop", cell, reversed=reversed, states=several, notes={})
@@ -132,7 +132,7 @@ def loop_backward(
 
 
 def _shapes(tensors: Sequence[Tensor | None], samples: int) -> list[Any]:
-    """Of the gradients of the 9 inputs."""
+    """The shapes of the gradients of the 9 inputs."""
     every = [() if t is None else tuple(t.shape) for t in tensors]
     return [(samples, *shape) if 3 <= n < 8 else shape for n, shape in enumerate(every)]
 
@@ -146,8 +146,8 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 
 # --- vmap: see batching -----------------------------------------------------------------------------------------------
 
-SHARED = (1, None)  # an input of all groups, as it is where vmap adds groups
-SAMPLES = (0, 1)  # the gradients of weights: what vmap adds are more samples, or more groups
+SHARED = (1, None)  # an input shared by all groups: unchanged if vmap adds groups
+SAMPLES = (0, 1)  # the gradients of weights: vmap adds samples or groups
 INPUTS = (STEPS, STATES, STATES, *(WEIGHTS,) * 5, STEPS)
 GRADIENTS = (STEPS, STATES, STATES, *(SAMPLES,) * 5, STEPS)
 FORWARD = (*INPUTS, MASK, None, None, None)
@@ -155,7 +155,7 @@ BACKWARD = (STEPS, STATES, STATES, STEPS, *INPUTS, MASK, *(STEPS,) * 3, *(None,)
 
 
 def _with_groups(t: Tensor, dim: int | None, K: int) -> tuple[Tensor, int | None]:
-    """An input [T, B, .] of all groups as [T, B, K, .]; and its batch dim, which is then the first."""
+    """Expand an input [T, B, .] of all groups to [T, B, K, .]; also returns its batch dim, which is then the first."""
     if dim is not None:
         t, dim = t.movedim(dim, 0), 0
     return t.unsqueeze(-2).expand(*t.shape[:-1], K, t.shape[-1]), dim
@@ -164,10 +164,10 @@ def _with_groups(t: Tensor, dim: int | None, K: int) -> tuple[Tensor, int | None
 def _grouped(
     kinds: list[Any], arguments: list[Any], dims: list[int | None], first: int, need: Sequence[bool]
 ) -> list[int]:
-    """Where vmap adds groups: x and inputs of all groups become those of each, where they are batched, or where their
-    gradients are needed, which would else be summed over all groups.
+    """For vmap that adds groups: expand x and inputs, if shared, to one for each group. This is done if they are
+    batched or if their gradients are needed, which otherwise would be summed over all groups.
 
-    Returns whose gradients are to be summed over their K groups.
+    Returns which gradients must be summed over their K groups.
     """
     expanded = []
     w_ih, of_w_ih = arguments[first + 3], dims[first + 3]

@@ -1,4 +1,4 @@
-"""A derived cell's steps backward, as source: `coefficients` and `backward` (see `cells`)."""
+"""Source code of a derived cell's steps backward: `coefficients` and `backward` (see `cells`)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .printing import PRODUCTS, SLOPES, Code, function, tuple_of, unpack
 
 
 class _Back:
-    """A step's gradients as products of the given ones and of coefficients, and the code for both."""
+    """A step's gradients as products of the incoming ones and coefficients, and the code for both."""
 
     def __init__(self, part: Layout) -> None:
         self.part, self.found, self.form = part, part.found, part.form
@@ -33,7 +33,7 @@ class _Back:
     # --- gradients as one gradient times coefficients -----------------------------------------------------------------
 
     def split(self, value: Value) -> tuple[Value, list[Value], float]:
-        """value as a product: a gradient, factors that are none, and a number."""
+        """Split value into a product of a gradient, factors that are not gradients, and a number."""
         if value in self.lists:
             return self.lists[value]
         gradient, number = value, 1.0
@@ -61,7 +61,7 @@ class _Back:
         return self.lists[value]
 
     def _reached(self) -> list[Value]:
-        """Every gradient that is a term or a result, each before its inputs."""
+        """All gradients that are terms or results, each before its inputs."""
         found: dict[Value, None] = {}
         waiting = [v for v in self.results if v.gradient]
         while waiting:
@@ -77,7 +77,7 @@ class _Back:
         return list(found)
 
     def _slopes(self, factors: list[Value]) -> list[Value]:
-        """s (1 - s), and 1 - t t, as one factor."""
+        """factors with s (1 - s) and 1 - t t replaced by one factor each."""
         left, found = list(factors), []
         for v in factors:
             if v.op != "sub" or constant(v.inputs[0]) != 1 or v not in left or v in self.found.saved:
@@ -142,8 +142,8 @@ class _Back:
         part, graph = self.part, self.graph
         coefficients = self._coefficients(self._reached())
         vectors = set(self.found.params)
-        self.in_p: dict[Item, Value] = {}  # coefficients that wait in a column of p
-        self.others: list[Value] = []  # those beside it
+        self.in_p: dict[Item, Value] = {}  # coefficients that are stored in a column of p
+        self.others: list[Value] = []  # coefficients in tensors of their own
         rebuilt: dict[Value, Value] = {}
         self.placed: dict[Value, str] = {}
 
@@ -176,7 +176,7 @@ class _Back:
         def again_plain(value: Value) -> Value:
             return value if constant(value) is not None else coefficient(value)
 
-        # Gates first: states use them.
+        # Gates first, because states use them.
         targets = {item: again(v, item) for item, v in self.values.items()}
         before = [again(v) for v in self.found.totals.dbefore]
         for item, value in targets.items():
@@ -186,7 +186,7 @@ class _Back:
         return backward, self._print_coefficients(vectors), scratch
 
     def _vector(self, value: Value, vectors: set[Value]) -> bool:
-        """Whether it is computed from trained vectors alone."""
+        """Whether value is computed from trained vectors alone."""
         given = {*self.found.before, *self.found.new, *self.found.saved}
         ends = [v for v in ancestors([value], given) if (v in given or not v.inputs) and constant(v) is None]
         return all(v in vectors for v in ends)
@@ -244,7 +244,7 @@ class _Back:
 
 
 class _BackwardCode:
-    """The function `backward`: what fills the columns of p (targets), and the gradients of the states before."""
+    """The code of `backward`: it fills the columns of p (targets) and computes the gradients of the states before."""
 
     def __init__(self, of: _Back, targets: dict[Item, Value], before: list[Value], vectors: set[Value]) -> None:
         self.of, self.part, self.form, self.graph = of, of.part, of.form, of.graph
@@ -293,14 +293,14 @@ class _BackwardCode:
             code.lines.append(f"{name}.copy_({found})")
 
     def _multiply(self, o: int) -> list[tuple[str, str]]:
-        """Of an operand: gates' gradients, whose columns are filled then, and weights."""
+        """For an operand: pairs of gates' gradients and weights. The gradients' columns are filled first."""
         for _, _, numbers in self.weights[o]:
             for n in numbers:
                 self._finish(self.part.gradient(n))
         return [(v, w) for v, w, _ in self.weights[o]]
 
     def _reach(self, leaf: Value, o: int) -> None:
-        """The lines of an operand's gradient."""
+        """Print the lines for an operand's gradient."""
         code, (first, *others) = self.code, self._multiply(o)
         place = code.fresh()
         code.names[leaf] = code.scratch[leaf] = place
@@ -308,7 +308,7 @@ class _BackwardCode:
         code.lines.extend(f"{place}.addmm_({v}, {w})" for v, w in others)
 
     def function(self) -> tuple[str, int]:
-        """Its source, and how many scratch tensors it needs."""
+        """The source, and the number of scratch tensors it needs."""
         code, form, S = self.code, self.form, self.form.states
         for item in self.targets:
             self._finish(item)
@@ -369,7 +369,7 @@ class _BackwardCode:
         return [f"d{s}.copy_({name})"]
 
     def _add(self, code: Code, value: Value, sign: int) -> None:
-        """Lines that add a gradient to that of the first state before."""
+        """Print lines that add a gradient to that of the first state before the step."""
         if constant(value) is not None:
             return
         if code.single(value, ("add", "sub")):
@@ -396,5 +396,5 @@ def _pairs(parts: list[Value]) -> set[tuple[Value, Value]]:
 
 
 def source(part: Layout) -> tuple[str, str, int]:
-    """Of both, and how many scratch tensors backward needs."""
+    """The source of both functions, and the number of scratch tensors that backward needs."""
     return _Back(part).functions()

@@ -1,4 +1,4 @@
-"""A derived cell's steps forward, as source: `forward` and `activate` (see `cells`)."""
+"""Source code of a derived cell's steps forward: `forward` and `activate` (see `cells`)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .printing import Code, function, tuple_of, unpack
 
 
 class _Step:
-    """The names that the code of a step forward uses: of views of x, of weights and of states."""
+    """The names of views of x, weights and states in the code of a step forward."""
 
     def __init__(self, part: Layout) -> None:
         self.part, form = part, part.form
         self.views: list[str] = []
         self.view_names: list[str] = []
-        self.weights: list[list[tuple[str, str]]] = []  # of each operand: (view of x, weight)
+        self.weights: list[list[tuple[str, str]]] = []  # for each operand: (view of x, weight)
         self.given: list[str] = []
         for runs in part.products_in:
             pairs = []
@@ -72,7 +72,7 @@ class _Step:
             values, first = [part.activated[i] for i in run], part.x.at[run[0]]
             names = [self.view(first + k, 1) for k in range(len(run))]
             together |= dict.fromkeys(values, (values, names, self.view(first, len(run))))
-        # An operand is used once more, by its product. Products that nothing uses have been removed.
+        # An operand is used once more, by its product. Unused products have been removed.
         every = [*wanted, *(operands[o] for o in sorted(needed))]
         places = {v: n for v, n in self.columns.items() if v not in self.leaves} | taken
         code = Code(self.leaves, every, places, self.vectors, hooks=hooks, together=together)
@@ -83,7 +83,7 @@ class _Step:
 
 
 def source(part: Layout) -> tuple[str, str, int]:
-    """Of both, and how many scratch tensors forward needs."""
+    """The source of both functions, and the number of scratch tensors that forward needs."""
     found, S = part.found, part.states
     step = _Step(part)
     taken: dict[Value, str] = {}

@@ -1,7 +1,7 @@
-"""Values of a derived step as torch operations that write their result in place: the lines of a function.
+"""Prints the values of a derived step as torch operations that write their result in place: the lines of a function.
 
-What is printed is straight-line code. A value that has no place of its own goes to a scratch tensor, which is free for
-the next one after its last use. Where torch has one operation for three or four, that one is printed.
+The code has no branches. A value that has no place of its own is written to a scratch tensor, which is reused after the
+value's last use. If torch has one operation for three or four, that one is printed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ SLOPES = {"sigmoid": "sigmoid_slope", "tanh": "tanh_slope"}  # of their results:
 
 
 class Code:
-    """Lines, and the names of their values.
+    """Lines of code, and the names of their values.
 
-    leaves: the names of values that are given. wanted: each value, as often as it will be taken (`take`). places: the
-    tensors that values are written to. vectors: the leaves that are one vector for all rows; what depends on them alone
-    is computed in `before`, lines that come first. like: a tensor of the dtype, for numbers that must be tensors.
-    hooks: functions that print the lines that some leaves need, called once. together: for a function of one leaf, in
-    the leaf's place: (its values, their names, one name for all of their columns), to be one operation.
+    leaves: the names of given values. wanted: the values that will be taken (`take`), each as often as it will be.
+    places: the tensors that values are written to. vectors: the leaves that are one vector for all rows; what depends
+    on them alone is computed in `before`, the lines that come first. like: a tensor of the dtype, for numbers that must
+    be tensors. hooks: functions that print the lines that some leaves need; each is called once. together: for
+    functions of adjacent leaves in the leaves' places: (the values, their names, one name for all of their columns), so
+    that one operation computes all.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class Code:
         return name
 
     def name(self, value: Value) -> str:
-        """The name of the value, whose lines are printed if they are not yet."""
+        """The name of the value. Its lines are printed first, if they were not yet."""
         if (x := constant(value)) is not None:
             return self.number(x)
         if value in self.hooks:
@@ -91,28 +92,28 @@ class Code:
         return self.names[value]
 
     def drop(self, value: Value) -> None:
-        """One use fewer; after the last its scratch tensor is free."""
+        """Record that a use is done. After the last one, the value's scratch tensor is free."""
         self.uses[value] -= 1
         if self.uses[value] == 0 and value in self.scratch:
             self.free.append(self.scratch.pop(value))
 
     def fresh(self) -> str:
-        """A scratch tensor."""
+        """The name of a free scratch tensor."""
         if not self.free:
             self.free.append(f"s{self.count}")
             self.count += 1
         return self.free.pop()
 
     def number(self, x: float) -> str:
-        """A number as a tensor."""
+        """The name of a tensor with that number."""
         return self.numbers.setdefault(x, f"k{len(self.numbers)}")
 
     def constants(self) -> list[str]:
-        """The lines that make numbers tensors."""
+        """The lines that make tensors of numbers."""
         return [f"{name} = {self.like}.new_full((), {_number(x)})" for x, name in self.numbers.items()]
 
     def compute(self, value: Value) -> None:
-        """The lines of a value, at its place or in a scratch tensor."""
+        """Print the lines of a value, with the result in its place or in a scratch tensor."""
         if value in self.together:
             values, names, run = self.together[value]
             for v in values:
@@ -146,11 +147,11 @@ class Code:
         return f"{call}({', '.join(shown)}{extra})"
 
     def single(self, value: Value, ops: tuple[str, ...]) -> bool:
-        """Whether it is used once, so that it can be part of another operation."""
+        """Whether value is one of ops and used only once, so that it can be part of another operation."""
         return value.op in ops and self.uses[value] == 1 and value not in self.names and value not in self.places
 
     def _parts(self, value: Value, fused: bool = True) -> tuple[str, list[Any], str]:
-        """The function, its arguments (values, numbers, names), and more arguments as text."""
+        """The function for a value, its arguments (values, numbers, names), and further arguments as text."""
         if fused and (found := self._fused(value)):
             return found
         op, args = value.op, value.args
@@ -159,7 +160,7 @@ class Code:
         if op in ("sigmoid_slope", "tanh_slope"):
             y = value.inputs[0]
             first: Any = y if op == "sigmoid_slope" else self.number(1.0)
-            self.uses[y] += 1 + (first is y)  # more often than the value itself says
+            self.uses[y] += 1 + (first is y)  # more uses than counted from the value itself
             return "torch.addcmul", [first, y, y], ", value=-1"
         if op == "where":
             return "torch.where", [parts[0], *(self._tensor(p) for p in parts[1:])], ""
@@ -250,7 +251,7 @@ def _number(x: float) -> str:
 
 
 def function(lines: Sequence[str]) -> str:
-    """The first line, and the others as what it defines."""
+    """The source of a function: the first line, and the others indented as its body."""
     return "\n    ".join(lines) + "\n"
 
 
@@ -259,12 +260,12 @@ def tuple_of(parts: Sequence[str]) -> str:
 
 
 def unpack(names: Sequence[str], source: str) -> list[str]:
-    """The line that takes names from a tuple; none where there are none."""
+    """The line that unpacks a tuple into names; no line if there are no names."""
     return [f"{tuple_of(names)} = {source}"] if names else []
 
 
 def compiled(source: str, name: str) -> dict[str, Any]:
-    """The functions of a source, in a form that tracebacks and debuggers can show."""
+    """Compile a source and return its functions. Tracebacks and debuggers can show its lines."""
     file = f"<seqcells loop of {name} {next(_numbers)}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     space: dict[str, Any] = {

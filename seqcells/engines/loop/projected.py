@@ -1,7 +1,7 @@
 """The loop over an input that is already projected, in the kernels' buffers (`kernels.buffers`).
 
-It replaces a kernel that does not run (see `fallback`). u [K, products*H, H] in the order of the products; what is
-saved is [T, B, K, saved*H], in the loop's order.
+It replaces a kernel that fails (see `fallback`). u [K, products*H, H] is in the order of the products. What is saved is
+[T, B, K, saved*H], in the loop's order.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .stretches import RowOrder, row_order
 
 
 def _group(tensors: Sequence[Any], cell: str, k: int, reversed: int) -> Group:
-    """Group k of gx (of which backward knows only the shape), u, bias, mask, params."""
+    """Group k, from gx (for backward, any tensor of its shape), u, bias, mask and params."""
     gx, u, bias, mask, params = tensors
     (T, B), H, columns = gx.shape[:2], u.shape[2], column_order(cell, projected=True)
     exact = steps.computed_in(u.dtype)
@@ -31,7 +31,7 @@ def _group(tensors: Sequence[Any], cell: str, k: int, reversed: int) -> Group:
 
 
 def _states(group: Group, y: Tensor, c: Tensor, k: int, reversed: int) -> tuple[Tensor, Tensor | None]:
-    """Group k's buffers, in the order of its rows, of the kernels' y and c."""
+    """Group k's buffers, in the order of its rows, from the kernels' y and c."""
     order, first = group.order, -1 if is_reversed(k, reversed) else 0
 
     def buffer(of: Tensor) -> Tensor:
@@ -73,8 +73,7 @@ def forward(tensors: Sequence[Any], starts: Sequence[Tensor | None], cell: str, 
 
 
 def _placed(order: RowOrder, state: Tensor, back: bool) -> Tensor:
-    """A buffer's states after each step [T*B, .]; where padding is, zero, or what a reversed group waits in: its given
-    start."""
+    """A buffer's states after each step [T*B, .]; at padding zero, or, in a reversed group, the initial state."""
     if not back or order.start is None or order.target is None:
         return order.placed_states(state)
     B, target = order.batch, order.target
@@ -117,7 +116,7 @@ def backward(
 
 
 class _SumsAndOperands(Sums):
-    """Also the gradients of the products apart, and the operands that are no state."""
+    """Also collects the gradients of the products apart, and the operands that are not states."""
 
     def __init__(self, group: Group, need: Sequence[bool], like: Tensor) -> None:
         super().__init__(group, need)
@@ -134,7 +133,7 @@ class _SumsAndOperands(Sums):
 
 
 def recompute(tensors: Sequence[Any], states: tuple[Tensor, Tensor], cell: str, reversed: int) -> Tensor:
-    """What is saved, from the states. tensors: gx, u, bias, mask, params; states: y, c."""
+    """Recompute what is saved from the states. tensors: gx, u, bias, mask, params; states: y, c."""
     (T, B, K), y, part = tensors[0].shape[:3], states[0], column_order(cell).part
     if not part.saved:
         return y.new_empty(0)

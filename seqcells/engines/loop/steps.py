@@ -26,30 +26,30 @@ Collect = Callable[[int, int, Tensor, Any, Tensor, Any], None]
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """What steps on tensors of that dtype are computed in."""
+    """The dtype in which steps on tensors of that dtype are computed."""
     return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def most_rows(H: int, device: torch.device) -> int:
-    """Of a piece, and of a batch of stretches."""
+    """The maximum number of rows of a piece, and of a batch of stretches."""
     return max(1, CHUNK // H) if device.type == "cpu" else 1 << 40
 
 
 def _pieces(order: RowOrder, like: Tensor) -> tuple[list[list[tuple[int, int, int, int]]], int]:
-    """See RowOrder.pieces; and the rows of the largest."""
+    """The pieces (see RowOrder.pieces), and the number of rows of the largest."""
     found = order.pieces(most_rows(like.shape[1], like.device))
     return found, max((b - a for of_batch in found for _, _, a, b in of_batch), default=0)
 
 
 def scan(group: Group, y: Tensor, c: Tensor | None, saved: Tensor | None) -> None:
-    """Fills y and c (None: a cell of one state) [head+N, .], which begin with the starts, and saved [N, saved*H], if
-    any."""
+    """Fill y, c (None for a cell with one state) [head+N, .], whose heads contain the initial states, and saved
+    [N, saved*H] unless it is None."""
     part, order, u = group.part, group.order, group.u
     (pieces, largest), H = _pieces(order, y), y.shape[1]
     operands = [*part.forward_weights(u), *group.params]
     rounded = y.dtype != u.dtype
     scratch = u.new_empty(part.scratch_forward, max(order.sizes, default=0), H)
-    own = rounded or saved is None or not part.saves_all  # a buffer for x, for one piece after another
+    own = rounded or saved is None or not part.saves_all  # x needs a buffer, which all pieces reuse
     gates = u.new_empty(largest, part.width * H) if own or saved is None else saved
     exact = [None if s is None or not rounded else u.new_empty(largest, s.shape[1]) for s in (y, c)]
     for (_, _, i, j), of_batch in zip(order.batches, pieces, strict=True):
@@ -65,7 +65,7 @@ def scan(group: Group, y: Tensor, c: Tensor | None, saved: Tensor | None) -> Non
                 for into, t in zip(rows, (outs, cs), strict=True):
                     if into is not None and t is not None:
                         into.copy_(t)
-                # The next piece is written over them.
+                # Copied, because the next piece overwrites them.
                 h, c_now = (None if s is None else s.clone() for s in (h, c_now))
             if saved is not None and own:
                 if part.saves_all:
@@ -81,12 +81,13 @@ def scan_backward(
     of_finals: Sequence[Tensor | None],
     collect: Collect,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of the given starts h0 [B, H] and c0 [B, (states-1)*H] (of a cell with one state, the second means
-    nothing), in the dtype of group.u.
+    """The gradients of the initial states h0 [B, H] and c0 [B, (states-1)*H] (meaningless for a cell with one state),
+    in the dtype of group.u.
 
-    states: (h, c before, y, c after, saved) of rows a to b. of_rows: copy the gradients of outputs and of the other
-    states; None: zero. of_finals: those of the final states. collect: is called with rows a to b, their gates'
-    gradients, `others` (see `cells`), and their h and c before, in the dtype of group.u.
+    states: a function that returns (h, c before, y, c after, saved) of rows a to b. of_rows: functions that copy the
+    gradients of outputs and of the other states; None means zero. of_finals: the gradients of the final states.
+    collect: a function that is called with rows a to b, their gates' gradients, `others` (see `cells`), and their h and
+    c before, in the dtype of group.u.
     """
     part, order, u = group.part, group.order, group.u
     (pieces, largest), H = _pieces(order, u), u.shape[1]
@@ -101,7 +102,7 @@ def scan_backward(
     for (_, last, i, j), of_batch in reversed(list(zip(order.batches, pieces, strict=True))):
         for begin, end, a, b in reversed(of_batch):
             sizes = order.sizes[begin:end]
-            above = (*sizes[1:], order.sizes[end] if end < last else 0)  # rows of each's next step
+            above = (*sizes[1:], order.sizes[end] if end < last else 0)  # the number of rows of each step's next one
             if dy is None:
                 dh[: b - a].zero_()
             else:

@@ -1,11 +1,11 @@
-"""The order of rows in a scan with resets or lengths: no step has to mask anything.
+"""The order of rows in a scan with resets or lengths, so that no step needs a mask.
 
-A stretch is a run of steps of one sequence that no reset and no padding interrupts. Stretches do not depend on one
-another. Sorted by length they form batches whose step k has a leading part of the batch's rows, as in a PackedSequence:
-no step computes padding, and no state has to be cleared. The lengths of stretches are read by the host.
+A stretch is a run of steps of one sequence that is not interrupted by a reset or padding. Stretches do not depend on
+one another. Sorted by length, they form batches in which step k has a leading part of the batch's rows, as in a
+PackedSequence: padding is never computed, and no state has to be cleared. The host reads the lengths of stretches.
 
 In a `RowOrder` the rows of a step are together, one step after another: N rows of [T, B] in all. States are in a buffer
-of `head` + N rows: each sequence's given start [B], then, where there is a mask, a row of zeros, then the N rows.
+of `head` + N rows: each sequence's initial state [B]; if there is a mask, a row of zeros; then the N rows.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ...kernels.buffers import held, resets_of
 
 
 def by_step(t: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
-    """The rows of each step."""
+    """Split t into the rows of each step."""
     if sizes and sizes[0] == sizes[-1]:
         return t.view(len(sizes), sizes[0], *t.shape[1:]).unbind(0)
     return t.split_with_sizes(sizes)
@@ -29,15 +29,15 @@ def by_step(t: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
 
 @dataclass(frozen=True)
 class RowOrder:
-    """sizes: rows of each step. rows: N, their sum. stretches: S. batches: (first step, step after the last, first
-    stretch, stretch after the last); within one, sizes never grow, and the first is its number of stretches. head: rows
-    of a buffer before the N.
+    """sizes: the number of rows of each step. rows: N, their sum. stretches: S. batches: (first step, step after the
+    last, first stretch, stretch after the last); within a batch, sizes never grow, and the first is the number of
+    stretches. head: the number of rows of a buffer before the N.
 
-    source [N]: the row t*B+b of each of the N; None: the same. target [T*B]: where in a buffer each row is; padding is
-    at the row of zeros; None: head further on. The others are None without a mask. start [S]: of each stretch the
-    buffer's row that it starts from; previous [N]: the buffer's row with the state before. last [B]: the buffer's row
-    with each sequence's final state. first, end [B]: the stretch that begins with a sequence's given start, and the one
-    that ends in its final state; S where there is none.
+    source [N]: the row t*B+b of each of the N rows; None: the same row. target [T*B]: the position of each row in a
+    buffer, for padding that of the row of zeros; None: its number plus head. The others are None without a mask. start
+    [S]: the buffer's row that each stretch starts from. previous [N]: the buffer's row with the state before. last [B]:
+    the buffer's row with each sequence's final state. first, end [B]: the stretch that begins with a sequence's initial
+    state, and the one that ends in its final state; S if there is none.
     """
 
     batch: int
@@ -55,7 +55,7 @@ class RowOrder:
     end: Tensor | None = None
 
     def of(self, t: Tensor, a: int, b: int) -> Tensor:
-        """Rows a to b in this order, of t [T*B, .]."""
+        """Rows a to b, in this order, of t [T*B, .]."""
         return t[a:b] if self.source is None else t.index_select(0, self.source[a:b])
 
     def placed(self, t: Tensor) -> Tensor:
@@ -69,17 +69,17 @@ class RowOrder:
         return found.index_copy_(0, self.source, t)
 
     def placed_states(self, buffer: Tensor) -> Tensor:
-        """The states after each step, of a buffer, in the order of time [T*B, .]; zero where padding is. Shares the
-        buffer's memory or not."""
+        """The states in a buffer after each step, in the order of time [T*B, .]; zero at padding. May share the
+        buffer's memory."""
         return buffer[self.head :] if self.target is None else buffer.index_select(0, self.target)
 
     def fill(self, buffer: Tensor, states: Tensor, start: Tensor | None) -> None:
-        """Fills a buffer with states in the order of time [T*B, .], and the given start [B, .]; None: zero."""
+        """Fill a buffer with states in the order of time [T*B, .] and the initial state [B, .] (None means zero)."""
         self.begin(buffer, start)
         buffer[self.head :] = self.of(states, 0, self.rows)
 
     def begin(self, buffer: Tensor, start: Tensor | None) -> None:
-        """Fills the head of a buffer."""
+        """Fill the head of a buffer."""
         buffer[: self.head] = 0
         if start is not None:
             buffer[: self.batch] = start
@@ -93,11 +93,11 @@ class RowOrder:
         return buffer[a:b] if self.previous is None else buffer.index_select(0, self.previous[a:b])
 
     def final(self, buffer: Tensor) -> Tensor:
-        """The final states [B, H]. Shares the buffer's memory or not."""
+        """The final states [B, H]. May share the buffer's memory."""
         return buffer[buffer.shape[0] - self.batch :] if self.last is None else buffer.index_select(0, self.last)
 
     def by_stretch(self, t: Tensor | None, like: Tensor) -> Tensor:
-        """Gradients of final states [B, H] (None: zero) with the stretches that end in them [S, H]. A copy."""
+        """Gradients of final states [B, H] (None means zero) by the stretch that ends in each [S, H]. A copy."""
         found = like.new_zeros(self.stretches + 1, like.shape[1])
         if t is not None:
             found[slice(0, self.stretches) if self.end is None else self.end] = t.to(found.dtype)
@@ -117,13 +117,14 @@ class RowOrder:
         sample, order = torch.sort(rows % self.batch // (self.batch // samples), stable=True)
         counts = torch.bincount(sample, minlength=samples)
         place = torch.arange(b - a, device=device) - (counts.cumsum(0) - counts)[sample]
-        most = (b - a) // samples if self.start is None else int(counts.max())  # without a mask the host reads nothing
+        most = (b - a) // samples if self.start is None else int(counts.max())  # without a mask, the host reads no tensor
         found = torch.full((samples, most), b - a, device=device)
         found[sample, place] = order
         return found
 
     def pieces(self, most: int) -> list[list[tuple[int, int, int, int]]]:
-        """Of each batch: (first step, step after the last, first row, row after the last) of about `most` rows."""
+        """For each batch: pieces of about `most` rows (first step, step after the last, first row, row after the
+        last)."""
         found, row = [], 0
         for begin, end, _, _ in self.batches:
             of_batch, k, first = [], begin, row
@@ -137,7 +138,10 @@ class RowOrder:
 
 
 def row_order(mask: Tensor | None, reversed: bool, T: int, B: int, device: torch.device, most: int) -> RowOrder:
-    """Of a mask [T, B] (codes: kernels.buffers) for a group, reversed or not. most: stretches of a batch."""
+    """The RowOrder of a group, reversed or not, for a mask [T, B] (for its codes see kernels.buffers).
+
+    most: the maximum number of stretches in a batch.
+    """
     if mask is not None:
         return _masked(mask, reversed, most)
     whole = ((0, T, 0, B),)
@@ -175,7 +179,7 @@ def _masked(mask: Tensor, reversed: bool, most: int) -> RowOrder:
     source[place - head] = flat
     target[flat] = place
     of_row = flat[at] % B
-    given = begins[at] & ~cut[at]  # a cut at the first step: the given start does not reach it
+    given = begins[at] & ~cut[at]  # with a reset at the first step, the initial state is not used
     start = torch.where(given, of_row, B)[by_length]
     previous = torch.empty_like(flat)
     previous[place - head] = torch.cat([place.new_full((1,), B), place[:-1]])
