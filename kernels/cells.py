@@ -20,9 +20,9 @@ place of those. Every schedule (`resident`, `grid`, `stepwise`), dtype, mask and
     dm: gradients of the operands of level 2. dgx: gradients of gx, the late tiles' still without what comes through the
     operands of level 1. dhu: gradients of all products. dbefore: what reaches the states before the step without
     passing through U; the schedule adds what reaches a state that is itself an operand. dparams: tiles [units, rows],
-    which the schedule sums over rows. operands: those of level 1 that are no state, again.
+    which the schedule sums over rows. operands: those of level 1 that are computed, again.
 ``finish(dgx, dbefore, dparams, dv, saved, before, after, params, FAST) -> (dgx, dbefore, dparams)``
-    With what comes through the operands of level 1 that are no state, whose gradients are dv. None where there is none.
+    With what comes through the operands of level 1 that are computed, whose gradients are dv. None where there is none.
 """
 
 from __future__ import annotations

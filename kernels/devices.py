@@ -1,4 +1,4 @@
-"""What the plan knows of devices. Imports neither torch nor triton."""
+"""Facts about devices, for the plan. Imports neither torch nor triton."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def known(name: str) -> Device | None:
 
 
 def present(name: str, capability: int, processors: int, shared: int) -> Device:
-    """A device that is there: its own sizes, and the rates of the KNOWN one it names or shares its capability with."""
+    """A device of this machine: its own sizes, and the rates of the KNOWN one with its name or capability."""
     words = name.replace("-", " ").split()
     named = [*words, *(a + b for a, b in pairwise(words))]
     like = next((KNOWN[word] for word in named if word in KNOWN), KNOWN.get(f"sm_{capability}", KNOWN["H100"]))

@@ -1,4 +1,4 @@
-"""The form of a cell: what its step takes and gives, in numbers. No Triton here: every engine reads it.
+"""The form of a cell: what its step takes and returns, in numbers. No Triton here: every engine reads it.
 
 A step takes tiles of `gx` (a gate's input product, or a per-step input), the states before it and the trained vectors,
 and forms recurrent products with *operands*: a state, or anything computed in the step. Operands of level 1 need no
@@ -23,10 +23,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class Segment:
-    """Products that follow each other both in U and in the buffer that holds their gradients.
+    """Products that follow each other both in U and in the buffer of their gradients.
 
-    operand: of all of them. first: the first product. count. apart: whether the buffer is dhu (else dgx); column: of
-    the first in it, in units of H.
+    operand: of all of them. first: the first product. count: how many. apart: whether the buffer is dhu (else dgx).
+    column: of the first in it, in units of H.
     """
 
     operand: int
@@ -60,7 +60,7 @@ class Form:
     level: int = field(init=False, repr=False, compare=False)  # how many operands are of level 1
     # The products whose gradients are in dhu, in its order.
     apart: tuple[int, ...] = field(init=False, repr=False, compare=False)
-    # The operands that backward stores in m, in its order: those that are no state.
+    # The operands that backward stores in m, in its order: those that are computed, not a state.
     stored: tuple[int, ...] = field(init=False, repr=False, compare=False)
     # Whether units that lie in different programs must hand each other the operands of level 1: always, but for one
     # that is the first state, which is in y.
@@ -100,7 +100,7 @@ class Form:
         return tuple(found)
 
     def problems(self) -> list[str]:
-        """What is wrong with the numbers, in words; nothing if they fit together."""
+        """What is wrong with the numbers, in words; an empty list if they fit together."""
         levels = [o.level for o in self.operands]
         computed = [o.state is None for o in self.operands]
         first = [n for n, o in enumerate(self.operands) if o.state == 0]

@@ -1,10 +1,10 @@
-"""Schedule `grid`: one launch walks the whole sequence with U spread over the device, a barrier a step.
+"""Schedule `grid`: one launch takes every step of the sequence, with U spread over the device and a barrier a step.
 
 Each program owns BLOCK_H hidden units with all their gates, of BLOCK_B batch rows and one group, and keeps its slices
 of U on chip (see `slices`). What the others need of a step goes through global memory and L2, with a barrier before it
 is read: forward the operands of level 1 through v (where that is h alone, it is in y), then those of level 2 through m;
-backward the gradients of the products of level 2, then of level 1, in dgx and dhu, where they belong anyhow. A cell
-without a product has no barrier: its units are spread, and know nothing of each other.
+backward the gradients of the products of level 2, then of level 1, in dgx and dhu, where they belong anyway. A cell
+without a product has no barrier: its units are spread, and do not depend on each other.
 
 The barrier
 -----------
@@ -13,17 +13,17 @@ adds one, and `wait(n * programs)` returns once all have arrived n times.
 
 No read is stale. Each value that is exchanged is (1) stored by some warp of the writer, (2) ordered before the
 writer's release by the block barrier in `arrive` (Triton up to 3.8 puts none there itself, and a release orders only
-what its own thread knows of), (3) made visible to the device by the release, which is cumulative, (4) seen by the
+what its own thread has seen), (3) made visible to the device by the release, which is cumulative, (4) seen by the
 reader's one polling thread, whose acquire reads a counter that includes that release, (5) handed to the reader's other
 warps by the block barrier in `wait`, and (6) read with `.cg`, from L2: an older copy in the first-level cache is
-never looked at.
+never read.
 
-No write is early. y, dgx and dhu have a row a step, and each location of them is written once a launch (which part of
-a backward step stores a tile of dgx says `_stored_in`). v is rewritten two steps later (it is two, used in turn) and
-forward's m one step later: in between lies another barrier, at which a program arrives when it has read them, and after
-which they are written. All else that is stored no other program reads.
+No write is early. y, dgx and dhu have a row a step, and each location of them is written once a launch
+(`_stored_in` says which part of a backward step stores a tile of dgx). v is rewritten two steps later (there are two,
+used in turn) and forward's m one step later: in between lies another barrier, at which a program arrives when it has
+read them, and after which they are written. Nothing else that is stored is read by another program.
 
-No program waits for ever. All are on the device at once, or the cooperative launch fails and none starts; between two
+No program waits forever. All are on the device at once, or the cooperative launch fails and none starts; between two
 waits a program does finite work and then arrives; so the counter reaches every target. Launches do not share counters:
 two streams, or a graph replayed, cannot see each other's. Programs of other tiles and groups are never waited for.
 
@@ -43,6 +43,7 @@ import triton.language as tl
 
 from .slices import operand_products, operand_slices, segment_slices, through_u
 from .tiles import (
+    active,
     add_outer,
     add_params,
     after_step,
@@ -53,16 +54,15 @@ from .tiles import (
     finish_step,
     first_product,
     keep_rows,
-    kept,
-    live,
     load_mask,
     load_params,
     load_tiles,
+    not_reset,
+    nth_step,
     pack_tiles,
     replace_tile,
     store_tiles,
     unpack_tiles,
-    walk,
     zeros,
 )
 
@@ -97,13 +97,13 @@ def _stored_in(tile, adds, late, first_products):
 @triton.jit
 def _load_gx(
     gx_ptr, mask_ptr, at_g, r, mask, valid, group, G: tl.constexpr, H: tl.constexpr, TYPE: tl.constexpr,
-    REVERSED: tl.constexpr, HOLDS: tl.constexpr,
+    REVERSED: tl.constexpr, PADDING: tl.constexpr,
 ):  # fmt: skip
     """gx of a step, in the data's type, and what the mask says of its rows."""
     loaded = load_tiles(gx_ptr, at_g, mask, G, H, TYPE)
     code = valid
     if mask_ptr is not None:
-        code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
+        code = load_mask(mask_ptr, r, valid, group, REVERSED, PADDING)
     return loaded, code
 
 
@@ -115,7 +115,7 @@ def forward_kernel(
     CHUNKS: tl.constexpr, ACC: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr,
     STATE_OF: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr,
-    OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr, HOLDS: tl.constexpr, PHASE: tl.constexpr,
+    OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr, PADDING: tl.constexpr, PHASE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Steps first..last-1. PHASE -1: all of each. 0: the operands that are published. 1: the first products, and the
@@ -132,7 +132,7 @@ def forward_kernel(
     FIRST_PRODUCTS: tl.constexpr = first_product(GATES, LEVEL)
     WAITS: tl.constexpr = PHASE == -1 and OPERANDS > 0
     LAST: tl.constexpr = 2 if SECOND > 0 else 1  # the part that ends the step
-    # The next step's input is asked for before a wait: for the operands of others, which needs this step's; or for y.
+    # The next step's input is loaded before a wait: for the operands of others, which needs this step's; or for y.
     EARLY: tl.constexpr = PUBLISHED or OPERANDS == 0
     if OPERANDS > 0:
         counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
@@ -141,7 +141,7 @@ def forward_kernel(
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
 
-    # Offsets inside a tile are small; where the tile begins is a 64-bit scalar.
+    # Offsets inside a tile are small; the tile's start is a 64-bit scalar.
     line = row0 * GROUPS + group
     in_group = group * B + row0
     # A row past the batch reads the last one's operands from the others (rows do not mix, and it is not stored).
@@ -151,12 +151,12 @@ def forward_kernel(
     at_g = r[None, :] * (GROUPS * G * H) + units[:, None]
     at_s = r[None, :] * (GROUPS * WORDS * H) + units[:, None]
     at_state = r[None, :] * H + units[:, None]
-    step, sign = walk(group, first, T, REVERSED)
+    step, sign = nth_step(group, first, T, REVERSED)
     per_step = B.to(tl.int64) * (GROUPS * H)
     begin = step.to(tl.int64) * per_step + line * H
-    forth = sign * per_step
+    advance = sign * per_step
     gx_ptr += begin * G
-    y_ptr += begin + per_step - forth  # the row before the step
+    y_ptr += begin + per_step - advance  # the row before the step
     if SAVE and STATES > 1:
         c_ptr += (begin + per_step) * (STATES - 1)
     if SAVED > 0:
@@ -185,13 +185,13 @@ def forward_kernel(
         states = states + load_tiles(sc_ptr, at_others, mask, STATES - 1, H, ACC)
     if mask_ptr is not None:
         mask_ptr += step.to(tl.int64) * B + row0
-    loaded, code = _load_gx(gx_ptr, mask_ptr, at_g, r, mask, valid, group, G, H, TYPE, REVERSED, HOLDS)
+    loaded, code = _load_gx(gx_ptr, mask_ptr, at_g, r, mask, valid, group, G, H, TYPE, REVERSED, PADDING)
 
     for i in range(first, last):
         gx = pack_tiles(loaded, G, 1, ACC)
         code_now = code
         if mask_ptr is not None:
-            states = keep_rows(states, kept(code, HOLDS), STATES)
+            states = keep_rows(states, not_reset(code, PADDING), STATES)
         if PUBLISHED and PHASE < 1:
             at_v = r[None, :] * (GROUPS * LEVEL * H) + units[:, None]
             v_now = v_ptr + (i % 2) * (per_step * LEVEL)
@@ -199,13 +199,13 @@ def forward_kernel(
             if WAITS:
                 arrive(counter_ptr)
         if EARLY:
-            gx_ptr += forth * G
+            gx_ptr += advance * G
             if mask_ptr is not None:
                 mask_ptr += sign * B
             more = i + 1 < last
             loaded, code = _load_gx(
                 gx_ptr, mask_ptr, at_g, r, tl.where(more, mask, False), tl.where(more, valid, False), group, G, H, TYPE,
-                REVERSED, HOLDS,
+                REVERSED, PADDING,
             )  # fmt: skip
         if PUBLISHED and WAITS:
             target = wait(counter_ptr, target)
@@ -218,7 +218,7 @@ def forward_kernel(
                 )  # fmt: skip
             else:
                 hu = operand_products(
-                    U, y_ptr, row * (GROUPS * H), kept(code_now, HOLDS), start, GATES, 0, LEVEL,
+                    U, y_ptr, row * (GROUPS * H), not_reset(code_now, PADDING), start, GATES, 0, LEVEL,
                     ACC, BLOCK_H, BLOCK_B, H, CHUNKS, mask_ptr is not None, PRECISION,
                 )  # fmt: skip
         if PHASE == 2:
@@ -239,26 +239,26 @@ def forward_kernel(
                 )  # fmt: skip
         if PHASE == -1 or PHASE == LAST:
             new, saved = STEP(gx, hu, states, params, FAST)
-            states, stored = after_step(new, states, code_now, group, STATES, REVERSED, HOLDS)
-            y_ptr += forth
+            states, stored = after_step(new, states, code_now, group, STATES, REVERSED, PADDING)
+            y_ptr += advance
             store_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
             if WAITS and not PUBLISHED:
                 arrive(counter_ptr)
-            # None waits for the rest of the step: stored, and the next step's input asked for, behind the arrival.
+            # Nobody waits for the rest of the step, so storing it and loading the next input come after the arrival.
             if SAVE and STATES > 1:
                 store_tiles(c_ptr, at_c, mask, stored, 1, STATES, H)
-                c_ptr += forth * (STATES - 1)
+                c_ptr += advance * (STATES - 1)
             if SAVED > 0:
                 store_tiles(saved_ptr, at_s, mask, pack_tiles(saved, SAVED, SAVED_PACK, TYPE), 0, WORDS, H)
-                saved_ptr += forth * WORDS
+                saved_ptr += advance * WORDS
             if not EARLY:
-                gx_ptr += forth * G
+                gx_ptr += advance * G
                 if mask_ptr is not None:
                     mask_ptr += sign * B
                 more = i + 1 < last
                 loaded, code = _load_gx(
                     gx_ptr, mask_ptr, at_g, r, tl.where(more, mask, False), tl.where(more, valid, False), group, G, H,
-                    TYPE, REVERSED, HOLDS,
+                    TYPE, REVERSED, PADDING,
                 )  # fmt: skip
             if WAITS and not PUBLISHED:
                 target = wait(counter_ptr, target)
@@ -274,7 +274,7 @@ def _load_step(
     dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_c, at_s, mask,
     H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
-    """What a step of backward reads: dy and dcs (empty where there is none), the states before it, saved words."""
+    """What a step of backward reads: dy and dcs (empty if not given), the states before it, saved words."""
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
     dy = ()
     if dy_ptr is not None:
@@ -315,7 +315,7 @@ def backward_kernel(
     CHUNKS: tl.constexpr, ACC: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr,
     STATE_OF: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, SEGMENTS: tl.constexpr, PACK: tl.constexpr, STEP: tl.constexpr,
-    BACKWARD_2: tl.constexpr, FINISH: tl.constexpr, HOLDS: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr,
+    BACKWARD_2: tl.constexpr, FINISH: tl.constexpr, PADDING: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
     """Steps T-1-first..T-last, back in time. PHASE -1: all of each. 0: up to the second products. 1: the pointwise
@@ -334,7 +334,7 @@ def backward_kernel(
     M: tl.constexpr = FIRST_M + SECOND
     APART: tl.constexpr = apart_before(ADDS, len(ADDS))
     WAITS: tl.constexpr = PHASE == -1 and OPERANDS > 0
-    LAST: tl.constexpr = 1 if FINISH is None else 2  # the part that knows all gradients of the trained vectors
+    LAST: tl.constexpr = 1 if FINISH is None else 2  # the part that has all gradients of the trained vectors
     STEPS: tl.constexpr = (PHASE == -1 or PHASE == 1) or (PHASE == 2 and FINISH is not None)
     if OPERANDS > 0:
         counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
@@ -357,19 +357,19 @@ def backward_kernel(
     at_s = r[None, :] * (GROUPS * WORDS * H) + units[:, None]
     at_state = r[None, :] * H + units[:, None]
     at_others = r[None, :] * ((STATES - 1) * H) + units[:, None]
-    step, sign = walk(group, T - 1 - first, T, REVERSED)
+    step, sign = nth_step(group, T - 1 - first, T, REVERSED)
     per_step = B.to(tl.int64) * (GROUPS * H)
     begin = step.to(tl.int64) * per_step + line * H
-    forth = -sign * per_step
-    # y and c have a row more at the start: row step+1 is after the step, and the one it came from before it.
-    y_ptr += begin + per_step + forth
+    advance = -sign * per_step
+    # y and c have a row more at the start: row step+1 is after the step, and the row it started from is before it.
+    y_ptr += begin + per_step + advance
     dgx_ptr += begin * G
     if dy_ptr is not None:
         dy_ptr += begin
     if dcs_ptr is not None:
         dcs_ptr += begin * (STATES - 1)
     if STATES > 1:
-        c_ptr += (begin + per_step + forth) * (STATES - 1)
+        c_ptr += (begin + per_step + advance) * (STATES - 1)
     if SAVED > 0:
         saved_ptr += begin * WORDS
     if APART > 0:
@@ -389,10 +389,10 @@ def backward_kernel(
     params = load_params(params_ptr, units, PARAMS, H, ACC)
     sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)
     dstates = load_tiles(dsh_ptr, at_state, mask, 1, 0, ACC)
-    after = load_tiles(y_ptr - forth, at_h, mask, 1, 0, ACC)
+    after = load_tiles(y_ptr - advance, at_h, mask, 1, 0, ACC)
     if STATES > 1:
         dstates = dstates + load_tiles(dsc_ptr, at_others, mask, STATES - 1, H, ACC)
-        after = after + load_tiles(c_ptr - forth * (STATES - 1), at_c, mask, STATES - 1, H, ACC)
+        after = after + load_tiles(c_ptr - advance * (STATES - 1), at_c, mask, STATES - 1, H, ACC)
     dy, dcs, loaded, words = _load_step(
         dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_c, at_s, mask, H, STATES, WORDS
     )
@@ -400,21 +400,21 @@ def backward_kernel(
     for i in range(first, last):
         code = valid
         before = pack_tiles(loaded, STATES, 1, ACC)
-        came = before
+        entering = before
         saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
         if mask_ptr is not None:
-            code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
-            came = keep_rows(before, kept(code, HOLDS), STATES)
+            code = load_mask(mask_ptr, r, valid, group, REVERSED, PADDING)
+            entering = keep_rows(before, not_reset(code, PADDING), STATES)
             mask_ptr -= sign * B
         if (1 if SECOND > 0 else 2) > PHASE:
-            dstates = add_outer(dstates, dy, dcs, code, HOLDS)
+            dstates = add_outer(dstates, dy, dcs, code, PADDING)
         dm = ()
         if SECOND > 0:
             if PHASE < 1:
-                dhu_2, operands_2 = BACKWARD_2(dstates, saved, came, after, params, FAST)
-                if HOLDS:
-                    dhu_2 = keep_rows(dhu_2, live(code), PRODUCTS - FIRST_PRODUCTS)
-                    operands_2 = keep_rows(operands_2, live(code), SECOND)
+                dhu_2, operands_2 = BACKWARD_2(dstates, saved, entering, after, params, FAST)
+                if PADDING:
+                    dhu_2 = keep_rows(dhu_2, active(code), PRODUCTS - FIRST_PRODUCTS)
+                    operands_2 = keep_rows(operands_2, active(code), SECOND)
                 store_tiles(m_ptr + FIRST_M * H, at_m, mask, operands_2, 0, SECOND, H)
                 for n in tl.static_range(FIRST_PRODUCTS, PRODUCTS):
                     if ADDS[n] >= 0:
@@ -430,8 +430,8 @@ def backward_kernel(
                         SEGMENTS, CHUNKS, PRECISION,
                     ),)  # fmt: skip
         if STEPS:
-            dgx, dhu, new, dparams, operands = STEP(dstates, dm, saved, came, after, params, FAST)
-            dgx, dhu, new, operands = before_step(dgx, dhu, new, operands, dstates, code, HOLDS)
+            dgx, dhu, new, dparams, operands = STEP(dstates, dm, saved, entering, after, params, FAST)
+            dgx, dhu, new, operands = before_step(dgx, dhu, new, operands, dstates, code, PADDING)
             if FINISH is None or PHASE != 1:
                 dstates = new
         if PHASE == -1 or PHASE == 1:
@@ -440,15 +440,15 @@ def backward_kernel(
             store_tiles(m_ptr, at_m, mask, operands, 0, FIRST_M, H)
         if WAITS:
             arrive(counter_ptr)
-        y_ptr += forth
+        y_ptr += advance
         if dy_ptr is not None:
-            dy_ptr += forth
+            dy_ptr += advance
         if dcs_ptr is not None:
-            dcs_ptr += forth * (STATES - 1)
+            dcs_ptr += advance * (STATES - 1)
         if STATES > 1:
-            c_ptr += forth * (STATES - 1)
+            c_ptr += advance * (STATES - 1)
         if SAVED > 0:
-            saved_ptr += forth * WORDS
+            saved_ptr += advance * WORDS
         ahead = tl.where(i + 1 < last, mask, False)
         dy, dcs, loaded, words = _load_step(
             dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_c, at_s, ahead, H, STATES, WORDS
@@ -465,7 +465,7 @@ def backward_kernel(
                     ),)  # fmt: skip
             if FINISH is not None:
                 dgx, dstates, dparams = finish_step(
-                    FINISH, dgx, dstates, dparams, dv, saved, came, after, params, code, FAST, HOLDS
+                    FINISH, dgx, dstates, dparams, dv, saved, entering, after, params, code, FAST, PADDING
                 )
                 _store_gx(dgx_ptr, at_g, mask, dgx, 2, G, ADDS, LATE, FIRST_PRODUCTS, H)
             for n in tl.static_range(LEVEL):
@@ -476,14 +476,14 @@ def backward_kernel(
                     )  # fmt: skip
                     dstates = replace_tile(dstates, STATE_OF[n], d)
         if PHASE == -1 or PHASE == LAST:
-            sums = add_params(sums, dparams, valid, code, HOLDS)
+            sums = add_params(sums, dparams, valid, code, PADDING)
         if mask_ptr is not None and (PHASE == -1 or PHASE == 2):
-            dstates = keep_rows(dstates, kept(code, HOLDS), STATES)
-        dgx_ptr += forth * G
+            dstates = keep_rows(dstates, not_reset(code, PADDING), STATES)
+        dgx_ptr += advance * G
         if APART > 0:
-            dhu_ptr += forth * APART
+            dhu_ptr += advance * APART
         if M > 0:
-            m_ptr += forth * M
+            m_ptr += advance * M
         after = before
 
     shares = ()

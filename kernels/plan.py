@@ -3,10 +3,10 @@
 Imports neither torch nor triton: facts in, a frozen Plan out.
 
 The cost of a step is a floor, in microseconds, of what each schedule cannot avoid (`Floor`): reading U from where it
-is kept, the tensor cores' work, the activations, what programs exchange through L2, the barrier or the launch, and the
-latency of one step's chain of dependent operations. The rates are the vendors' data sheets and tuning guides; the
+is stored, the tensor cores' work, the activations, what programs exchange through L2, the barrier or the launch, and
+the latency of one step's chain of dependent operations. The rates are the vendors' data sheets and tuning guides; the
 latencies are rounded from published microbenchmarks (Luo et al., arXiv:2402.13499 for Hopper). None is fitted to
-this library: a floor ranks schedules, it does not promise a time. What is known of devices is in `devices`.
+this library: a floor ranks schedules, it does not promise a time. Facts about devices are in `devices`.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def parts(rows: int) -> int:
 
 
 def chunks(columns: int, rows: int, most: int) -> tuple[int, ...]:
-    """The powers of two, equal but for the last, that a `grid` program's slice [rows, columns] of U is held in.
+    """The powers of two, equal but for the last, that a `grid` program's slice [rows, columns] of U is divided into.
 
     One chunk, padded, if at most an eighth is padding; else the largest that fits, and what is left.
     """
@@ -101,9 +101,9 @@ def chunks(columns: int, rows: int, most: int) -> tuple[int, ...]:
 
 
 def slices(cell: Form, H: int, block_h: int, backward: bool) -> list[tuple[int, int]]:
-    """(rows, columns) of the slices of U that a `grid` program holds. Forward one for each operand: a product is a row
-    a unit, padded to a power of two. Backward one for each segment: the units are the rows, and the products lie side
-    by side."""
+    """(rows, columns) of the slices of U that a `grid` program keeps on chip. Forward one for each operand: a product
+    is a row a unit, padded to a power of two. Backward one for each segment: the units are the rows, with the products
+    side by side."""
     if backward:
         return [(block_h, segment.count * H) for segment in cell.segments]
     return [(block_h * _power_of_2(operand.products, 1, 1 << 10), H) for operand in cell.operands]
@@ -130,12 +130,12 @@ def grid_bytes(
 ) -> int:
     """Shared memory of a `grid` program, an upper bound on what the compiler reports: its slices of U, and the larger
     of a chunk of the operand and a product's parts on their way to the layout of the step."""
-    held, passing = 0, 0
+    of_u, passing = 0, 0
     for rows, columns in slices(cell, H, block_h, backward):
         sizes = chunks(columns, rows, most)
-        held += rows * sum(sizes) * itemsize * _copies(itemsize, precision)
+        of_u += rows * sum(sizes) * itemsize * _copies(itemsize, precision)
         passing = max(passing, sizes[0] * block_b * itemsize, parts(rows) * rows * block_b * 4)
-    return held + passing + 4 * KB
+    return of_u + passing + 4 * KB
 
 
 def _rate(itemsize: int, precision: str) -> float:
@@ -174,7 +174,7 @@ class _Problem:
         # each more than two another, as does each further operand (found with the report).
         tiles = max(cell.gates + len(cell.apart), 3 if cell.states > 1 else 1) + max(0, cell.states - 2)
         tiles += max(0, len(cell.operands) - 1)
-        # And backward a trained vector's gradient: all along where one program takes all steps, else for a moment.
+        # And backward a trained vector's gradient: all along where one program takes all steps, else only for a moment.
         params = cell.params if backward else 0
         self.tiles, self.step_tiles = tiles + params, tiles + params // 2
         # Beyond the four of the built-in cells, plans leave more registers to them (likewise).
@@ -247,10 +247,10 @@ class _Problem:
         # U in registers is read from shared memory once, not at every step. Half of a thread's registers is what it can
         # have beside the tiles of eight rows; three TF32 products keep U twice.
         u_bytes = products * block_h * block_h * itemsize
-        held = u_bytes * _copies(itemsize, self.precision)
-        u_in_registers = products > 0 and block_b == 8 and tensor_cores and held <= 512 * 32 * min(8, block_h // 16)
-        u_in_registers = u_in_registers and not (self.backward and self.heavy)
-        if u_in_registers and held > 512 * 32 * num_warps:
+        in_registers = u_bytes * _copies(itemsize, self.precision)
+        u_in_registers = products > 0 and block_b == 8 and tensor_cores and not (self.backward and self.heavy)
+        u_in_registers = u_in_registers and in_registers <= 512 * 32 * min(8, block_h // 16)
+        if u_in_registers and in_registers > 512 * 32 * num_warps:
             num_warps = 8
         needed = resident_bytes(products, H, itemsize, block_b, self.precision)
         programs = _ceil(self.B, block_b) * self.groups
@@ -261,7 +261,7 @@ class _Problem:
         us = max(floor.total, together * (floor.total - floor.chain))
         why = (
             f"U ({products}x{H}x{H}, padded to {block_h}) takes {needed // KB} KB of the {device.shared // KB} KB of "
-            f"shared memory, so one program keeps it{' in registers' * u_in_registers} and walks all steps for "
+            f"shared memory, so one program keeps it{' in registers' * u_in_registers} and takes all steps for "
             f"{block_b} rows; {floor}"
         )
         chosen = self.made("resident", (block_h, block_b, block_h), num_warps, 1, programs, why, us)
@@ -293,7 +293,7 @@ class _Problem:
         """What fits: (floor, plan without its reason, bytes of shared memory)."""
         device, interpreted = self.device, self.device is INTERPRETER
         blackwell = device.capability >= 100
-        held = slices(self.cell, self.H, GRID_UNITS, self.backward)
+        cut = slices(self.cell, self.H, GRID_UNITS, self.backward)
         for block_b in (8, 16, 32, 64):
             programs = _ceil(self.H, GRID_UNITS) * _ceil(self.B, block_b) * self.groups
             if (block_b > 8 and block_b >= 2 * self.B) or (programs > device.processors and not interpreted):
@@ -309,20 +309,20 @@ class _Problem:
             # Of many rows, a second long chunk would be on its way with the first, and a masked one takes registers
             # from the moment it is zeroed (likewise; Blackwell spills with one long chunk too).
             if not self.backward and block_b > 16 and (chunks(self.H, 64, most) != (self.H,) or blackwell):
-                most = 128 if self.H % 256 or (blackwell and len(held) > 1) else 256
+                most = 128 if self.H % 256 or (blackwell and len(cut) > 1) else 256
             if self.backward and block_b > 32:
                 most //= 2
             # Of float32, 16 rows of a long chunk would spill beside the products of three gates or more (likewise).
-            long = block_b == 16 and held[0][0] > 32 and chunks(self.H, 64, most)[0] > 256
+            long = block_b == 16 and cut[0][0] > 32 and chunks(self.H, 64, most)[0] > 256
             if not self.backward and self.itemsize == 4 and (long or (blackwell and self.H > 300)):
                 most = 128
             for block_k in (most, most // 2, most // 4):
                 tile = GRID_UNITS, block_b, block_k
                 needed = grid_bytes(self.cell, self.H, self.itemsize, *tile, self.backward, self.precision)
                 if block_k >= 64 and needed <= device.shared:
-                    columns = sum(sum(chunks(c, r, block_k)) * r for r, c in held) // GRID_UNITS
+                    columns = sum(sum(chunks(c, r, block_k)) * r for r, c in cut) // GRID_UNITS
                     u_bytes = columns * GRID_UNITS * self.itemsize
-                    exchange = sum(c for _, c in held) * min(block_b, self.B) * self.itemsize
+                    exchange = sum(c for _, c in cut) * min(block_b, self.B) * self.itemsize
                     start = device.microseconds(4 * TRIP * self.levels)
                     floor = self.floor(u_bytes, SHARED_RATE, block_b, GRID_UNITS, columns, exchange, start)
                     yield floor, self.made("grid", tile, num_warps, 1, programs, "", floor.total), needed
@@ -358,7 +358,7 @@ class _Problem:
         return replace(chosen, why=why, waits=True)
 
     def _spread(self) -> Plan:
-        """The plan of a cell without a product: tiles of units and rows that know nothing of each other."""
+        """The plan of a cell without a product: tiles of units and rows that do not depend on each other."""
         block_h, block_b, device = 16, 8, self.device
 
         def programs() -> int:
@@ -373,7 +373,7 @@ class _Problem:
         us = max(floor.total, _ceil(programs(), device.processors) * (floor.total - floor.chain))
         why = (
             f"without a product no unit needs another: {programs()} programs of {block_h} units and {block_b} rows "
-            f"walk all steps by themselves; {floor}"
+            f"take all steps by themselves; {floor}"
         )
         num_warps = max(1, min(4, block_h * block_b // 128))
         return self.made("grid", (block_h, block_b, 16), num_warps, 1, programs(), why, us)
@@ -398,7 +398,7 @@ class _Problem:
             for block_b in (8, 16, 32, 64, 128):
                 if (block_h > 16 and block_h >= 2 * H) or (block_b > 8 and block_b >= 2 * B):
                     continue
-                # What a thread may hold of the pointwise step and of the product (found with the report).
+                # What fits a thread's registers of the pointwise step and of the product (found with the report).
                 rows = gates * block_h
                 tile = block_h * block_b
                 if tile > (512 if exact or self.step_tiles > 4 else self._most_elements()) or rows * block_b > 16384:
@@ -457,7 +457,7 @@ def plan(
     if not names:
         raise ValueError(f"no schedule is left for hidden size {H}, batch {B}")
     found = {name: getattr(problem, name)() for name in names}
-    # Interpreted, a barrier is a launch: nothing is gained by it.
+    # Interpreted, a barrier is a launch, so grid has no advantage.
     if schedule is None and device is INTERPRETER and len(found) > 1:
         found.pop("grid", None)
     # Programs that wait for each other have more to lose against their floor than one that runs alone.

@@ -14,10 +14,10 @@ from .tiles import (
     biases,
     first_product,
     keep_rows,
-    kept,
     load_mask,
     load_params,
     load_tiles,
+    not_reset,
     pack_tiles,
     store_tiles,
 )
@@ -30,7 +30,7 @@ def kernel(
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
-    PACK: tl.constexpr, STEP: tl.constexpr, OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr, HOLDS: tl.constexpr,
+    PACK: tl.constexpr, STEP: tl.constexpr, OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr, PADDING: tl.constexpr,
     PHASE: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """PHASE 0: the operands of level 1. 1: those of level 2, from the products of level 1. 2: the saved tiles."""
@@ -50,8 +50,8 @@ def kernel(
         at_c = (before * ((STATES - 1) * H))[None, :] + units[:, None]
         states = states + load_tiles(c_ptr, at_c, mask, STATES - 1, H, ACC)
     if mask_ptr is not None:
-        code = load_mask(mask_ptr, row, row_mask, group, REVERSED, HOLDS)
-        states = keep_rows(states, kept(code, HOLDS), STATES)
+        code = load_mask(mask_ptr, row, row_mask, group, REVERSED, PADDING)
+        states = keep_rows(states, not_reset(code, PADDING), STATES)
     gx = load_tiles(gx_ptr, (line * (G * H))[None, :] + units[:, None], mask, G, H, ACC)
     params = ()
     if PARAMS > 0:

@@ -1,7 +1,7 @@
-"""Cells by name: a declaration, or a function that makes it when it is first asked for.
+"""Cells by name: a declaration, or a function that makes it when it is first needed.
 
-Imports no triton: a cell whose kernels are derived can be registered where there is none, and nothing is derived before
-it is wanted. Everyone asks `kernels.cells`.
+Does not import triton, so a cell with derived kernels can be registered without it; nothing is derived before it is
+needed. Other modules use it through `kernels.cells`.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ _LATER: dict[str, Callable[[], Cell]] = {}
 
 
 def register(cell: Cell) -> Cell:
-    """Make a cell known by its name, in place of one of that name. Returns it."""
+    """Register a cell by its name, replacing one of that name. Returns it."""
     _LATER.pop(cell.name, None)
     REGISTERED[cell.name] = cell
     return cell
 
 
 def register_later(name: str, make: Callable[[], Cell]) -> None:
-    """Make a cell known whose declaration make() gives, in place of one of that name."""
+    """Register a cell whose declaration make() returns when it is first needed, replacing one of that name."""
     REGISTERED.pop(name, None)
     _LATER[name] = make
 

@@ -39,7 +39,7 @@ POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 MASKS = {"resets": torch.bool, "lengths": torch.uint8}
 
 
-# sm_89 is left out: Triton compiles for it as for sm_80, with less shared memory, which the plan knows.
+# sm_89 is left out: Triton compiles for it as for sm_80, with less shared memory, which the plan takes into account.
 TARGETS = ("sm_80", "sm_90", "sm_100")
 
 
@@ -100,12 +100,13 @@ def inputs(case: Case) -> int:
 def planned(case: Case) -> plan.Plan:
     """The case's plan."""
     size: dict[str, Any] = {"B": case.batch, "H": case.hidden, "groups": case.groups}
-    how: dict[str, Any] = {"schedule": case.schedule, "precision": case.precision}
-    how |= {"itemsize": DTYPES[case.dtype].itemsize, "device": devices.KNOWN[case.target]}
+    options: dict[str, Any] = {"schedule": case.schedule, "precision": case.precision}
+    options |= {"itemsize": DTYPES[case.dtype].itemsize, "device": devices.KNOWN[case.target]}
     if case.direction in STEPS:
-        size, how = {"B": case.batch, "I": inputs(case), "H": case.hidden}, {k: how[k] for k in how if k != "schedule"}
-        return plan_single.plan_single(cells.get(case.cell), **size, **how)
-    return plan.plan(cells.get(case.cell), backward=case.direction == "backward", **size, **how)
+        del options["schedule"]
+        size = {"B": case.batch, "I": inputs(case), "H": case.hidden}
+        return plan_single.plan_single(cells.get(case.cell), **size, **options)
+    return plan.plan(cells.get(case.cell), backward=case.direction == "backward", **size, **options)
 
 
 def launches(case: Case) -> list[scan.Launch]:
@@ -135,9 +136,9 @@ def launches(case: Case) -> list[scan.Launch]:
         x, w, b = empty(B, inputs(case)), empty(cell.gates * H, inputs(case)), empty(cell.gates * H)
         b_hh = empty(cell.products * H) if cell.products else None
         save = "gates" if case.direction == "step train" else "none"
-        how: dict[str, Any] = {"save": save, "plan": chosen, "precision": case.precision, "launch": note}
-        how["params"] = None if params is None else params[0]
-        single.forward(cell, x, w, u[0], b, b_hh, state[0], None if others is None else others[0], **how)
+        step: dict[str, Any] = {"save": save, "plan": chosen, "precision": case.precision, "launch": note}
+        step["params"] = None if params is None else params[0]
+        single.forward(cell, x, w, u[0], b, b_hh, state[0], None if others is None else others[0], **step)
     elif case.direction == "recompute":
         saved = scan.allocate(cell, gx, "gates")
         scan.recompute(cell, gx, u, bias, saved.y, saved.c, mask, plan=chosen, params=params, launch=note)

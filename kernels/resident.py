@@ -1,4 +1,4 @@
-"""Schedule `resident`: one program keeps all of U on chip and walks the whole sequence for BLOCK_B batch rows.
+"""Schedule `resident`: one program keeps all of U on chip and takes every step of the sequence for BLOCK_B batch rows.
 
 Shapes (time-major, contiguous; T steps, B batch, K groups, H hidden, G tiles of gx, S states, P trained vectors; c is
 the states but the first side by side):
@@ -8,13 +8,13 @@ the states but the first side by side):
     params [K, P*H]        the trained vectors, or None
     y, c   [T+1, B, K, H], [T+1, B, K, (S-1)*H]  states: row t+1 after step t, row 0 before the first (h0, c0: given).
                            With reversed groups [T+2, ...]: theirs start in row T+1. c [1, ...], the start, where
-                           nothing is saved. Zero after a step that holds the row (but see `tiles.after_step`)
+                           nothing is saved. Zero after a step of padding (but see `tiles.after_step`)
     mask   [T, B] uint8 codes (see `buffers`), or None
     hn, cn [K, B, H], [K, B, (S-1)*H]  final states;  dhn, dcn their gradients, or None
     dy     [T, B, K, H]    or None;  dcs [T, B, K, (S-1)*H], of every step's c, or None
-    dgx    [T, B, K, G*H];  dhu [T, B, K, .*H], of the products apart;  m [T, B, K, .*H], the operands that are no state
+    dgx    [T, B, K, G*H];  dhu [T, B, K, .*H], of the products apart;  m [T, B, K, .*H], the computed operands
     dh0, dc0 [K, B, H], [K, B, (S-1)*H];  dparams [batch tiles, K, P*H] in the accumulation type, each program's share
-A tile's units beyond H are computed from zeros, whatever that gives; a product's operand is selected to zero there.
+A tile's units beyond H are computed from zeros, and may be anything; the operand of a product is set to zero there.
 """
 
 import triton
@@ -23,6 +23,7 @@ import triton.language as tl
 from .layout import load_weights, memory_rows, memory_units, read_tiles, unit_order, write_tiles
 from .math import product
 from .tiles import (
+    active,
     add_outer,
     add_params,
     after_step,
@@ -37,17 +38,16 @@ from .tiles import (
     inside_all,
     is_in,
     keep_rows,
-    kept,
-    live,
     load_mask,
     load_params,
     load_tiles,
+    not_reset,
+    nth_step,
     operands,
     pack_tiles,
     products,
     replace_tile,
     unpack_tiles,
-    walk,
     zeros,
 )
 
@@ -60,7 +60,8 @@ def forward_kernel(
     G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
     PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr,
-    HOLDS: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr,
+    PADDING: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr,
+    U_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
     units = unit_order(BLOCK_H, W)
@@ -93,12 +94,12 @@ def forward_kernel(
     at_s = rows * (GROUPS * WORDS * H) + word_units
     line = (row0 * GROUPS + group) * H
     state0 = (group * B + row0) * H
-    step, sign = walk(group, 0, T, REVERSED)
+    step, sign = nth_step(group, 0, T, REVERSED)
     per_step = B.to(tl.int64) * (GROUPS * H)
     begin = step * per_step + line
-    forth = sign * per_step
+    advance = sign * per_step
     gx_ptr += begin * G
-    y_ptr += begin + per_step - forth  # row step+1 is after the step, and the one it came from before it
+    y_ptr += begin + per_step - advance  # row step+1 is after the step, and the row it started from is before it
     u_ptr += group * (PRODUCTS * H * H)
     if bias_ptr is not None:
         bias_ptr += group * (apart_before(ADDS, PRODUCTS) * H)
@@ -118,7 +119,7 @@ def forward_kernel(
     if STATES > 1:
         c_ptr += line * C
         if SAVE:
-            c_ptr += (step * per_step + per_step - forth) * C
+            c_ptr += (step * per_step + per_step - advance) * C
         states = states + read_tiles(c_ptr, from_c, readable, C, H)
     states = cast_tiles(states, STATES, ACC)
     if SAVED > 0:
@@ -127,18 +128,18 @@ def forward_kernel(
     code = valid
     if mask_ptr is not None:
         mask_ptr += step * B.to(tl.int64) + row0
-        code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
+        code = load_mask(mask_ptr, r, valid, group, REVERSED, PADDING)
 
     for t in range(T):
-        # The next step's inputs are asked for before this step's product, which hides their latency. Until the next
-        # step nothing touches what was loaded, not even to pack it: that would wait for it here.
-        # The last step asks for its own once more.
-        gx_ptr += tl.where(t + 1 < T, forth * G, 0)
+        # The next step's inputs are loaded before this step's product, which hides their latency. Nothing uses them
+        # until the next step, not even to pack them: that would wait for the load here. The last step loads its own
+        # inputs again.
+        gx_ptr += tl.where(t + 1 < T, advance * G, 0)
         loaded_next = read_tiles(gx_ptr, from_g, readable, G, H)
         if mask_ptr is not None:
             mask_ptr += sign * B
-            code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, HOLDS)
-            states = keep_rows(states, kept(code, HOLDS), STATES)
+            code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
+            states = keep_rows(states, not_reset(code, PADDING), STATES)
         gx = cast_tiles(loaded, G, ACC)
         hu = ()
         if OPERANDS > 0:
@@ -154,16 +155,16 @@ def forward_kernel(
                     x = inside(m[n - LEVEL], units, H, TYPE, FAST)
                     hu = hu + products(U, x, start, first_product(GATES, n), first_product(GATES, n + 1), PRECISION)
         new, saved = STEP(gx, hu, states, params, FAST)
-        states, stored = after_step(new, states, code, group, STATES, REVERSED, HOLDS)
-        y_ptr += forth
+        states, stored = after_step(new, states, code, group, STATES, REVERSED, PADDING)
+        y_ptr += advance
         write_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
         if SAVE and STATES > 1:
-            c_ptr += forth * C
+            c_ptr += advance * C
             write_tiles(c_ptr, at_c, mask, stored, 1, STATES, H)
         if SAVED > 0:
             words = pack_tiles(saved, SAVED, SAVED_PACK, TYPE)
             write_tiles(saved_ptr, at_s, word_mask, words, 0, WORDS, H)
-            saved_ptr += forth * WORDS
+            saved_ptr += advance * WORDS
         loaded = loaded_next
         if mask_ptr is not None:
             code = code_next
@@ -180,7 +181,7 @@ def _load_step(
 ):  # fmt: skip
     """What a step of backward reads: the states before it, saved words, and dy and dcs (if any).
 
-    What a cell does not look at, as the LSTM's h, is not loaded.
+    What the cell does not use, such as the LSTM's h, is not loaded: the compiler drops the load.
     """
     before = read_tiles(y_ptr, from_h, readable, 1, 0)
     if STATES > 1:
@@ -202,7 +203,7 @@ def backward_kernel(
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
-    PACK: tl.constexpr, STEP: tl.constexpr, BACKWARD_2: tl.constexpr, FINISH: tl.constexpr, HOLDS: tl.constexpr,
+    PACK: tl.constexpr, STEP: tl.constexpr, BACKWARD_2: tl.constexpr, FINISH: tl.constexpr, PADDING: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
@@ -227,7 +228,7 @@ def backward_kernel(
     OPERANDS: tl.constexpr = len(GATES)
     FIRST: tl.constexpr = first_product(GATES, LEVEL)  # products of level 1
     APART: tl.constexpr = apart_before(ADDS, PRODUCTS)
-    COMPUTED: tl.constexpr = computed_before(STATE_OF, LEVEL)  # operands of level 1 that are no state
+    COMPUTED: tl.constexpr = computed_before(STATE_OF, LEVEL)  # operands of level 1 that are computed
     STORED: tl.constexpr = COMPUTED + OPERANDS - LEVEL
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
@@ -238,12 +239,12 @@ def backward_kernel(
     at_i = rows * (GROUPS * APART * H) + tile_units
     at_m = rows * (GROUPS * STORED * H) + tile_units
     state0 = (group * B + row0) * H
-    step, sign = walk(group, T - 1, T, REVERSED)
+    step, sign = nth_step(group, T - 1, T, REVERSED)
     per_step = B.to(tl.int64) * (GROUPS * H)
     begin = step * per_step + (row0 * GROUPS + group) * H
-    forth = sign * per_step
+    advance = sign * per_step
 
-    # Every pointer stands at the last step taken and walks back; y and c at the states after it.
+    # Every pointer starts at the last step taken and moves back; y and c at the states after it.
     y_ptr += begin + per_step
     dgx_ptr += begin * G
     if dy_ptr is not None:
@@ -261,7 +262,7 @@ def backward_kernel(
     code = valid
     if mask_ptr is not None:
         mask_ptr += step * B.to(tl.int64) + row0
-        code = load_mask(mask_ptr, r, valid, group, REVERSED, HOLDS)
+        code = load_mask(mask_ptr, r, valid, group, REVERSED, PADDING)
     u_ptr += group * (PRODUCTS * H * H)
 
     if U_IN_REGISTERS:
@@ -279,14 +280,14 @@ def backward_kernel(
     if dhn_ptr is not None:
         dstates = read_tiles(dhn_ptr + state0, from_state, readable, 1, 0)
     after = read_tiles(y_ptr, from_h, readable, 1, 0)
-    y_ptr -= forth
+    y_ptr -= advance
     if STATES > 1:
         if dcn_ptr is not None:
             dstates = dstates + read_tiles(dcn_ptr + state0 * C, from_rows * (C * H) + tile_units, readable, C, H)
         else:
             dstates = dstates + zeros(C, BLOCK_H, BLOCK_B, ACC)
         after = after + read_tiles(c_ptr, from_c, readable, C, H)
-        c_ptr -= forth * C
+        c_ptr -= advance * C
     dstates = cast_tiles(dstates, STATES, ACC)
     after = cast_tiles(after, STATES, ACC)
     loaded, words, dy, dcs = _load_step(
@@ -294,7 +295,7 @@ def backward_kernel(
     )
 
     for t in range(T):
-        back = tl.where(t + 1 < T, forth, 0)
+        back = tl.where(t + 1 < T, advance, 0)
         y_ptr -= back
         if dy_ptr is not None:
             dy_ptr -= back
@@ -309,19 +310,19 @@ def backward_kernel(
         )
         before = cast_tiles(loaded, STATES, ACC)
         saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
-        came = before
+        entering = before
         if mask_ptr is not None:
-            # Also a step ahead for the sake of Triton, which takes the narrowest load that a product's operand comes
-            # from, if it is in the same step, for the operand's own width, and shuffles all of U to match.
+            # Loaded a step ahead because of Triton, too: it gives a product's operand the width of the narrowest load
+            # in the same step that it depends on, and would shuffle all of U to match.
             mask_ptr -= sign * B
-            code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, HOLDS)
-            came = keep_rows(before, kept(code, HOLDS), STATES)
-        dstates = add_outer(dstates, dy, dcs, code, HOLDS)
+            code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
+            entering = keep_rows(before, not_reset(code, PADDING), STATES)
+        dstates = add_outer(dstates, dy, dcs, code, PADDING)
         dm = ()
         if LEVEL < OPERANDS:
-            d_second, m = BACKWARD_2(dstates, saved, came, after, params, FAST)
-            if HOLDS:  # what d_second makes of a held row ends in before_step
-                m = keep_rows(m, live(code), OPERANDS - LEVEL)
+            d_second, m = BACKWARD_2(dstates, saved, entering, after, params, FAST)
+            if PADDING:  # d_second of a row of padding is dropped by before_step
+                m = keep_rows(m, active(code), OPERANDS - LEVEL)
             write_tiles(m_ptr + COMPUTED * H, at_m, mask, m, 0, OPERANDS - LEVEL, H)
             d_second = inside_all(d_second, units, PRODUCTS - FIRST, H, TYPE, FAST)
             d_second = operands(d_second, PRODUCTS - FIRST, TYPE, PRECISION)
@@ -330,8 +331,8 @@ def backward_kernel(
                 for i in tl.static_range(first_product(GATES, n), first_product(GATES, n + 1)):
                     d = product(UT[i], d_second[i - FIRST], d, PRECISION)
                 dm = dm + (d,)
-        dgx, dhu, new, dparams, computed = STEP(dstates, dm, saved, came, after, params, FAST)
-        dgx, dhu, dstates, computed = before_step(dgx, dhu, new, computed, dstates, code, HOLDS)
+        dgx, dhu, new, dparams, computed = STEP(dstates, dm, saved, entering, after, params, FAST)
+        dgx, dhu, dstates, computed = before_step(dgx, dhu, new, computed, dstates, code, PADDING)
         for n in tl.static_range(G):
             if not is_in(n, LATE):
                 write_tiles(dgx_ptr + n * H, at_g, mask, dgx, n, n + 1, H)
@@ -355,19 +356,19 @@ def backward_kernel(
                 dv = dv + (d,)
         if FINISH is not None:
             dgx, dstates, dparams = finish_step(
-                FINISH, dgx, dstates, dparams, dv, saved, came, after, params, code, FAST, HOLDS
+                FINISH, dgx, dstates, dparams, dv, saved, entering, after, params, code, FAST, PADDING
             )
             for n in tl.static_range(len(LATE)):
                 write_tiles(dgx_ptr + LATE[n] * H, at_g, mask, dgx, LATE[n], LATE[n] + 1, H)
         if PARAMS > 0:
-            sums = add_params(sums, dparams, valid, code, HOLDS)
-        dgx_ptr -= forth * G
+            sums = add_params(sums, dparams, valid, code, PADDING)
+        dgx_ptr -= advance * G
         if APART > 0:
-            dhu_ptr -= forth * APART
+            dhu_ptr -= advance * APART
         if STORED > 0:
-            m_ptr -= forth * STORED
+            m_ptr -= advance * STORED
         if mask_ptr is not None:
-            dstates = keep_rows(dstates, kept(code, HOLDS), STATES)
+            dstates = keep_rows(dstates, not_reset(code, PADDING), STATES)
         after = before
         loaded = loaded_next
         words = words_next

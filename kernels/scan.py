@@ -1,9 +1,9 @@
-"""The scan over time: allocates, and launches the kernels of the planned schedule. Tensors in, tensors out.
+"""The scan over time: allocates the buffers and launches the kernels of the planned schedule. Tensors in, tensors out.
 
 Legend: B batch, T steps, K groups (see `tiles`), H hidden units, G tiles of gx, S states, P trained vectors (see
-`form`); time-major and contiguous throughout. reversed: an integer; group k walks from the last step to the first if
-its bit k is set. mask: [T, B], bool (where set, the states before that step are zero) or uint8 codes (see `buffers`; a
-row may also end before T), or None.
+`form`); time-major and contiguous throughout. reversed: an integer; group k goes from the last step to the first if
+its bit k is set. mask: [T, B], bool (where set, the states before that step are reset to zero) or uint8 codes (see
+`buffers`; a row may also end before T), or None.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ ACCUMULATE = {
 
 @cache
 def device_facts(device: torch.device) -> Device:
-    """What `plan` needs to know of a device that is present."""
+    """The facts about a device of this machine that `plan` needs."""
     if device.type != "cuda":
         return INTERPRETER
     p = torch.cuda.get_device_properties(device)
@@ -60,7 +60,7 @@ def compile_options(plan: Plan) -> dict[str, Any]:
     options: dict[str, Any] = {"num_warps": plan.num_warps, "num_stages": plan.num_stages, "enable_fp_fusion": True}
     if plan.nvidia:
         options["maxnreg"] = plan.registers
-        # The driver then starts all programs at once, or refuses: none can wait for one that never comes.
+        # The driver then starts all programs at once, or refuses: none can wait for one that never starts.
         options["launch_cooperative_grid"] = plan.waits
     return options
 
@@ -98,8 +98,8 @@ def _rounded(x: Tensor) -> Tensor:
     return (torch.where(x.isfinite(), bits + 0x1000, bits) & -0x2000).view(torch.float32)
 
 
-# What a kernel is compiled for follows from a few facts about the scan, and is put together once for each: a call
-# has no time for it.
+# The constexprs of a kernel follow from a few facts about the scan. They are put together once for each combination:
+# doing it at every call would cost more than the launch.
 _per_scan = lru_cache(maxsize=1024)
 
 
@@ -110,14 +110,14 @@ def _constants(
     groups, hidden, reversed = shape
     tiles = {"GROUPS": groups, "REVERSED": reversed, "H": hidden}
     tiles |= {"BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b, "ACC": ACCUMULATE[dtype]}
-    # The tuples have an entry for each operand (STATE_OF: of level 1; -1 for one that is no state) or product.
+    # The tuples have an entry for each operand (STATE_OF: of level 1; -1 for one that is computed) or product.
     states = tuple(-1 if o.state is None else o.state for o in cell.operands if o.level == 1)
     layout = {"G": cell.gates, "GATES": tuple(o.products for o in cell.operands), "LEVEL": cell.level}
     layout |= {"STATE_OF": states, "ADDS": cell.adds, "LATE": cell.late, "PUBLISHED": cell.published}
     layout |= {"STATES": cell.states, "SAVED": cell.saved, "PARAMS": cell.params, "PACK": 8 // dtype.itemsize}
     fast = dtype in (torch.float16, torch.bfloat16) and plan.nvidia
-    # Only a mask of codes knows of padding: kernels for resets alone are not burdened with it.
-    return {**tiles, **layout, "PRECISION": precision, "FAST": fast, "HOLDS": mask == torch.uint8}
+    # Only a mask of codes can mark padding; kernels for resets alone do not pay for it.
+    return {**tiles, **layout, "PRECISION": precision, "FAST": fast, "PADDING": mask == torch.uint8}
 
 
 def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[str, Any]:
@@ -174,7 +174,7 @@ def _fill(state: Tensor, start: Tensor | None) -> None:
 
 
 def _start(rows: Tensor, start: Tensor | None, reversed: int) -> None:
-    """start [K, B, .] into the row of the buffer [., B, K, .] where each group begins; zero where none does."""
+    """start [K, B, .] into the row of the buffer [., B, K, .] that each group starts from; zero at the other end."""
     if start is None:
         rows[0].zero_()
         if reversed:
@@ -215,7 +215,7 @@ def _programs(plan: Plan, B: int, K: int, H: int) -> tuple[int, ...]:
     return (tiles, K) if plan.schedule == "resident" else (-(-H // plan.block_h), tiles, K)
 
 
-def _walk(
+def _launch_grid(
     kernel: Any,
     arguments: dict[str, Any],
     phases: tuple[int, ...],
@@ -260,9 +260,9 @@ def forward(
     """All steps forward.
 
     gx [T, B, K, G*H] (contiguous), u [K, products*H, H], bias (b_hh of the products apart) [K, apart*H], h0 [K, B, H],
-    c0 (the other states side by side) [K, B, (S-1)*H], mask [T, B] or None, params [K, P*H] or None. Where a row is
-    held, y and c are zero; a reversed group's are the states it begins from.
-    save: "none"; "states" keeps c beside y; "gates" all that backward wants.
+    c0 (the other states side by side) [K, B, (S-1)*H], mask [T, B] or None, params [K, P*H] or None. In padding
+    y and c are zero; a reversed group's are the states it starts from.
+    save: "none"; "states" saves c beside y; "gates" saves all that backward needs.
     """
     T, B, K, H = *gx.shape[:3], u.shape[2]
     out = allocate(cell, gx, save, reversed)
@@ -295,7 +295,7 @@ def forward(
     }
     phases = (0,) * cell.published + (1, 2)[: 2 if second else 1]
     if plan.schedule == "grid":
-        _walk(grid.forward_kernel, arguments, phases, programs, plan, T, launch)
+        _launch_grid(grid.forward_kernel, arguments, phases, programs, plan, T, launch)
     else:
         h: list[Tensor | None] = [None, None]
         if _rounds_before(precision, u.dtype):
@@ -347,7 +347,7 @@ def backward(
     """All steps backward.
 
     dy [T, B, K, H], dhn [K, B, H], dcn [K, B, (S-1)*H], dcs [T, B, K, (S-1)*H] of the c after every step (None: zero);
-    y, c, saved from `forward`. Where a row is held dy and dcs are not looked at, and dgx, dhu and m are zero.
+    y, c, saved from `forward`. In padding dy and dcs are not read, and dgx, dhu and m are zero.
     """
     T, B, K, H = steps(y, reversed), *y.shape[1:]
     out = allocate_gradients(cell, y, reversed)
@@ -373,7 +373,7 @@ def backward(
     arguments |= {"dsh_ptr": dsh, "dsc_ptr": dsc}
     phases = (0, 1) if cell.level < len(cell.operands) else (1,)
     if plan.schedule == "grid":
-        _walk(grid.backward_kernel, arguments, phases + (2,) * bool(cell.operands), programs, plan, T, launch)
+        _launch_grid(grid.backward_kernel, arguments, phases + (2,) * bool(cell.operands), programs, plan, T, launch)
     else:
         if _rounds_before(precision, u.dtype):
             arguments["u_ptr"] = _rounded(u)
@@ -400,7 +400,7 @@ def recompute(
     reversed: int = 0,
     launch: Callable[[Launch], None] = run,
 ) -> Tensor:
-    """What save="gates" would have kept, from what save="states" keeps."""
+    """What save="gates" would have not_reset, from what save="states" keeps."""
     T, B, K, H = steps(y, reversed), *y.shape[1:]
     saved = allocate_saved(cell, gx)
     if not cell.saved:
@@ -411,7 +411,7 @@ def recompute(
     m = gx.new_empty(N, K, second * H) if second else None
     bias, params, mask = _aligned(bias, params, mask)
     constants = _constants(cell, plan, (K, H, reversed), u.dtype, None if mask is None else mask.dtype, "ieee")
-    # Pointwise over T*B rows: any tile will do, and this one keeps loads whole.
+    # Pointwise over T*B rows: any tile will do, and with this one loads are contiguous.
     constants |= {"BLOCK_H": min(128, triton.next_power_of_2(H)), "BLOCK_B": 8}
     constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
     del constants["PRECISION"]

@@ -1,9 +1,9 @@
 """Schedule `single`: one step, both its products, its biases and its saving for backward, in one launch.
 
 For the cells (LSTMCell and the others), whose every call is one step. `scan` has the input projection of all steps from
-one GEMM and then walks; for one step that is a GEMM, a launch and the copies around them, and at a small batch launches
-are what it costs. Here a program owns BLOCK_H units of BLOCK_B rows with all their gates, and reads its rows of both
-matrices once, W's and then U's, in one pipelined loop.
+one GEMM and then takes them in turn; for one step that is a GEMM, a launch and the copies around them, and at a small
+batch the launches dominate. Here a program owns BLOCK_H units of BLOCK_B rows with all their gates, and reads its rows
+of both matrices once, W's and then U's, in one pipelined loop.
 
 Few rows are the tensor cores' work as well, padded to eight: multiplied as vectors on the other units, even one row of
 bfloat16 takes more issue slots (tried, compiled for sm_90).
@@ -47,7 +47,7 @@ from .tiles import (
 
 @triton.jit
 def _of_both(first, second, IN_SECOND, BOTH: tl.constexpr):
-    """first; or, where both are walked and IN_SECOND, second."""
+    """first; or second, if BOTH are taken and IN_SECOND."""
     if BOTH:
         return tl.where(IN_SECOND, second, first)
     else:
@@ -55,7 +55,7 @@ def _of_both(first, second, IN_SECOND, BOTH: tl.constexpr):
 
 
 @triton.jit
-def _walk_columns(
+def _product_of_columns(
     acc, w_ptr, w_rows, w_valid, x_ptr, u_ptr, u_rows, u_valid, h_ptr, row, row_mask, I: tl.constexpr,  # noqa: E741
     H: tl.constexpr, X_STRIDE: tl.constexpr, H_STRIDE: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
     BOTH: tl.constexpr, PRECISION: tl.constexpr,
@@ -161,7 +161,7 @@ def kernel(
         elif _product_in(n, G, ADDS) != n:
             of_slot = tl.where(slot == n, _product_in(n, G, ADDS), of_slot)
     u_rows = of_slot * H + unit
-    if PARTS == 1:  # noqa: SIM108  (the compiler wants both shapes apart)
+    if PARTS == 1:  # noqa: SIM108  (the compiler needs the two shapes apart)
         acc = tl.zeros([BLOCK_H * SLOTS, BLOCK_B], ACC)
     else:
         acc = tl.zeros([PARTS, BLOCK_H * SLOTS, BLOCK_B], ACC)
@@ -175,12 +175,12 @@ def kernel(
         h_ptr = h0_ptr
     H_STRIDE: tl.constexpr = (STATES - 1) * H if OF_C else H
     BOTH: tl.constexpr = FUSED and h_ptr is not None
-    acc = _walk_columns(
+    acc = _product_of_columns(
         acc, w_ptr, w_rows, w_valid, x_ptr, u_ptr, u_rows, u_valid, h_ptr, row, row_mask,
         I, H, I, H_STRIDE, BLOCK_K, PARTS, BOTH, INPUT_PRECISION,
     )  # fmt: skip
     if h_ptr is not None and not FUSED:
-        acc = _walk_columns(
+        acc = _product_of_columns(
             acc, u_ptr, u_rows, u_valid, h_ptr, u_ptr, u_rows, u_valid, h_ptr, row, row_mask,
             H, H, H_STRIDE, H_STRIDE, BLOCK_K, PARTS, False, PRECISION,
         )  # fmt: skip
@@ -228,12 +228,12 @@ def allocate(cell: Cell, x: Tensor, H: int, save: str) -> Scanned:
 
     With save="none" these only.
     """
-    B, others, kept = x.shape[0], (cell.states - 1) * H, save == "gates"
+    B, others, saves = x.shape[0], (cell.states - 1) * H, save == "gates"
     return Scanned(
-        x.new_empty(2, B, 1, H) if kept else x.new_empty(0),
-        x.new_empty(2, B, 1, others) if kept and others else x.new_empty(0),
-        # The shape is all that is asked of gx.
-        allocate_saved(cell, x.new_empty(1).expand(1, B, 1, cell.gates * H)) if kept else x.new_empty(0),
+        x.new_empty(2, B, 1, H) if saves else x.new_empty(0),
+        x.new_empty(2, B, 1, others) if saves and others else x.new_empty(0),
+        # Only the shape of gx is used.
+        allocate_saved(cell, x.new_empty(1).expand(1, B, 1, cell.gates * H)) if saves else x.new_empty(0),
         x.new_empty(B, H),
         x.new_empty(B, others) if others else x.new_empty(0),
     )
@@ -256,11 +256,11 @@ def forward(
     input_precision: str | None = None,
     launch: Callable[[Launch], None] = run,
 ) -> Scanned:
-    """One step: what `scan.forward` gives for one step of one group, from the layer's input; but hn and cn [B, .].
+    """One step from the layer's input: what `scan.forward` returns for one step of one group, but hn and cn [B, .].
 
     x [B, I], w_ih [G*H, I], w_hh [products*H, H] and b_hh [products*H] in the kernels' order, b_ih [G*H], h0 [B, H],
     c0 [B, (S-1)*H] (None: zero), params [P*H].
-    save: "none" gives hn and cn only; "gates" all that backward wants.
+    save: "none" returns hn and cn only; "gates" also what backward needs.
     precision, input_precision: tl.dot's input_precision with U and with W (None: the same), for float32.
     """
     if save not in SAVES:
@@ -291,7 +291,7 @@ def _constants(
 ) -> dict[str, Any]:
     """What the kernel is compiled for."""
     size, saved = dtype.itemsize, save == "gates"
-    # Together, rows of different alignment would both be loaded as the worse allows.
+    # In one loop, rows of different alignment would both be loaded with the smaller one.
     fused = input_precision == precision and gcd(I * size, 16) == gcd(H * size, 16)
     constants = {"I": I, "H": H, "BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b, "BLOCK_K": plan.block_k}
     constants |= {"FUSED": fused, "ACC": ACCUMULATE[dtype], "INPUT_PRECISION": input_precision, "PRECISION": precision}

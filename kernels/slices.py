@@ -1,4 +1,4 @@
-"""A program's slices of U in the `grid` schedule: how they are held on chip, and their products with what others
+"""A program's slices of U in the `grid` schedule: how they are kept on chip, and their products with what others
 published."""
 
 import triton
@@ -38,17 +38,17 @@ def _load_x(
     if PARTS == 1:
         ks = (k0 + tl.arange(0, PART))[:, None]
         rows = at_row[None, :]
-        kept = keep[None, :]
+        rows = keep[None, :]
     else:
         ks = k0 + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
         rows = at_row[None, None, :]
-        kept = keep[None, None, :]
+        rows = keep[None, None, :]
     if WHOLE:
         x = tl.load(x_ptr + rows + ks, cache_modifier=".cg")
     else:
         x = tl.load(x_ptr + rows + ks, mask=tl.broadcast_to(ks < K, (rows + ks).shape), other=0.0, cache_modifier=".cg")
     if MASKED:
-        x = tl.where(kept, x, 0.0).to(x.dtype)
+        x = tl.where(rows, x, 0.0).to(x.dtype)
     return x
 
 
@@ -91,11 +91,11 @@ def _product(
     U, x_ptr, at_row, keep, ACC: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr, K: tl.constexpr,
     CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U @ x [M, BLOCK_B], U as `_slice` gives it, x[k, row] at x_ptr + at_row + k: what others have published."""
+    """U @ x [M, BLOCK_B], U as `_slice` returns it, x[k, row] at x_ptr + at_row + k: what others have published."""
     PARTS: tl.constexpr = 64 // M if M < 64 else 1
     WHOLE: tl.constexpr = K // CHUNK
     REST: tl.constexpr = triton.next_power_of_2(K - WHOLE * CHUNK) if K > WHOLE * CHUNK else 0
-    if PARTS == 1:  # noqa: SIM108  (the compiler wants both shapes apart)
+    if PARTS == 1:  # noqa: SIM108  (the compiler needs the two shapes apart)
         acc = tl.zeros([M, BLOCK_B], ACC)
     else:
         acc = tl.zeros([PARTS, M, BLOCK_B], ACC)

@@ -21,6 +21,7 @@ import triton.language as tl
 
 from .math import operand, product
 from .tiles import (
+    active,
     add_outer,
     add_params,
     after_step,
@@ -33,11 +34,11 @@ from .tiles import (
     gate_rows,
     is_in,
     keep_rows,
-    kept,
-    live,
     load_mask,
     load_params,
     load_tiles,
+    not_reset,
+    nth_step,
     operands,
     others_are_operands,
     pack_tiles,
@@ -45,7 +46,6 @@ from .tiles import (
     split_gates,
     store_tiles,
     unpack_tiles,
-    walk,
     zeros,
 )
 
@@ -87,7 +87,7 @@ def forward_kernel(
     G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
     PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr,
-    HOLDS: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PADDING: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Step t. PHASE 0: the operands of level 1. PHASE 1: their products, and the step if there is no level 2; else the
     operands of level 2. PHASE 2: their products, and the step."""
@@ -97,7 +97,7 @@ def forward_kernel(
     row_mask = row < B
     mask = (units[:, None] < H) & row_mask[None, :]
     group = tl.program_id(2).to(tl.int64)
-    step, sign = walk(group, t, T, REVERSED)
+    step, sign = nth_step(group, t, T, REVERSED)
     steps_before = step.to(tl.int64) * B
     line = row * GROUPS + group
     per_step = B.to(tl.int64) * (GROUPS * H)
@@ -122,8 +122,8 @@ def forward_kernel(
     if STATES > 1:
         states = states + load_tiles(sc_ptr, at_others, mask, C, H, ACC)
     if mask_ptr is not None:
-        code = load_mask(mask_ptr + steps_before, row, row_mask, group, REVERSED, HOLDS)
-        states = keep_rows(states, kept(code, HOLDS), STATES)
+        code = load_mask(mask_ptr + steps_before, row, row_mask, group, REVERSED, PADDING)
+        states = keep_rows(states, not_reset(code, PADDING), STATES)
     gx = load_tiles(gx_ptr, at_g, mask, G, H, ACC)
     params = ()
     if PARAMS > 0:
@@ -144,7 +144,7 @@ def forward_kernel(
         if h_ptr is None:
             h_ptr = y_ptr - sign * per_step
         sums = _product(
-            u_ptr, unit0, h_ptr, 1, line, row_mask, kept(code, HOLDS), H, 0, FIRST,
+            u_ptr, unit0, h_ptr, 1, line, row_mask, not_reset(code, PADDING), H, 0, FIRST,
             BLOCK_H, BLOCK_B, BLOCK_K, ACC, mask_ptr is not None, PRECISION,
         )  # fmt: skip
         for n in tl.static_range(FIRST):
@@ -170,7 +170,7 @@ def forward_kernel(
         store_tiles(m_ptr, (line * (M * H))[None, :] + units[:, None], mask, m, 0, M, H)
     else:
         new, saved = STEP(gx, hu, states, params, FAST)
-        states, stored = after_step(new, states, code, group, STATES, REVERSED, HOLDS)
+        states, stored = after_step(new, states, code, group, STATES, REVERSED, PADDING)
         tl.debug_barrier()  # sh and sc are in place
         store_tiles(sh_ptr, at_state, mask, states, 0, 1, 0)
         store_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
@@ -194,7 +194,7 @@ def _accumulate_transposed(
     acc, u_ptr, d_ptr, d_stride, units, line, row_mask, H: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
     BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """acc + the sum of U[n]^T @ d[n] over the products n in FROM..TO; d_ptr is where d[FROM] begins."""
+    """acc + the sum of U[n]^T @ d[n] over the products n in FROM..TO; d_ptr is the start of d[FROM]."""
     k = tl.arange(0, BLOCK_K)
     TILES: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
     # One loop over products and tiles: one pipeline, and none is unrolled next to the others.
@@ -229,7 +229,7 @@ def _through(
 def _load_states(
     y_ptr, c_ptr, at_h, at_c, mask, at, STATES: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr
 ):  # fmt: skip
-    """The states in the row that begins with element `at` of y."""
+    """The states in the row that starts at element `at` of y."""
     states = load_tiles(y_ptr + at, at_h, mask, 1, 0, ACC)
     if STATES > 1:
         states = states + load_tiles(c_ptr + at * (STATES - 1), at_c, mask, STATES - 1, H, ACC)
@@ -241,7 +241,7 @@ def _load_saved(
     saved_ptr, line, units, mask, at, SAVED: tl.constexpr, PACK: tl.constexpr, H: tl.constexpr, TYPE: tl.constexpr,
     ACC: tl.constexpr,
 ):  # fmt: skip
-    """What the step saved whose row begins with element `at` of y."""
+    """The saved tiles of the step whose row starts at element `at` of y."""
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
     at_s = (line * (WORDS * H))[None, :] + units[:, None]
@@ -258,23 +258,23 @@ def backward_kernel(
     G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
     SEGMENTS: tl.constexpr, PACK: tl.constexpr, STEP: tl.constexpr, BACKWARD_2: tl.constexpr, FINISH: tl.constexpr,
-    HOLDS: tl.constexpr, PHASE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
+    PADDING: tl.constexpr, PHASE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """Step t. PHASE 0, only with level 2: backward_2. PHASE 1: the step. The first of them begins with what is left of
-    step t+1, its gradients through U^T and `finish` (not if FIRST, when there is no such step). LAST (t = -1) is that
-    alone, for dh0 and dc0."""
+    """Step t. PHASE 0, only with level 2: backward_2. PHASE 1: the step. The first of them starts with the rest of
+    step t+1: its gradients through U^T and `finish` (not if FIRST, when there is no such step). LAST (t = -1) is that
+    rest alone, for dh0 and dc0."""
     unit0 = tl.program_id(0) * BLOCK_H
     units = unit0 + tl.arange(0, BLOCK_H)
     row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     row_mask = row < B
     mask = (units[:, None] < H) & row_mask[None, :]
     group = tl.program_id(2).to(tl.int64)
-    step, sign = walk(group, t, T, REVERSED)
+    step, sign = nth_step(group, t, T, REVERSED)
     steps_before = step.to(tl.int64) * B
     line = row * GROUPS + group
     per_step = B.to(tl.int64) * (GROUPS * H)
-    forth = sign * per_step
+    advance = sign * per_step
     PRODUCTS: tl.constexpr = len(ADDS)
     OPERANDS: tl.constexpr = len(GATES)
     FIRST_PRODUCTS: tl.constexpr = first_product(GATES, LEVEL)
@@ -313,7 +313,7 @@ def backward_kernel(
         for n in tl.static_range(LEVEL):
             d = tl.zeros([BLOCK_H, BLOCK_B], ACC) if STATE_OF[n] < 0 else dstates[STATE_OF[n]]
             d = _through(
-                d, n, SEGMENTS, u_ptr, dgx_ptr + forth * G, dhu_ptr + forth * APART if APART > 0 else dhu_ptr,
+                d, n, SEGMENTS, u_ptr, dgx_ptr + advance * G, dhu_ptr + advance * APART if APART > 0 else dhu_ptr,
                 G * H, APART * H, units, line, row_mask, H, BLOCK_K, PRECISION,
             )  # fmt: skip
             if STATE_OF[n] >= 0:
@@ -322,31 +322,31 @@ def backward_kernel(
                 dv = dv + (d,)
         code_after = row_mask
         if mask_ptr is not None:
-            code_after = load_mask(mask_ptr + steps_before + sign * B, row, row_mask, group, REVERSED, HOLDS)
+            code_after = load_mask(mask_ptr + steps_before + sign * B, row, row_mask, group, REVERSED, PADDING)
         if FINISH is not None:
-            # y's row step+1 is after step t for those who walk forward: before step t+1 for all.
+            # y's row step+1 is after step t for groups that go forward, and before step t+1 for all groups.
             at = (step + sign) * per_step
             next_after = _load_states(y_ptr, c_ptr, at_h, at_c, mask, at + per_step, STATES, H, ACC)
-            next_before = _load_states(y_ptr, c_ptr, at_h, at_c, mask, at + per_step - forth, STATES, H, ACC)
+            next_before = _load_states(y_ptr, c_ptr, at_h, at_c, mask, at + per_step - advance, STATES, H, ACC)
             if mask_ptr is not None:
-                next_before = keep_rows(next_before, kept(code_after, HOLDS), STATES)
+                next_before = keep_rows(next_before, not_reset(code_after, PADDING), STATES)
             next_saved = _load_saved(saved_ptr, line, units, mask, at, SAVED, PACK, H, TYPE, ACC)
-            next_dgx = load_tiles(dgx_ptr + forth * G, at_g, mask, G, H, ACC)
+            next_dgx = load_tiles(dgx_ptr + advance * G, at_g, mask, G, H, ACC)
             nothing = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)
             next_dgx, dstates, dparams = finish_step(
                 FINISH, next_dgx, dstates, nothing, dv, next_saved, next_before, next_after, params, code_after, FAST,
-                HOLDS,
+                PADDING,
             )  # fmt: skip
             if PARAMS > 0:
-                sums = add_params(sums, dparams, row_mask, code_after, HOLDS)
+                sums = add_params(sums, dparams, row_mask, code_after, PADDING)
             tl.debug_barrier()  # dgx is in place
             for n in tl.static_range(len(LATE)):
-                store_tiles(dgx_ptr + forth * G + LATE[n] * H, at_g, mask, next_dgx, LATE[n], LATE[n] + 1, H)
+                store_tiles(dgx_ptr + advance * G + LATE[n] * H, at_g, mask, next_dgx, LATE[n], LATE[n] + 1, H)
         if mask_ptr is not None:
             if MORE:
-                dstates = keep_rows(dstates, kept(code_after, HOLDS), STATES)
+                dstates = keep_rows(dstates, not_reset(code_after, PADDING), STATES)
             else:  # the others' are selected already
-                (dh,) = keep_rows(dstates, kept(code_after, HOLDS), 1)
+                (dh,) = keep_rows(dstates, not_reset(code_after, PADDING), 1)
                 dstates = replace_tile(dstates, 0, dh)
 
     if LAST:
@@ -362,7 +362,7 @@ def backward_kernel(
         if BEGINS and dcs_ptr is not None:
             dcs = load_tiles(dcs_ptr + step * per_step * C, at_c, mask, C, H, ACC)
         after_row = (step + 1) * per_step
-        before_row = after_row - forth
+        before_row = after_row - advance
         after = _load_states(y_ptr, c_ptr, at_h, at_c, mask, after_row, STATES, H, ACC)
         before = _load_states(y_ptr, c_ptr, at_h, at_c, mask, before_row, STATES, H, ACC)
         saved = ()
@@ -370,15 +370,15 @@ def backward_kernel(
             saved = _load_saved(saved_ptr, line, units, mask, step * per_step, SAVED, PACK, H, TYPE, ACC)
         code = row_mask
         if mask_ptr is not None:
-            code = load_mask(mask_ptr + steps_before, row, row_mask, group, REVERSED, HOLDS)
-            before = keep_rows(before, kept(code, HOLDS), STATES)
-        dstates = add_outer(dstates, dy, dcs, code, HOLDS)
+            code = load_mask(mask_ptr + steps_before, row, row_mask, group, REVERSED, PADDING)
+            before = keep_rows(before, not_reset(code, PADDING), STATES)
+        dstates = add_outer(dstates, dy, dcs, code, PADDING)
 
         if PHASE == 0:
             d_second, m = BACKWARD_2(dstates, saved, before, after, params, FAST)
-            if HOLDS:
-                d_second = keep_rows(d_second, live(code), PRODUCTS - FIRST_PRODUCTS)
-                m = keep_rows(m, live(code), OPERANDS - LEVEL)
+            if PADDING:
+                d_second = keep_rows(d_second, active(code), PRODUCTS - FIRST_PRODUCTS)
+                m = keep_rows(m, active(code), OPERANDS - LEVEL)
             tl.debug_barrier()  # dsh and dsc are in place
             store_tiles(m_ptr + COMPUTED * H, at_m, mask, m, 0, OPERANDS - LEVEL, H)
             for n in tl.static_range(FIRST_PRODUCTS, PRODUCTS):
@@ -399,9 +399,9 @@ def backward_kernel(
                 )  # fmt: skip
                 dm = dm + (d,)
             dgx, dhu, new, dparams, computed = STEP(dstates, dm, saved, before, after, params, FAST)
-            dgx, dhu, dstates, computed = before_step(dgx, dhu, new, computed, dstates, code, HOLDS)
+            dgx, dhu, dstates, computed = before_step(dgx, dhu, new, computed, dstates, code, PADDING)
             if PARAMS > 0:
-                sums = add_params(sums, dparams, row_mask, code, HOLDS)
+                sums = add_params(sums, dparams, row_mask, code, PADDING)
             tl.debug_barrier()  # dsh and dsc are in place
             # Other programs of this launch read what PHASE 0 wrote for level 2: only the rest is stored.
             for n in tl.static_range(G):
@@ -415,7 +415,7 @@ def backward_kernel(
             store_tiles(dsh_ptr, at_state, mask, dstates, 0, 1, 0)
             if STATES > 1:
                 if mask_ptr is not None and not MORE:
-                    dstates = keep_rows(dstates, kept(code, HOLDS), STATES)
+                    dstates = keep_rows(dstates, not_reset(code, PADDING), STATES)
                 store_tiles(dsc_ptr, at_others, mask, dstates, 1, STATES, H)
 
     if PARAMS > 0 and (FINISH is not None or not LAST):

@@ -6,11 +6,12 @@ float64 is not packed), the form in which gates are saved for backward: one load
 A tile is [units, rows]: hidden units down, batch rows across, so that the recurrent product U h has its many units on
 the tensor cores' long side and a small batch on the short one. In memory the units are contiguous.
 
-Mask: a code for each row and step. 0: a plain step. 1: the states before it are zero. 2: the row is past its end and
-held: its states pass through, and it has no output and no gradients. Everything of a held row is chosen by selection,
-never by a product with zero: its gx, dy and saved gates may be anything, NaN included. HOLDS: there may be 2s.
+Mask: a code for each row and step. 0: a plain step. 1: the states before it are reset to zero. 2: the row is past its
+end, so this step is padding: its states pass through, and it has no output and no gradients. Padding is left out by
+selection, never by a product with zero: its gx, dy and saved gates may be anything, NaN included. The constexpr PADDING
+says that the mask may have 2s.
 
-Groups: scans that share nothing but their shapes and the launch (the two directions of a layer, block-diagonal heads).
+Groups: scans that share only their shapes and the launch (the two directions of a layer, block-diagonal heads).
 A row of memory holds one batch row's groups side by side.
 """
 
@@ -22,7 +23,7 @@ from .math import INTERPRETED, operand, product
 
 @triton.constexpr_function
 def first_product(gates, n):
-    """The first product of the n-th operand; of one more than there are, how many products there are. gates: the
+    """The first product of the n-th operand; for n = the number of operands, the number of products. gates: the
     products of each operand."""
     return sum(gates[:n])
 
@@ -35,13 +36,13 @@ def apart_before(adds, n):
 
 @triton.constexpr_function
 def computed_before(state_of, n):
-    """How many of the first n operands of level 1 are no state."""
+    """How many of the first n operands of level 1 are computed, not a state."""
     return sum(state < 0 for state in state_of[:n])
 
 
 @triton.constexpr_function
 def others_are_operands(state_of):
-    """Whether some operand is a state, and not the first."""
+    """Whether some operand is a state other than the first."""
     return any(state > 0 for state in state_of)
 
 
@@ -52,7 +53,7 @@ def is_in(n, numbers, first=0):
 
 
 @triton.jit
-def walk(group, n, T, REVERSED: tl.constexpr):
+def nth_step(group, n, T, REVERSED: tl.constexpr):
     """The n-th step a group takes, and +1 or -1, where the next one lies: from the first step to the last, or, for the
     groups whose bit is set in REVERSED, from the last to the first."""
     if REVERSED == 0:
@@ -97,7 +98,7 @@ def operands(tiles, N: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr
 
 @triton.jit
 def products(U, x, start, FROM: tl.constexpr, TO: tl.constexpr, PRECISION: tl.constexpr):
-    """start[n] + U[n] @ x for n in FROM..TO, as a tuple. U: operands already; x becomes one."""
+    """start[n] + U[n] @ x for n in FROM..TO, as a tuple. U are operands already; x is made one."""
     x = operand(x, U[FROM].dtype, PRECISION)
     out = ()
     for n in tl.static_range(FROM, TO):
@@ -111,7 +112,7 @@ def inside(tile, units, H: tl.constexpr, TYPE: tl.constexpr, FAST: tl.constexpr)
     if tile.shape[0] == H:
         return tile
     elif FAST and not INTERPRETED:
-        # One instruction for two elements, where a selection takes five.
+        # One instruction for two elements; a selection takes five.
         x = tile.to(TYPE)
         ones = tl.broadcast_to(tl.where(units < H, -1, 0).to(tl.int16)[:, None], x.shape)
         return tl.inline_asm_elementwise(
@@ -149,14 +150,14 @@ def keep_rows(tiles, keep, N: tl.constexpr):
 
 
 @triton.jit
-def load_mask(mask_ptr, r, valid, group, REVERSED: tl.constexpr, HOLDS: tl.constexpr):
-    """What the mask says of the rows r at a step: 0, 1 (reset) or 2 (held); to be asked with `kept` and `live`.
+def load_mask(mask_ptr, r, valid, group, REVERSED: tl.constexpr, PADDING: tl.constexpr):
+    """What the mask says of the rows r at a step: 0, 1 (reset) or 2 (padding); read it with `not_reset` and `active`.
 
-    Where no row can be held it is only whether the code is 0: one bit to carry from step to step, not a byte.
+    Without padding it is only whether the code is 0: one bit to carry from step to step, not a byte.
     """
     code = tl.load(mask_ptr + r, mask=valid, other=0)
-    if HOLDS:
-        if REVERSED > 0:  # an episode's beginning lies elsewhere for those who come from behind: a bit of its own
+    if PADDING:
+        if REVERSED > 0:  # reversed groups start an episode at its other end, so they have a bit of their own
             back = ((REVERSED >> group) & 1).to(tl.uint8)
             code = ((code >> (2 * back)) & 1) | (code & 2)
         return code
@@ -165,14 +166,14 @@ def load_mask(mask_ptr, r, valid, group, REVERSED: tl.constexpr, HOLDS: tl.const
 
 
 @triton.jit
-def kept(code, HOLDS: tl.constexpr):
-    """The rows whose states go into the step; the others' are zero."""
-    return code != 1 if HOLDS else code
+def not_reset(code, PADDING: tl.constexpr):
+    """The rows whose states enter the step; the others' are reset to zero."""
+    return code != 1 if PADDING else code
 
 
 @triton.jit
-def live(code):
-    """The rows that take the step; the others are held. Asked only where rows can be (HOLDS)."""
+def active(code):
+    """The rows that take the step; for the others it is padding. Only with PADDING."""
     return code != 2
 
 
@@ -186,35 +187,35 @@ def _select_rows(tiles, others, first, N: tl.constexpr):
 
 
 @triton.jit
-def after_step(new, old, code, group, STATES: tl.constexpr, REVERSED: tl.constexpr, HOLDS: tl.constexpr):
+def after_step(new, old, code, group, STATES: tl.constexpr, REVERSED: tl.constexpr, PADDING: tl.constexpr):
     """The states after a step, and what is stored of them.
 
-    A held row's are what they were; stored is zero, the padding of the output. But a reversed group's held steps come
-    before its first live one, which reads there the states that it begins from.
+    Padding leaves the states as they were and stores zero. But a reversed group's padding comes before its first active
+    step, which reads the states it starts from there.
     """
-    if HOLDS:
-        states = _select_rows(new, old, live(code), STATES)
+    if PADDING:
+        states = _select_rows(new, old, active(code), STATES)
         if REVERSED == 0:
-            stored = keep_rows(states, live(code), STATES)
+            stored = keep_rows(states, active(code), STATES)
         else:
-            stored = keep_rows(states, live(code) | (((REVERSED >> group) & 1) != 0), STATES)
+            stored = keep_rows(states, active(code) | (((REVERSED >> group) & 1) != 0), STATES)
         return states, stored
     else:
         return new, new
 
 
 @triton.jit
-def add_outer(dstates, dy, dcs, code, HOLDS: tl.constexpr):
-    """dstates with what reaches the states after a step from outside the scan. dy: of the first, or empty; dcs: of the
-    others, or empty."""
+def add_outer(dstates, dy, dcs, code, PADDING: tl.constexpr):
+    """dstates plus the gradients that reach the states after a step from outside the scan. dy: the first state's, or
+    empty; dcs: the others', or empty."""
     out = ()
     for n in tl.static_range(len(dstates)):
         outer = dy if n == 0 else dcs
         if len(outer) == 0:
             out = out + (dstates[n],)
-        elif HOLDS:
+        elif PADDING:
             out = out + (
-                dstates[n] + tl.where(live(code)[None, :], outer[n - 1 if n > 0 else 0].to(dstates[n].dtype), 0.0),
+                dstates[n] + tl.where(active(code)[None, :], outer[n - 1 if n > 0 else 0].to(dstates[n].dtype), 0.0),
             )
         else:
             out = out + (dstates[n] + outer[n - 1 if n > 0 else 0].to(dstates[n].dtype),)
@@ -222,13 +223,13 @@ def add_outer(dstates, dy, dcs, code, HOLDS: tl.constexpr):
 
 
 @triton.jit
-def before_step(dgx, dhu, new, computed, old, code, HOLDS: tl.constexpr):
-    """What a step of backward gives: a held row's dgx, dhu and operands are zero, and its dstates what they were."""
-    if HOLDS:
-        dgx = keep_rows(dgx, live(code), len(dgx))
-        dhu = keep_rows(dhu, live(code), len(dhu))
-        computed = keep_rows(computed, live(code), len(computed))
-        return dgx, dhu, _select_rows(new, old, live(code), len(new)), computed
+def before_step(dgx, dhu, new, computed, old, code, PADDING: tl.constexpr):
+    """The results of a step of backward. For padding dgx, dhu and operands are zero, and dstates as they were."""
+    if PADDING:
+        dgx = keep_rows(dgx, active(code), len(dgx))
+        dhu = keep_rows(dhu, active(code), len(dhu))
+        computed = keep_rows(computed, active(code), len(computed))
+        return dgx, dhu, _select_rows(new, old, active(code), len(new)), computed
     else:
         return dgx, dhu, new, computed
 
@@ -236,20 +237,20 @@ def before_step(dgx, dhu, new, computed, old, code, HOLDS: tl.constexpr):
 @triton.jit
 def finish_step(
     FINISH: tl.constexpr, dgx, dbefore, dparams, dv, saved, before, after, params, code, FAST: tl.constexpr,
-    HOLDS: tl.constexpr,
+    PADDING: tl.constexpr,
 ):  # fmt: skip
-    """FINISH, but nothing changes for a held row."""
+    """FINISH, which changes nothing for padding."""
     dgx_2, dbefore_2, dparams = FINISH(dgx, dbefore, dparams, dv, saved, before, after, params, FAST)
-    if HOLDS:
-        dgx_2 = _select_rows(dgx_2, dgx, live(code), len(dgx))
-        dbefore_2 = _select_rows(dbefore_2, dbefore, live(code), len(dbefore))
+    if PADDING:
+        dgx_2 = _select_rows(dgx_2, dgx, active(code), len(dgx))
+        dbefore_2 = _select_rows(dbefore_2, dbefore, active(code), len(dbefore))
     return dgx_2, dbefore_2, dparams
 
 
 @triton.jit
-def add_params(total, dparams, valid, code, HOLDS: tl.constexpr):
+def add_params(total, dparams, valid, code, PADDING: tl.constexpr):
     """total + dparams, tile by tile, of the rows that exist and take the step."""
-    keep = valid & live(code) if HOLDS else valid
+    keep = valid & active(code) if PADDING else valid
     out = ()
     for n in tl.static_range(len(total)):
         out = out + (total[n] + tl.where(keep[None, :], dparams[n], 0.0),)
@@ -258,7 +259,7 @@ def add_params(total, dparams, valid, code, HOLDS: tl.constexpr):
 
 @triton.jit
 def load_params(params_ptr, units, PARAMS: tl.constexpr, H: tl.constexpr, ACC: tl.constexpr):
-    """The trained vectors of a group, as tiles [units, 1]. params_ptr: where the group's begin."""
+    """The trained vectors of a group, as tiles [units, 1]. params_ptr: the start of the group's."""
     out = ()
     for n in tl.static_range(PARAMS):
         out = out + (tl.load(params_ptr + n * H + units, mask=units < H, other=0.0).to(ACC)[:, None],)
@@ -276,7 +277,7 @@ def zeros(N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl
 
 @triton.jit
 def biases(bias_ptr, units, zero, ADDS: tl.constexpr, H: tl.constexpr):
-    """What each recurrent product starts from: zero, or b_hh of those that are apart (bias [apart*H])."""
+    """The initial value of each recurrent product: zero, or b_hh for those that are apart (bias [apart*H])."""
     out = ()
     for n in tl.static_range(len(ADDS)):
         if bias_ptr is None or ADDS[n] >= 0:
@@ -308,7 +309,7 @@ def split_gates(acc, G: tl.constexpr, PADDED: tl.constexpr, BLOCK_H: tl.constexp
 def gate_rows(
     unit0, FROM: tl.constexpr, TO: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr
 ):
-    """Where in U each row of a slice begins, row unit * PADDED + gate, and whether it exists."""
+    """Where in U each row of a slice starts (row unit * PADDED + gate), and whether it exists."""
     m = tl.arange(0, BLOCK_H * PADDED)
     unit = unit0 + m // PADDED
     gate = m % PADDED

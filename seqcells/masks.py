@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .kernels.buffers import HELD, RESET, RESET_REVERSED, held, resets_of
+from .kernels.buffers import PADDING, RESET, RESET_REVERSED, padding_rows, reset_rows
 
 
 def ended(lengths: Tensor, steps: int) -> Tensor:
@@ -26,7 +26,7 @@ def encode(resets: Tensor | None, lengths: Tensor | None, steps: int, reversed: 
     codes = []
     past = None if lengths is None else ended(lengths, steps)
     if past is not None:
-        codes.append(past.to(torch.uint8) * HELD)
+        codes.append(past.to(torch.uint8) * PADDING)
     if resets is not None:
         begins = resets if past is None else resets & ~past
         codes.append(begins.to(torch.uint8) * RESET)
@@ -54,5 +54,5 @@ def decode(mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """The resets and lengths of a mask, for the reference."""
     if mask is None:
         return None, None
-    past = held(mask)
-    return resets_of(mask, False), None if past is None else (~past).sum(0)
+    past = padding_rows(mask)
+    return reset_rows(mask, False), None if past is None else (~past).sum(0)

@@ -284,7 +284,7 @@ def exact(kind, gx, u, bias, h0, c0, params, mask=None, reversed=0):
         for t in range(T)[:: -1 if back else 1]:
             came = states
             if mask is not None:
-                resets = buffers.resets_of(mask, back)[t, :, None]
+                resets = buffers.reset_rows(mask, back)[t, :, None]
                 came = tuple(torch.where(resets, 0.0, s) for s in states)
 
             def product(n, v, k=k):
@@ -293,7 +293,7 @@ def exact(kind, gx, u, bias, h0, c0, params, mask=None, reversed=0):
                 return hu if at is None or bias is None else hu + bias[k, at : at + H]
 
             new = step(gx[t, :, k].split(H, 1), product, came, vectors)
-            held = None if mask is None else buffers.held(mask)
+            held = None if mask is None else buffers.padding_rows(mask)
             if held is not None:
                 new = tuple(torch.where(held[t, :, None], s, n) for s, n in zip(states, new, strict=True))
             states = shown[t] = new
@@ -315,7 +315,7 @@ def mask_of(name, T, B, reversed):
     if name == "lengths":
         ends = torch.randint(1, T + 1, (B,), generator=generator)
         ends[0], ends[-1] = T, 0
-        codes = torch.where(torch.arange(T)[:, None] >= ends, buffers.HELD, codes)
+        codes = torch.where(torch.arange(T)[:, None] >= ends, buffers.PADDING, codes)
     return codes.to(torch.uint8)
 
 
@@ -367,7 +367,7 @@ def wanted(kind, given, mask, reversed, outer):
     """What `run` gives, by autograd in float64."""
     leaves = [None if t is None else t.detach().double().requires_grad_() for t in given]
     every, final = exact(kind, *leaves, mask, reversed)
-    held = None if mask is None else buffers.held(mask)
+    held = None if mask is None else buffers.padding_rows(mask)
     if held is not None:
         every = [s.masked_fill(held[:, :, None, None], 0.0) for s in every]
     cat = [torch.cat(of[1:], -1) if len(of) > 1 else None for of in (every, final)]

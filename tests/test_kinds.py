@@ -36,7 +36,7 @@ def compare(kind, schedule, shape, mask, K, reversed, save, dtype=torch.float64,
     gx = given[0]
     if mask == "lengths":  # nothing of a held row is looked at
         for t in (gx, outer[0], outer[1]):
-            t[buffers.held(masked)] = torch.nan
+            t[buffers.padding_rows(masked)] = torch.nan
     found = run(kind, schedule, given, masked, reversed, save, outer)
     for t in (gx, outer[0], outer[1]):
         t.nan_to_num_(0.0)
@@ -48,7 +48,7 @@ def compare(kind, schedule, shape, mask, K, reversed, save, dtype=torch.float64,
             assert a.shape == b.shape, name
             if reversed and mask == "lengths" and name in ("y", "c"):
                 # A reversed group's held rows are the states that it begins from (see `tiles.after_step`).
-                keep = ~buffers.held(masked)[:, :, None, None]
+                keep = ~buffers.padding_rows(masked)[:, :, None, None]
                 a, b = a * keep, b * keep
             error = relative(a.detach(), b.detach().cpu())
             assert error <= allowed, f"{name}: {error:.1e}"

@@ -13,7 +13,7 @@ from seqcells import dispatch, functional, masks
 from seqcells.cell import named
 from seqcells.engines.loop import steps
 from seqcells.engines.loop.stretches import row_order
-from seqcells.kernels.buffers import held, resets_of
+from seqcells.kernels.buffers import padding_rows, reset_rows
 
 T, B, I, H = 9, 5, 3, 6  # noqa: E741
 LENGTHS = [9, 0, 4, 1, 7]
@@ -24,7 +24,7 @@ WAYS = [(False,), (True,), (False, True)]
 def stretches_of(mask, back):
     """Each sequence's stretches, as lists of its rows t*B+b in their order; and whether the first has the start."""
     T, B = mask.shape
-    cuts, ended = resets_of(mask, back), held(mask)
+    cuts, ended = reset_rows(mask, back), padding_rows(mask)
     found = []
     for b in range(B):
         order = [t for t in range(T) if ended is None or not ended[t, b]]

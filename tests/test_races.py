@@ -99,7 +99,7 @@ def masks_of(kind, T, B, reversed):
     if kind == "resets":
         return resets.to(torch.uint8) * buffers.RESET if reversed else resets
     ended = torch.arange(T)[:, None] >= torch.randint(0, T + 1, (B,), generator=generator)
-    return torch.where(ended, torch.tensor(buffers.HELD, dtype=torch.uint8), resets.to(torch.uint8))
+    return torch.where(ended, torch.tensor(buffers.PADDING, dtype=torch.uint8), resets.to(torch.uint8))
 
 
 @pytest.mark.parametrize(("cell", "schedule", "mask"), spread(CELLS, SCHEDULES, ["", "resets", "lengths"], most=1))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import packing
-from ..kernels.buffers import held, resets_of
+from ..kernels.buffers import padding_rows, reset_rows
 from . import aten
 
 FAR = 1e30
@@ -27,10 +27,10 @@ def _steps(mask: Tensor, back: bool, given: bool) -> tuple[packing.Layout, Tenso
     reset at the first step must clear.
     """
     T, B = mask.shape
-    ended, step = held(mask), torch.arange(T, device=mask.device)[:, None]
+    ended, step = padding_rows(mask), torch.arange(T, device=mask.device)[:, None]
     lengths = step.new_full((B,), T) if ended is None else (~ended).sum(0)
     active, taken = step < lengths, lengths - 1 - step if back else step.expand(T, B)
-    cuts = resets_of(mask, back) & active
+    cuts = reset_rows(mask, back) & active
     if not given:
         cuts &= taken > 0
     before = cuts.flip(0).cumsum(0).flip(0) if back else cuts.cumsum(0)
@@ -86,7 +86,7 @@ def _layer(
         return None
     y = packing.pack(every, where).unflatten(0, (T, B))
     hn = every.flatten(0, 1).index_select(0, last)
-    if (ended := held(mask)) is not None:
+    if (ended := padding_rows(mask)) is not None:
         y = y.masked_fill(ended[..., None], 0)
         hn = torch.where((where.lengths > 0)[:, None], hn, h0[0])
     return y if ended is not None else y.clone(), hn[None].clone(), cn

@@ -303,7 +303,7 @@ def forward(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -
     told += (options.reversed, options.schedule, options.precision, params)
     y, c, saved, *final = run(gx, recurrent(at, w_hh, w_ih, H), bias, h0, c0, mask, *told)
     shown = [outputs(s, options.reversed) for s in ((y, c) if options.states else (y,))]
-    padding = None if mask is None else masks.held(mask)
+    padding = None if mask is None else masks.padding_rows(mask)
     if padding is not None and options.reversed and not (h0 is None and c0 is None):
         # In a reversed group, padding comes first: the buffer contains the initial state until the row begins.
         shown = [s.masked_fill(padding[..., None, None], 0) for s in shown]

@@ -17,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from ...kernels.buffers import held, resets_of
+from ...kernels.buffers import padding_rows, reset_rows
 
 
 def by_step(t: Tensor, sizes: Sequence[int]) -> Sequence[Tensor]:
@@ -117,7 +117,9 @@ class RowOrder:
         sample, order = torch.sort(rows % self.batch // (self.batch // samples), stable=True)
         counts = torch.bincount(sample, minlength=samples)
         place = torch.arange(b - a, device=device) - (counts.cumsum(0) - counts)[sample]
-        most = (b - a) // samples if self.start is None else int(counts.max())  # without a mask, the host reads no tensor
+        most = (
+            (b - a) // samples if self.start is None else int(counts.max())
+        )  # without a mask, the host reads no tensor
         found = torch.full((samples, most), b - a, device=device)
         found[sample, place] = order
         return found
@@ -153,7 +155,7 @@ def row_order(mask: Tensor | None, reversed: bool, T: int, B: int, device: torch
 
 def _masked(mask: Tensor, reversed: bool, most: int) -> RowOrder:
     (T, B), device = mask.shape, mask.device
-    padding, cuts = held(mask), resets_of(mask, reversed)
+    padding, cuts = padding_rows(mask), reset_rows(mask, reversed)
     lengths = torch.full((B,), T, device=device) if padding is None else (~padding).sum(0)
     step = torch.arange(T, device=device)[:, None]
     active, taken = step < lengths, (lengths - 1 - step if reversed else step).expand(T, B)
