@@ -38,17 +38,17 @@ def _load_x(
     if PARTS == 1:
         ks = (k0 + tl.arange(0, PART))[:, None]
         rows = at_row[None, :]
-        rows = keep[None, :]
+        wanted = keep[None, :]
     else:
         ks = k0 + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
         rows = at_row[None, None, :]
-        rows = keep[None, None, :]
+        wanted = keep[None, None, :]
     if WHOLE:
         x = tl.load(x_ptr + rows + ks, cache_modifier=".cg")
     else:
         x = tl.load(x_ptr + rows + ks, mask=tl.broadcast_to(ks < K, (rows + ks).shape), other=0.0, cache_modifier=".cg")
     if MASKED:
-        x = tl.where(rows, x, 0.0).to(x.dtype)
+        x = tl.where(wanted, x, 0.0).to(x.dtype)
     return x
 
 
