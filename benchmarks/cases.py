@@ -1,8 +1,8 @@
 """What is timed: the cases, and their tensors.
 
-A case is a layer's work with its shape; a provider (see providers.py) is an implementation of it. All get the same
-input and weights, and do the same work: the product of the input is in every time, or (`projected=False`) in none. A
-provider is timed only if its outputs and all gradients agree with the judge's (`parity`).
+A case is a layer's work with its shape; a provider (see providers.py) is an implementation of it. All providers receive
+the same input and weights and do the same work: every time includes the product of the input, or (`projected=False`)
+none does. A provider is timed only if its outputs and all gradients agree with the judge's (`parity`).
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Case:
 
     I: the input's size. heads: block-diagonal recurrent weights, of H units each. projected: whether the input's
     product is part of the work; without it x is that product, [T, B, G * heads * H], and there are no biases. resets:
-    the share of steps at which an episode begins; where T is 1, given states enter that step. lengths: rows from T/4 to
-    T long; packed: in a PackedSequence that was made before. why: what it stands for.
+    the share of steps with a reset; if T is 1, the step starts from given states. lengths: rows are T/4 to T long;
+    packed: in a PackedSequence that was made before. why: what the case represents.
     """
 
     cell: str
@@ -129,7 +129,7 @@ class Problem:
             size = case.layers * (1 + case.bidirectional), case.B, case.H
             count = 2 if case.cell == "lstm" else 1
             self.states = [torch.randn(size, generator=generator).to(**place) for _ in range(count)]
-            self.ends = starts.to(**place)  # 0 and 1, as environments give them
+            self.ends = starts.to(**place)  # 0 and 1, as environments return them
         if case.packed:
             self.signs = self.pack(self.signs).data
 
@@ -137,12 +137,12 @@ class Problem:
         return pack_padded_sequence(x, self.lengths, enforce_sorted=False)
 
     def hx(self, states: list[Tensor]) -> Any:
-        """As layers take them."""
+        """The states in the form that layers take."""
         return tuple(states) if self.case.cell == "lstm" else states[0]
 
     @property
     def width(self) -> int:
-        """Of y."""
+        """The width of y."""
         return self.case.heads * self.case.H * (1 + self.case.bidirectional)
 
     def fresh(
@@ -190,7 +190,7 @@ def parity(found: list[Tensor], judged: list[Tensor], allowed: float) -> float:
 
 
 def tolerance(case: Case, device: torch.device) -> float:
-    """testing.TOLERANCE's, in low precision as often as there are layers: each rounds its output."""
+    """testing.TOLERANCE's, in low precision times the number of layers, since each rounds its output."""
     if case.dtype in ("float16", "bfloat16"):
         return case.layers * testing.TOLERANCE[DTYPES[case.dtype]]
     return testing.TOLERANCE["tf32" if device.type == "cuda" and case.dtype == "float32" else DTYPES[case.dtype]]
@@ -229,7 +229,7 @@ LACKING = [
     Case("gru-before", 100, 16, 32, 64, lengths=True, why="padded batch"),
 ]
 
-# What torch.nn has on the CPU.
+# What torch.nn supports on the CPU.
 PLAIN = [
     Case(cell, T, B, size, H, mode=mode, why="a layer")
     for cell in ("lstm", "gru")

@@ -1,4 +1,4 @@
-"""Providers side by side: every one that can do a case, in turn within one run, after parity; medians and ratios.
+"""Compare providers: all that support a case, interleaved in one run, after a parity check; medians and ratios.
 
     make bench        or        python benchmarks/compare.py [--device cuda] [--minutes 3] [--json FILE] [--table FILE]
 
@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # a plain checkout: nothing need be installed
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a checkout without installing
 
 import cases
 import measure
@@ -52,7 +52,7 @@ def planned(problem: Problem) -> tuple[str, float | None]:
 
 
 def compared(case: Case, device: str, seconds: float, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """A row a provider: its error against the judge and its times, or why there are none."""
+    """One row for each provider: its error against the judge and its times, or why there are none."""
     problem = Problem(case, device)
     plan, floor = planned(problem)
     start = {"case": asdict(case), "name": case.name, "device": device, "plan": plan, "floor_us_a_step": floor}
@@ -160,7 +160,7 @@ def by_case(rows: list[dict[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: a line a case, microseconds of auto, and how many times as long each other takes."""
+    """Markdown: one row for each case, with the microseconds of auto and the other providers' times relative to it."""
     timed = by_case(rows)
     present = [p for p in PROVIDERS if any(p in r for r in timed.values())]
     others = [p for p in present if p != "auto"]
@@ -206,10 +206,11 @@ BY_HAND = 1 / 1.15  # of a step with resets to one whose state torch.nn's user m
 
 
 def goals(rows: list[dict[str, Any]]) -> str:
-    """Markdown, of the CPU: what is asked of auto, and what it would be did the products alone take time.
+    """Markdown, for the CPU: the goals for auto, and its ratio if only the matrix products took time.
 
-    torch.nn's speed to 5% where it has the cell, to 15% where one step has resets, for which its user masks the state;
-    for training what it lacks, or has only packed, three times that of the loop written by hand: `reference`.
+    torch.nn's speed within 5% where it has the cell, within 15% for one step with resets, where torch.nn's users mask
+    the state; for training what torch.nn lacks, or supports only packed, three times the speed of the hand-written
+    loop, `reference`.
     """
     lines = ["| case | against | times as fast | asked | with products alone | |", "|---|---|---:|---:|---:|---|"]
     for name, providers in by_case(rows).items():

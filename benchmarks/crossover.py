@@ -1,10 +1,10 @@
-"""Where the loop is faster than torch's own on the CPU, and reset steps than the loop: for seqcells/dispatch.py.
+"""When the loop is faster than torch's own on the CPU, and reset steps than the loop: for seqcells/dispatch.py.
 
     python benchmarks/crossover.py [--threads 2] [--table FILE]      # make crossover
 
-How many times as long torch.nn takes as the loop (above 1: the loop is faster), training / inference, medians of
-interleaved samples; the same of packed batches in training; how many times as long the loop takes as reset steps,
-for an LSTM with masks; and how many times as long autograd's loop takes as the loop made of a derived cell's step.
+torch.nn's time divided by the loop's (above 1: the loop is faster), training / inference, medians of interleaved
+samples; the same for packed batches in training; the loop's time divided by that of reset steps, for an LSTM with
+masks; and the time of autograd's loop divided by that of the loop derived from a cell's step.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def ratio(
     seconds: float,
     **masks: torch.Tensor,
 ) -> float:
-    """Of the first's time to the second's."""
+    """The ratio of the first's time to the second's."""
     packed = isinstance(x, PackedSequence)
 
     def work(module: torch.nn.Module) -> Callable[[], object]:
@@ -81,7 +81,7 @@ def marked(masks: str, T: int, seconds: float) -> list[str]:
 
 
 def packed(kind: str, T: int, seconds: float) -> list[str]:
-    """torch.nn's time by that of the way of long packed batches: padded, by the loop or by reset steps."""
+    """torch.nn's time divided by that of padding a packed batch and running the loop or reset steps."""
     line, own = [], dispatch.loop_pays
     for B, H in SENTENCES:
         lengths = torch.randint(max(1, T // 4), T + 1, (B,))

@@ -1,12 +1,12 @@
-"""Everything that is to be known of the kernels on a device, in one command and a time box.
+"""All measurements of the kernels on a GPU, in one command and within a time limit.
 
     python benchmarks/gpu.py --out DIR [--minutes 8]              # on a CUDA machine
-    python benchmarks/gpu.py --out DIR --device cpu --dry         # the same way through at tiny sizes, interpreted
+    python benchmarks/gpu.py --out DIR --device cpu --dry         # the same code at tiny sizes, interpreted
 
 In order: the device and its clocks; what it can do (copy, product, barrier, L2); parity (`python -m seqcells check`);
 compute-sanitizer if it is there; every provider on every case, the most telling first, while there is time; the task
-suite with the kernels. DIR/gpu.json and DIR/gpu.md are written anew after each part, so that what stops it loses the
-part it was in. A part or a peer that fails is recorded, and the next one begins. Needs no network and no build tool.
+suite with the kernels. DIR/gpu.json and DIR/gpu.md are rewritten after each part, so that an interruption loses only
+the current part. A part or a peer that fails is recorded, and the next one begins. Needs no network and no build tool.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if "--dry" in sys.argv:
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # a plain checkout: nothing need be installed
+sys.path.insert(0, str(ROOT))  # to run from a checkout without installing
 
 import cases
 import compare
@@ -66,7 +66,7 @@ def facts(device: str) -> dict[str, Any]:
 
 
 class Report:
-    """What is known so far, written after each part."""
+    """The results so far, written after each part."""
 
     def __init__(self, out: Path, command: str) -> None:
         self.out, self.content = out, {"command": command, "parts": {}}
@@ -76,7 +76,7 @@ class Report:
         started = time.monotonic()
         try:
             self.content["parts"][name] = find()
-        except Exception as error:  # the other parts are worth having
+        except Exception as error:  # continue with the other parts
             self.content["parts"][name] = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
         print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
         self.write()

@@ -86,11 +86,11 @@ def peak_bytes(run: Callable[[], object], device: torch.device) -> int | None:
 
 
 def products(problem: Problem, rows: int = 512) -> Callable[[], object] | None:
-    """The matrix products of a case alone, on the CPU, each a call: who does them so cannot take less.
+    """Only the matrix products of a case, on the CPU, one call each: a lower bound for code that makes such calls.
 
-    One a step for the recurrence, forward and, in training, back; those of the input and of the weights' gradients in
-    pieces of `rows` rows. (oneDNN makes no such calls, and at the smallest sizes takes less.) None for more than one
-    layer, direction or head.
+    One product per step for the recurrence, forward and, in training, backward; those of the input and of the weights'
+    gradients in pieces of `rows` rows. (oneDNN makes no such calls, and at the smallest sizes takes less time.) None
+    for more than one layer, direction or head.
     """
     case = problem.case
     several = case.layers > 1 or case.bidirectional or case.heads > 1 or not case.projected or case.mode == STEP

@@ -1,4 +1,4 @@
-"""What a call costs beside its kernels: Python calls and eager time of small layers, on the CPU.
+"""The overhead of a call besides its kernels: Python calls and eager time of small layers, on the CPU.
 
     python benchmarks/overhead.py                        the time of each case
     python benchmarks/overhead.py --against CHECKOUT     beside the same in another checkout of this repository

@@ -1,8 +1,8 @@
-"""Pictures from compare.py's or gpu.py's JSON: how many times as fast, microseconds a step, what is saved for backward.
+"""Plots from compare.py's or gpu.py's JSON: speed ratios, microseconds per step, and what is saved for backward.
 
     python benchmarks/plot.py FILE.json DIR [--static TABLE.md]      # make pictures
 
-Transparent, in colours that are read on white and on black; none is higher than a screen.
+Transparent, in colours that are readable on white and on black; none is higher than a screen.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ TICKS = (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 4, 5, 7, 10, 15, 20, 30, 50, 70,
 
 
 def save(figure: Any, path: Path) -> None:
-    """At once or not at all."""
+    """Write the whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
     figure.savefig(temporary, dpi=plots.DPI)
@@ -81,7 +81,7 @@ def ladder(axis: Any, values: list[float]) -> None:
 
 
 def labels(named: list[dict[str, Any]]) -> tuple[list[str], str]:
-    """A short label a case, and what they all have in common."""
+    """A short label for each case, and what all cases have in common."""
     modes, types = ({case[key] for case in named} for key in ("mode", "dtype"))
     said = []
     for case in named:

@@ -1,4 +1,4 @@
-"""What a device can do at most, measured: the rates and the latencies that the plan's model of a step is made of."""
+"""Measured limits of a device: the rates and latencies that the plan's model of a step uses."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def barriers(counter_ptr, steps, PROGRAMS: tl.constexpr):
 
 @triton.jit
 def chase(next_ptr, out_ptr, steps):
-    """One load after another, each of the address that the last one gave."""
+    """One load after another, each from the address that the previous one returned."""
     at = tl.load(next_ptr)
     for _ in range(steps):
         at = tl.load(next_ptr + at, cache_modifier=".cg")

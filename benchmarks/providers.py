@@ -79,7 +79,7 @@ def _first(state: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 class _Alone(torch.autograd.Function):
-    """The recurrent part by itself, as the engines have it: gx [T, B, K*G*H], u [K, G*H, H] to y [T, B, K*H]."""
+    """Only the recurrent part, as in the engines: gx [T, B, K*G*H], u [K, G*H, H] to y [T, B, K*H]."""
 
     @staticmethod
     def forward(ctx, gx, u, engine, cell, save):
@@ -121,7 +121,7 @@ def _torch_layer(problem: Problem, weights: list[Tensor]) -> nn.Module:
 
 
 def torch_nn(problem: Problem) -> Work:
-    """torch.nn's layer or cell; packed where rows differ in length, masked by hand where one step has resets."""
+    """torch.nn's layer or cell; packed if rows differ in length, masked by hand if one step has resets."""
     case = problem.case
     if case.cell == "gru-before" or case.heads > 1 or not case.projected or (case.resets and case.T > 1):
         raise Unavailable("torch.nn lacks it")
@@ -290,7 +290,7 @@ def compiled_loop(problem: Problem) -> Work:
     if problem.case.T > UNROLLED:
         raise Unavailable(f"a loop of more than {UNROLLED} steps is unrolled, and compiles for minutes")
     run, x, weights = _torch_loop(problem)
-    torch._dynamo.reset()  # or the eighth case would be one too many
+    torch._dynamo.reset()  # otherwise the eighth case would exceed Dynamo's limit of recompilations
     whole = torch.compile(run, fullgraph=True, dynamic=False)
     return Work(lambda: whole(x, *weights), weights)
 
@@ -321,7 +321,7 @@ def graphed_loop(problem: Problem) -> Work:
 def flashrnn(problem: Problem) -> Work:
     """FlashRNN (pip install flashrnn): its fused CUDA kernels; on the CPU its plain PyTorch form.
 
-    It takes the input's product: with `projected` we form that for it. Its layouts are made before, where they can be.
+    It takes the input's product, so with `projected` we compute that for it. Its layouts are made before, if possible.
     """
     case = problem.case
     if case.cell not in ("lstm", "gru") or case.resets or case.lengths or case.layers > 1 or case.bidirectional:

@@ -1,4 +1,4 @@
-"""What sb3-contrib's RecurrentPPO costs with torch.nn's LSTMs, with seqcells', and written with resets= everywhere.
+"""The time of sb3-contrib's RecurrentPPO with torch.nn's LSTMs, with seqcells', and written with resets= everywhere.
 
     make bench-integrations        or        python benchmarks/recurrent_ppo.py [--steps 1024] [--table FILE]
 
@@ -29,7 +29,7 @@ from seqcells.testing import AGAINST_TORCH
 
 
 def variants() -> dict[str, tuple[object, bool]]:
-    """Of each: the policy, and whether it is converted."""
+    """For each variant: the policy, and whether it is converted."""
     written = recipes.run("Stable-Baselines3", only=1, RecurrentPPO=RecurrentPPO, seqcells=seqcells)["Policy"]
     return {
         "torch.nn": ("MlpLstmPolicy", False),

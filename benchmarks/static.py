@@ -1,6 +1,6 @@
 """The report's JSON as Markdown, a file a target: python benchmarks/static.py out/report.json benchmarks/results
 
-Static cost: what the compiled code says without running. The floors are the plan's model, not measurements.
+Static cost: what the compiled code shows without running. The floors are the plan's model, not measurements.
 """
 
 from __future__ import annotations
@@ -131,8 +131,8 @@ def document(target: str, content: dict[str, Any]) -> str:
 
 
 def against(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
-    """How the kernels of two reports of the same cases differ: how many by how much, and each that got dearer by more
-    than 1 % forward or 3 % backward, or spills."""
+    """How the kernels of two reports of the same cases differ: how many by how much, and each whose cost grew by more
+    than 1 % forward or 3 % backward, or that spills."""
 
     def found(rows: list[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
         """By case, and by position among its kernels: the numbers of phases may differ."""

@@ -4,8 +4,8 @@
     python -m pytest benchmarks --benchmark-only --benchmark-autosave     # and later --benchmark-compare
 
 On the CPU by the wall clock with one thread; on CUDA by events on the device. Nothing is timed that does not agree with
-the judge. pytest-benchmark runs one provider after another: for ratios that a disturbed machine does not change there
-is compare.py, which takes them in turn.
+the judge. pytest-benchmark runs one provider after another. For ratios that are robust to other load on the machine,
+use compare.py, which interleaves them.
 """
 
 import functools
@@ -27,7 +27,7 @@ SLOW_TO_START = ("compiled loop", "graphed loop")
 
 
 class Events:
-    """A clock of the device's own: what it reads is when the work given so far was done, in seconds."""
+    """The device's own clock: the time at which all work so far was done, in seconds."""
 
     def __init__(self):
         self.start = torch.cuda.Event(enable_timing=True)

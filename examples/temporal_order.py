@@ -1,6 +1,6 @@
 """Which of eight orders did three symbols come in, up to a hundred steps ago? (Hochreiter and Schmidhuber 1997, 6b.)
 
-An LSTM and a GRU, with gates that keep what they have seen from the start. On CUDA if there is one, else on the CPU.
+An LSTM and a GRU, with gates that remember from the start. On CUDA if there is one, else on the CPU.
 """
 
 import sys

@@ -441,7 +441,7 @@ def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, ch
     if case.dtype == torch.float32 and choice.engine == "triton" and (options.precision or case.device.type == "cuda"):
         precision = precisions.of_products(options.precision, case.dtype, case.device)
     if schedule in backends.SCHEDULES:
-        # The scan may not fit: raise before anything runs. (A compiler cannot trace the plan: the operator raises.)
+        # If the scan does not fit, raise before anything runs. (Not under a compiler, where the operator raises.)
         if not case.compiling:
             size = (len(call.groups), case.hidden_size)
             for backward in (False, True):

@@ -1,6 +1,6 @@
 """Cells of the kinds that no built-in one is, written by hand, and a scan of each in plain PyTorch to compare with.
 
-Each is a step in PyTorch, and beside it what the kernels ask of it (see `kernels.cells`).
+Each is a step in PyTorch, together with what the kernels need (see `kernels.cells`).
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""A right call of everything public, made anew with other options each time: `ENTRIES`."""
+"""A correct call of everything public, each time with other options: `ENTRIES`."""
 
 import numpy as np
 import torch

@@ -1,4 +1,4 @@
-"""What the parity tests run over."""
+"""The shapes and options of the parity tests."""
 
 from itertools import product
 

@@ -1,4 +1,4 @@
-"""Habits of code that is written for torch.nn's layers, which must go on working."""
+"""Common usage of torch.nn's layers that must also work with ours."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The form of a cell: what is wrong with one is said; and what trained vectors' gradients must not depend on."""
+"""The form of a cell: the errors for a wrong one, and what trained vectors' gradients must not depend on."""
 
 import pytest
 import torch

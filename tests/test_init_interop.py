@@ -1,4 +1,4 @@
-"""Gate initialisers by the gates they give, and weights of other libraries by those libraries' own formulas."""
+"""Gate initialisers, tested by the gates' values, and weights of other libraries, by those libraries' formulas."""
 
 import math
 

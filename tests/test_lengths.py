@@ -1,6 +1,6 @@
 """Rows that end before the last step, inside the kernels: a mask of codes against the reference's lengths and resets.
 
-What a held step is given is NaN in gx, dy and dcs; nothing of it may come out anywhere.
+At padding, gx, dy and dcs are NaN; no result may depend on them.
 """
 
 import pytest

@@ -1,4 +1,4 @@
-"""The loop in torch operations, a layer whole: its stretches, its pieces, and against the reference in float64."""
+"""The loop engine: its stretches, its pieces, and whole layers against the reference in float64."""
 
 import pytest
 import torch

@@ -4,7 +4,7 @@ The warps of a program run in any order between two barriers, and the programs o
 between two barriers a program may not store where it has loaded or stored: the compiler is free to give the load and
 the store different register layouts, and then one warp overwrites what another has not read yet. And no program of a
 launch may touch what another one stores. The interpreter runs everything in order and so never shows it: here every
-address is noted.
+address is recorded.
 """
 
 import itertools

@@ -1,4 +1,4 @@
-"""What was once taken without a word, or refused in words that said nothing: one case each."""
+"""Calls that were once accepted silently, or refused with an unhelpful message: one test each."""
 
 import math
 

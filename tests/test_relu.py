@@ -1,4 +1,4 @@
-"""relu's derivative where it is not a number's: at 0, inf and NaN every backend answers as torch.nn.RNN does."""
+"""relu's derivative at 0, inf and NaN: every backend returns what torch.nn.RNN does."""
 
 import pytest
 import torch

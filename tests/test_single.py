@@ -1,4 +1,4 @@
-"""One step in one launch: what it gives, what it saves, what it touches, and when it is chosen."""
+"""One step in one launch: what it returns, what it saves, which memory it touches, and when it is chosen."""
 
 from dataclasses import replace
 

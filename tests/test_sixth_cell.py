@@ -1,4 +1,4 @@
-"""A cell defined outside gets both schedules, every dtype, both save modes, resets and gradcheck for nothing."""
+"""A cell defined outside gets both schedules, every dtype, both save modes, resets and gradcheck for free."""
 
 from pathlib import Path
 

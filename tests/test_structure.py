@@ -1,4 +1,4 @@
-"""The house: which rooms may know which, what is in a wheel, and how long a file may be."""
+"""The structure: which packages may import which, what is in a wheel, and how long a file may be."""
 
 import ast
 import email

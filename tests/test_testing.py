@@ -1,4 +1,4 @@
-"""seqcells.testing.check and `python -m seqcells check --cell`: what is right passes, what is wrong does not."""
+"""seqcells.testing.check and `python -m seqcells check --cell`: correct cells pass, wrong ones fail."""
 
 from dataclasses import replace
 from itertools import product

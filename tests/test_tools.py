@@ -1,5 +1,5 @@
-"""What torch's tools make of our modules, which they know by torch.nn's name or type: fx, quantization, repr, and what
-convert says."""
+"""Tools of torch that recognize torch.nn's modules by name or type, with ours: fx, quantization, repr; and the messages
+of convert."""
 
 import copy
 import logging

@@ -1,6 +1,6 @@
 """Wrong calls of everything public: TypeError, ValueError or RuntimeError, by a check that names the argument.
 
-The right calls are in right_calls.py, the ways to be wrong in wrong_values.py. A call that turns out right is fine.
+The correct calls are in right_calls.py, the wrong values in wrong_values.py. A call that turns out correct is fine.
 """
 
 import inspect

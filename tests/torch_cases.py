@@ -1,4 +1,4 @@
-"""What the comparisons with torch.nn share: networks, their inputs, and all that comes out of one, gradients too."""
+"""What the comparisons with torch.nn share: networks, their inputs, and all of their outputs and gradients."""
 
 from itertools import combinations, product
 

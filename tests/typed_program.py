@@ -1,4 +1,4 @@
-"""A user's program, as `make lint` gives it to mypy --strict and to pyright: what passes, and what must be refused.
+"""A user's program, which `make lint` checks with mypy --strict and pyright: what passes, and what must be refused.
 
 Each ignored error must be there, or the checkers complain of the comment. The program runs, too (test_help.py).
 """

@@ -1,6 +1,6 @@
-"""A derived cell's functions walked over time in plain torch: a schedule that anybody can check, for any form.
+"""A derived cell's functions run over time in plain torch: a schedule that is easy to verify, for any form.
 
-`walk` gives outputs and all gradients by the functions; `autograd` the same of the step itself.
+`walk` returns outputs and all gradients by the functions; `autograd` returns those of the step itself.
 """
 
 from functools import partial

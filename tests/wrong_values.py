@@ -1,4 +1,4 @@
-"""What can be wrong with an argument: values that are not right where another one is."""
+"""Wrong values for arguments, by a correct value."""
 
 import copy
 import math

@@ -8,8 +8,8 @@
     parts        the result, in the order of the kernels
     emit         prints the values as Triton source
 
-Read them in that order, and `derive` here last. The result is what `kernels.cells` describes, as if written by hand:
-pointwise functions, and the form that describes them.
+Read them in that order, and `derive` in this file last. The result is what `kernels.cells` describes: pointwise
+functions, and the form that describes them.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Derived:
-    """What was derived from a step; `parts` has it as values."""
+    """The kernels derived from a step; `parts` contains them as values."""
 
     parts: Parts
 
@@ -69,12 +69,12 @@ class Derived:
 
     @cached_property
     def saved(self) -> tuple[str, ...]:
-        """What forward saves for backward, in the step's words."""
+        """What forward saves for backward, in the step's own terms."""
         words = self._words
         return tuple(self._described(v, words) for v in self.parts.saved)
 
     def explain(self) -> str:
-        """A few plain lines."""
+        """A description in a few lines."""
         parts, form, words = self.parts, self.parts.form, self._words
         names = parts.names
         output = names.output or names.states[0]
@@ -106,7 +106,7 @@ class Derived:
 
     @property
     def _words(self) -> dict[Value, str]:
-        """Leaves as the step calls them."""
+        """The leaves' names in the step."""
         parts = self.parts
         tiles = [*(f"x.{g}" for g in parts.x_gates), *parts.names.inputs]
         words = dict(zip(parts.gx, tiles, strict=True))
@@ -118,7 +118,7 @@ class Derived:
         return words
 
     def _described(self, value: Value, words: dict[Value, str], short: bool = False) -> str:
-        """A value in the step's words. short: by its name, if it has one."""
+        """A value in the step's own terms. short: by its name, if it has one."""
         called = self.parts.called
         if short and value in called:
             return called[value]
@@ -131,7 +131,7 @@ class Derived:
 
     @property
     def _uses(self) -> list[list[str]]:
-        """For each saved tile, whose gradients it is for."""
+        """For each saved tile, which gradients need it."""
         parts = self.parts
         totals = parts.totals
         outputs: dict[str, list[Value]] = {}
@@ -151,9 +151,9 @@ class Derived:
 
 
 def derive(name: str, step: Callable[..., Any], names: Names, constants: Mapping[str, float]) -> Derived:
-    """What a step's kernels are. Takes some hundredths of a second. CellError for what cannot be derived.
+    """Derive a step's kernels, which takes some hundredths of a second. CellError if that is not possible.
 
-    In a thread of its own: what the caller is in the middle of (a transform, a mode, autocast) stays out of it.
+    Runs in a thread of its own, so that the caller's transforms, modes and autocast have no effect.
     """
     with ThreadPoolExecutor(1) as apart:
         return apart.submit(lambda: Derived(arrange(name, names, trace(step, names, constants)))).result()

@@ -1,11 +1,11 @@
 """What forward saves for backward: as few tiles as possible.
 
 Backward has the states before and after the step, and the trained vectors. Everything else that it needs from forward
-must be computed from these, or from tiles that forward saves. Those are a minimum cut, by maximum flow, of the graph
-from the products and inputs (which backward lacks) to the values that backward uses, where to cut a value, that is to
-save it, costs one tile. Of several such cuts the one nearest to backward is taken, which recomputes least. Tiles are
-saved in the data's type, so a value that is sensitive to rounding is not recomputed: it is saved, or what follows from
-it.
+must be computed from these, or from tiles that forward saves. These tiles are a minimum cut, found by maximum flow, of
+the graph from the products and inputs (which backward lacks) to the values that backward uses. Cutting a value means
+saving it, and costs one tile. Of several minimum cuts, the one nearest to backward is taken, which recomputes least.
+Tiles are saved in the data's type, so a value that is sensitive to rounding is not recomputed: it, or a value computed
+from it, is saved.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Collection, Iterable
 from .values import BOOLEAN, FORWARD, Value, ancestors, constant
 
 Point = tuple[Value, str] | str
-_NEVER = 1 << 20  # more tiles than any step has values
+_NEVER = 1 << 20  # a cost larger than the number of values of any step
 
 
 def smallest(needed: Iterable[Value], free: Iterable[Value], fragile: Collection[Value] = ()) -> list[Value]:
@@ -34,7 +34,7 @@ def smallest(needed: Iterable[Value], free: Iterable[Value], fragile: Collection
 
     values = [v for v in ancestors(needed, given) if v not in given]
     for value in values:
-        # A boolean would take a tile as wide as a number's, and is a comparison away.
+        # A boolean would take as much memory as a number, and a comparison recomputes it.
         connect((value, "in"), (value, "out"), _NEVER if value.op in BOOLEAN else 1)
         if value.op in FORWARD or value in fragile:
             connect("products", (value, "in"), _NEVER)
@@ -49,7 +49,7 @@ def smallest(needed: Iterable[Value], free: Iterable[Value], fragile: Collection
             room[a][b] -= 1
             room[b][a] += 1
 
-    # Who still reaches backward is on its side.
+    # Values from which backward can still be reached are on its side of the cut.
     side: set[Point] = {"backward"}
     waiting: list[Point] = ["backward"]
     while waiting:
@@ -62,7 +62,7 @@ def smallest(needed: Iterable[Value], free: Iterable[Value], fragile: Collection
 
 
 def _path(room: dict[Point, dict[Point, int]]) -> list[tuple[Point, Point]]:
-    """A shortest way for one more unit of flow; none if there is none."""
+    """A shortest path for one more unit of flow; empty if there is none."""
     came: dict[Point, Point] = {"products": "products"}
     waiting: deque[Point] = deque(["products"])
     while waiting:

@@ -1,4 +1,4 @@
-"""The values as Triton source: the functions that `kernels.cells` describes."""
+"""Prints the values as Triton source: the functions that `kernels.cells` describes."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from .parts import Parts, Totals
 from .values import COMPARISONS, FROM_MATH, FROM_TRITON, Value, ancestors, constant, share
 
-_numbers = itertools.count(1)  # of sources: a cell defined again has another file's name
+_numbers = itertools.count(1)  # numbers of sources: a cell that is defined again gets a new file name
 _RESERVED = {
     *("gx", "hu", "states", "saved", "before", "after", "params", "dstates", "dm", "dv", "dgx", "dbefore", "dparams"),
     *("FAST", "tl", *FROM_MATH),
 }
 _SIGNS = {**COMPARISONS, "add": "+", "sub": "-", "product": "*", "times": "*", "div": "/", "and": "&", "or": "|"}
-_BINDS = {"add": 3, "sub": 3, "product": 4, "times": 4, "div": 4}  # how tightly; comparisons, & and | in parentheses
+_BINDS = {"add": 3, "sub": 3, "product": 4, "times": 4, "div": 4}  # precedence; comparisons, & and | get parentheses
 _LOOSE, _UNARY, _ATOM = 1, 5, 6
 _LONG = 70  # characters of an expression that gets a line of its own
 
@@ -25,7 +25,7 @@ _LONG = 70  # characters of an expression that gets a line of its own
 class Function:
     """One generated function.
 
-    leaves: how to spell the values that it is given. names: what to call those it computes, where there is a name.
+    leaves: the names of its arguments' values. names: the names of values that it computes, as far as they have one.
     like: a tile of full size.
     """
 
@@ -35,13 +35,13 @@ class Function:
         self.taken = {s for s in leaves.values() if s.isidentifier()} | _RESERVED
 
     def unpack(self, values: list[Value], source: str) -> None:
-        """A line that takes values, as leaves, from a tuple."""
+        """Print the line that unpacks a tuple into values, which become leaves."""
         fresh = [self._fresh(v) for v in values]
         self.leaves.update(zip(values, fresh, strict=True))
         self.lines.append(f"    {', '.join(fresh)}{',' if len(fresh) == 1 else ''} = {source}")
 
     def give(self, *tuples: list[Value]) -> None:
-        """Lines for what the results need, and the return of tuples of values: of one as it is."""
+        """Print the lines for the results, and the return of tuples of values; a single value is returned as it is."""
         results = [v for t in tuples for v in t]
         order = [v for v in ancestors(results, self.leaves) if v not in self.leaves and constant(v) is None]
         uses = Counter(v for value in order for v in value.inputs) + Counter(results)
@@ -83,7 +83,7 @@ class Function:
         return f"tl.zeros_like({self.like})" + (f" + {_number(x)}" if x else "")
 
     def text(self, value: Value, binds: int = 0) -> str:
-        """value as an expression, in parentheses if it binds less tightly than what it stands in."""
+        """value as an expression, in parentheses if its precedence is lower than binds."""
         if value in self.leaves:
             return self.leaves[value]
         if (x := constant(value)) is not None:
@@ -95,7 +95,7 @@ class Function:
             text, mine = f"tl.{value.op}({self.text(value.inputs[0])})", _ATOM
         elif value.op == "where":
             condition, a, b = value.inputs
-            # Of two numbers Triton would make float32, whatever the tiles are.
+            # Triton would compute two numbers in float32, whatever the tiles' dtype.
             first = self.text(a) if constant(b) is None else self._tile(a)
             text, mine = f"tl.where({self.text(condition)}, {first}, {self.text(b)})", _ATOM
         elif value.op in ("neg", "not"):
@@ -148,7 +148,7 @@ def triton_source(parts: Parts) -> str:
 
 
 def _shared(parts: Parts) -> tuple[Totals, list[Value], Totals]:
-    """Gradients with each product of factors that occurs twice formed once, in backward and in finish."""
+    """The gradients, with products of factors that occur more than once shared, in backward and in finish."""
     found = _split(share(parts.graph, [*parts.early.every, *parts.dhu]), parts)
     return (*found, _split(share(parts.graph, parts.finished.every), parts)[0])
 
@@ -169,13 +169,13 @@ def _gradient_names(parts: Parts, totals: Totals, dhu: list[Value]) -> dict[Valu
 
 
 def forward_leaves(parts: Parts) -> dict[Value, str]:
-    """How functions of forward spell what they are given."""
+    """The names of the arguments' values in functions of forward."""
     given = (("gx", parts.gx), ("hu", parts.hu), ("states", parts.before), ("params", parts.params))
     return {v: f"{name}[{n}]" for name, values in given for n, v in enumerate(values)}
 
 
 def backward_leaves(parts: Parts) -> dict[Value, str]:
-    """How functions of backward do, what forward saves apart."""
+    """The names of the arguments' values in functions of backward, except what forward saves."""
     dstates = [parts.graph.make("dstate", n) for n in range(len(parts.new))]
     given = [("dstates", dstates), ("dm", parts.dm), ("dv", parts.dv), ("dgx", parts.given.dgx)]
     given += [("dbefore", parts.given.dbefore), ("dparams", parts.given.dparams)]
@@ -184,14 +184,14 @@ def backward_leaves(parts: Parts) -> dict[Value, str]:
 
 
 def triton_functions(source: str, name: str) -> dict[str, Any]:
-    """The functions of a source as Triton's own, by name. triton is imported here."""
+    """The functions of a source as Triton functions, by name. This imports triton."""
     import triton.language as tl
 
     from ..kernels import math
 
-    jit: Any = type(math.sigmoid)  # and not triton.jit, which asks again whether kernels are compiled or interpreted
+    jit: Any = type(math.sigmoid)  # not triton.jit, which decides anew whether kernels are interpreted
     file = f"<seqcells cell {name} {next(_numbers)}>"
-    # Triton reads a function's source from its file; Python, of one that has none, from here.
+    # Triton reads a function's source by its file's name; for code without a file, Python looks it up here.
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     space: dict[str, Any] = {"__name__": __name__, "tl": tl, **{n: getattr(math, n) for n in FROM_MATH}}
     plain = dict(space)

@@ -1,4 +1,4 @@
-"""What can be wrong with a cell's step: each with the line of the step that it is about, and what to write instead."""
+"""The errors for a cell's step: each names the line of the step and says what to write instead."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ class Line(NamedTuple):
 
 
 class CellError(ValueError):
-    """A step that no kernels can be derived from. what: what is wrong, and what to write instead. line: where in the
-    step, if that is known."""
+    """No kernels can be derived from a step. what: what is wrong, and what to write instead. line: the line of the
+    step; None if it is not known."""
 
     def __init__(self, what: str, line: Line | None = None) -> None:
         self.line = line
@@ -27,15 +27,15 @@ class CellError(ValueError):
 
 
 class UnknownOperation(CellError):
-    """An operation, or its derivative, that the kernels have no counterpart of."""
+    """An operation, or its derivative, has no counterpart in the kernels."""
 
 
 class DataDependentBranch(CellError):
-    """Python asks for the value of a tensor: the kernels have one path for all units."""
+    """Python reads the value of a tensor, but the kernels have one path for all units."""
 
 
 class InPlaceChange(CellError):
-    """A tensor is changed instead of a new one being made."""
+    """A tensor is changed in place."""
 
 
 class MixesUnits(CellError):
@@ -47,4 +47,4 @@ class TooManyProducts(CellError):
 
 
 class CapturedTensor(CellError):
-    """A tensor from outside the step."""
+    """The step uses a tensor from outside."""

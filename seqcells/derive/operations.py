@@ -1,6 +1,6 @@
-"""What a step may use: aten's operations as values.
+"""The operations that a step may use: aten's operations as values.
 
-A new one that is no combination of these is also to be printed (`emit`).
+A new operation that is not a combination of these must also be added to `emit`.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def _clamp(g: Graph, a: Value, low: Value | None = None, high: Value | None = No
 
 
 def _larger(g: Graph, a: Value, b: Value, op: str = "lt") -> Value:
-    # Of a NaN, NaN, as in torch: no comparison with it holds, and the second asks for b's.
+    # NaN if either is NaN, as in torch: comparisons with NaN are false, and the second test is for b.
     a, b = g.as_number(a), g.as_number(b)
     found = g.choice(g.compared(op, a, b), b, a)
     return g.choice(g.make("ne", b, b), b, found) if constant(b) is None else found
@@ -55,7 +55,7 @@ def _same(g: Graph, a: Value, **_: Any) -> Value:
 
 
 def _cast(g: Graph, a: Value, dtype: Any = None, **_: Any) -> Value | None:
-    """A boolean as a number; a number stays what it is."""
+    """A boolean as a number; a number is returned as it is."""
     return g.as_number(a) if dtype in (torch.float64, None) else None
 
 
@@ -64,7 +64,7 @@ def _lerp(g: Graph, a: Value, b: Value, weight: Value) -> Value:
 
 
 def _log_sigmoid(g: Graph, a: Value) -> tuple[Value, Value]:
-    """And what torch's derivative would have, which ours does not ask for."""
+    """log_sigmoid, and the buffer that torch's derivative uses and ours does not."""
     small = g.function("log1p", g.function("exp", g.negative(g.function("abs", a))))
     return g.difference(_clamp(g, a, None, g.number(0)), small), g.number(0)
 
@@ -93,7 +93,7 @@ def _elu_backward(
     g: Graph, d: Value, alpha: Value, scale: Value, inner: Value, of_result: Value, a: Value
 ) -> Value | None:
     if constant(of_result):
-        return None  # of a change in place
+        return None  # a change in place
     low = g.product(d, g.function("exp", g.product(a, inner)), g.product(alpha, scale, inner))
     return g.choice(g.compared("gt", a, g.number(0)), g.product(d, scale), low)
 
@@ -113,7 +113,7 @@ def _gelu(g: Graph, a: Value, approximate: str = "none") -> Value:
 
 
 def _gelu_gate(g: Graph, a: Value, approximate: str) -> tuple[Value, Value]:
-    """What gelu multiplies a with, and its derivative."""
+    """The factor that gelu multiplies a with, and the factor's derivative."""
     half, one = g.number(0.5), g.number(1)
     square = g.product(a, a)
     if approximate == "none":
@@ -197,13 +197,13 @@ OPERATIONS: dict[Any, Callable[..., Any]] = {
     aten.zeros_like.default: lambda g, a, **_: g.number(0),
     aten.ones_like.default: lambda g, a, **_: g.number(1),
     aten.full_like.default: lambda g, a, x, **_: x,
-    aten.empty_like.default: lambda g, a, **_: g.number(float("nan")),  # it is filled next
+    aten.empty_like.default: lambda g, a, **_: g.number(float("nan")),  # filled by the next operation
     aten.fill.Scalar: lambda g, a, x: x,
     aten.scalar_tensor.default: lambda g, x, **_: x,
     aten.zeros.default: lambda g, _size, **_: g.number(0),
     aten.new_zeros.default: lambda g, a, _size, **_: g.number(0),
     aten.full.default: lambda g, _size, x, **_: x,
-    aten.expand.default: lambda g, a, _size: a,  # of one number: all else has the shape already
+    aten.expand.default: lambda g, a, _size: a,  # only a number is expanded: everything else has the shape already
     # Derivatives.
     aten.sigmoid_backward.default: lambda g, d, y: g.product(d, y, g.difference(g.number(1), y)),
     aten.tanh_backward.default: lambda g, d, y: g.product(d, g.difference(g.number(1), g.product(y, y))),
@@ -229,6 +229,6 @@ _MAKING = "alias expand empty_like fill zeros_like ones_like _to_copy scalar_ten
 
 
 def known() -> str:
-    """The operations a step may use, but for those by which torch makes numbers."""
+    """The names of the operations that a step may use, except those that make tensors of numbers."""
     names = {spoken(target).removesuffix("_forward") for target in OPERATIONS} - set(_MAKING.split())
     return ", ".join(sorted(n for n in names if not n.endswith("_backward")))

@@ -30,8 +30,8 @@ class Totals:
 
 @dataclass(frozen=True)
 class Parts:
-    """x_gates, u_gates: gates that have an input product, and a recurrent one, in the order of gates=. order: product n
-    is u_gates[order[n]]. gx, hu, before, params: leaves. new, operands, saved, dhu and the rest: values.
+    """x_gates, u_gates: the gates that have an input product, and a recurrent one, in the order of gates=. order:
+    product n is u_gates[order[n]]. gx, hu, before, params: leaves. new, operands, saved, dhu and the rest: values.
 
     totals: gradients. early: those without the part through computed operands of level 1. given: leaves, the arguments
     of `finish`; finished: its results.
@@ -61,12 +61,12 @@ class Parts:
 
     @property
     def states(self) -> tuple[str, ...]:
-        """The kernels' states by name: an output that is none is the first."""
+        """The names of the kernels' states; an output that is not a state is the first."""
         return (*self.names.output.split(), *self.names.states)
 
     @property
     def tiles(self) -> tuple[str, ...]:
-        """The tiles of gx by the names of their gates and inputs."""
+        """The names of gx's tiles: those of their gates and inputs."""
         return (*self.x_gates, *self.names.inputs)
 
     @property
@@ -76,12 +76,12 @@ class Parts:
 
     @property
     def free(self) -> list[Value]:
-        """What backward has without its being saved."""
+        """The values that backward has without saving them."""
         return [*self.before, *self.params, *self.new]
 
     @property
     def operations(self) -> frozenset[str]:
-        """By name, forward and backward."""
+        """The names of all operations, forward and backward."""
         values = [*self.new, *self.operands, *self.dhu, *self.early.every, *self.finished.every]
         return frozenset(v.op for v in ancestors(values))
 
@@ -106,7 +106,7 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
 
     gates = sorted(found.products)  # that have a recurrent product, in the order of gates=
     adds = {gate: _tile(found, gate, read) for gate in gates}
-    # Operands of level 1 first, of these the first state.
+    # Operands of level 1 come first; among these, the first state.
     ordered = sorted(range(len(found.operands)), key=lambda n: (found.levels[n], found.operands[n] is not before[0], n))
     kernel = sorted(gates, key=lambda g: (ordered.index(found.products[g]), adds[g] < 0, adds[g], gates.index(g)))
     operands = [found.operands[n] for n in ordered]
@@ -167,10 +167,10 @@ def _sums(graph: Graph, a: Totals, b: Totals) -> Totals:
 
 
 def _totals(found: Traced, names: Names, read: list[int]) -> tuple[Totals, Totals]:
-    """The gradients before `finish`, and what that adds to them."""
+    """The gradients before `finish`, and what `finish` adds to them."""
 
     def totals(of: Gradients) -> Totals:
-        before = [found.graph.number(0), *of.before] if names.output else list(of.before)  # the output is no state
+        before = [found.graph.number(0), *of.before] if names.output else list(of.before)  # the output is not a state
         return Totals([*(of.x[n] for n in read), *of.inputs], before, list(of.params))
 
     return totals(found.gradients), totals(found.finish)
@@ -187,7 +187,7 @@ def _tile(found: Traced, gate: int, read: list[int]) -> int:
 
 
 def _only_sum(results: list[Value], a: Value, b: Value) -> bool:
-    """Whether results depend on a + b and on neither alone."""
+    """Whether results depend on a and b only through a + b."""
     shares = {a: (1.0, 0.0), b: (0.0, 1.0)}  # of a and b in a value that is linear in them
 
     def share(value: Value) -> tuple[float, float]:

@@ -2,7 +2,7 @@
 
 A dispatch mode intercepts every aten operation, first those of the step and then those of its backward in autograd, and
 records its value. The recurrent products are leaves: the step's U.k(v) returns a tensor `hu` and records the operand v,
-which is one more result. Operands get gradients from outside, as new states do.
+which is one more result. Operands receive gradients from outside, as new states do.
 """
 
 from __future__ import annotations
@@ -32,12 +32,13 @@ from .errors import (
 from .operations import OPERATIONS, aten, known, spoken
 from .values import COMPARISONS, Graph, Value, ancestors, constant
 
-SHAPE = (3, 5)  # rows and units of the tensors it is run on
+SHAPE = (3, 5)  # rows and units of the tensors that a step is run on
 
 
 @dataclass(frozen=True)
 class Names:
-    """What the step's arguments are called. output: of a result that is no state; "" where the first state is it."""
+    """The names of the step's arguments. output: the name of a result that is the output without being a state; "" if
+    the first state is the output."""
 
     gates: tuple[str, ...]
     states: tuple[str, ...]
@@ -48,7 +49,7 @@ class Names:
 
 @dataclass(frozen=True)
 class Gradients:
-    """Of what a step takes, in the order of `Names`: a value each, of every gate too (zero where there is none)."""
+    """The gradients of a step's arguments, in the order of `Names`, including every gate (zero if it is not used)."""
 
     x: list[Value]
     inputs: list[Value]
@@ -61,10 +62,11 @@ class Gradients:
 class Traced:
     """What a step does, as values.
 
-    new: the states after the step, an output that is no state before them. read: the gates whose x is read. operands:
-    of the recurrent products, in the order in which they are first used. products: for each gate that has one, the
-    number of its operand. levels: of the operands, 1 or 2. gradients: of `new` and the operands of level 2. finish: of
-    the operands of level 1. names: what the step calls its values. lines: where a gate's product is.
+    new: the states after the step, preceded by an output that is not a state. read: the gates whose x is read.
+    operands: those of the recurrent products, in the order of first use. products: for each gate that has a product,
+    the number of its operand. levels: the level of each operand, 1 or 2. gradients: those from `new` and the operands
+    of level 2; finish: those from the operands of level 1. names: the step's names of values. lines: the line of each
+    gate's product.
     """
 
     graph: Graph
@@ -79,11 +81,11 @@ class Traced:
 
 
 class _Run:
-    """What is noted while the step runs.
+    """What is recorded while the step runs.
 
-    values: of the tensors, by where their elements are, so that what autograd saves and views is found again; tensors:
-    keeps them there. operands: (tensor, value, line). extremes: pairs of which the larger or smaller is taken. at: the
-    line whose derivative is being run.
+    values: the tensors' values, by their memory address, so that tensors that autograd saves, and views, are found.
+    tensors: keeps the tensors, and so their addresses, in use. operands: (tensor, value, line). extremes: pairs of
+    which the larger or smaller is taken. at: the line whose derivative is being run.
     """
 
     def __init__(self, code: CodeType, gates: tuple[str, ...]) -> None:
@@ -120,7 +122,7 @@ class _Run:
         self.values[t.untyped_storage().data_ptr()] = value
 
     def value(self, t: Tensor | None) -> Value:
-        """Of a tensor that was seen; of no gradient, zero."""
+        """The value of a recorded tensor; zero for None, a missing gradient."""
         return self.graph.number(0) if t is None else self.values[t.untyped_storage().data_ptr()]
 
     def knows(self, t: Tensor) -> bool:
@@ -132,7 +134,7 @@ class _Run:
         return self.gates.index(name)
 
     def product(self, gate: int, v: Any) -> None:
-        """Note U.gate(v)."""
+        """Record U.gate(v)."""
         line, name = self.line(), self.gates[gate]
         if not isinstance(v, Tensor) or v.shape != SHAPE or not v.is_floating_point():
             shown = f"a tensor of shape {tuple(v.shape)}, {v.dtype}" if isinstance(v, Tensor) else repr(v)
@@ -187,7 +189,7 @@ _CHANGES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "
 
 
 class _Watch(TorchFunctionMode):
-    """Sees each torch function of the step while its line is known, and refuses what cannot be derived."""
+    """Intercepts each torch function of the step while its line is known, and refuses what cannot be derived."""
 
     def __init__(self, run: _Run) -> None:
         self.run = run
@@ -223,14 +225,14 @@ class _Watch(TorchFunctionMode):
 
 
 class _Recorder:
-    """Writes down the value of each operation."""
+    """Records the value of each operation."""
 
     run: _Run
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         run, line, kwargs = self.run, self.run.line(), kwargs or {}
         if func is aten._efficientzerotensor.default:
-            func = aten.zeros.default  # whose result is somewhere
+            func = aten.zeros.default  # whose result has an address
         out = func(*args, **kwargs)
         results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
         if not results:
@@ -239,7 +241,7 @@ class _Recorder:
             run.note(out, run.graph.number(float(out)))
             return out
         shapes = {t.shape for t in results}
-        # What changes a tensor, autograd's own: the result takes its place.
+        # Autograd itself changes a tensor in place: the result replaces its value.
         target = func if func in OPERATIONS else _functional(func)
         if target not in OPERATIONS:
             raise _mixes(spoken(func), line) if line and shapes != {SHAPE} else self.unknown(func, line)
@@ -256,7 +258,7 @@ class _Recorder:
         if spoken(func) in ("maximum", "minimum"):
             run.extremes.add((values[0], values[1]))
         elif line is None and spoken(func) in COMPARISONS and tuple(values) in run.extremes:
-            # The derivative asks which of two was larger. It has neither, and one tile says it exactly.
+            # The derivative depends on which of two values was larger. It has neither; one saved tile says it exactly.
             value = run.graph.compared(spoken(func), run.graph.order(*values), run.graph.number(0))
         if line and any(t.shape == SHAPE and t.is_floating_point() and t.dtype != torch.float64 for t in results):
             raise CellError(
@@ -282,14 +284,14 @@ class _Recorder:
 
 
 class _Record(_Recorder, TorchDispatchMode):
-    # A method of this class itself would be wrapped so that Dynamo skips it, and importing that takes a second or two.
+    # A method of this class would be wrapped so that Dynamo skips it, and importing Dynamo takes a second or two.
     def __init__(self, run: _Run) -> None:
         self.run = run
         super().__init__()
 
 
 def _functional(func: Any) -> Any:
-    """The operation that gives what this one, which ends in _, changes its first argument to; else itself."""
+    """The out-of-place version of an operation whose name ends in _; other operations are returned as they are."""
     _, name, overload = str(func).split(".")
     packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
     return func if packet is None else getattr(packet, overload, func)
@@ -315,7 +317,7 @@ def _captured(line: Line | None) -> CapturedTensor:
 def trace(step: Callable[..., Any], names: Names, constants: Mapping[str, float]) -> Traced:
     """Run the step on small tensors. CellError, with the line, for what cannot be derived."""
     run = _Run(step.__code__, names.gates)
-    make, first = run.graph.make, len(names.output.split())  # the output is a state that is never read
+    make, first = run.graph.make, len(names.output.split())  # the output counts as a state that is never read
 
     def tiles(kind: str, count: int, start: int = 0) -> list[Tensor]:
         return [run.tile(make(kind, start + n)) for n in range(count)]
@@ -333,14 +335,13 @@ def trace(step: Callable[..., Any], names: Names, constants: Mapping[str, float]
 
     def back(results: list[tuple[Tensor, Value]]) -> Gradients:
         """Gradients of all that the step takes, from those of results, which are leaves."""
-        # Of a sum: autograd imports half a second of modules where it is handed gradients.
         total = sum((t * run.tile(leaf)).sum() for t, leaf in results if t.requires_grad)
         parts = (x, inputs, hu, before, params)
         every = [t for part in parts for t in part]
         gradients: Any = [None] * len(every)
         if isinstance(total, Tensor):
             run.note(total, run.graph.number(0))  # whatever it is: its gradient is one
-            # With create_graph autograd makes each sum anew, and changes none. Nothing asks for a NaN among its steps.
+            # With create_graph, autograd makes new sums instead of changing them. Its anomaly mode is not wanted here.
             with torch.autograd.set_detect_anomaly(False), _Record(run):
                 gradients = torch.autograd.grad(total, every, create_graph=True, allow_unused=True)
         values = iter([run.value(g) for g in gradients])
@@ -357,7 +358,7 @@ def trace(step: Callable[..., Any], names: Names, constants: Mapping[str, float]
 
 
 def _results(found: Any, run: _Run, names: Names) -> list[Tensor]:
-    """The states after the step, an output that is none before them."""
+    """The states after the step, preceded by an output that is not a state."""
     new = list(found) if isinstance(found, (tuple, list)) else [found]
     expected = (*names.states, *names.output.split())
     frame = run.frame
@@ -397,7 +398,7 @@ def _check_gates(run: _Run, names: Names) -> None:
 
 
 def _levels(run: _Run) -> list[int]:
-    """Of the operands: 1 if it needs no recurrent product, 2 if it needs some of level 1."""
+    """The level of each operand: 1 if it needs no recurrent product, 2 if it needs some of level 1."""
     depends = [
         {v.number for v in ancestors([operand]) if v.op == "hu"} for _, operand, _ in run.operands
     ]  # the gates whose products an operand is computed from

@@ -22,7 +22,7 @@ FORWARD = ("gx", "input", "hu")
 OUTER = ("dstate", "dm", "dv", "dgx", "dinput", "dbefore", "dparam")
 LEAVES = (*FORWARD, "before", "param", *OUTER)
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
-# Of one number: of triton.language, and of kernels.math, where the first two take FAST.
+# Functions of one number: those of triton.language and of kernels.math, where the first two take FAST.
 FROM_TRITON = ("exp", "exp2", "log", "log2", "sqrt", "abs", "sin", "cos", "erf")
 FROM_MATH = ("sigmoid", "tanh", "log1p", "expm1")
 FUNCTIONS = (*FROM_MATH, *FROM_TRITON)
@@ -44,7 +44,7 @@ class Value:
 
     @property
     def number(self) -> int:
-        """Which one a leaf is."""
+        """The number of a leaf."""
         (number,) = self.args
         assert isinstance(number, int)
         return number
@@ -79,9 +79,9 @@ def ancestors(values: Iterable[Value], stop: Iterable[Value] = ()) -> list[Value
 class Graph:
     """Makes values.
 
-    fragile: those that are not to be computed from what has been rounded, as the tiles that forward saves are, and
-    states: a sum whose exponential is taken (of two large numbers that cancel nothing may be left), and which of two
-    values is larger. orders: the latter, with the two.
+    fragile: values that must not be computed from rounded numbers, such as saved tiles and states: a sum whose
+    exponential is taken (if two large numbers cancel, nothing may be left), and which of two values is larger. orders:
+    the latter, with the two values.
     """
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class Graph:
         return self.make(name, a)
 
     def exponential(self, name: str, a: Value) -> Value:
-        """exp, exp2 or expm1 as the step has it."""
+        """exp, exp2 or expm1, as written in the step."""
         waiting = [self.as_number(a)]
         while waiting:
             value = waiting.pop()
@@ -129,7 +129,7 @@ class Graph:
         return a if a.op in BOOLEAN else self.compared("ne", a, self.number(0))
 
     def compared(self, op: str, a: Value, b: Value) -> Value:
-        """A boolean; of two numbers, as everywhere, 1 or 0."""
+        """A boolean; for two constants, the number 1 or 0."""
         a, b = self.as_number(a), self.as_number(b)
         x, y = constant(a), constant(b)
         if x is not None and y is not None:
@@ -137,7 +137,7 @@ class Graph:
         return self.make(op, a, b)
 
     def order(self, a: Value, b: Value) -> Value:
-        """1 where a is larger, -1 where b is, 0 where neither."""
+        """1 where a is larger, -1 where b is larger, else 0."""
         below = self.choice(self.compared("lt", a, b), self.number(-1), self.number(0))
         found = self.choice(self.compared("gt", a, b), self.number(1), below)
         self._rounding_ruins(found)
@@ -192,7 +192,8 @@ class Graph:
         return self._factored("sub", a, b) or self.make("sub", a, b)
 
     def _factored(self, op: str, a: Value, b: Value) -> Value | None:
-        """Of two gradients: with what they share as a factor, if that is all that is a gradient in them."""
+        """A sum or difference of two gradients with their common factors taken out, if these contain all that is a
+        gradient in them; else None."""
         if not (a.gradient and b.gradient):
             return None
         ours, theirs = Counter(factors(a)), Counter(factors(b))
@@ -204,7 +205,8 @@ class Graph:
         return self.product(*shared.elements(), self.sum(*rest) if op == "add" else self.difference(*rest))
 
     def product(self, *parts: Value) -> Value:
-        """Of any number of values. Of a gradient: flat, in the order of the factors' indices."""
+        """The product of any number of values. If it is a gradient, it is flat, in the order of the factors'
+        indices."""
         if all(p.op in BOOLEAN for p in parts):
             return self.logical("and", *parts)
         coefficient, all_factors = 1.0, []
@@ -228,7 +230,7 @@ class Graph:
         if gradient:
             all_factors.sort(key=lambda v: v.index)
             found = all_factors[0] if len(all_factors) == 1 else self.make("product", *all_factors)
-        else:  # as it was written: two at a time
+        else:  # as in the step: two at a time
             found = all_factors[0]
             for value in all_factors[1:]:
                 found = self.make("product", found, value)
@@ -293,12 +295,12 @@ def share(graph: Graph, outputs: list[Value]) -> list[Value]:
 
 
 def _pairs(parts: list[Value]) -> set[tuple[Value, Value]]:
-    # A list of two is its pair already, and may be another's: it counts.
+    # A list of two is itself a pair that other products may contain, so it counts.
     return set(combinations(sorted(parts, key=lambda v: v.index), 2))
 
 
 def _in_twos(graph: Graph, outputs: list[Value], lists: dict[Value, list[Value]]) -> list[Value]:
-    """The outputs rebuilt, each product multiplied out two by two, gradients first."""
+    """The outputs rebuilt, with each product as products of two, gradients first."""
     done: dict[Value, Value] = {}
 
     def rebuilt(value: Value) -> Value:

@@ -1,1 +1,1 @@
-"""What other frameworks need of seqcells. Nothing here is imported by `import seqcells`."""
+"""Support for other frameworks. `import seqcells` imports none of it."""

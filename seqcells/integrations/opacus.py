@@ -27,7 +27,7 @@ from ..convert import LAYERS as TORCH_LAYERS
 
 CELLS: tuple[type[nn.Module], ...] = (cell_modules.RecurrentCell, *TORCH_CELLS.values())
 CLASSES: tuple[type[nn.Module], ...] = (recurrent.Recurrent, *TORCH_LAYERS.values(), *CELLS)
-# Used between a layer's backward and the call of the sampler by opacus, which follows at once.
+# Used between a layer's backward and opacus' call of the sampler, which follows immediately.
 _FOUND: dict[nn.Module, dict[Tensor, Tensor]] = {}
 
 
@@ -50,7 +50,7 @@ def per_sample_gradients(
 ) -> dict[Tensor, Tensor]:
     """The gradients [B, *shape] of each parameter that requires one, by parameter.
 
-    module: a layer or cell of seqcells; its hooks are not called. input: of the call, a batch; given: the other
+    module: a layer or cell of seqcells; its hooks are not called. input: the call's input, a batch; given: the other
     arguments by name. gradients: of the loss (a sum over the samples) with respect to each output tensor, in order.
 
     Example::
@@ -76,7 +76,7 @@ def per_sample_gradients(
         every[after:] = [axis] * len(every[after:])
     mapped = {name: value for name, value in given.items() if name in axes and value is not None}
     fixed = {name: value for name, value in given.items() if name not in mapped}
-    for name in {"resets", "lengths"} & set(mapped):  # which may be lists
+    for name in {"resets", "lengths"} & set(mapped):  # these may be lists
         mapped[name] = torch.as_tensor(mapped[name], device=input.device)
 
     def apart(value: Any, axis: int) -> Any:
@@ -151,7 +151,7 @@ def _leave(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs
         return None
     input, *_ = args
     given = tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, kwargs)
-    # What opacus would take from the first or second dimension, whichever the whole model is said to have.
+    # The batch size, which opacus would take from the first or second dimension, by a setting of the whole model.
     module.max_batch_len = max(getattr(module, "max_batch_len", 0), input.shape[_batch_axis(module)])
     outputs, form = tree_flatten(result)
     return tree_unflatten(list(_Outputs.apply(partial(_backward, hook, module, input.detach(), given), *outputs)), form)
@@ -202,7 +202,7 @@ def _register(self: nn.Module, hook: Any, prepend: bool = False) -> Any:
         raise ValueError(
             f"grad_sample_mode must not be 'functorch' with a {type(self).__name__}: use 'hooks' or 'ghost'"
         )
-    if any(type(self).forward is base.forward for base in CLASSES):  # opacus goes by the very class
+    if any(type(self).forward is base.forward for base in CLASSES):  # opacus looks up the exact class
         register_grad_sampler(type(self))(grad_sampler)
     before = self.register_forward_pre_hook(partial(_enter, hook), with_kwargs=True)
     return _Handle(before, self.register_forward_hook(partial(_leave, hook), with_kwargs=True))

@@ -10,7 +10,7 @@ from torch import nn
 
 from .. import layers
 
-# The cells that tasks are run with, and what each is called in seqcells.functional.
+# The cells that tasks are run with, and their names in seqcells.functional.
 CELLS = {"lstm": "lstm", "gru": "gru", "gru-before": "gru_before", "rnn": "rnn_tanh"}
 
 
@@ -30,7 +30,7 @@ class AnyRecipe(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """One experiment of a task. quick, full: its recipes. cells, seeds: what the suite runs it with."""
+    """One experiment of a task. quick, full: its recipes. cells, seeds: those that the suite runs it with."""
 
     shows: str
     quick: AnyRecipe
@@ -50,5 +50,5 @@ def recurrent(cell: str, input_size: int, hidden_size: int, **options: Any) -> n
 
 
 def identity(task: str, case: str, cell: str, recipe: AnyRecipe, seed: int, dtype: torch.dtype) -> dict[str, str | int]:
-    """What decides a run's numbers, apart from the machine, in types a checkpoint can hold."""
+    """Everything that determines a run's numbers, apart from the machine, in types that a checkpoint can contain."""
     return {"task": task, "case": case, "cell": cell, "seed": seed, "dtype": str(dtype), "recipe": repr(recipe)}

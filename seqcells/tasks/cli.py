@@ -23,7 +23,7 @@ from . import TASKS, files, plots, suite
 from .base import CELLS
 from .progress import bar
 
-# torch's names of dtypes (and of two precisions), and the other names that each may be given by.
+# torch's names of dtypes (and of two precisions), and the aliases of each.
 DTYPES = {
     "float64": ("double", "fp64"),
     "float32": ("float", "fp32"),
@@ -98,7 +98,7 @@ def check(options: argparse.Namespace) -> int:
         print("the kernels need triton: pip install triton (Linux)", file=sys.stderr)
         return 1
     if torch.device(device).type == "cpu" and not backends.interpreted():
-        # Triton reads this when it is imported, which has happened: start again.
+        # Triton reads this when it is imported, which has already happened: restart the process.
         command = [sys.executable, "-m", "seqcells", "check", "--device", device]
         command += [a for cell in options.cell or [] for a in ("--cell", cell)]
         command += [a for dtype in options.dtype or [] for a in ("--dtype", dtype)]
@@ -166,7 +166,7 @@ def run(options: argparse.Namespace) -> int:
     """Train and evaluate a task, or all of them."""
     device = _device(options)
     if torch.device(device).type == "cpu":
-        # Tensors this small gain nothing from a second thread, and lose much where cores are busy.
+        # Tensors this small gain nothing from a second thread, and lose much if cores are busy.
         torch.set_num_threads(1)
     if options.all == (options.task is not None):
         raise ValueError("expected a task or --all, one of them")
@@ -240,7 +240,7 @@ def _write_results(options: argparse.Namespace, outcomes: list[suite.Outcome], d
         print(f"plot: {options.plot}")
 
 
-Commands = argparse._SubParsersAction  # which argparse has no public name for
+Commands = argparse._SubParsersAction  # argparse has no public name for it
 
 
 def _add_check(commands: Commands) -> None:

@@ -108,7 +108,7 @@ class Counting(Run):
         return {"loss": nn.functional.mse_loss(answers, counts).item(), "accuracy": accuracy.item()}
 
     def verdict(self) -> Verdict:
-        """By the last epoch's test."""
+        """Judged by the last epoch's test."""
         last, recipe = self.rows[-1].measured, self.recipe
         text = f"test accuracy {last['accuracy']:.4f} (needs >= {recipe.accuracy}) at epoch {len(self.rows)}"
         if recipe.loss < math.inf:

@@ -1,4 +1,4 @@
-"""count-ones-regression: two hidden units in double precision count ones; and then, counting beyond what was seen.
+"""count-ones-regression: two hidden units in double precision count ones; then, counting beyond the training lengths.
 
 From a notebook. "literal": all 4096 binary strings of length 12, four fifths of them for training, an LSTM of two units
 in float64, the answer the last output times two numbers drawn from N(0, 1) and trained with the rest (as drawn they
@@ -7,9 +7,9 @@ higher rate), Adam. The notebook's stated goal it never reached: trained on stri
 in (64, 128). That is "goal".
 
 A default initialisation does not get there: its gates forget, and what was learnt for 64 steps does not hold for 127.
-What does is an accumulator from the start, `seqcells.init.accumulator_`: the forget gate open, the input gate nearly
-shut, so that each one adds a little where tanh is still linear, and the answer multiplied back up. The loss is taken
-at every prefix, the strings' share of ones is uniform, and the rate decays exponentially to 1%. What comes of it is in
+An accumulator from the start does, `seqcells.init.accumulator_`: the forget gate is open and the input gate nearly
+closed, so that each one adds a little where tanh is still linear, and the answer is scaled back up. The loss is taken
+at every prefix, the strings' share of ones is uniform, and the rate decays exponentially to 1%. The results are in
 benchmarks/results/tasks-cpu.md.
 """
 
@@ -40,7 +40,7 @@ class Recipe:
     length: int = 12
     hidden: dict[str, int] | None = None  # by cell; None: two
     lr: dict[str, float] | None = None  # by cell; None: 1e-3
-    batch: int = 64  # where the training strings are fixed and no more: all of them in each
+    batch: int = 64  # if there are no more training strings than this, every batch contains all
     lengths: tuple[int, int] = (65, 127)
     long: tuple[int, int] = (128, 1023)
     goal: bool = False
@@ -100,7 +100,7 @@ def test_strings(length: int, generator: torch.Generator) -> Tensor:
 class Counter(nn.Module):
     """Strings [B, T, 1] to the count at every prefix [B, T]: scale * (h @ combine), combine [H] from N(0, 1).
 
-    scale: what undoes the accumulator's smallness.
+    scale: compensates for the accumulator's small steps.
     """
 
     def __init__(
@@ -178,7 +178,7 @@ class Goal(Run):
         return self.update(nn.functional.mse_loss(self.model(x), x[..., 0].cumsum(1))), len(x)
 
     def measure(self) -> dict[str, float]:
-        """At the strings' ends, of every length by itself."""
+        """Evaluate at the strings' ends, for each length separately."""
         # A string's last output does not depend on what follows it, so zeros behind make one batch of all lengths.
         longest = self.test[-1].shape[1]
         padded = torch.cat([nn.functional.pad(x, (0, 0, 0, longest - x.shape[1])) for x in self.test])

@@ -1,14 +1,14 @@
 """echo: repeat a random sequence of integers, as it comes or through an encoder and a decoder.
 
 From two notebooks. Integers 0..98, one-hot in 100 symbols. "whole": six integers in, the same six out, one a step.
-"stateful": the same on sliding windows of a sequence, as Keras's stateful=True means it: row j of a batch starts from
-the state in which row j of the batch before ended, and no gradient goes across. "5-2", "5-4", "5-5": five integers in;
-the encoder's last state, repeated for each output step, is the input of a decoder that says the first two, four or
-five. The notebook's 5-4, with 300 units, ended near 39% of the symbols after its loss had blown up.
+"stateful": the same on sliding windows of a sequence, as with Keras's stateful=True: row j of a batch starts from the
+state in which row j of the previous batch ended, and no gradient crosses. "5-2", "5-4", "5-5": five integers in; the
+encoder's last state, repeated for each output step, is the input of a decoder that outputs the first two, four or five.
+The notebook's 5-4, with 300 units, ended near 39% of the symbols after its loss had blown up.
 
 What makes it work: input weights Glorot, recurrent weights orthogonal, forget bias 1; the gradient clipped to norm 1;
-and a learning rate that stays until the symbols are learnt (60% of the steps) before it decays to 3%. Decaying from the
-first step hurts. Results: benchmarks/results/tasks-cpu.md.
+and a learning rate that stays constant until the symbols are learnt (60% of the steps) and then decays to 3%. Decaying
+from the first step hurts. Results: benchmarks/results/tasks-cpu.md.
 """
 
 from __future__ import annotations
@@ -89,9 +89,9 @@ def windows(sequences: Tensor, length: int) -> Tensor:
 
 
 class Stateful(nn.Module):
-    """A recurrent layer, batch first, whose rows go on from where they ended in the call before, until reset_states().
+    """A recurrent layer, batch first, whose rows continue from their states in the previous call, until reset_states().
 
-    As Keras's stateful=True: only the values cross, no gradient does. ValueError if the number of rows changes.
+    As with Keras's stateful=True, values cross but gradients do not. ValueError if the number of rows changes.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -188,7 +188,7 @@ class Echoing(Run):
 
     @property
     def layer(self) -> Stateful:
-        """Of the stateful form."""
+        """The layer of the stateful form."""
         layer = self.model.layer
         assert isinstance(layer, Stateful)
         return layer
@@ -227,7 +227,7 @@ class Echoing(Run):
             self.layer.states = None if states is None else tuple(s.to(self.place["device"]) for s in states)
 
     def _answers(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """As _scores. A stateful model is asked from zero states, and then goes on where training stood."""
+        """As _scores. A stateful model is evaluated from zero states, and then continues from its training states."""
         if not self.recipe.stateful:
             return self._scores(rows)
         layer = self.layer

@@ -1,4 +1,4 @@
-"""memorize: a string learnt on line, one character and one step of Adam at a time, then said from its first character.
+"""memorize: a string learnt online, one character and one step of Adam at a time, then recalled from its first one.
 
 From a notebook: 26 letters one-hot, batch 1, 32 units and a linear layer; the state is carried over the string (or
 reset at each character) and starts from zero in each epoch. After training the model is fed its own output: the whole
@@ -7,12 +7,12 @@ impossible: without a state, H has two successors); 5: five letters twice; 6: th
 128 units.
 
 Case 6 failed in the notebook, in 1000 epochs, for two reasons. Its loss took the softmax of a softmax, so that it could
-not fall below 2.32. And its graph went over the whole epoch while the parameters changed beneath it, which torch
-refuses today. The form of the gradient is a choice here, by name:
+not fall below 2.32. And its graph spanned the whole epoch while the parameters changed in place, which torch refuses
+today. Here the form of the gradient is an option:
 
     detached    the state's value is carried, no gradient crosses a character
     replay      the exact gradient at the present parameters: the prefix is run again at each character
-    notebook    the double softmax, and the gradient through states that older parameters made
+    notebook    the double softmax, and the gradient through states computed with older parameters
 
 In the notebook's form the epochs are much as the notebook's were, and detached, with the loss on the scores, all but 3
 are exact soon: benchmarks/results/tasks-cpu.md has the epoch at which each was first exact, asked every ten. The
@@ -65,7 +65,7 @@ def _case(shows: str, full: Recipe, quick_epochs: int = 60) -> Case:
 
 
 def _notebook(case: str, recipe: Recipe) -> Case:
-    """As the notebook did it; the quick recipe is too short for any of them."""
+    """A case as in the notebook; the quick recipe is too short for any of them."""
     shown = "" if recipe.exact else f", exact at no evaluation in {recipe.epochs} epochs"
     recipe = replace(recipe, form="notebook", lr=1e-3, last_lr=1.0)
     quick = replace(recipe, epochs=20, exact=False)
@@ -166,7 +166,7 @@ class Memorizing(Run):
         return torch.stack(losses).mean(), 1
 
     def recall(self) -> Tensor:
-        """The string [N] as the model says it, given the first letter and then its own."""
+        """The string [N] that the model outputs, given the first letter and then its own outputs."""
         said, state = [self.letters[:1]], None
         with torch.no_grad():
             for _ in range(len(self.letters) - 1):
@@ -188,7 +188,7 @@ class Memorizing(Run):
         return measured
 
     def verdict(self) -> Verdict:
-        """Exact at the last evaluation; or, where it is not to be, at none."""
+        """Exact at the last evaluation; or, if it must not be exact, at none."""
         exact = [row.step for row in self.rows if row.measured["accuracy"] == 1]
         first = f"first exact at epoch {exact[0]}" if exact else "exact at no evaluation"
         if not self.recipe.exact:

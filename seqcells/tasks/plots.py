@@ -23,7 +23,7 @@ CELLS = {
 }
 SOLVED = "counts as solved"
 DPI = 130
-HIGHEST = 1000 / DPI  # inches: a screen has no more
+HIGHEST = 1000 / DPI  # inches: the height of a screen
 
 
 def check(path: Path) -> None:
@@ -81,7 +81,7 @@ def _several(cases: dict[tuple[str, str], list[Outcome]], how: str) -> Figure:
         axes.set(title=f"case {case}" if named == task else f"{task}, {case}", ylabel=f"test {measured}")
     for axes in grid.flat[len(cases) :]:
         axes.remove()
-    for axes in grid.flat[max(0, len(cases) - columns) : len(cases)]:  # those with none below
+    for axes in grid.flat[max(0, len(cases) - columns) : len(cases)]:  # those without a panel below
         axes.set_xlabel("sequences trained on")
     handles: dict[str, Any] = {}
     for axes in figure.axes:
@@ -138,7 +138,7 @@ def _pyplot() -> Any:
     try:
         import matplotlib
         from matplotlib import pyplot
-    except ImportError as error:  # also of one that is there, and broken
+    except ImportError as error:  # also if it is installed but broken
         why = "" if isinstance(error, ModuleNotFoundError) and error.name == "matplotlib" else f" ({error})"
         raise ModuleNotFoundError(f"pictures need matplotlib: pip install matplotlib{why}") from error
     matplotlib.use("Agg")

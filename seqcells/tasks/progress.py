@@ -1,4 +1,4 @@
-"""tqdm's progress bar if tqdm is installed (the extra `examples`), else an object with its methods that draws none."""
+"""tqdm's progress bar if tqdm is installed (the extra `examples`), else an object with its methods that do nothing."""
 
 from __future__ import annotations
 

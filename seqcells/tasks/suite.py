@@ -72,10 +72,10 @@ def jobs(
     cells: Iterable[str] | None = None,
     seed: int | None = None,
 ) -> Iterator[Job]:
-    """The runs of a task, or of all tasks. cells: those to run, in the cases that are for them; None: all of a case's.
+    """The runs of a task, or of all tasks. cells: the cells to run, in the cases that have them; None: all cells.
 
-    seed None: 0; of all tasks in full, every seed. ValueError for a case that the task lacks, and if no case is for the
-    cells.
+    seed None: 0, or, if all tasks are run in full, every seed. ValueError for a case that the task lacks, and if no
+    case has any of the cells.
     """
     wanted, cases, found = tuple(cells or ()), None if cases is None else tuple(cases), False
     for module, name, case in _cases(task, cases):
@@ -91,7 +91,7 @@ def jobs(
 def left_out(
     task: str | None = None, *, cases: Iterable[str] | None = None, cells: Iterable[str] | None = None
 ) -> list[str]:
-    """What `jobs` leaves out of the cases and cells given, and why, one line for each case."""
+    """Which of the given cases and cells `jobs` leaves out, and why; one line for each case."""
     wanted, lines = tuple(cells or ()), []
     for module, name, case in _cases(task, cases):
         if without := [cell for cell in wanted if cell not in case.cells]:

@@ -6,13 +6,13 @@ class is which of the eight orders XXX to YYY it was.
 
 In the notebook the loss stuck at 0.37 to 0.38 and the accuracy at 0. The reason: outputs [B, 110, 8] against one-hot
 labels [B, 8], so that cross_entropy took time for the class axis. The best answer is then constant, at 1/8 for each of
-the eight labels' columns, one of which is asked about: H(1/8) = 0.3768 nats, which case "notebook" keeps as a fact.
+the eight labels' columns, one of which is asked about: H(1/8) = 0.3768 nats, which case "notebook" reproduces.
 
 What solves it: the cross entropy of the last step, fresh strings, the gradient clipped to norm 1, and states that last
 from the start: an LSTM with the forget gate's bias 6 and the input gate's -3, a GRU with orthogonal recurrent weights
 and z's bias 4 (`seqcells.init.accumulator_`), a plain RNN with relu and the identity for its recurrent weights. The
 rate decays exponentially to a tenth. Training stops when the last 2,000 strings all had every output within .3 before
-the update with them: data that decides when to stop is not what the criterion is judged on. So the task must be solved
+the update with them: the data that decides when to stop is not used to judge the criterion. So the task must be solved
 by the 6,000th string if training is to stop by the 8,000th. With batches of 16 and a rate of .02 the LSTM is too late
 with some seeds; with 8 and .03, twice the updates, with none (benchmarks/results/tasks-cpu.md; the paper's net took
 571,100). Worse for the LSTM: orthogonal recurrent weights, and biases of 5 and -2.
@@ -123,7 +123,7 @@ class LastState(nn.Module):
 
 
 class Attention(nn.Module):
-    """Symbols one-hot [B, T, 8] to scores [B, 8], from the last output and a mean of all that its question weights."""
+    """Symbols one-hot [B, T, 8] to scores [B, 8], from the last output and a mean of all outputs that it weights."""
 
     def __init__(self, layer: nn.Module, hidden: int, dtype: torch.dtype | None = None) -> None:
         super().__init__()
@@ -168,7 +168,7 @@ def time_for_class(outputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def _layer(cell: str, hidden: int, backend: str | None, dtype: torch.dtype | None) -> nn.Module:
-    """With states that last from the start."""
+    """A layer whose states last from the start."""
     more = {"nonlinearity": "relu"} if cell == "rnn" else {}
     layer = recurrent(cell, len(SYMBOLS), hidden, backend=backend, dtype=dtype, **more)
     if cell == "lstm":
@@ -206,7 +206,7 @@ class Ordering(Run):
         if self.recipe.model == "notebook":
             return self.update(time_for_class(scores, right)), len(symbols)
         good = ((scores.detach().softmax(1) - right).abs() < 0.3).all(1)
-        # The good ones after the last bad one; with none bad, on top of those before.
+        # The number of right answers since the last wrong one, including earlier batches if none is wrong here.
         trailing = good.flip(0).cumprod(0).sum()
         self.streak = torch.where(good.all(), self.streak.to(good.device) + len(good), trailing)
         return self.update(nn.functional.cross_entropy(scores, classes), clip=1.0), len(symbols)

@@ -1,7 +1,7 @@
 """The training loop of the tasks and the command line, and its checkpoints.
 
-A checkpoint holds everything that decides what comes next: a run that was stopped, by Ctrl-C or by a kill, and resumed
-ends with the same numbers, bit for bit, as one that was not.
+A checkpoint contains everything that determines how a run continues: a run that was stopped, by Ctrl-C or by a kill,
+and resumed ends with the same numbers, bit for bit, as one that was not.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Run:
         return loss.detach()
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides what comes next. Tensors are not copied."""
+        """Everything that determines how the run continues. Tensors are not copied."""
         return {
             "identity": self.identity,
             "model": self.model.state_dict(),
@@ -146,7 +146,7 @@ class Run:
         self.rows = rows
 
     def save(self, path: Path) -> None:
-        """Write a checkpoint, or raise OSError and leave the one that was there."""
+        """Write a checkpoint, or raise OSError and leave an existing one unchanged."""
         buffer = io.BytesIO()
         torch.save(self.state_dict(), buffer)
         payload = buffer.getvalue()
@@ -211,7 +211,7 @@ def train(
             run.schedule.step()
         run.done += 1
         run.sequences += sequences
-        # Stays on its device, and is read once an evaluation: reading waits for the device.
+        # Stays on its device and is read once per evaluation, because reading waits for the device.
         total = total.to(value.device) + value * sequences
         weight += sequences
         if run.done % max(1, run.every // 20) == 0:

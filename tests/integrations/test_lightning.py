@@ -1,4 +1,4 @@
-"""Lightning: a fit gives torch.nn's numbers, and a checkpoint of either is loaded by the other."""
+"""Lightning: a fit returns torch.nn's numbers, and a checkpoint of either is loaded by the other."""
 
 import warnings
 

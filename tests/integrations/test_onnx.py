@@ -1,4 +1,4 @@
-"""ONNX, by both exporters: onnxruntime gives eager's numbers, for batches of any size."""
+"""ONNX, by both exporters: onnxruntime returns eager's numbers, for batches of any size."""
 
 import warnings
 from itertools import product

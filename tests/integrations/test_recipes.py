@@ -1,4 +1,4 @@
-"""docs/frameworks.md: every block runs, and what it makes gives torch.nn's numbers."""
+"""docs/frameworks.md: every block runs, and what it makes returns torch.nn's numbers."""
 
 import copy
 import logging

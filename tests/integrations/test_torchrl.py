@@ -1,4 +1,4 @@
-"""torchrl: LSTMModule and GRUModule around a layer of ours give what they give around torch.nn's."""
+"""torchrl: LSTMModule and GRUModule around a layer of ours return what they do around torch.nn's."""
 
 import copy
 

@@ -184,14 +184,14 @@ def _add_product(into: Tensor, d: Tensor, operand: Tensor) -> None:
 
 
 class _WeightSums:
-    """The gradients of one group's weights; of more samples than one, [samples, .]."""
+    """The gradients of one group's weights; with more than one sample, [samples, .]."""
 
     def __init__(self, group: Group, w_back: Tensor | None, need: Sequence[bool], samples: int) -> None:
         self.columns, self.part, self.H, u = group.columns, group.part, group.H, group.u
         lead = (samples,) if samples > 1 else ()
         self.dw = u.new_zeros(*lead, *w_back.shape) if need[3] and w_back is not None else None
         self.du = u.new_zeros(*lead, *u.shape) if need[4] else None
-        # Of the columns that are sums over rows alone: those of biases and trained vectors.
+        # The columns whose gradients are just sums over rows: those of biases and trained vectors.
         biases, vectors = need[5] or need[6], need[7] and bool(self.part.params)
         self.sums = u.new_zeros(*lead, self.part.gradient_width * self.H) if biases or vectors else None
 
@@ -208,7 +208,7 @@ class _WeightSums:
             self.sums.add_(p.sum(-2))
 
     def results(self, dtype: torch.dtype) -> Gradients:
-        """Of w_ih, w_hh, b_ih, b_hh, params, in the cell's order."""
+        """The gradients of w_ih, w_hh, b_ih, b_hh and params, in the cell's order."""
         columns, part, H = self.columns, self.part, self.H
         dw, du, sums = (None if t is None else t.to(dtype) for t in (self.dw, self.du, self.sums))
         dw = None if dw is None else blocks(dw, columns.of_w_ih, H, -2)
@@ -220,6 +220,6 @@ class _WeightSums:
         if columns.of_b_hh == columns.of_b_ih:
             return dw, du, db_ih, db_ih.clone(), dparams
         db_hh = blocks(sums, columns.of_b_hh, H)
-        # No gradient shares elements with another.
+        # Gradients must not share memory.
         same = db_hh.untyped_storage().data_ptr() == db_ih.untyped_storage().data_ptr()
         return dw, du, db_ih, db_hh.clone() if same else db_hh, dparams

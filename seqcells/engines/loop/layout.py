@@ -46,7 +46,7 @@ class Layout:
     # --- columns ------------------------------------------------------------------------------------------------------
 
     def _sum_up(self) -> None:
-        """Find the products that are added to their tile of gx in place (summed), and the values of the tiles."""
+        """Find which products are added to their tile of gx in place (summed), and the tiles' values then (tiles)."""
         found, form = self.found, self.form
         results = [*found.new, *found.operands, *found.saved]
         order = ancestors(results)

@@ -99,8 +99,8 @@ def loop_backward(
     need: Sequence[bool],
     samples: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients that are needed of the 9 inputs; those of weights and params [samples, K, .], one of each sample,
-    which is an equal part of the rows B."""
+    """Returns the needed gradients of the 9 inputs; those of weights and params are [samples, K, .], where each sample
+    is an equal part of the rows B."""
     (T, B), K, H, at = x.shape[:2], *y.shape[2:], places(cell)
     orders = {
         back: row_order(mask, back, T, B, x.device, most_rows(H, x.device))

@@ -93,7 +93,7 @@ class _Back:
         return left + found
 
     def _coefficients(self, reached: list[Value]) -> dict[Value, Value]:
-        """For each value that is a gradient times something, that something; frequent products are formed once."""
+        """The coefficient of each value that is a gradient times a coefficient. Frequent products are computed once."""
         lists, signs = {}, {}
         for value in reached:
             gradient, factors, number = self.split(value)
@@ -252,7 +252,7 @@ class _BackwardCode:
         part, form, graph = self.part, self.form, self.graph
         self.given: list[str] = []
         self.views: dict[str, str] = {}
-        self.weights: list[list[tuple[str, str, list[int]]]] = []  # of each operand: (view of p, weight, its products)
+        self.weights: list[list[tuple[str, str, list[int]]]] = []  # for each operand: (view of p, weight, its products)
         for runs in part.products_back:
             self.weights.append([])
             for column, numbers in runs:
@@ -347,7 +347,7 @@ class _BackwardCode:
         return function(lines), code.count
 
     def _carry(self, code: Code, value: Value, s: int) -> list[str]:
-        """Lines so that d{s} becomes the gradient of the state before; and those that must wait for the others."""
+        """Lines after which d{s} is the gradient of the state before. Returns those that must come after the others."""
         own = self.of.dstate(s)
         if value is own:
             code.drop(value)

@@ -17,12 +17,12 @@ import torch
 from ...derive.values import BOOLEAN, Value, ancestors, constant
 from .stretches import by_step
 
-_numbers = itertools.count(1)  # of sources: a cell defined again has another file's name
+_numbers = itertools.count(1)  # numbers of sources: a cell that is defined again gets a new file name
 _NAMES = {"product": "mul", "times": "mul", "pair": "mul", "and": "logical_and", "or": "logical_or"}
 _NAMES |= {"not": "logical_not"}
-_SIGMOID, _TANH = "_sigmoid_backward", "_tanh_backward"  # of what a function of this package has in its namespace
+_SIGMOID, _TANH = "_sigmoid_backward", "_tanh_backward"  # their names in a printed function's namespace
 PRODUCTS = ("product", "times", "pair")
-SLOPES = {"sigmoid": "sigmoid_slope", "tanh": "tanh_slope"}  # of their results: s (1 - s) and 1 - t t, as values
+SLOPES = {"sigmoid": "sigmoid_slope", "tanh": "tanh_slope"}  # names of the derivatives s (1 - s) and 1 - t t
 
 
 class Code:

@@ -18,7 +18,7 @@ from .stretches import RowOrder, by_step
 if TYPE_CHECKING:
     from .layer import Group
 
-CHUNK = 1 << 16  # elements of a state in a piece: a buffer of all steps would go through memory, and back
+CHUNK = 1 << 16  # elements of a state in a piece: a buffer of all steps would not stay in the caches
 
 CopyRows = Callable[[Tensor, int, int], object]  # (into, a, b): copies rows a to b of a RowOrder
 States = Callable[[int, int], "tuple[Any, ...]"]

@@ -59,7 +59,7 @@ class RowOrder:
         return t[a:b] if self.source is None else t.index_select(0, self.source[a:b])
 
     def placed(self, t: Tensor) -> Tensor:
-        """t [N, .] in the order of time [T*B, .]; zero where padding is."""
+        """t [N, .] in the order of time [T*B, .]; zero at padding."""
         if self.source is None:
             return t
         if self.start is None or self.target is None:  # without a mask every row is written
@@ -104,11 +104,12 @@ class RowOrder:
         return found[: self.stretches]
 
     def by_sequence(self, t: Tensor, final: Tensor | None) -> Tensor:
-        """Gradients of the stretches' starts [S, H] as those of the given starts [B, H]; final: of the final states."""
+        """Gradients of the initial states [B, H], from those of the stretches' starts [S, H]. final: the gradients of
+        the final states."""
         if self.first is None or self.last is None:
             return t
         found = torch.cat([t, t.new_zeros(1, t.shape[1])]).index_select(0, self.first)
-        # Of a sequence of no steps the one is the other.
+        # For a sequence without steps, the final state is the initial one.
         return found if final is None else torch.where((self.last < self.batch)[:, None], final, found)
 
     def by_sample(self, a: int, b: int, samples: int, device: torch.device) -> Tensor:
@@ -117,9 +118,7 @@ class RowOrder:
         sample, order = torch.sort(rows % self.batch // (self.batch // samples), stable=True)
         counts = torch.bincount(sample, minlength=samples)
         place = torch.arange(b - a, device=device) - (counts.cumsum(0) - counts)[sample]
-        most = (
-            (b - a) // samples if self.start is None else int(counts.max())
-        )  # without a mask, the host reads no tensor
+        most = (b - a) // samples if self.start is None else int(counts.max())  # without a mask the host reads nothing
         found = torch.full((samples, most), b - a, device=device)
         found[sample, place] = order
         return found
