@@ -30,7 +30,6 @@ from .engines import aten, reset_steps, triton
 
 KERNEL_DEVICES = ("cuda",)  # where "auto" uses the kernels
 _TENSORS = (Tensor, torch.nn.Parameter)
-_PRECISIONS = (None, *precisions.PRECISIONS)
 
 
 class ScanOptions(NamedTuple):
