@@ -77,10 +77,8 @@ def calls(name: str) -> list[str]:
 
     def profile(frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
-        if event != "call" or not code.co_filename.startswith(package) or code.co_name.startswith("<") or done[0]:
-            return
-        done[0] = code in (steps.scan.__code__, no_launch.__code__)
-        if not done[0]:
+        done[0] = done[0] or (event == "call" and code in (steps.scan.__code__, no_launch.__code__))
+        if event == "call" and not done[0] and code.co_filename.startswith(package) and code.co_name[0] != "<":
             file = code.co_filename.removeprefix(folder).replace("seqcells/kernels/", "kernels/")
             found.append(f"{file}: {code.co_name}")
 
