@@ -42,7 +42,8 @@ def device_facts(device: torch.device) -> Device:
     if torch.version.hip:
         # 64 KB of local data share a workgroup on every CDNA part before gfx950.
         return present(p.name, 0, p.multi_processor_count, 64 * 1024)
-    return present(p.name, 10 * p.major + p.minor, p.multi_processor_count, p.shared_memory_per_block_optin)  # type: ignore[attr-defined]
+    shared = p.shared_memory_per_block_optin  # type: ignore[attr-defined]  # not in torch's stubs
+    return present(p.name, 10 * p.major + p.minor, p.multi_processor_count, shared)
 
 
 class Launch(NamedTuple):
@@ -433,7 +434,7 @@ def recompute(
         rows = slice(row, row := row + operand.products * H)
         for k in range(K):
             if n >= cell.level:
-                x = m[:, k].unflatten(1, (second, H))[:, n - cell.level]  # type: ignore[index]
+                x = m[:, k].unflatten(1, (second, H))[:, n - cell.level]  # type: ignore[index]  # level 2 has m
             elif v is not None:
                 x = v[:, k].unflatten(1, (cell.level, H))[:, n]
             else:

@@ -92,7 +92,6 @@ def test_links_lead_somewhere(page):
         assert (ROOT / page).parent.joinpath(link).exists(), link
 
 
-@pytest.mark.skipif(not (ROOT / "seqcells/engines/loop").exists(), reason="the engines are not all there yet")
 @pytest.mark.parametrize("page", ["CONTRIBUTING.md", "docs/architecture.md", "tests/README.md"])
 def test_files_that_are_named_exist(page):
     folders = "seqcells|kernels|tests|benchmarks|docs|examples"
