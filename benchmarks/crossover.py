@@ -68,7 +68,7 @@ def against_torch(kind: str, T: int, seconds: float) -> list[str]:
     return line
 
 
-def marked(masks: str, T: int, seconds: float) -> list[str]:
+def by_reset_steps(masks: str, T: int, seconds: float) -> list[str]:
     line = []
     for B, H in MASKED:
         x = torch.randn(T, B, min(H, 64))
@@ -132,7 +132,7 @@ def main() -> None:
             for T in (8, 16, 24, 32, 48, 64):
                 sentences[f"{kind} T={T}"] = packed(kind, T, options.seconds)
                 print("packed", kind, T, sentences[f"{kind} T={T}"], file=sys.stderr, flush=True)
-        masked = {f"{masks} T=100": marked(masks, 100, options.seconds) for masks in ("resets", "lengths")}
+        masked = {f"{masks} T=100": by_reset_steps(masks, 100, options.seconds) for masks in ("resets", "lengths")}
         made = {f"{name} T={T}": derived(name, T, options.seconds) for name in DERIVED for T in (1, 4, 100)}
         print("derived", made, file=sys.stderr, flush=True)
         facts = ", ".join(f"{k} {v}" for k, v in compare.machine("cpu").items())

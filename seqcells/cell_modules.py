@@ -229,10 +229,10 @@ class RecurrentCell(modules.Module):
             states = None if states is None else tuple(s[None] for s in states)
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
-        held, weights = self._parameters, []  # nn.Module's __getattr__ is slower
+        own, weights = self._parameters, []  # nn.Module's __getattr__ is slower
         for part, rows in zip(modules.PARTS, self.cell.rows, strict=True):
             there = rows and (self.bias or part.startswith("w"))
-            weights.append((held[part] if part in held else getattr(self, part)) if there else None)
+            weights.append((own[part] if part in own else getattr(self, part)) if there else None)
         dtype = next((w.dtype for w in weights if w is not None), x.dtype)
         for t in (x, *(states or ())):
             if t.dtype != dtype and not backends.autocasting(x.device):

@@ -82,13 +82,13 @@ def _kernel(cell: str, direction: str, like: Tensor, u: Tensor) -> fallback.Kern
     return fallback.Kernel(cell, direction, like.dtype, u.shape[-1], like.device)
 
 
-def _tiles(cell: str, kept: Tensor) -> Tensor:
+def _tiles(cell: str, saved: Tensor) -> Tensor:
     """What the loop engine saves [T, B, K, S*H], in the kernels' packed format."""
     order = list(part_of(cell).order)
-    return pack_saved(kept.unflatten(3, (len(order), -1))[:, :, :, order])
+    return pack_saved(saved.unflatten(3, (len(order), -1))[:, :, :, order])
 
 
-def _kept(cell: str, words: Tensor, dtype: torch.dtype) -> Tensor:
+def _untiled(cell: str, words: Tensor, dtype: torch.dtype) -> Tensor:
     """The inverse of `_tiles`."""
     order = part_of(cell).order
     back = [order.index(n) for n in range(len(order))]
@@ -119,9 +119,9 @@ def _scan_forward(
         return (*call(plan=planned(schedule=schedule)),)
 
     def by_loop() -> Any:
-        y, c, kept, hn, cn = projected.forward((gx, u, bias, mask, params), (h0, c0), cell, save, reversed)
+        y, c, gates, hn, cn = projected.forward((gx, u, bias, mask, params), (h0, c0), cell, save, reversed)
         like = kernels.scan.allocate(declared, gx, save, reversed)
-        saved = _tiles(cell, kept) if like.saved.numel() else like.saved
+        saved = _tiles(cell, gates) if like.saved.numel() else like.saved
         return y, c if c.numel() else like.c, saved, hn, cn
 
     kernel = _kernel(cell, "forward", gx, u)
@@ -159,8 +159,8 @@ def _scan_backward(
         return (*call(plan=planned(schedule=schedule)),)
 
     def by_loop() -> Any:
-        kept = _kept(cell, saved, y.dtype) if declared.saved else saved
-        return projected.backward((dy, dhn, dcn, dcs), (u, mask, params), (y, c, kept), cell, reversed)
+        gates = _untiled(cell, saved, y.dtype) if declared.saved else saved
+        return projected.backward((dy, dhn, dcn, dcs), (u, mask, params), (y, c, gates), cell, reversed)
 
     kernel = _kernel(cell, "backward", y, u)
     return tuple(fallback.first_that_runs(kernel, _attempts(planned, call), by_loop))
