@@ -52,7 +52,10 @@ def planned(problem: Problem) -> tuple[str, float | None]:
 
 
 def compared(case: Case, device: str, seconds: float, names: Iterable[str] | None = None) -> list[dict[str, Any]]:
-    """One row for each provider: its error against the judge and its times, or why there are none."""
+    """One row for each provider: its error against the judge and its times, or why there are none.
+
+    seconds: about how long to time them; negative: not at all, only parity.
+    """
     problem = Problem(case, device)
     plan, floor = planned(problem)
     start = {"case": asdict(case), "name": case.name, "device": device, "plan": plan, "floor_us_a_step": floor}
@@ -73,7 +76,7 @@ def compared(case: Case, device: str, seconds: float, names: Iterable[str] | Non
             row["unavailable"] = str(reason)
         except Exception as error:  # a peer's failure is a result
             row["failed"] = f"{type(error).__name__}: {str(error)[:300]}"
-    if not runs:
+    if not runs or seconds < 0:
         return rows
     if (floor := measure.products(problem)) is not None:
         runs[alone] = floor
@@ -169,7 +172,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         f"|---|---|---:|---:|---:|{'---:|' * len(others)}",
     ]
     for name, providers in timed.items():
-        case, auto = next(iter(providers.values()))["case"], providers.get("auto")
+        case, auto = next(iter(providers.values()))["case"], providers.get("auto", providers.get("triton"))
         shown = [
             name,
             case["why"],

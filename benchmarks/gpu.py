@@ -3,10 +3,12 @@
     python benchmarks/gpu.py --out DIR [--minutes 8]              # on a CUDA machine
     python benchmarks/gpu.py --out DIR --device cpu --dry         # the same code at tiny sizes, interpreted
 
-In order: the device and its clocks; what it can do (copy, product, barrier, L2); parity (`python -m seqcells check`);
-compute-sanitizer if it is there; every provider on every case, the most telling first, while there is time; the task
-suite with the kernels. DIR/gpu.json and DIR/gpu.md are rewritten after each part, so that an interruption loses only
-the current part. A part or a peer that fails is recorded, and the next one begins. Needs no network and no build tool.
+In order: the device and its clocks; what it can do (copy, product, barrier, L2) and what single instructions cost;
+parity of every kernel, in as many processes as there are cores, the most in doubt first; compute-sanitizer if it is
+there; torch.nn and the kernels on every case, the most telling first; then the loops and peers; the task suite with the
+kernels. All but the first run in processes of their own (see jobs.py): a kernel that hangs or an illegal access is
+recorded, with its job, and the next one begins. DIR/gpu.json and DIR/gpu.md are rewritten after each part, so that an
+interruption loses only the current one. Needs no network and no build tool.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +35,11 @@ sys.path.insert(0, str(ROOT))  # to run from a checkout without installing
 
 import cases
 import compare
+import jobs
 from providers import PROVIDERS
 
+from seqcells import testing
+from seqcells.kernels.registry import BUILT_IN
 from seqcells.tasks import suite
 
 ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
@@ -144,12 +150,135 @@ def peaks(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def sanitized(device: str) -> dict[str, Any]:
-    tool = shutil.which("compute-sanitizer")
-    if tool is None or device == "cpu":
-        return {"left out": "compute-sanitizer is not there" if tool is None else "it is for CUDA"}
-    check = seqcells("check", "--device", device, "--cell", "lstm", "--dtype", "float32")
-    return said([tool, "--tool", "memcheck", "--error-exitcode", "9", *check], 240)
+FIRST = ("torch.nn", "triton", "triton, states")
+GALLERY = ("peephole_lstm", "cifg", "mgu", "ugrnn", "augru", "gru_d", "indrnn", "slstm")
+
+
+def checks(device: str, dry: bool) -> Iterator[jobs.Job]:
+    """Jobs for parity: the grid schedule before the others, since it alone depends on programs that wait."""
+    if dry:
+        yield {"do": "parity", "cell": "lstm", "backend": "triton:grid", "kind": "float32", "shape": [2, 3, 2, 5]}
+        return
+    shapes = [testing.LARGE[n] for n in (1, 3, 0, 2, 4)]
+    kinds = ["bfloat16", "float32", "tf32", "float64", "float16", "tf32x3"]
+    schedules = ["triton:grid", "triton:resident", "triton:stepwise"]
+    for kind in kinds:
+        for shape in shapes:
+            for backend in schedules:
+                for cell in BUILT_IN:
+                    yield {
+                        "do": "parity",
+                        "cell": cell,
+                        "backend": backend,
+                        "kind": kind,
+                        "shape": [*vars(shape).values()],
+                    }
+        if kind in ("float32", "float64"):
+            for cell in GALLERY:
+                for backend in schedules:
+                    yield {"do": "parity", "cell": cell, "backend": backend, "kind": kind, "shape": [9, 17, 3, 33]}
+
+
+def parity(device: str, workers: int, deadline: float, dry: bool) -> dict[str, Any]:
+    """Every check's largest error, and what failed."""
+    asked = [{**job, "device": device} for job in checks(device, dry)]
+    lines, good, missed, worst = [], 0, 0, {}
+    for job, found in jobs.run(asked, workers, 60, deadline):
+        name = f"{job['cell']} {job['backend']} {job['kind']} {job['shape']}"
+        if "not_reached" in found:
+            missed += 1
+        elif found.get("good"):
+            good += 1
+            if found["errors"]:
+                key = f"{job['backend']} {job['kind']}"
+                worst[key] = max(worst.get(key, (0.0, "")), (max(found["errors"].values()), name))
+        else:
+            lines.append(f"{name}: {found.get('failed') or found['errors']}")
+    shown = {key: f"{error:.1e} ({name})" for key, (error, name) in sorted(worst.items())}
+    return {"within tolerance": good, "not reached": missed, "wrong": lines, **shown}
+
+
+Running = dict[str, subprocess.Popen[str]]
+
+
+def sanitizers(device: str) -> Running:
+    """compute-sanitizer on the smallest checks, its tools side by side, begun."""
+    tool, running = shutil.which("compute-sanitizer"), {}
+    if tool is None or torch.device(device).type == "cpu":
+        return {}
+    for name in ("memcheck", "racecheck", "initcheck", "synccheck"):
+        for schedule in ("grid", "resident", "stepwise"):
+            start = {"do": "parity", "backend": f"triton:{schedule}", "shape": [2, 3, 2, 33], "device": device}
+            asked = [{**start, "cell": cell, "kind": kind} for cell, kind in
+                     (("lstm", "bfloat16"), ("gru_before", "tf32"), ("gru", "float32"))]  # fmt: skip
+            # Without PyTorch's cache, so that each tensor is an allocation of its own.
+            environment = ENVIRONMENT | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "benchmarks/jobs.py"]
+            running[f"{name}, {schedule}"] = subprocess.Popen(
+                [*command, json.dumps(asked)], env=environment, cwd=ROOT, text=True, stdout=-1, stderr=subprocess.STDOUT
+            )
+    return running
+
+
+def sanitized(running: Running, deadline: float) -> dict[str, Any]:
+    """What compute-sanitizer found."""
+    found = {}
+    for name, process in running.items():
+        try:
+            printed = process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0]
+            end = [line for line in printed.splitlines() if "SUMMARY" in line]
+            found[name] = f"ended with {process.returncode}: {' '.join(end)}"
+            if process.returncode:
+                found[name] += "\n" + printed[:1500] + "\n...\n" + printed[-1500:]
+        except subprocess.TimeoutExpired:
+            process.kill()
+            found[name] = "stopped: out of time"
+    return found or {"left out": "it is for CUDA, or not there"}
+
+
+def kernels(device: str, dry: bool) -> Iterator[jobs.Job]:
+    """The kernels whose steps are timed alone."""
+    if dry:
+        yield {"do": "kernel", "cell": "lstm", "direction": "train", "dtype": "float32", "B": 3, "H": 5, "T": 3}
+        return
+    for dtype in ("bfloat16", "tf32"):
+        for B, H in ((8, 64), (16, 64), (8, 128), (16, 768), (16, 1024), (16, 512), (16, 256), (8, 32), (64, 1024)):
+            for cell in ("lstm", "gru"):
+                for direction in ("infer", "train", "backward"):
+                    if dtype == "bfloat16" or H in (64, 128, 512):
+                        yield {"do": "kernel", "cell": cell, "direction": direction, "dtype": dtype, "B": B, "H": H}
+
+
+def kernel_times(device: str, deadline: float, dry: bool) -> dict[str, str]:
+    """Of each kernel, microseconds a step, and what the plan's model says."""
+    asked = [{**job, "device": device, "seconds": 0.0 if dry else 0.15} for job in kernels(device, dry)]
+    lines = {}
+    for job, found in jobs.run(asked, 1, 40, deadline):
+        name = f"{job['cell']} {job['direction']} {job['dtype']} B={job['B']} H={job['H']}"
+        lines[name] = found.get("failed", "not reached")
+        if "us_a_step" in found:
+            model = f"the plan's model {found['predicted_us']:.3f}"
+            lines[name] = f"{found['us_a_step']:.3f} us a step, {model} ({found['plan']})"
+    return lines
+
+
+def timed(
+    chosen: list[cases.Case],
+    device: str,
+    names: list[str],
+    deadline: float,
+    dry: bool,
+    note: Callable[[list[dict[str, Any]]], None],
+) -> list[dict[str, Any]]:
+    """Rows of the cases, as compare.sweep has them, from one process at a time."""
+    rows: list[dict[str, Any]] = []
+    each = 0.0 if dry else max(0.1, min(3.0, 0.4 * (deadline - time.monotonic()) / len(chosen)))
+    asked = [{"do": "case", "case": asdict(c), "device": device, "seconds": each, "providers": names} for c in chosen]
+    for job, found in jobs.run(asked, 1, 300 if dry else 40, deadline):
+        start = {"case": job["case"], "name": cases.Case(**job["case"]).name, "device": device}
+        rows += found["rows"] if "rows" in found else [start | found]
+        note(rows)
+    return rows
 
 
 def main() -> int:
@@ -157,6 +286,10 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=8.0, help="about how long it may take")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--part", action="append", metavar="NAME", help="only this part (may be repeated)")
+    parser.add_argument(
+        "--case", action="append", metavar="TEXT", help="only cases whose name or purpose has this in it"
+    )
     parser.add_argument("--dry", action="store_true", help="tiny sizes, hardly timed: does it all run?")
     options = parser.parse_args()
     device, cuda = options.device, torch.device(options.device).type == "cuda"
@@ -167,35 +300,67 @@ def main() -> int:
     torch.set_num_threads(1)
     started, box = time.monotonic(), 60 * options.minutes
     report = Report(options.out, " ".join(["python benchmarks/gpu.py", *sys.argv[1:]]))
-
-    def left() -> float:
-        return box - (time.monotonic() - started)
-
-    import probes  # compiles
-
-    report.part("device", lambda: facts(device))
-    report.part("ceilings", lambda: probes.ceilings(device, options.dry))
-    few = ("--cell", "lstm", "--dtype", "float32") if options.dry else ()
-    report.part("parity", lambda: said(seqcells("check", "--device", device, *few), 0.3 * box))
-    report.part("compute-sanitizer", lambda: sanitized(device))
+    workers = 2 if options.dry else os.cpu_count() or 1
     chosen = list(dict.fromkeys(c.small() for c in cases.grid())) if options.dry else cases.grid()
+    if options.case:
+        chosen = [c for c in chosen if any(text in f"{c.name} {c.why}" for text in options.case)]
+
+    def by(share: float) -> float:
+        """When that share of the time is up; the dry run takes what it takes."""
+        return started + (3600 if options.dry else share * box)
+
+    def probe(name: str) -> Callable[[], Any]:
+        job = {"do": "probe", "name": name, "device": device, "dry": options.dry}
+        return lambda: next(found for _, found in jobs.run([job], 1, 60, by(0.95)))
+
+    def compiled() -> dict[str, Any]:
+        alone = {"device": device, "seconds": -1}
+        asked = [{**alone, **job} for job in kernels(device, options.dry)]
+        asked += [{"do": "case", "case": asdict(c), **alone, "providers": list(FIRST)} for c in chosen]
+        wrong = []
+        for job, found in jobs.run(asked, workers, 60, by(0.6)):
+            rows = found.get("rows", [found])
+            name = cases.Case(**job["case"]).name if "case" in job else str(job)
+            wrong += [f"{name}, {r.get('provider', '')}: {r['failed']}" for r in rows if "failed" in r]
+        return {"cases": len(asked), "wrong": wrong}
 
     def grid() -> list[dict[str, Any]]:
         def note(rows: list[dict[str, Any]]) -> None:
-            report.content["parts"]["grid"] = rows
+            report.content["parts"]["grid"] = [*rows]
             report.write()
 
-        minutes = max(1.0, (left() - (0.25 * box if cuda else 0)) / 60)
-        return compare.sweep(chosen, device, minutes, note=note, dry=options.dry)
+        if options.dry:
+            return timed(chosen, device, list(PROVIDERS), by(1), True, note)
+        first = timed(chosen, device, list(FIRST), by(0.85), False, note)
+        few = [c for c in chosen if c.mode == cases.TRAINING and (c.T <= 200 or (c.B, c.H, c.heads) == (16, 768, 1))]
+        others = [name for name in PROVIDERS if name not in (*FIRST, "auto")]
+        return first + timed(few, device, others, by(0.95), False, lambda rows: note(first + rows))
 
-    report.part("grid", grid)
+    running: Running = {}
+    parts: dict[str, Callable[[], Any]] = {
+        "device": lambda: facts(device),
+        "ceilings": probe("ceilings"),
+        "instructions": probe("instructions"),
+        "parity": lambda: parity(device, workers, by(0.4), options.dry),
+        "compute-sanitizer": lambda: sanitized(running, by(0.45)),
+        "compile": compiled,
+        "kernels": lambda: kernel_times(device, by(0.7), options.dry),
+        "grid": grid,
+    }
     wanted = ("memorize", "--case", "1", "--cell", "lstm") if options.dry else ("--all",)
     backend = "reference" if options.dry else "triton"
     suite_run = seqcells("run", *wanted, "--device", device, "--backend", backend)
-    report.part("task suite", lambda: said(suite_run, max(60.0, left())))
-    failed = [n for n, p in report.content["parts"].items() if isinstance(p, dict) and ("failed" in p or p.get("code"))]
-    failed += [f"{r['name']}, {r.get('provider')}" for r in report.content["parts"]["grid"] if "failed" in r]
-    missed = sum("not_reached" in r for r in report.content["parts"]["grid"])
+    parts["task suite"] = lambda: said(suite_run, max(30.0, by(1.05) - time.monotonic()))
+    parts = {name: find for name, find in parts.items() if not options.part or name in options.part}
+    for name, find in parts.items():
+        if name == "parity" and "compute-sanitizer" in parts:
+            running.update(sanitizers(device))  # they take long, and little of the device
+        report.part(name, find)
+    found = report.content["parts"]
+    failed = [n for n, p in found.items() if isinstance(p, dict) and ("failed" in p or p.get("code") or p.get("wrong"))]
+    rows = found.get("grid", [])
+    failed += [f"{r['name']}, {r.get('provider')}" for r in rows if "failed" in r]
+    missed = sum("not_reached" in r for r in rows)
     print((options.out / "gpu.md").read_text())
     print(f"{len(failed)} failed: {'; '.join(failed) or 'nothing'}; {missed} cases not reached", file=sys.stderr)
     return 1 if options.dry and (failed or missed) else 0

@@ -272,19 +272,22 @@ def sweep(
     cells: Sequence[str | Cell] | None = None,
     dtypes: list[str] | None = None,
     backends: Sequence[str] = BACKENDS,
+    shapes: Sequence[Shape] | None = None,
 ) -> Iterator[Result]:
-    """The largest errors over the device's shapes, with and without masks, by cell, backend and dtype.
+    """The largest errors over shapes, with and without masks, by cell, backend and dtype. shapes: None means LARGE on
+    a GPU, SMALL elsewhere.
 
     On a GPU, float32 is checked at every precision; the interpreter has only one.
     """
-    shapes = LARGE if torch.device(device).type == "cuda" else SMALL
+    if shapes is None:
+        shapes = LARGE if torch.device(device).type == "cuda" else SMALL
     for cell in cells or BUILT_IN:
         for backend in backends:
             for kind in kinds(device, dtypes):
                 yield _worst(cell, backend, kind, device, shapes)
 
 
-def _worst(cell: str | Cell, backend: str, kind: torch.dtype | str, device: str, shapes: tuple[Shape, ...]) -> Result:
+def _worst(cell: str | Cell, backend: str, kind: torch.dtype | str, device: str, shapes: Sequence[Shape]) -> Result:
     dtype, precision = (kind, "ieee") if isinstance(kind, torch.dtype) else (torch.float32, kind)
     worst: dict[str, float] = {}
     allowed, missing = 0.0, ""
