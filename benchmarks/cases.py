@@ -183,7 +183,7 @@ def answer(problem: Problem, work: Work) -> list[Tensor]:
 def parity(found: list[Tensor], judged: list[Tensor], allowed: float) -> float:
     """The largest relative error of any output or gradient. ValueError if it is more than allowed."""
     assert len(found) == len(judged)
-    worst = max(testing.relative(a.detach(), b.detach().cpu()) for a, b in zip(found, judged, strict=True))
+    worst = max(testing.relative(a.detach(), b.detach()) for a, b in zip(found, judged, strict=True))
     if not worst <= allowed:
         raise ValueError(f"disagrees with the judge by {worst:.1e}, allowed {allowed:.0e}")
     return worst

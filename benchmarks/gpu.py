@@ -268,12 +268,14 @@ def timed(
     names: list[str],
     deadline: float,
     dry: bool,
+    checked: bool,
     note: Callable[[list[dict[str, Any]]], None],
 ) -> list[dict[str, Any]]:
     """Rows of the cases, as compare.sweep has them, from one process at a time."""
     rows: list[dict[str, Any]] = []
     each = 0.0 if dry else max(0.1, min(3.0, 0.4 * (deadline - time.monotonic()) / len(chosen)))
-    asked = [{"do": "case", "case": asdict(c), "device": device, "seconds": each, "providers": names} for c in chosen]
+    same = {"do": "case", "device": device, "seconds": each, "providers": names, "checked": checked}
+    asked = [{**same, "case": asdict(c)} for c in chosen]
     for job, found in jobs.run(asked, 1, 300 if dry else 40, deadline):
         start = {"case": job["case"], "name": cases.Case(**job["case"]).name, "device": device}
         rows += found["rows"] if "rows" in found else [start | found]
@@ -330,11 +332,12 @@ def main() -> int:
             report.write()
 
         if options.dry:
-            return timed(chosen, device, list(PROVIDERS), by(1), True, note)
-        first = timed(chosen, device, list(FIRST), by(0.85), False, note)
+            return timed(chosen, device, list(PROVIDERS), by(1), True, False, note)
+        good = "compile" in parts and not report.content["parts"]["compile"].get("wrong", True)
+        first = timed(chosen, device, list(FIRST), by(0.85), False, good, note)
         few = [c for c in chosen if c.mode == cases.TRAINING and (c.T <= 200 or (c.B, c.H, c.heads) == (16, 768, 1))]
         others = [name for name in PROVIDERS if name not in (*FIRST, "auto")]
-        return first + timed(few, device, others, by(0.95), False, lambda rows: note(first + rows))
+        return first + timed(few, device, others, by(0.95), False, False, lambda rows: note(first + rows))
 
     running: Running = {}
     parts: dict[str, Callable[[], Any]] = {

@@ -36,12 +36,12 @@ def parity(cell: str, backend: str, kind: str, shape: list[int], device: str) ->
     return {**asdict(found), "good": found.good}
 
 
-def case(case: Job, device: str, seconds: float, providers: list[str]) -> Job:
-    """Rows of compare.compared. seconds: about how long to time it; negative: only parity, which compiles it."""
+def case(case: Job, device: str, seconds: float, providers: list[str], checked: bool = False) -> Job:
+    """Rows of compare.compared: see there."""
     import cases
     import compare
 
-    return {"rows": compare.compared(cases.Case(**case), device, seconds, providers)}
+    return {"rows": compare.compared(cases.Case(**case), device, seconds, providers, checked)}
 
 
 def kernel(cell: str, direction: str, dtype: str, B: int, H: int, device: str, seconds: float, T: int = 1000) -> Job:
@@ -104,6 +104,9 @@ def result(job: Job) -> Job:
 
 def work() -> None:
     """A worker: a job a line in, a result a line out, until there are no more."""
+    import torch
+
+    torch.set_num_threads(1)  # there are as many workers as cores
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a job prints is not an answer
     for line in sys.stdin:

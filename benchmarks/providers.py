@@ -10,7 +10,7 @@ from collections.abc import Callable
 from itertools import pairwise
 
 import torch
-from cases import GATES, KINDS, NAMES, STEP, TRAINING, Case, Problem, Unavailable, Work
+from cases import GATES, KINDS, NAMES, STEP, TRAINING, Problem, Unavailable, Work
 from torch import Tensor, nn
 
 import seqcells

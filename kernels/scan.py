@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
@@ -421,6 +422,7 @@ def recompute(
         "mask_ptr": None if mask is None else mask.view(torch.uint8), "v_ptr": v, "m_ptr": m, "N": N, "B": B,
     }  # fmt: skip
     programs = (triton.cdiv(N, constants["BLOCK_B"]), triton.cdiv(H, constants["BLOCK_H"]), K)
+    plan = replace(plan, waits=False)  # these programs do not, and there may be more than the device holds at once
 
     def run_phase(phase: int) -> None:
         launch(Launch(recompute_schedule.kernel, programs, {**arguments, **constants, "PHASE": phase}, plan))

@@ -211,8 +211,8 @@ def errors(
     generator = torch.Generator().manual_seed(2)
     mask = torch.rand(shape.T, shape.B, generator=generator) < 0.3 if resets else None
     ends = torch.randint(1, shape.T + 1, (shape.B,), generator=generator) if lengths else None
-    masked: Any = {"resets": None if mask is None else mask.to(device), "lengths": ends}
-    got = run(cell, tensors, **masked, backend=backend, save=save, precision=precision)
+    given = {name: None if t is None else t.to(device) for name, t in (("resets", mask), ("lengths", ends))}
+    got = run(cell, tensors, **given, backend=backend, save=save, precision=precision)
     # The reference runs on the CPU, so that the GPU's matrix products are not tested against themselves.
     exact = run(cell, [t.cpu().double() for t in tensors], mask, lengths=ends, backend="reference")
     return {name: relative(got[name], exact[name]) for name in exact}
@@ -226,7 +226,7 @@ def relative(got: Tensor, exact: Tensor) -> float:
             raise RuntimeError(f"{name} is on the meta device: it has no values")
     if got.shape != exact.shape:
         raise RuntimeError(f"got must have the shape of exact, {tuple(exact.shape)}, not {tuple(got.shape)}")
-    difference = (got.cpu().double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)
+    difference = (got.to(exact.device).double() - exact.double()).norm() / exact.double().norm().clamp_min(1e-300)
     return float(difference.nan_to_num(nan=torch.inf))
 
 
