@@ -132,3 +132,52 @@ def write_tiles(ptr, offsets, mask, tiles, FROM: tl.constexpr, TO: tl.constexpr,
     for n in tl.static_range(FROM, TO):
         tile = _in_order(in_memory(tiles[n].to(ptr.dtype.element_ty), offsets.shape))
         tl.store(ptr + _in_order(offsets) + (n - FROM) * STRIDE, tile, mask=_in_order(mask))
+
+
+@triton.jit
+def load_next(ptr, offsets, mask, N: tl.constexpr, STRIDE: tl.constexpr):
+    """What `arrived` makes N tiles of in the next step; ptr, offsets, mask and STRIDE as for `read_tiles`.
+
+    A load is waited for where something first touches what it loaded, even to take 16-bit halves apart. The compiler
+    does that in the step of the load, unless whole 32-bit words are what is carried to the next step. They are put
+    together here; where one load brings both halves, the compiler sees that they are together already.
+    """
+    tiles = ()
+    for n in tl.static_range(N):
+        if mask is None:
+            tile = tl.load(ptr + _in_order(offsets) + n * STRIDE)
+        else:
+            tile = tl.load(ptr + _in_order(offsets) + n * STRIDE, mask=_in_order(mask), other=0)
+        tile = _in_order(tile)
+        if tile.dtype.primitive_bitwidth == 16:
+            tile = _as_words(tile)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def _as_words(tile):
+    """Neighbours in the last axis, of 16 bits, as words of 32."""
+    bits = tl.reshape(tile.to(tl.int16, bitcast=True), tile.shape[:4] + [tile.shape[4] // 2, 2])
+    low, high = tl.split(bits)
+    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+
+
+@triton.jit
+def _halves(words, TYPE: tl.constexpr):
+    """The inverse of `_as_words`, for elements of TYPE."""
+    shifts = tl.arange(0, 2)[None, None, None, None, None, :] * 16
+    halves = (words[:, :, :, :, :, None] >> shifts).to(tl.int16).to(TYPE, bitcast=True)
+    return tl.reshape(halves, words.shape[:4] + [words.shape[4] * 2])
+
+
+@triton.jit
+def arrived(tiles, N: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr):
+    """The N tiles of a product that `load_next` loaded, of elements of TYPE, in ACC."""
+    out = ()
+    for n in tl.static_range(N):
+        tile = tiles[n]
+        if tile.dtype == tl.int32:
+            tile = _halves(tile, TYPE)
+        out = out + (from_memory(tile).to(ACC),)
+    return out

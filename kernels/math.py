@@ -93,3 +93,24 @@ def product(a, b, acc, PRECISION: tl.constexpr):
         a = a.to(acc.dtype)
         b = b.to(acc.dtype)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=acc.dtype)
+
+
+@triton.constexpr_function
+def is_one_chain(depth, rows, dtype, precision):
+    """Whether a sum of products is best one chain: where a product is one instruction of the tensor cores (32 bytes of
+    its operand), where more than eight rows keep them busy, and where there are none."""
+    few = depth * dtype.primitive_bitwidth <= 256 or rows > 8
+    return few or dtype.is_fp64() or (dtype.is_fp32() and precision == "ieee")
+
+
+@triton.jit
+def new_chain(zero):
+    """zero (float32), for a `product` to start a chain of its own from.
+
+    The compiler turns product(.., 0) + x into product(.., x), so that each product waits for the one before. It does
+    not look into inline assembly. The assembler does, and the zero costs no register.
+    """
+    if INTERPRETED:
+        return zero
+    else:
+        return tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [zero], dtype=tl.float32, is_pure=True, pack=1)

@@ -20,8 +20,16 @@ A tile's units beyond H are computed from zeros, and may be anything; the operan
 import triton
 import triton.language as tl
 
-from .layout import load_weights, memory_rows, memory_units, read_tiles, unit_order, write_tiles
-from .math import product
+from .layout import (
+    arrived,
+    load_next,
+    load_weights,
+    memory_rows,
+    memory_units,
+    read_tiles,
+    unit_order,
+    write_tiles,
+)
 from .tiles import (
     active,
     add_outer,
@@ -47,6 +55,7 @@ from .tiles import (
     pack_tiles,
     products,
     replace_tile,
+    sum_products,
     unpack_tiles,
     zeros,
 )
@@ -124,23 +133,22 @@ def forward_kernel(
     states = cast_tiles(states, STATES, ACC)
     if SAVED > 0:
         saved_ptr += begin * WORDS
-    loaded = read_tiles(gx_ptr, from_g, readable, G, H)
+    loaded = load_next(gx_ptr, from_g, readable, G, H)
     code = valid
     if mask_ptr is not None:
         mask_ptr += step * B.to(tl.int64) + row0
         code = load_mask(mask_ptr, r, valid, group, REVERSED, PADDING)
 
     for t in range(T):
+        gx = arrived(loaded, G, TYPE, ACC)
         # The next step's inputs are loaded before this step's product, which hides their latency. Nothing uses them
-        # until the next step, not even to pack them: that would wait for the load here. The last step loads its own
-        # inputs again.
+        # until the next step (see `load_next`). The last step loads its own inputs again.
         gx_ptr += tl.where(t + 1 < T, advance * G, 0)
-        loaded_next = read_tiles(gx_ptr, from_g, readable, G, H)
+        loaded = load_next(gx_ptr, from_g, readable, G, H)
         if mask_ptr is not None:
             mask_ptr += sign * B
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
             states = keep_rows(states, not_reset(code, PADDING), STATES)
-        gx = cast_tiles(loaded, G, ACC)
         hu = ()
         if OPERANDS > 0:
             v = states
@@ -165,7 +173,6 @@ def forward_kernel(
             words = pack_tiles(saved, SAVED, SAVED_PACK, TYPE)
             write_tiles(saved_ptr, at_s, word_mask, words, 0, WORDS, H)
             saved_ptr += advance * WORDS
-        loaded = loaded_next
         if mask_ptr is not None:
             code = code_next
 
@@ -183,15 +190,15 @@ def _load_step(
 
     What the cell does not use, such as the LSTM's h, is not loaded: the compiler drops the load.
     """
-    before = read_tiles(y_ptr, from_h, readable, 1, 0)
+    before = load_next(y_ptr, from_h, readable, 1, 0)
     if STATES > 1:
-        before = before + read_tiles(c_ptr, from_c, readable, STATES - 1, H)
+        before = before + load_next(c_ptr, from_c, readable, STATES - 1, H)
     dy = ()
     if dy_ptr is not None:
-        dy = read_tiles(dy_ptr, from_h, readable, 1, 0)
+        dy = load_next(dy_ptr, from_h, readable, 1, 0)
     dcs = ()
     if dcs_ptr is not None:
-        dcs = read_tiles(dcs_ptr, from_c, readable, STATES - 1, H)
+        dcs = load_next(dcs_ptr, from_c, readable, STATES - 1, H)
     return before, read_tiles(saved_ptr, from_s, readable_words, WORDS, H), dy, dcs
 
 
@@ -290,7 +297,7 @@ def backward_kernel(
         c_ptr -= advance * C
     dstates = cast_tiles(dstates, STATES, ACC)
     after = cast_tiles(after, STATES, ACC)
-    loaded, words, dy, dcs = _load_step(
+    loaded, words, dy_words, dcs_words = _load_step(
         dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, readable, readable_words, H, STATES, WORDS
     )
 
@@ -305,11 +312,13 @@ def backward_kernel(
             c_ptr -= back * C
         if SAVED > 0:
             saved_ptr -= back * WORDS
-        loaded_next, words_next, dy_next, dcs_next = _load_step(
+        before = arrived(loaded, STATES, TYPE, ACC)
+        dy = arrived(dy_words, len(dy_words), TYPE, ACC)
+        dcs = arrived(dcs_words, len(dcs_words), TYPE, ACC)
+        saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
+        loaded, words, dy_words, dcs_words = _load_step(
             dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, readable, readable_words, H, STATES, WORDS
         )
-        before = cast_tiles(loaded, STATES, ACC)
-        saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
         entering = before
         if mask_ptr is not None:
             # Loaded a step ahead because of Triton, too: it gives a product's operand the width of the narrowest load
@@ -327,10 +336,8 @@ def backward_kernel(
             d_second = inside_all(d_second, units, PRODUCTS - FIRST, H, TYPE, FAST)
             d_second = operands(d_second, PRODUCTS - FIRST, TYPE, PRECISION)
             for n in tl.static_range(LEVEL, OPERANDS):
-                d = zero
-                for i in tl.static_range(first_product(GATES, n), first_product(GATES, n + 1)):
-                    d = product(UT[i], d_second[i - FIRST], d, PRECISION)
-                dm = dm + (d,)
+                FROM: tl.constexpr = first_product(GATES, n)
+                dm = dm + (sum_products(UT, d_second, zero, zero, FROM, FROM + GATES[n], FIRST, PRECISION),)
         dgx, dhu, new, dparams, computed = STEP(dstates, dm, saved, entering, after, params, FAST)
         dgx, dhu, dstates, computed = before_step(dgx, dhu, new, computed, dstates, code, PADDING)
         for n in tl.static_range(G):
@@ -348,8 +355,7 @@ def backward_kernel(
             d = zero
             if STATE_OF[n] >= 0:
                 d = dstates[STATE_OF[n]]
-            for i in tl.static_range(first_product(GATES, n), first_product(GATES, n + 1)):
-                d = product(UT[i], dhu[i], d, PRECISION)
+            d = sum_products(UT, dhu, d, zero, first_product(GATES, n), first_product(GATES, n + 1), 0, PRECISION)
             if STATE_OF[n] >= 0:
                 dstates = replace_tile(dstates, STATE_OF[n], d)
             else:
@@ -370,10 +376,6 @@ def backward_kernel(
         if mask_ptr is not None:
             dstates = keep_rows(dstates, not_reset(code, PADDING), STATES)
         after = before
-        loaded = loaded_next
-        words = words_next
-        dy = dy_next
-        dcs = dcs_next
         if mask_ptr is not None:
             code = code_next
 

@@ -18,7 +18,7 @@ A row of memory holds one batch row's groups side by side.
 import triton
 import triton.language as tl
 
-from .math import INTERPRETED, operand, product
+from .math import INTERPRETED, is_one_chain, new_chain, operand, product
 
 
 @triton.constexpr_function
@@ -104,6 +104,20 @@ def products(U, x, start, FROM: tl.constexpr, TO: tl.constexpr, PRECISION: tl.co
     for n in tl.static_range(FROM, TO):
         out = out + (product(U[n], x, start[n], PRECISION),)
     return out
+
+
+@triton.jit
+def sum_products(U, x, start, zero, FROM: tl.constexpr, TO: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr):
+    """start + the sum of U[n] @ x[n - FIRST] for n in FROM..TO, all of them operands. Each product is a chain of its
+    own, and they are added as a tree, unless one chain is shorter."""
+    if TO - FROM == 1 or is_one_chain(U[FROM].shape[1], zero.shape[1], U[FROM].dtype, PRECISION):
+        for n in tl.static_range(FROM, TO):
+            start = product(U[n], x[n - FIRST], start, PRECISION)
+        return start
+    else:
+        HALF: tl.constexpr = FROM + (TO - FROM + 1) // 2
+        a = sum_products(U, x, start, zero, FROM, HALF, FIRST, PRECISION)
+        return a + sum_products(U, x, new_chain(zero), zero, HALF, TO, FIRST, PRECISION)
 
 
 @triton.jit
