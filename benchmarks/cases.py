@@ -277,6 +277,8 @@ def public() -> Iterator[Case]:
         yield Case("lstm", 1024, B, 768, 768, dtype="bfloat16", why="batch")
     for T in (256, 512, 2048):
         yield Case("lstm", T, 16, 768, 768, dtype="bfloat16", why="length")
+    for mode in (INFERENCE, TRAINING):
+        yield Case("lstm", 1024, 16, 768, 768, mode=mode, dtype="float16", why="cuDNN persistent")
     near = {"T": 512, "B": 64, "I": 768, "H": 768}
     yield Case("lstm", **near, dtype="float16", why="cuDNN persistent")
     yield Case("lstm", **near, dtype="bfloat16", why="off cuDNN's path: bf16")
@@ -293,5 +295,6 @@ def public() -> Iterator[Case]:
 def grid() -> list[Case]:
     """For a device, the most telling first."""
     public_ones = list(public())
-    first = [c for c in public_ones if c.why.startswith(("FlashRNN", "cuDNN", "off"))]
+    first = [c for c in public_ones if c.why.startswith("cuDNN")]
+    first += [c for c in public_ones if c.why.startswith(("FlashRNN", "off"))]
     return [*LACKING[:2], *first, *[c for c in public_ones if c not in first], *LACKING[2:], *TASKS]
