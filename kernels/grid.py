@@ -94,76 +94,6 @@ def wait(counter_ptr, target):
 
 
 @triton.constexpr_function
-def _strong_store(bits):
-    """PTX of a store that others' polls see, and its constraints. Operands: nothing, address, bits, and whether to."""
-    kind, value = ("l", "$2") if bits == 64 else ("r", "$2")
-    narrow = ".reg .b16 %half; cvt.u16.u32 %half, $2;" if bits == 16 else ""
-    value = "%half" if bits == 16 else value
-    text = f"{{ .reg .pred %there; {narrow}\nsetp.ne.s32 %there, $3, 0;\n"
-    return f"{text}@%there st.relaxed.gpu.global.b{bits} [$1], {value};\nmov.b32 $0, 0; }}", f"=r,l,{kind},r"
-
-
-@triton.jit
-def store_values(ptr, offsets, tile, mask):
-    """Store a tile for those who wait for its values: no element is all ones, a NaN that no arithmetic yields."""
-    x = tile.to(ptr.dtype.element_ty)
-    BITS: tl.constexpr = x.dtype.primitive_bitwidth
-    if BITS == 16:
-        bits = x.to(tl.int16, bitcast=True).to(tl.int32)
-    elif BITS == 32:
-        bits = x.to(tl.int32, bitcast=True)
-    else:
-        bits = x.to(tl.int64, bitcast=True)
-    bits = tl.where(bits == -1, -2, bits)  # another NaN
-    STORE: tl.constexpr = _strong_store(BITS)
-    inputs = [(ptr + offsets).to(tl.int64), bits, mask.to(tl.int32)]
-    tl.inline_asm_elementwise(STORE[0], STORE[1], inputs, dtype=tl.int32, is_pure=False, pack=1)
-
-
-_TOP = tl.constexpr(-0x7FFF8000)  # 0x80008000: the top bits of both halves
-
-
-@triton.constexpr_function
-def _poll(words, bits):
-    """PTX that loads words of 64 bits until no element of any is all ones, and its constraints. Operands: the words,
-    their addresses, and _TOP, or 0 to look once only."""
-    lines = ["{ .reg .pred %missing; .reg .b32 %all, %one, %low, %high;", "again_${:uid}:"]
-    lines += [f"ld.relaxed.gpu.global.b64 ${n}, [${words + n}];" for n in range(words)] + ["mov.b32 %all, 0;"]
-    for n in range(words):
-        if bits == 64:
-            lines += [f"setp.eq.s64 %missing, ${n}, -1;", f"selp.b32 %one, -1, 0, %missing;"]
-            lines += ["or.b32 %all, %all, %one;"]
-            continue
-        lines += [f"mov.b64 {{%low, %high}}, ${n};"]
-        for half in ("%low", "%high"):
-            if bits == 32:
-                lines += [f"setp.eq.s32 %missing, {half}, -1;", f"selp.b32 %one, -1, 0, %missing;"]
-            else:  # a half of x is all ones where x has its top bit and ~x - 0x00010001 borrows into it
-                lines += [f"sub.s32 %one, 0xFFFEFFFE, {half};", f"and.b32 %one, %one, {half};"]
-            lines += ["or.b32 %all, %all, %one;"]
-    lines += [f"and.b32 %all, %all, ${2 * words};", "setp.ne.s32 %missing, %all, 0;"]
-    lines += ["@%missing bra again_${:uid}; }"]
-    return "\n".join(lines), ",".join(["=&l"] * words + ["l"] * words + ["r"] * words)
-
-
-@triton.jit
-def wait_for_values(ptr, at_row, again, N: tl.constexpr, BLOCK_B: tl.constexpr, WARPS: tl.constexpr):
-    """Until N values of every row, at ptr + at_row, have been stored by others; then every load sees them. If again is
-    false, they have been. See the module's docstring."""
-    BITS: tl.constexpr = ptr.dtype.element_ty.primitive_bitwidth
-    PER: tl.constexpr = 64 // BITS
-    WORDS: tl.constexpr = triton.next_power_of_2(N // PER)
-    EACH: tl.constexpr = BLOCK_B * WORDS // (32 * WARPS) if BLOCK_B * WORDS >= 32 * WARPS else 1
-    PACK: tl.constexpr = EACH if EACH <= 16 else 16
-    words = tl.minimum(tl.arange(0, WORDS), N // PER - 1)
-    address = (ptr + (at_row[:, None] + words[None, :] * PER)).to(tl.int64)
-    POLL: tl.constexpr = _poll(PACK, BITS)
-    looked_for = tl.where(again, _TOP, 0).to(tl.int32)
-    tl.inline_asm_elementwise(POLL[0], POLL[1], [address, looked_for], dtype=tl.int64, is_pure=False, pack=PACK)
-    tl.debug_barrier()
-
-
-@triton.constexpr_function
 def _stored_in(tile, adds, late, first_products):
     """The part of a backward step that stores a tile of dgx: with the second products (0), the step (1), or last (2).
 
@@ -194,7 +124,7 @@ def forward_kernel(
     STATE_OF: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr,
     OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr, PADDING: tl.constexpr, PHASE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, FLAGGED: tl.constexpr, WARPS: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Steps first..last-1. PHASE -1: all of each. 0: the operands that are published. 1: the first products, and the
     step if they are all. 2: the second products and the step."""
@@ -208,11 +138,11 @@ def forward_kernel(
     OPERANDS: tl.constexpr = len(GATES)
     SECOND: tl.constexpr = OPERANDS - LEVEL
     FIRST_PRODUCTS: tl.constexpr = first_product(GATES, LEVEL)
-    WAITS: tl.constexpr = PHASE == -1 and OPERANDS > 0 and not FLAGGED
+    WAITS: tl.constexpr = PHASE == -1 and OPERANDS > 0
     LAST: tl.constexpr = 2 if SECOND > 0 else 1  # the part that ends the step
     # The next step's input is loaded before a wait: for the operands of others, which needs this step's; or for y.
     EARLY: tl.constexpr = PUBLISHED or OPERANDS == 0
-    if WAITS:
+    if OPERANDS > 0:
         counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
     target = tl.num_programs(0)
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
@@ -292,14 +222,12 @@ def forward_kernel(
             if PUBLISHED:
                 hu = operand_products(
                     U, v_ptr + (i % 2) * (per_step * LEVEL), row * (GROUPS * LEVEL * H), valid, start, GATES, 0, LEVEL,
-                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, False, PRECISION,
+                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, PRECISION,
                 )  # fmt: skip
             else:
-                if FLAGGED:
-                    wait_for_values(y_ptr, row * (GROUPS * H), i > first, H, BLOCK_B, WARPS)
                 hu = operand_products(
                     U, y_ptr, row * (GROUPS * H), not_reset(code_now, PADDING), start, GATES, 0, LEVEL,
-                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, mask_ptr is not None, FLAGGED, PRECISION,
+                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, mask_ptr is not None, PRECISION,
                 )  # fmt: skip
         if PHASE == 2:
             hu = load_tiles(hu_first_ptr, at_first, mask, FIRST_PRODUCTS, H, ACC)
@@ -315,16 +243,13 @@ def forward_kernel(
             if PHASE == -1 or PHASE == 2:
                 hu = hu + operand_products(
                     U, m_ptr, row * (GROUPS * SECOND * H), valid, start, GATES, LEVEL, OPERANDS,
-                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, False, PRECISION,
+                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, PRECISION,
                 )  # fmt: skip
         if PHASE == -1 or PHASE == LAST:
             new, saved = STEP(gx, hu, states, params, FAST)
             states, stored = after_step(new, states, code_now, group, STATES, REVERSED, PADDING)
             y_ptr += advance
-            if FLAGGED:
-                store_values(y_ptr, at_h, stored[0], mask)
-            else:
-                store_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
+            store_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
             if WAITS and not PUBLISHED:
                 arrive(counter_ptr)
             # Nobody waits for the rest of the step, so storing it and loading the next input come after the arrival.

@@ -37,8 +37,6 @@ ACCUMULATE = {
 # reads it (Hopper): on an H200, the LSTM by `stepwise` at H=128, B=130 in bfloat16 was wrong by 0.2.
 PIPELINES_RACE = tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7)
 
-_INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-
 
 @cache
 def device_facts(device: torch.device) -> Device:
@@ -129,14 +127,7 @@ def _constants(
     return {**tiles, **layout, "PRECISION": precision, "FAST": fast, "PADDING": mask == torch.uint8}
 
 
-def flagged(cell: Cell, plan: Plan, hidden: int, itemsize: int) -> bool:
-    """Whether forward by the `grid` schedule needs no barrier, because a value of y tells that it has been stored: y is
-    filled before with what no value is. Only where y is all that programs read from each other, in 64-bit words."""
-    alone = len(cell.operands) == 1 and cell.level == 1 and not cell.published
-    return plan.schedule == "grid" and plan.waits and plan.nvidia and alone and hidden * itemsize % 8 == 0
-
-
-def _of_schedule(cell: Cell, plan: Plan, hidden: int, itemsize: int, backward: bool) -> dict[str, Any]:
+def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[str, Any]:
     """The constexprs of the plan's schedule alone."""
     if plan.schedule == "resident":
         return {"WARPS": plan.num_warps, "U_IN_REGISTERS": plan.u_in_registers}
@@ -145,8 +136,6 @@ def _of_schedule(cell: Cell, plan: Plan, hidden: int, itemsize: int, backward: b
         # Five numbers for each of the cell's segments (see `form`).
         flat = [(s.operand, s.first, s.count, int(s.apart), s.column) for s in cell.segments]
         constants["SEGMENTS"] = tuple(number for segment in flat for number in segment)
-    if plan.schedule == "grid" and not backward:
-        constants |= {"FLAGGED": flagged(cell, plan, hidden, itemsize), "WARPS": plan.num_warps}
     if plan.schedule == "grid":
         # Into how many chunks the columns of each slice of U are cut (the last chunk may be smaller).
         cut = slices(cell, hidden, plan.block_h, backward)
@@ -167,7 +156,7 @@ def _forward_constants(
     constants = _constants(cell, plan, shape, dtype, mask, precision)
     constants |= {"SAVE": save != "none", "SAVED": cell.saved if save == "gates" else 0}
     constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
-    return constants | _of_schedule(cell, plan, shape[1], dtype.itemsize, False)
+    return constants | _of_schedule(cell, plan, shape[1], False)
 
 
 @_per_scan
@@ -176,7 +165,7 @@ def _backward_constants(
 ) -> dict[str, Any]:
     constants = _constants(cell, plan, shape, dtype, mask, precision)
     constants |= {"STEP": cell.backward, "BACKWARD_2": cell.backward_2, "FINISH": cell.finish}
-    return constants | _of_schedule(cell, plan, shape[1], dtype.itemsize, True)
+    return constants | _of_schedule(cell, plan, shape[1], True)
 
 
 def _scratch(like: Tensor, *shape: int) -> Tensor:
@@ -284,8 +273,6 @@ def forward(
     """
     T, B, K, H = *gx.shape[:3], u.shape[2]
     out = allocate(cell, gx, save, reversed)
-    if flagged(cell, plan, H, gx.element_size()):
-        out.y.view(_INTEGERS[gx.element_size()]).fill_(-1)
     _start(out.y, h0, reversed)
     if cell.states > 1 and (save != "none" or plan.schedule == "resident"):
         _start(out.c, c0, reversed if save != "none" else 0)

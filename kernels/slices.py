@@ -28,11 +28,11 @@ def _load_u(
 @triton.jit
 def _load_x(
     x_ptr, at_row, keep, k0, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr,
-    MASKED: tl.constexpr, STRONG: tl.constexpr,
+    MASKED: tl.constexpr,
 ):  # fmt: skip
     """The operand that meets it, from L2: [SIZE, rows], or [PARTS, SIZE / PARTS, rows]; zero where keep is false.
 
-    STRONG: what was stored without a barrier, by `grid.store_values`. Not masked where all columns exist (WHOLE): a masked load's registers are taken from the moment they are zeroed.
+    Not masked where all columns exist (WHOLE): a masked load's registers are taken from the moment they are zeroed.
     """
     PART: tl.constexpr = SIZE // PARTS
     if PARTS == 1:
@@ -43,12 +43,10 @@ def _load_x(
         ks = k0 + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
         rows = at_row[None, None, :]
         wanted = keep[None, None, :]
-    CACHE: tl.constexpr = "" if STRONG else ".cg"
     if WHOLE:
-        x = tl.load(x_ptr + rows + ks, cache_modifier=CACHE, volatile=STRONG)
+        x = tl.load(x_ptr + rows + ks, cache_modifier=".cg")
     else:
-        mask = tl.broadcast_to(ks < K, (rows + ks).shape)
-        x = tl.load(x_ptr + rows + ks, mask=mask, other=0.0, cache_modifier=CACHE, volatile=STRONG)
+        x = tl.load(x_ptr + rows + ks, mask=tl.broadcast_to(ks < K, (rows + ks).shape), other=0.0, cache_modifier=".cg")
     if MASKED:
         x = tl.where(wanted, x, 0.0).to(x.dtype)
     return x
@@ -91,7 +89,7 @@ def _sum(acc, N: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr):
 @triton.jit
 def _product(
     U, x_ptr, at_row, keep, ACC: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr, K: tl.constexpr,
-    CHUNK: tl.constexpr, MASKED: tl.constexpr, STRONG: tl.constexpr, PRECISION: tl.constexpr,
+    CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U @ x [M, BLOCK_B], U as `_slice` returns it, x[k, row] at x_ptr + at_row + k: what others have published."""
     PARTS: tl.constexpr = 64 // M if M < 64 else 1
@@ -102,11 +100,11 @@ def _product(
     else:
         acc = tl.zeros([PARTS, M, BLOCK_B], ACC)
     for n in tl.static_range(WHOLE):
-        x = _load_x(x_ptr, at_row, keep, n * CHUNK, K, PARTS, CHUNK, True, MASKED, STRONG)
+        x = _load_x(x_ptr, at_row, keep, n * CHUNK, K, PARTS, CHUNK, True, MASKED)
         acc = product(U[n], operand(x, U[n].dtype, PRECISION), acc, PRECISION)
     if REST > 0:
         LAST: tl.constexpr = 16 * PARTS if REST < 16 * PARTS else REST
-        x = _load_x(x_ptr, at_row, keep, WHOLE * CHUNK, K, PARTS, LAST, False, MASKED, STRONG)
+        x = _load_x(x_ptr, at_row, keep, WHOLE * CHUNK, K, PARTS, LAST, False, MASKED)
         acc = product(U[WHOLE], operand(x, U[WHOLE].dtype, PRECISION), acc, PRECISION)
     return acc if PARTS == 1 else _sum(acc, PARTS, M, BLOCK_B)
 
@@ -138,12 +136,11 @@ def operand_slices(
 @triton.jit
 def _operand_products(
     U, x_ptr, at_row, keep, start, FROM: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_B: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, STRONG: tl.constexpr,
-    PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """start + the COUNT products of one operand, as a tuple."""
     PADDED: tl.constexpr = triton.next_power_of_2(COUNT)
-    acc = _product(U, x_ptr, at_row, keep, ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK, MASKED, STRONG, PRECISION)
+    acc = _product(U, x_ptr, at_row, keep, ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK, MASKED, PRECISION)
     sums = split_gates(acc, COUNT, PADDED, BLOCK_H, BLOCK_B)
     out = ()
     for n in tl.static_range(COUNT):
@@ -155,14 +152,14 @@ def _operand_products(
 def operand_products(
     U, x_ptr, at_row, keep, start, GATES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, ACC: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, H: tl.constexpr, CHUNKS: tl.constexpr, MASKED: tl.constexpr,
-    STRONG: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """start + the products of the operands FROM..TO, as a tuple; the operands lie side by side at x_ptr + at_row."""
     out = ()
     for n in tl.static_range(FROM, TO):
         out = out + _operand_products(
             U[n], x_ptr + (n - FROM) * H, at_row, keep, start, first_product(GATES, n), GATES[n], ACC, BLOCK_H, BLOCK_B,
-            H, CHUNKS[n], MASKED, STRONG, PRECISION,
+            H, CHUNKS[n], MASKED, PRECISION,
         )  # fmt: skip
     return out
 
@@ -191,12 +188,12 @@ def through_u(
             if SEGMENTS[5 * s + 3]:
                 found = _product(
                     UT[s], dhu_ptr + SEGMENTS[5 * s + 4] * H, at_hu, valid, ACC, BLOCK_H, BLOCK_B,
-                    SEGMENTS[5 * s + 2] * H, CHUNKS[s], False, False, PRECISION,
+                    SEGMENTS[5 * s + 2] * H, CHUNKS[s], False, PRECISION,
                 )  # fmt: skip
             else:
                 found = _product(
                     UT[s], dgx_ptr + SEGMENTS[5 * s + 4] * H, at_gx, valid, ACC, BLOCK_H, BLOCK_B,
-                    SEGMENTS[5 * s + 2] * H, CHUNKS[s], False, False, PRECISION,
+                    SEGMENTS[5 * s + 2] * H, CHUNKS[s], False, PRECISION,
                 )  # fmt: skip
             acc = found if acc is None else acc + found
     return acc
