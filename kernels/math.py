@@ -97,10 +97,10 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.constexpr_function
 def is_one_chain(depth, rows, dtype, precision):
-    """Whether a sum of products is best one chain: where a product is one instruction of the tensor cores (32 bytes of
-    its operand), where more than eight rows keep them busy, and where there are none."""
-    few = depth * dtype.primitive_bitwidth <= 256 or rows > 8
-    return few or dtype.is_fp64() or (dtype.is_fp32() and precision == "ieee")
+    """Whether a sum of products is best one chain. It is not in TF32 with 8 rows, unless a product is one instruction
+    (16 units). In 16 bits a chain is quicker on a device (see benchmarks/NOTES.md); more rows keep the tensor cores
+    busy anyway; other types do not use them."""
+    return not (dtype.is_fp32() and precision != "ieee" and rows <= 8 and depth > 8)
 
 
 @triton.jit

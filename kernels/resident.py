@@ -98,6 +98,9 @@ def forward_kernel(
     OPERANDS: tl.constexpr = len(GATES)
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
+    # Between the products and the step, not before them: in 16 bits, but not in the GRU's inference (measured: see
+    # benchmarks/NOTES.md), and where the products do not need the input.
+    LATER: tl.constexpr = TYPE.primitive_bitwidth == 16 and (SAVE or STATES > 1) and OPERANDS > 0 and not PUBLISHED
     word_units = memory_units(BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
     word_mask = (word_units < H) & row_mask
     at_s = rows * (GROUPS * WORDS * H) + word_units
@@ -140,11 +143,13 @@ def forward_kernel(
         code = load_mask(mask_ptr, r, valid, group, REVERSED, PADDING)
 
     for t in range(T):
-        gx = arrived(loaded, G, TYPE, ACC)
-        # The next step's inputs are loaded before this step's product, which hides their latency. Nothing uses them
-        # until the next step (see `load_next`). The last step loads its own inputs again.
+        # The next step's inputs are loaded once this step's are taken apart, and nothing uses them before the next step
+        # (see `load_next`). The last step loads its own inputs again.
         gx_ptr += tl.where(t + 1 < T, advance * G, 0)
-        loaded = load_next(gx_ptr, from_g, readable, G, H)
+        gx = ()
+        if not LATER:
+            gx = arrived(loaded, G, TYPE, ACC)
+            loaded = load_next(gx_ptr, from_g, readable, G, H)
         if mask_ptr is not None:
             mask_ptr += sign * B
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
@@ -157,6 +162,9 @@ def forward_kernel(
             for n in tl.static_range(LEVEL):
                 x = inside(v[n], units, H, TYPE, FAST)
                 hu = hu + products(U, x, start, first_product(GATES, n), first_product(GATES, n + 1), PRECISION)
+            if LATER:
+                gx = arrived(loaded, G, TYPE, ACC)
+                loaded = load_next(gx_ptr, from_g, readable, G, H)
             if LEVEL < OPERANDS:
                 m = OPERANDS_2(gx, hu, states, params, FAST)
                 for n in tl.static_range(LEVEL, OPERANDS):
@@ -190,15 +198,15 @@ def _load_step(
 
     What the cell does not use, such as the LSTM's h, is not loaded: the compiler drops the load.
     """
-    before = load_next(y_ptr, from_h, readable, 1, 0)
+    before = read_tiles(y_ptr, from_h, readable, 1, 0)
     if STATES > 1:
-        before = before + load_next(c_ptr, from_c, readable, STATES - 1, H)
+        before = before + read_tiles(c_ptr, from_c, readable, STATES - 1, H)
     dy = ()
     if dy_ptr is not None:
-        dy = load_next(dy_ptr, from_h, readable, 1, 0)
+        dy = read_tiles(dy_ptr, from_h, readable, 1, 0)
     dcs = ()
     if dcs_ptr is not None:
-        dcs = load_next(dcs_ptr, from_c, readable, STATES - 1, H)
+        dcs = read_tiles(dcs_ptr, from_c, readable, STATES - 1, H)
     return before, read_tiles(saved_ptr, from_s, readable_words, WORDS, H), dy, dcs
 
 
@@ -297,7 +305,7 @@ def backward_kernel(
         c_ptr -= advance * C
     dstates = cast_tiles(dstates, STATES, ACC)
     after = cast_tiles(after, STATES, ACC)
-    loaded, words, dy_words, dcs_words = _load_step(
+    loaded, words, dy, dcs = _load_step(
         dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, readable, readable_words, H, STATES, WORDS
     )
 
@@ -312,13 +320,11 @@ def backward_kernel(
             c_ptr -= back * C
         if SAVED > 0:
             saved_ptr -= back * WORDS
-        before = arrived(loaded, STATES, TYPE, ACC)
-        dy = arrived(dy_words, len(dy_words), TYPE, ACC)
-        dcs = arrived(dcs_words, len(dcs_words), TYPE, ACC)
-        saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
-        loaded, words, dy_words, dcs_words = _load_step(
+        loaded_next, words_next, dy_next, dcs_next = _load_step(
             dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, readable, readable_words, H, STATES, WORDS
         )
+        before = cast_tiles(loaded, STATES, ACC)
+        saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
         entering = before
         if mask_ptr is not None:
             # Loaded a step ahead because of Triton, too: it gives a product's operand the width of the narrowest load
@@ -376,6 +382,10 @@ def backward_kernel(
         if mask_ptr is not None:
             dstates = keep_rows(dstates, not_reset(code, PADDING), STATES)
         after = before
+        loaded = loaded_next
+        words = words_next
+        dy = dy_next
+        dcs = dcs_next
         if mask_ptr is not None:
             code = code_next
 
