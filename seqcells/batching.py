@@ -1,4 +1,4 @@
-"""torch.func.vmap of an engine's operators: what vmap adds becomes more rows, or more groups, of one launch.
+"""torch.func.vmap of the operators of a scan: what vmap adds becomes more rows, or more groups, of one launch.
 
 If weights are shared (per-sample gradients, a batch of batches), rows; if each has its own weights (an ensemble),
 groups: at most MOST in one launch if some are reversed.
@@ -14,11 +14,6 @@ from torch import Tensor
 MOST = 62  # groups if some are reversed, because their bits are stored in one integer
 # The axes (rows, groups) of each argument and result: of steps, of states, of weights, of the mask; None: not a tensor.
 STEPS, STATES, WEIGHTS, MASK = (1, 2), (1, 0), (None, 0), (1, None)
-FORWARD = (STEPS, WEIGHTS, WEIGHTS, STATES, STATES, MASK, *(None,) * 5, WEIGHTS)
-BACKWARD = (STEPS, STATES, STATES, STEPS, WEIGHTS, STEPS, STEPS, STEPS, MASK, *(None,) * 4, WEIGHTS)
-RECOMPUTE = (STEPS, WEIGHTS, WEIGHTS, STEPS, STEPS, MASK, *(None,) * 3, WEIGHTS)
-RESULTS = (STEPS, STEPS, STEPS, STATES, STATES)
-GRADIENTS = (*RESULTS, WEIGHTS)
 
 
 def _fold(t: Tensor | None, dim: int | None, axis: int | None, size: int) -> Tensor | None:
@@ -40,7 +35,12 @@ def _fold(t: Tensor | None, dim: int | None, axis: int | None, size: int) -> Ten
     return t.movedim(dim, axis).flatten(axis, axis + 1)
 
 
-def rule(op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed: int) -> Any:
+def rule(
+    op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed: int, needs_groups: bool = False
+) -> Any:
+    """The vmap rule of an operator. at_reversed: the number of its argument `reversed`. needs_groups: vmap must add
+    groups, even if the weights are shared."""
+
     def together(size: int, dims: Any, arguments: list[Any], groups: bool) -> tuple[list[Tensor], list[int | None]]:
         """The results of one call, and for each the axis that vmap added."""
         which = int(groups)
@@ -53,7 +53,7 @@ def rule(op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed:
         out = op(*folded)
         found: list[Tensor] = []
         found_dims: list[int | None] = []
-        for o, axes in zip(out if isinstance(out, tuple) else (out,), results, strict=True):
+        for o, axes in zip(out, results, strict=True):
             axis = axes[which] if o.dim() > 1 else None
             found.append(o if axis is None else o.unflatten(axis, (size, -1)))
             found_dims.append(axis)
@@ -65,9 +65,7 @@ def rule(op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed:
             (t, d, k) for t, d, k in zip(arguments, in_dims, kinds, strict=False) if k is not None and t is not None
         ]
         own = [t.shape[0] if d is None else t.select(d, 0).shape[0] for t, d, k in tensors if k is WEIGHTS]
-        # The gradient of trained vectors is summed over rows by the operator, so it has groups but no rows.
-        summed = results[-1] is WEIGHTS and len(arguments) == len(kinds) and arguments[-1] is not None
-        groups = summed or any(k is WEIGHTS and d is not None for _, d, k in tensors)
+        groups = needs_groups or any(k is WEIGHTS and d is not None for _, d, k in tensors)
         if groups and any(k is MASK and d is not None for _, d, k in tensors):
             most = 1  # a mask has rows but no groups: one call after another
         elif groups and arguments[at_reversed]:
@@ -86,13 +84,6 @@ def rule(op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed:
             of[0] if d is None or len(of) == 1 else torch.cat(of, d)
             for of, d in zip(zip(*found, strict=True), found_dims, strict=True)
         )
-        return (joined, tuple(found_dims)) if len(results) > 1 else (joined[0], found_dims[0])
+        return joined, tuple(found_dims)
 
     return batched
-
-
-def register(forward: Any, backward: Any, recompute: Any) -> None:
-    """Register vmap rules for an engine's operators (see autograd.Engine)."""
-    forward.register_vmap(rule(forward, FORWARD, RESULTS, 8))
-    backward.register_vmap(rule(backward, BACKWARD, GRADIENTS, 10))
-    recompute.register_vmap(rule(recompute, RECOMPUTE, RESULTS[:1], 7))
