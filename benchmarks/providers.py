@@ -100,8 +100,7 @@ class _Alone(torch.autograd.Function):
         plan = triton.plan_for(ctx.cell, y.shape[1], (K, H), u, "", backward=True, **ctx.how)
         arguments = (dy.unflatten(2, (K, -1)), None, None, u, y, c, saved, None)
         out = kernels.scan.backward(kernels.cells.get(ctx.cell), *arguments, plan=plan, **ctx.how)
-        weight, at = products.recurrent_gradient, products.places(ctx.cell)
-        du = [weight(at, out[:3], (y, c), None, 0, k) for k in range(K)]
+        du = [products.recurrent_gradient(ctx.cell, out[:3], (y, c), None, 0, k) for k in range(K)]
         return out.dgx.flatten(2), torch.stack(du), None
 
 

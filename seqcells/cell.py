@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "CellError", "cell"]
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 _BY_KEY: dict[str, Cell] = {}
 _BY_NAME: dict[str, Cell] = {}  # the last one defined under each name
 # Names that a step's arguments cannot have, and why.
@@ -57,6 +58,13 @@ _TAKEN = {
 
 
 _FACTS: list[str] = []  # the names of the _Found attributes
+
+
+def constant_to_compilers(function: F) -> F:
+    """Decorate a function that torch.compile calls while tracing, without tracing it, as
+    torch.compiler.assume_constant_result does, which imports the compiler."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
 
 
 class _Found(Generic[T]):
@@ -88,15 +96,12 @@ class _Found(Generic[T]):
         raise AttributeError(f"{self.name} is derived from the cell's step")
 
 
+@constant_to_compilers
 def _find(key: str, name: str) -> Any:
     made = _BY_KEY[key]
     if not made._facts[name]:
         made._facts[name].append(vars(Cell)[name].find(made))
     return made._facts[name][0]
-
-
-# torch.compile calls this while tracing, and must not trace the derivation: torch.compiler.assume_constant_result.
-_find._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
 
 
 @dataclass(frozen=True, eq=False)

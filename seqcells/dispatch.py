@@ -25,7 +25,7 @@ from . import (
     projection,
     reference,
 )
-from .cell import Cell
+from .cell import Cell, constant_to_compilers
 from .engines import aten, reset_steps, triton
 
 KERNEL_DEVICES = ("cuda",)  # where "auto" uses the kernels
@@ -265,6 +265,7 @@ def aten_lacks(case: Case, reset_steps: bool = False) -> str:
     return "torch's fused RNNs have no resets" if case.resets and not reset_steps else ""
 
 
+@constant_to_compilers
 def _triton_lacks(device: torch.device, dtype: torch.dtype) -> str:
     """Why triton cannot run on that device and dtype; "" if it can."""
     if not backends.installed():
@@ -277,11 +278,6 @@ def _triton_lacks(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         advice = "TRITON_INTERPRET=1 was set after triton was imported: set it before Python starts"
     return f"the triton backend needs CUDA tensors, got tensors on {device}; {advice}"
-
-
-# As torch.compiler.assume_constant_result does, which imports the compiler: torch.compile calls this while tracing, and
-# cannot trace the import.
-_triton_lacks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
 
 
 def own_step(cell: str, backend: str | None, on_cpu: bool) -> bool:

@@ -8,31 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .cell import Cell, get
+from .cell import Cell, constant_to_compilers, get
 from .kernels.buffers import previous_outputs
-from .kernels.form import Form, Segment
 
 Blocks = tuple[int, ...]  # numbers of blocks; -1: a block of zeros
-
-
-class Gemm(NamedTuple):
-    """One GEMM for part of the gradient of U: products with adjacent gradients and the same operand.
-
-    state: the number of the state before the step that is the operand; -1: the operand is column `operand` of m. apart,
-    column, width: where the gradients are, in dhu if apart, else in dgx.
-    """
-
-    state: int
-    operand: int
-    apart: bool
-    column: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -64,12 +48,12 @@ class Places:
     apart: Blocks
     of_b_ih: Blocks
     of_b_hh: Blocks
-    gemms: tuple[Gemm, ...]
 
 
 _PLACES: dict[str, Places] = {}
 
 
+@constant_to_compilers
 def places(key: str) -> Places:
     """The Places of the cell with that key."""
     if (found := _PLACES.get(key)) is None:
@@ -109,14 +93,7 @@ def _places(cell: Cell) -> Places:
         tuple(block.get(gates[n], -1) for n in form.apart),
         tuple(cell.x_gates.index(g) for g in of_x),
         tuple(there[gates.index(g)] for g in of_u),
-        tuple(_gemm(form, s) for s in form.segments),
     )
-
-
-def _gemm(form: Form, s: Segment) -> Gemm:
-    state = form.operands[s.operand].state
-    operand = form.stored.index(s.operand) if state is None else -1
-    return Gemm(-1 if state is None else state, operand, s.apart, s.column, s.count)
 
 
 _RUNS: dict[Blocks, tuple[tuple[int, int], ...]] = {}
@@ -134,11 +111,6 @@ def _runs(which: Blocks) -> tuple[tuple[int, int], ...]:
                 found.append((n, 1))
         _RUNS[which] = tuple(found)
     return _RUNS[which]
-
-
-# torch.compile calls these while tracing. As torch.compiler.assume_constant_result does, which imports the compiler.
-for _function in (places, _runs):
-    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def blocks(t: Tensor, which: Sequence[int], H: int, dim: int = -1) -> Tensor:
@@ -211,8 +183,7 @@ def input_projection(
     bias, apart = input_biases(at, b_ih, b_hh, H)
     own = bias if bias is None or inputs is None else bias[..., :GH]
     if x.dim() == 3:
-        gx = linear(x, w_ih.reshape(K * GH, -1), None if own is None else own.reshape(-1))
-        gx = gx.reshape(*x.shape[:2], K, GH)  # not unflatten, which Dynamo cannot trace under a default device
+        gx = linear(x, w_ih.reshape(K * GH, -1), None if own is None else own.reshape(-1)).unflatten(2, (K, GH))
     else:
         gx = torch.einsum("tbki,kgi->tbkg", x, w_ih)
         gx = (gx if own is None else gx + own).contiguous()
@@ -262,7 +233,7 @@ def bias_gradients(
 
 
 def recurrent_gradient(
-    at: Places,
+    cell: str,
     of_gates: tuple[Tensor, Tensor, Tensor],
     states: tuple[Tensor, Tensor],
     mask: Tensor | None,
@@ -276,17 +247,17 @@ def recurrent_gradient(
     of_gates: dgx, dhu and m; states: y and c.
     """
     (dgx, dhu, m), (y, c) = of_gates, states
-    H = y.shape[3]
-    operands: dict[tuple[int, int], Tensor] = {}
+    form, H = get(cell).form, y.shape[3]
+    operands: dict[int, Tensor] = {}
     parts = []
-    for state, operand, apart, column, width in at.gemms:
-        if (state, operand) not in operands:
-            if state < 0:
-                found = m[:, :, k, operand * H : (operand + 1) * H]
+    for s in form.segments:
+        if s.operand not in operands:
+            state = form.operands[s.operand].state
+            if state is None:
+                operands[s.operand] = m[:, :, k].narrow(2, form.stored.index(s.operand) * H, H)
             else:
                 of = y if state == 0 else c.narrow(3, (state - 1) * H, H)
-                found = previous_outputs(of, mask, reversed, k)
-            operands[state, operand] = found
-        d = (dhu if apart else dgx)[:, :, k].narrow(2, column * H, width * H)
-        parts.append(weight_gradient(d, operands[state, operand], samples))
-    return blocks(torch.cat(parts, -2) if len(parts) > 1 else parts[0], at.w_hh, H, -2)
+                operands[s.operand] = previous_outputs(of, mask, reversed, k)
+        d = (dhu if s.apart else dgx)[:, :, k].narrow(2, s.column * H, s.count * H)
+        parts.append(weight_gradient(d, operands[s.operand], samples))
+    return blocks(torch.cat(parts, -2) if len(parts) > 1 else parts[0], places(cell).w_hh, H, -2)

@@ -88,7 +88,7 @@ def test_opcheck(name, K, engine, keys):
     given, back = operator_arguments(engine, keys[name], "gates", K)
     torch.library.opcheck(operators.scan_forward, given)
     torch.library.opcheck(operators.scan_backward, back)
-    several = 1 if engine == "triton" and get(keys[name]).params else 3  # see batching.rule, needs_groups
+    several = 1 if engine == "triton" and get(keys[name]).params else 3  # see operators._rule, needs_groups
     none = (True, False) * 4 + (False,)
     for save, kind, need, samples in (
         ("states", "lengths", (True,) * 9, several),
@@ -236,7 +236,7 @@ def test_vmap_in_vmap(outer, inner, engine, keys):
 
 
 def test_many_reversed_groups_are_several_calls(keys):
-    """Their bits are one integer, of at most batching.MOST groups a call."""
+    """Their bits are one integer, of at most operators.MOST groups a call."""
     V, key = 70, keys["rnn_tanh"]
     options = Options("loop", key, reversed=1, traced=True)
     single, weights = tensors(key), tensors(key, lead=(V,))

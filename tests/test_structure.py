@@ -49,11 +49,10 @@ ARROWS = {  # room: the rooms of the project it may import
     "masks": {"kernels.buffers"},
     "products": {"cell", "kernels.buffers", "kernels.form"},
     "autograd": {"backends", "dispatch", "masks", "products", "reference"},  # of dispatch its types alone
-    "batching": set(),
     "fallback": set(),
     "flops": set(),
     "engines": set(),
-    "engines.operators": {"autograd", "batching"},
+    "engines.operators": {"autograd"},
     "engines.loop": {"autograd", "cell", "derive", "engines.operators", "products", "kernels.buffers"},
     "engines.triton": {
         *("autograd", "cell", "engines.loop", "engines.operators", "fallback", "kernels", "masks", "products"),
@@ -69,7 +68,8 @@ ARROWS = {  # room: the rooms of the project it may import
         *("precisions", "projection", "reference"),
     },
     "functional": {
-        *("arguments", "backends", "batching", "cell", "checks", "dispatch", "engines.aten", "extras", "precisions"),
+        *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "engines.operators", "extras"),
+        "precisions",
     },
     "explanation": {
         *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "fallback", "precisions"),

@@ -67,16 +67,12 @@ def _attempts(planned: Callable[..., Plan], call: Callable[..., Any]) -> Iterato
     while True:
         try:
             chosen = planned(schedule="", avoid=avoid)
-        except ValueError as error:
-            if not avoid:  # no schedule fits at all: `call` raises the error again
-                yield "any", partial(_raise, error)
+        except ValueError:
+            if not avoid:  # no schedule fits at all: this raises the error again
+                yield "any", partial(planned, schedule="")
             return
         yield chosen.schedule, partial(call, plan=chosen, launch=_launch)
         avoid += (chosen.schedule,)
-
-
-def _raise(error: Exception) -> None:
-    raise error
 
 
 def _kernel(cell: str, direction: str, like: Tensor, u: Tensor) -> fallback.Kernel:
@@ -150,7 +146,7 @@ def scan_backward(
     dw_hh = db_ih = db_hh = dinputs = None
     if need[4] and w_hh is not None:
         gates, states, back = (dgx, dhu, m), (y, c), options.reversed
-        each = [products.recurrent_gradient(at, gates, states, mask, back, k, samples) for k in range(K)]
+        each = [products.recurrent_gradient(options.cell, gates, states, mask, back, k, samples) for k in range(K)]
         dw_hh = each[0] if K == 1 else torch.stack(each, -3)
     if need[5] or need[6]:
         db_ih, db_hh = products.bias_gradients(at, dgx, dhu, H, samples)
