@@ -85,7 +85,7 @@ class _Alone(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gx, u, cell):
         (K, _, H), how = u.shape, {"precision": precisions.of_products(None, gx.dtype, gx.device)}
-        plan = triton.plan_for(cell, gx.shape[1], (K, H), u, "", backward=False, **how)
+        plan = triton.plan_for(cell, gx.shape[1], (K, H), (u.dtype, u.device), "", backward=False, **how)
         save = "gates" if any(ctx.needs_input_grad) else "none"
         gx = gx.unflatten(2, (K, -1))
         out = kernels.scan.forward(kernels.cells.get(cell), gx, u, None, None, None, None, save=save, plan=plan, **how)
@@ -97,7 +97,7 @@ class _Alone(torch.autograd.Function):
     def backward(ctx, dy):
         u, y, c, saved = ctx.saved_tensors
         K, _, H = u.shape
-        plan = triton.plan_for(ctx.cell, y.shape[1], (K, H), u, "", backward=True, **ctx.how)
+        plan = triton.plan_for(ctx.cell, y.shape[1], (K, H), (u.dtype, u.device), "", backward=True, **ctx.how)
         arguments = (dy.unflatten(2, (K, -1)), None, None, u, y, c, saved, None)
         out = kernels.scan.backward(kernels.cells.get(ctx.cell), *arguments, plan=plan, **ctx.how)
         du = [products.recurrent_gradient(ctx.cell, out[:3], (y, c), None, 0, k) for k in range(K)]

@@ -5,7 +5,6 @@ The latter also subclass torch.nn's cells, for isinstance, but inherit no behavi
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -150,11 +149,6 @@ class RecurrentCell(modules.Module):
         nn.Module.__setstate__(self, state)
         # Modules pickled by earlier versions have the cell's name instead of the cell, or, if LSTMCells, no cell.
         self.__dict__["cell"] = get(self.__dict__.get("cell", "lstm"))
-
-    def reset_parameters(self) -> None:
-        bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
-        for weight in self.parameters():
-            nn.init.uniform_(weight, -bound, bound)
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"

@@ -440,7 +440,9 @@ def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, ch
         if not case.compiling:
             size = (len(call.groups), case.hidden_size)
             for backward in (False, True):
-                triton.plan_for(cell.key, call.x.shape[1], size, call.x, schedule, precision, backward)
+                triton.plan_for(
+                    cell.key, call.x.shape[1], size, (call.x.dtype, call.x.device), schedule, precision, backward
+                )
     elif options.one_step and choice.engine == "triton" and call.inputs is None and not case.traced:
         through = precisions.of_inputs(case.dtype, case.device)
         if triton.one_launch(cell.key, call.x[0], case.hidden_size, precision, through):

@@ -17,24 +17,16 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 Shape = Sequence[int]
 
 
-def _layer(x: Shape, w_ih: Shape, w_hh: Shape) -> int:
-    return 2 * x[0] * x[1] * (prod(w_ih) + prod(w_hh))
+def _layer(x: Shape, w_ih: Shape, w_hh: Shape | None) -> int:
+    return 2 * x[0] * x[1] * (prod(w_ih) + prod(w_hh or (0,)))
 
 
-def _onednn(x: Shape, w_ih: Shape, w_hh: Shape, *others: Any, **out: Any) -> int:
-    return _layer(x, w_ih, w_hh)
-
-
-def _onednn_forward(x: Shape, h0: Any, c0: Any, w_ih: Shape, w_hh: Shape, *others: Any, **out: Any) -> int:
+def _forward(x: Shape, h0: Any, c0: Any, w_ih: Shape, w_hh: Shape | None, *others: Any, **out: Any) -> int:
     return _layer(x, w_ih, w_hh)
 
 
 def _onednn_backward(dy: Any, dh: Any, dc: Any, x: Shape, h0: Any, c0: Any, *weights: Any, **out: Any) -> int:
     return 3 * _layer(x, weights[0], weights[1])  # it runs forward again
-
-
-def _scan_forward(x: Shape, h0: Any, c0: Any, w_ih: Shape, w_hh: Any, *others: Any, **out: Any) -> int:
-    return 2 * x[0] * x[1] * (prod(w_ih) + prod(w_hh or (0,)))
 
 
 def _scan_backward(dy: Any, dhn: Any, dcn: Any, dcs: Any, x: Shape, h0: Any, c0: Any, *others: Any, **out: Any) -> int:
@@ -46,11 +38,11 @@ def _scan_backward(dy: Any, dhn: Any, dcn: Any, dcs: Any, x: Shape, h0: Any, c0:
 def _formulas() -> dict[Any, Callable[..., int]]:
     ours, aten = torch.ops.seqcells, torch.ops.aten
     return {
-        aten.mkldnn_rnn_layer: _onednn,
+        aten.mkldnn_rnn_layer: lambda x, w_ih, w_hh, *others, **out: _layer(x, w_ih, w_hh),
         aten.mkldnn_rnn_layer_backward: lambda x, w_ih, w_hh, *others, **out: 2 * _layer(x, w_ih, w_hh),
-        ours.onednn_forward: _onednn_forward,
+        ours.onednn_forward: _forward,
         ours.onednn_backward: _onednn_backward,
-        ours.scan_forward: _scan_forward,
+        ours.scan_forward: _forward,
         ours.scan_backward: _scan_backward,
     }
 

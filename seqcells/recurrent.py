@@ -5,7 +5,6 @@ Parameters are read at each call, so weight norm, parametrizations, pruning and 
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -174,12 +173,6 @@ class Recurrent(modules.Module):
         projection = {"weight_hr": (self.proj_size, self.hidden_size)} if self.proj_size else {}
         return modules.shapes(self.cell, self.hidden_size, width, out, self.bias) | projection
 
-    def reset_parameters(self) -> None:
-        """Initialize all parameters from U(-1/sqrt(H), 1/sqrt(H)), in torch.nn's order and with its random numbers."""
-        bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
-        for weight in self.parameters():
-            nn.init.uniform_(weight, -bound, bound)
-
     def flatten_parameters(self) -> None:
         """Do nothing: the kernels read each parameter where it is. For code that calls torch.nn's method."""
 
@@ -274,9 +267,8 @@ class Recurrent(modules.Module):
     def _weights(self) -> list[Tensor]:
         """All parameters, in the order of their names. RuntimeError for one that is missing or has another shape."""
         found = []
-        for k, names in enumerate(self._all_weights):
-            shapes = self._shapes(k // (2 if self.bidirectional else 1))
-            found += [checks.parameter(self, n, s) for n, s in zip(names, shapes.values(), strict=True)]
+        for names, shapes in zip(self._all_weights, self._all_shapes, strict=True):
+            found += [checks.parameter(self, n, s) for n, s in zip(names, shapes, strict=True)]
         return found
 
     def _check(

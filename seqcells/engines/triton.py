@@ -32,28 +32,22 @@ from .operators import call_forward
 
 
 @lru_cache(maxsize=1 << 12)
-def _planned(cell: str, batch: int, size: tuple[int, int, int], device: torch.device, asked: tuple[Any, ...]) -> Plan:
-    """The cached plan. size: K, H, bytes per element; asked: schedule, precision, backward, avoid."""
-    schedule, precision, backward, avoid = asked
-    options: Any = {"B": batch, "H": size[1], "groups": size[0], "itemsize": size[2], "avoid": avoid}
-    options |= {"device": kernels.scan.device_facts(device), "schedule": schedule or None, "precision": precision}
-    return plan(kernels.cells.get(cell), backward=backward, **options)
-
-
 def plan_for(
     cell: str,
     batch: int,
     size: tuple[int, int],
-    like: Tensor,
+    like: tuple[torch.dtype, torch.device],
     schedule: str,
     precision: str,
     backward: bool,
     avoid: tuple[str, ...] = (),
 ) -> Plan:
-    """The plan of a scan. size: K and H; like: a tensor of its dtype and device; schedule: "" for the plan's choice.
+    """The plan of a scan. size: K and H; like: the tensors' dtype and device; schedule: "" for the plan's choice.
     Raises as `plan`."""
-    asked = (schedule, precision, backward, avoid)
-    return _planned(cell, batch, (*size, like.element_size()), like.device, asked)
+    (K, H), (dtype, device) = size, like
+    options: Any = {"B": batch, "H": H, "groups": K, "itemsize": dtype.itemsize, "precision": precision}
+    options |= {"device": kernels.scan.device_facts(device), "schedule": schedule or None, "avoid": avoid}
+    return plan(kernels.cells.get(cell), backward=backward, **options)
 
 
 def _launch(launch: kernels.scan.Launch) -> None:
@@ -91,7 +85,9 @@ def scan(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> S
     how: Any = {"save": save, "reversed": options.reversed, "precision": options.precision, "params": params}
     call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **how)
     size = (gx.shape[2], H)
-    planned = partial(plan_for, cell, gx.shape[1], size, u, precision=options.precision, backward=False)
+    planned = partial(
+        plan_for, cell, gx.shape[1], size, (u.dtype, u.device), precision=options.precision, backward=False
+    )
     if options.schedule != "auto":
         return call(plan=planned(schedule=options.schedule))
 
@@ -169,7 +165,7 @@ def _gradients(
     how: Any = {"dcs": dcs, "reversed": options.reversed, "precision": options.precision, "params": params}
     call = partial(kernels.scan.backward, kernels.cells.get(cell), dy, dhn, dcn, u, y, c, saved, mask, **how)
     size = (u.shape[0], u.shape[2])
-    planned = partial(plan_for, cell, y.shape[1], size, u, precision=options.precision, backward=True)
+    planned = partial(plan_for, cell, y.shape[1], size, (u.dtype, u.device), precision=options.precision, backward=True)
     if options.schedule != "auto":
         return call(plan=planned(schedule=options.schedule))
     return fallback.first_that_runs(_kernel(cell, "backward", y, u), _attempts(planned, call), lambda: None)
@@ -183,7 +179,7 @@ def _recomputed(
     cell, H = options.cell, u.shape[2]
     assert x is not None and w_ih is not None
     gx, bias = input_projection(places(cell), x, w_ih, b_ih, b_hh, H, extra)
-    chosen = plan_for(cell, gx.shape[1], (u.shape[0], H), u, "", "ieee", False)
+    chosen = plan_for(cell, gx.shape[1], (u.shape[0], H), (u.dtype, u.device), "", "ieee", False)
     how: Any = {"plan": chosen, "reversed": options.reversed, "params": params}
     call = partial(kernels.scan.recompute, kernels.cells.get(cell), gx.contiguous(), u, bias, *states, mask, **how)
     if options.schedule != "auto":

@@ -5,7 +5,7 @@ The input's product is computed piece by piece, right before the steps that use 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,23 +19,11 @@ from ..operators import call_forward
 from . import steps
 from .cells import CELLS
 from .derived import get
+from .layout import runs_of
 from .stretches import RowOrder, row_order
 
 Inputs = Sequence["Tensor | None"]  # x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs
 Buffers = tuple[Tensor, Tensor, Tensor]
-Run = tuple[int, int, int, int]  # columns from, to of one tensor, and from, to of another, in units of H
-
-
-def _runs(columns: Iterable[int]) -> tuple[Run, ...]:
-    """The runs of adjacent tiles that are also adjacent columns: the columns, and the tiles."""
-    found: list[list[int]] = []
-    for n, column in enumerate(columns):
-        if found and found[-1][1] == column:
-            found[-1][1] += 1
-            found[-1][3] += 1
-        else:
-            found.append([column, column + 1, n, n + 1])
-    return tuple((a, b, i, j) for a, b, i, j in found)
 
 
 def _inverse(order: Sequence[int]) -> tuple[int, ...]:
@@ -56,14 +44,14 @@ class ColumnOrder:
     def __init__(self, part: Any, at: Places) -> None:
         self.part, self.places, tiles = part, at, at.x
         self.w_ih = tuple(sorted(range(tiles), key=part.columns.__getitem__))
-        self.runs, self.given = _runs(part.columns[n] for n in self.w_ih), _runs(part.columns[tiles:])
+        self.runs, self.given = runs_of(part.columns[n] for n in self.w_ih), runs_of(part.columns[tiles:])
         self.u = None if at.u == tuple(range(len(at.u))) else at.u
         self.b_ih = tuple(at.b_ih[n] for n in self.w_ih)
         self.b_hh = [of for layer in at.b_hh if max(of := tuple(layer[n] for n in self.w_ih), default=-1) >= 0]
         self.one_bias = self.b_hh == [self.b_ih] and len(at.of_b_ih) == len(at.of_b_hh)
         self.given_b_hh = [of for layer in at.b_hh if max(of := layer[tiles:], default=-1) >= 0]
         self.w_ih_back = tuple(sorted(range(tiles), key=part.grads.__getitem__))
-        self.runs_back, self.given_back = _runs(part.grads[n] for n in self.w_ih_back), _runs(part.grads[tiles:])
+        self.runs_back, self.given_back = runs_of(part.grads[n] for n in self.w_ih_back), runs_of(part.grads[tiles:])
         self.of_w_ih, self.of_w_hh = _inverse(self.w_ih_back), _inverse([at.u[n] for n in part.rows])
         columns = (*part.grads, *part.apart_grads)
         self.of_b_ih, self.of_b_hh = (tuple(columns[n] for n in of) for of in (at.of_b_ih, at.of_b_hh))
@@ -158,7 +146,7 @@ def layer_group(
     x, h0, c0, *weights, given = inputs
     at = columns.places
     assert x is not None and weights[0] is not None
-    exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype  # steps.computed_in
+    exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
     mine = weights if weights[0].dim() == 2 else [None if t is None else t[k] for t in weights]
     w_ih, u, b_ih, b_hh, params = (None if t is None else t.to(exact) for t in mine)
     assert w_ih is not None
