@@ -111,13 +111,13 @@ def reference_of(
         starts = [zero if h0 is None else h0]
         if S > 1:
             starts += [zero] * (S - 1) if c0 is None else c0.split(H, -1)
-        how: Any = {"resets": resets, "lengths": lengths, "reversed": options.reversed}
+        keywords: Any = {"resets": resets, "lengths": lengths, "reversed": options.reversed}
         if params is not None:
-            how["params"] = params.split(H, -1)
+            keywords["params"] = params.split(H, -1)
         if inputs is not None:
-            how["inputs"] = inputs.split(H, -1)
+            keywords["inputs"] = inputs.split(H, -1)
         weights = (w_ih, w_hh, b_ih, b_hh)
-        every, final = reference.scan_groups(step, x, tuple(starts[at.output :]), *weights, **how)
+        every, final = reference.scan_groups(step, x, tuple(starts[at.output :]), *weights, **keywords)
         if options.single:
             final = tuple(s[0] for s in final)
         if S > 1:
@@ -243,14 +243,14 @@ class _Gradients:
         assert w_ih is not None
         grads = of_outputs(options, 1 if w_ih.dim() == 2 else w_ih.shape[0], tensors[12:])
         if options.traced:
-            how = (options.engine, options.cell, options.reversed, options.schedule, options.precision)
+            facts = (options.engine, options.cell, options.reversed, options.schedule, options.precision)
             back = torch.ops.seqcells.scan_backward
-            found = back(*grads, *grouped(inputs), mask, *buffers, *how, list(self.need), 1)
+            gradients = back(*grads, *grouped(inputs), mask, *buffers, *facts, list(self.need), 1)
         else:
-            found = ENGINES[options.engine].backward(options, inputs, mask, buffers, grads, self.need)
+            gradients = ENGINES[options.engine].backward(options, inputs, mask, buffers, grads, self.need)
         return tuple(
             d.reshape(t.shape) if n and d is not None and t is not None else None
-            for d, t, n in zip(found, inputs, self.need, strict=True)
+            for d, t, n in zip(gradients, inputs, self.need, strict=True)
         )
 
     def saved(self, tensors: Tensors, output: Tensors) -> tuple[Tensors, Tensors]:
@@ -337,21 +337,21 @@ def apply(
         h0, c0 = states if S == 2 else (*states, None)
     else:
         h0, c0 = None if at.output else states[0], _joined(states[1 - at.output :])
-    given = (call.x, h0, c0, *weights, params, call.inputs)
+    inputs = (call.x, h0, c0, *weights, params, call.inputs)
     if case.jit:  # a trace can contain operators but no autograd.Function, so it has no gradients
         wanted = False
     elif case.transforming:  # under vmap requires_grad is not visible, and a tangent never is
         wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
     else:
-        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     with _range(options, "forward"):
         if wanted:
             function = SeqcellsScanCompiled if case.compiling else SeqcellsScan
-            shown = function.apply(_Scan(options), call.mask, *given)[:-3]
+            outputs = function.apply(_Scan(options), call.mask, *inputs)[:-3]
         else:
             save = "states" if options.states else "none"
-            shown, _ = ENGINES[options.engine].forward(options, save, given, call.mask)
-    y, *finals = shown
+            outputs, _ = ENGINES[options.engine].forward(options, save, inputs, call.mask)
+    y, *finals = outputs
     every = (finals.pop(),) if options.states else None
     if S <= 2:
         return y, tuple(finals), None if every is None else (y, *every)[at.output :]

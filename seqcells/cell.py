@@ -153,7 +153,7 @@ class Cell:
         derivation is tried, for its error message.
         """
         with ThreadPoolExecutor(1) as apart:  # without the caller's transforms and modes
-            found = apart.submit(_seen, self).result()
+            found = apart.submit(_gates_read, self).result()
         if found is not None:
             return found
         parts = self._derived.parts
@@ -267,7 +267,7 @@ def _with_constants(base: Cell, constants: dict[str, float]) -> Cell:
     return base.with_constants(**constants)
 
 
-def _seen(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]] | None:
+def _gates_read(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]] | None:
     count = len(cell.states) + len(cell.params) + len(cell.inputs)
     given = [torch.ones(1, 1) for _ in range(count)]
     states = given[: len(cell.states)]
@@ -279,7 +279,7 @@ def _seen(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]
 
         return times
 
-    x, u = _Seen(cell.gates, lambda gate: torch.ones(1, 1)), _Seen(cell.gates, product)
+    x, u = _GateRecorder(cell.gates, lambda gate: torch.ones(1, 1)), _GateRecorder(cell.gates, product)
     try:
         with torch.no_grad():
             results = cell(x, u, *given)
@@ -293,7 +293,7 @@ def _seen(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]
     return tuple(g for g in cell.gates if g in x.found), u_gates, tuple(u.found[g] for g in u_gates)
 
 
-class _Seen:
+class _GateRecorder:
     """x or U of a step that records which attributes are read."""
 
     def __init__(self, gates: tuple[str, ...], give: Callable[[str], Any]) -> None:

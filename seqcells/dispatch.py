@@ -447,7 +447,7 @@ def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, ch
         through = precisions.of_inputs(case.dtype, case.device)
         if triton.one_launch(cell.key, call.x[0], case.hidden_size, precision, through):
             single = through
-    told = autograd.Options(
+    scan_options = autograd.Options(
         choice.engine,
         cell.key,
         "gates" if single else options.save,
@@ -459,7 +459,7 @@ def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, ch
         case.traced,
         None if case.traced else {},
     )
-    y, final, every = autograd.apply(told, case, call, weights, params)
+    y, final, every = autograd.apply(scan_options, case, call, weights, params)
     return y, final, (y,) if options.all_states and every is None else every
 
 

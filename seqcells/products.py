@@ -158,8 +158,8 @@ def input_biases(at: Places, b_ih: Tensor | None, b_hh: Tensor | None, H: int) -
     if b_hh is None or not at.of_b_hh:
         return adds, None
     for layer in at.b_hh:
-        more = blocks(b_hh, layer, H)
-        adds = more if adds is None else adds + more
+        added = blocks(b_hh, layer, H)
+        adds = added if adds is None else adds + added
     return adds, blocks(b_hh, at.apart, H) if at.apart else None
 
 

@@ -88,7 +88,7 @@ def test_opcheck(name, K, engine, keys):
     given, back = operator_arguments(engine, keys[name], "gates", K)
     torch.library.opcheck(operators.scan_forward, given)
     torch.library.opcheck(operators.scan_backward, back)
-    several = 1 if engine == "triton" and get(keys[name]).params else 3  # see operators._rule, needs_groups
+    several = 1 if engine == "triton" and get(keys[name]).params else 3  # see the vmap rule
     none = (True, False) * 4 + (False,)
     for save, kind, need, samples in (
         ("states", "lengths", (True,) * 9, several),

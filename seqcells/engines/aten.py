@@ -121,8 +121,8 @@ def layer(
     if compiled and len(groups[0]) == 4 and x.numel() > 0 and onednn(cell, x.device, x.dtype):
         return _directions(x, states, groups)
     hx: Any = list(states) if cell == "lstm" else states[0]
-    how = (1, 0.0, _trains(x, *states, *flat), len(groups) == 2, False)
-    y, *final = LAYERS[cell](x, hx, flat, biases, *how)
+    options = (1, 0.0, _trains(x, *states, *flat), len(groups) == 2, False)
+    y, *final = LAYERS[cell](x, hx, flat, biases, *options)
     return y, tuple(final)
 
 
@@ -174,9 +174,9 @@ def _call(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, h_n and c_n, shaped as h0 and c0, and oneDNN's workspace."""
     # oneDNN returns a workspace for backward only if gradients are enabled. Autograd records none of this.
-    given = [t.detach().contiguous() for t in (x, w_ih, w_hh, b_ih, b_hh, h0, c0)]
+    tensors = [t.detach().contiguous() for t in (x, w_ih, w_hh, b_ih, b_hh, h0, c0)]
     with torch.set_grad_enabled(train):
-        return _forward(*given, reverse, [], _MODE, w_hh.shape[1], 1, True, False, False, train)
+        return _forward(*tensors, reverse, [], _MODE, w_hh.shape[1], 1, True, False, False, train)
 
 
 @torch.library.custom_op("seqcells::onednn_forward", mutates_args=())

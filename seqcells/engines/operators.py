@@ -142,65 +142,43 @@ def _fold(t: Tensor | None, dim: int | None, axis: int | None, size: int) -> Ten
     return t.movedim(dim, axis).flatten(axis, axis + 1)
 
 
-def _rule(
-    op: Any, kinds: tuple[Any, ...], results: tuple[Any, ...], at_reversed: int, needs_groups: bool = False
-) -> Any:
-    """The vmap rule of an operator. at_reversed: the number of its argument `reversed`. needs_groups: vmap must add
-    groups, even if the weights are shared."""
+def _batched(
+    op: Any,
+    kinds: Sequence[Any],
+    results: Sequence[Any],
+    at_reversed: int,
+    groups: bool,
+    size: int,
+    dims: Sequence[int | None],
+    arguments: Sequence[Any],
+) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    """An operator's results for a batch of that size, and the axis of each that vmap added.
 
-    def together(size: int, dims: Any, arguments: list[Any], groups: bool) -> tuple[list[Tensor], list[int | None]]:
-        """The results of one call, and for each the axis that vmap added."""
-        which = int(groups)
-        folded = [
-            t if k is None else _fold(t, d, k[which], size) for t, d, k in zip(arguments, dims, kinds, strict=False)
-        ]
-        if groups:
-            K = next(t for t, k in zip(folded, kinds, strict=False) if k is WEIGHTS and t is not None).shape[0] // size
-            folded[at_reversed] = sum(arguments[at_reversed] << (K * v) for v in range(size))
-        out = op(*folded)
-        found: list[Tensor] = []
-        found_dims: list[int | None] = []
-        for o, axes in zip(out, results, strict=True):
-            axis = axes[which] if o.dim() > 1 else None
-            found.append(o if axis is None else o.unflatten(axis, (size, -1)))
-            found_dims.append(axis)
-        return found, found_dims
-
-    def batched(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> Any:
-        size = most = info.batch_size
-        tensors = [
-            (t, d, k) for t, d, k in zip(arguments, in_dims, kinds, strict=False) if k is not None and t is not None
-        ]
-        own = [t.shape[0] if d is None else t.select(d, 0).shape[0] for t, d, k in tensors if k is WEIGHTS]
-        groups = needs_groups or any(k is WEIGHTS and d is not None for _, d, k in tensors)
-        if groups and any(k is MASK and d is not None for _, d, k in tensors):
-            most = 1  # a mask has rows but no groups: one call after another
-        elif groups and arguments[at_reversed]:
-            most = max(1, MOST // own[0])
-        found: list[Any] = []
-        found_dims: list[int | None] = []
+    kinds, results: of the arguments and results. at_reversed: the number of the argument `reversed`. groups: vmap adds
+    groups, not rows.
+    """
+    every, which, most = list(zip(arguments, dims, kinds, strict=True)), int(groups), size
+    w_ih, dim = next((t, d) for t, d, k in every if k is WEIGHTS and t is not None)
+    K = w_ih.shape[0] if dim is None else w_ih.select(dim, 0).shape[0]
+    if groups and any(k is MASK and d is not None for _, d, k in every):
+        most = 1  # a mask has rows but no groups: one call after another
+    elif groups and arguments[at_reversed]:
+        most = max(1, MOST // K)
+    if most < size:
+        parts = []
         for v in range(0, size, most):
             n = min(most, size - v)
-            some = [
-                t if k is None or t is None or d is None else t.narrow(d, v, n)
-                for t, d, k in zip(arguments, in_dims, kinds, strict=False)
-            ]
-            out, found_dims = together(n, in_dims, some, groups)
-            found.append(out)
-        joined = tuple(
-            of[0] if d is None or len(of) == 1 else torch.cat(of, d)
-            for of, d in zip(zip(*found, strict=True), found_dims, strict=True)
-        )
-        return joined, tuple(found_dims)
-
-    return batched
-
-
-def _with_groups(t: Tensor, dim: int | None, K: int) -> tuple[Tensor, int | None]:
-    """Expand an input [T, B, .] of all groups to [T, B, K, .]; also returns its batch dim, which is then the first."""
-    if dim is not None:
-        t, dim = t.movedim(dim, 0), 0
-    return t.unsqueeze(-2).expand(*t.shape[:-1], K, t.shape[-1]), dim
+            some = [t if k is None or t is None or d is None else t.narrow(d, v, n) for t, d, k in every]
+            parts.append(_batched(op, kinds, results, at_reversed, groups, n, dims, some))
+        added = parts[0][1]
+        each = zip(zip(*(found for found, _ in parts), strict=True), added, strict=True)
+        return tuple(of[0] if d is None else torch.cat(of, d) for of, d in each), added
+    folded = [t if k is None else _fold(t, d, k[which], size) for t, d, k in every]
+    if groups:
+        folded[at_reversed] = sum(arguments[at_reversed] << (K * v) for v in range(size))
+    out = op(*folded)
+    added = tuple(axes[which] if o.dim() > 1 else None for o, axes in zip(out, results, strict=True))
+    return tuple(o if d is None else o.unflatten(d, (size, -1)) for o, d in zip(out, added, strict=True)), added
 
 
 def _expand_shared(
@@ -221,37 +199,33 @@ def _expand_shared(
         if dim is None and not need[n]:
             kinds[first + n] = SHARED
         else:
-            arguments[first + n], dims[first + n] = _with_groups(t, dim, K)
+            if dim is not None:
+                t, dims[first + n] = t.movedim(dim, 0), 0
+            arguments[first + n] = t.unsqueeze(-2).expand(*t.shape[:-1], K, t.shape[-1])
             expanded.append(n)
     return expanded
 
 
-def _adds_groups(dims: Sequence[int | None], first: int) -> bool:
-    return any(d is not None for d in dims[first + 3 : first + 8])
-
-
 @scan_forward.register_vmap
-def _(info: Any, in_dims: Sequence[int | None], *given: Any) -> Any:
-    kinds, arguments, dims = list(FORWARD), list(given), list(in_dims)
-    if _adds_groups(dims, 0):
+def _(info: Any, in_dims: Sequence[int | None], *tensors: Any) -> Any:
+    kinds, arguments, dims = list(FORWARD), list(tensors), list(in_dims)
+    groups = any(d is not None for d in dims[3:8])  # the weights'
+    if groups:
         _expand_shared(kinds, arguments, dims, 0, (False,) * 9)
     results = (STEPS, STEPS, STEPS, STATES, STATES)
-    return _rule(scan_forward, tuple(kinds), results, 13)(info, tuple(dims), *arguments)
+    return _batched(scan_forward, kinds, results, 13, groups, info.batch_size, dims, arguments)
 
 
 @scan_backward.register_vmap
-def _(info: Any, in_dims: Sequence[int | None], *given: Any) -> Any:
-    kinds, arguments, dims = list(BACKWARD), list(given), list(in_dims)
+def _(info: Any, in_dims: Sequence[int | None], *tensors: Any) -> Any:
+    kinds, arguments, dims = list(BACKWARD), list(tensors), list(in_dims)
     # The kernels sum the gradients of trained vectors over rows, but not over groups.
-    groups = _adds_groups(dims, 4) or (arguments[11] is not None and arguments[17] == "triton")
+    groups = any(d is not None for d in dims[7:12]) or (arguments[11] is not None and arguments[17] == "triton")
     expanded = []
     if groups:
         expanded = _expand_shared(kinds, arguments, dims, 4, arguments[22])
     else:
         arguments[23] *= info.batch_size
-    found, found_dims = _rule(scan_backward, tuple(kinds), GRADIENTS, 19, groups)(info, tuple(dims), *arguments)
-    found = list(found)
-    for n in expanded:
-        if found_dims[n] is not None:
-            found[n] = found[n].sum(found_dims[n] + 1)
-    return tuple(found), found_dims
+    found, added = _batched(scan_backward, kinds, GRADIENTS, 19, groups, info.batch_size, dims, arguments)
+    each = enumerate(zip(found, added, strict=True))
+    return tuple(t if n not in expanded or d is None else t.sum(d + 1) for n, (t, d) in each), added

@@ -82,8 +82,8 @@ def scan(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> S
     H = hidden_size(at, w_ih, w_hh, h0, c0)
     gx, bias = input_projection(at, x, w_ih, b_ih, b_hh, H, extra)
     gx, u = gx.contiguous(), recurrent(at, w_hh, w_ih, H)  # vmap's rows and groups need not be contiguous
-    how: Any = {"save": save, "reversed": options.reversed, "precision": options.precision, "params": params}
-    call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **how)
+    keywords: Any = {"save": save, "reversed": options.reversed, "precision": options.precision, "params": params}
+    call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **keywords)
     size = (gx.shape[2], H)
     planned = partial(
         plan_for, cell, gx.shape[1], size, (u.dtype, u.device), precision=options.precision, backward=False
@@ -162,8 +162,8 @@ def _gradients(
 ) -> Gradients | None:
     """kernels.scan.backward; None if the kernels failed."""
     cell, (dy, dhn, dcn, dcs), (y, c, saved) = options.cell, grads, buffers
-    how: Any = {"dcs": dcs, "reversed": options.reversed, "precision": options.precision, "params": params}
-    call = partial(kernels.scan.backward, kernels.cells.get(cell), dy, dhn, dcn, u, y, c, saved, mask, **how)
+    keywords: Any = {"dcs": dcs, "reversed": options.reversed, "precision": options.precision, "params": params}
+    call = partial(kernels.scan.backward, kernels.cells.get(cell), dy, dhn, dcn, u, y, c, saved, mask, **keywords)
     size = (u.shape[0], u.shape[2])
     planned = partial(plan_for, cell, y.shape[1], size, (u.dtype, u.device), precision=options.precision, backward=True)
     if options.schedule != "auto":
@@ -180,8 +180,8 @@ def _recomputed(
     assert x is not None and w_ih is not None
     gx, bias = input_projection(places(cell), x, w_ih, b_ih, b_hh, H, extra)
     chosen = plan_for(cell, gx.shape[1], (u.shape[0], H), (u.dtype, u.device), "", "ieee", False)
-    how: Any = {"plan": chosen, "reversed": options.reversed, "params": params}
-    call = partial(kernels.scan.recompute, kernels.cells.get(cell), gx.contiguous(), u, bias, *states, mask, **how)
+    keywords: Any = {"plan": chosen, "reversed": options.reversed, "params": params}
+    call = partial(kernels.scan.recompute, kernels.cells.get(cell), gx.contiguous(), u, bias, *states, mask, **keywords)
     if options.schedule != "auto":
         return call()
     attempts = [("recompute", partial(call, launch=_launch))]
@@ -208,12 +208,12 @@ def forward(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -
         return _step(options, save, inputs)
     at, h0, c0 = places(options.cell), *inputs[1:3]
     y, c, saved, *final = (call_forward if options.traced else scan)(options, save, inputs, mask)
-    shown = [outputs(s, options.reversed) for s in ((y, c) if options.states else (y,))]
+    states = [outputs(s, options.reversed) for s in ((y, c) if options.states else (y,))]
     padding = None if mask is None else masks.padding_rows(mask)
     if padding is not None and options.reversed and not (h0 is None and c0 is None):
         # In a reversed group, padding comes first: the buffer contains the initial state until the row begins.
-        shown = [s.masked_fill(padding[..., None, None], 0) for s in shown]
-    return (shown[0].flatten(2), *_finals(at, *final), *(s.flatten(2) for s in shown[1:])), (y, c, saved)
+        states = [s.masked_fill(padding[..., None, None], 0) for s in states]
+    return (states[0].flatten(2), *_finals(at, *final), *(s.flatten(2) for s in states[1:])), (y, c, saved)
 
 
 def _step(options: Options, save: str, inputs: Tensors) -> tuple[Tensors, Tensors]:
@@ -224,10 +224,10 @@ def _step(options: Options, save: str, inputs: Tensors) -> tuple[Tensors, Tensor
     cell, at = options.cell, places(options.cell)
     H = hidden_size(at, w_ih, w_hh, h0, c0)
     u = recurrent(at, None if w_hh is None else w_hh[None], w_ih[None], H)[0]
-    how: Any = {"save": save, "params": params, "precision": options.precision, "input_precision": options.single}
-    how["plan"] = single_plan(cell, x[0], H, options.precision, options.single)
-    given = (x[0], w_ih, u, *step_biases(at, b_ih, b_hh, H), h0, c0)
-    call = partial(kernels.single.forward, kernels.cells.get(cell), *given, **how)
+    keywords: Any = {"save": save, "params": params, "precision": options.precision, "input_precision": options.single}
+    keywords["plan"] = single_plan(cell, x[0], H, options.precision, options.single)
+    tensors = (x[0], w_ih, u, *step_biases(at, b_ih, b_hh, H), h0, c0)
+    call = partial(kernels.single.forward, kernels.cells.get(cell), *tensors, **keywords)
 
     def by_kernel(launch: Callable[[kernels.scan.Launch], None]) -> tuple[Tensors, Tensors]:
         y, c, saved, *final = call(launch=launch)

@@ -147,14 +147,11 @@ class Sums:
         """
         # Copies, because these are inference tensors.
         dh0, dc0 = (s.to(self.dtype, copy=True) if n else None for s, n in zip(starts, need[1:3], strict=True))
-        dx, dgiven = (None if d is None else _placed(self.group, d) for d in (self.dx, self.dgiven))
+        for d in (self.dx, self.dgiven):
+            if d is not None:
+                d[: self.group.order.head] = 0  # which padding reads
+        dx, dgiven = (None if d is None else self.group.order.placed_states(d) for d in (self.dx, self.dgiven))
         return dx, dh0, dc0, *self.weights.results(self.dtype), dgiven
-
-
-def _placed(group: Group, t: Tensor) -> Tensor:
-    """Gradients of rows [head+N, .] in the order of time; zero at padding."""
-    t[: group.order.head] = 0
-    return group.order.placed_states(t)
 
 
 def _rows_of(t: Tensor, rows: Tensor) -> Tensor:

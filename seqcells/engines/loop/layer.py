@@ -214,9 +214,9 @@ def forward(options: Options, save: str, inputs: Inputs, mask: Tensor | None) ->
         else torch.stack([group.order.final(s) for s, group in zip(of, groups, strict=True)])
         for of in states[columns.places.output :]
     ]
-    shown = [_shown(of, groups, T, B) for of in (states if options.states else states[:1])]
+    outputs = [_visible(of, groups, T, B) for of in (states if options.states else states[:1])]
     c = states[1] if len(states) > 1 else x.new_empty(0)
-    return (shown[0], *finals, *shown[1:]), (states[0], c, x.new_empty(0) if gates is None else gates)
+    return (outputs[0], *finals, *outputs[1:]), (states[0], c, x.new_empty(0) if gates is None else gates)
 
 
 def scan(options: Options, save: str, inputs: Inputs, mask: Tensor | None) -> tuple[Tensor, ...]:
@@ -254,7 +254,7 @@ def allocate(options: Options, save: str, inputs: Inputs) -> tuple[Tensor, ...]:
     )
 
 
-def _shown(buffer: Tensor, groups: list[Group], T: int, B: int) -> Tensor:
+def _visible(buffer: Tensor, groups: list[Group], T: int, B: int) -> Tensor:
     """The states after each step [T, B, K*width], zero at padding: a separate tensor, which users may change."""
     K, _, width = buffer.shape
     y = buffer.new_empty(T, B, K * width)
@@ -271,8 +271,8 @@ def _traced(options: Options, save: str, inputs: Inputs, mask: Tensor | None) ->
     """`forward` by the operator."""
     y, c, saved, hn, cn = call_forward(options, save, inputs, mask)
     at = places(options.cell)
-    shown = [s.flatten(2) for s in ((y, c) if options.states else (y,))]
+    outputs = [s.flatten(2) for s in ((y, c) if options.states else (y,))]
     if save != "none":  # backward needs y unchanged, and users may change theirs in place
-        shown = [s.clone() for s in shown]
+        outputs = [s.clone() for s in outputs]
     finals = (cn,) if at.output else (hn, cn)[: at.states]
-    return (shown[0], *finals, *shown[1:]), (y, c, saved)
+    return (outputs[0], *finals, *outputs[1:]), (y, c, saved)

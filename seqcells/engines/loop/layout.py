@@ -50,7 +50,7 @@ class Layout:
         self.found, self.form = found, found.form
         form = self.form
         self.states, self.saved, self.params = form.states, form.saved, form.params
-        self.of_product = [n for n, o in enumerate(form.operands) for _ in range(o.products)]
+        self.of_product = found.of_product
         self._sum_up()
         self._lay_out()
         self._lay_out_gradients()
