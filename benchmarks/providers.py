@@ -14,10 +14,9 @@ from cases import GATES, KINDS, NAMES, STEP, TRAINING, Problem, Unavailable, Wor
 from torch import Tensor, nn
 
 import seqcells
-from seqcells import backends, functional, precisions, products
+from seqcells import backends, functional, kernels, precisions, products
 from seqcells.cell import named
 from seqcells.engines import triton
-from seqcells.engines.loop import projected
 from seqcells.kernels import buffers
 
 UNROLLED = 64  # steps: a loop longer than that takes minutes to compile
@@ -81,41 +80,35 @@ def _first(state: Tensor | tuple[Tensor, ...]) -> Tensor:
 
 
 class _Alone(torch.autograd.Function):
-    """Only the recurrent part, by triton's operators or the loop's functions for projected input: gx [T, B, K*G*H], u
-    [K, G*H, H] to y [T, B, K*H]."""
+    """Only the recurrent part, by the kernels: gx [T, B, K*G*H], u [K, G*H, H] to y [T, B, K*H]."""
 
     @staticmethod
-    def forward(ctx, gx, u, engine, cell, save):
-        keep = save if any(ctx.needs_input_grad) else "none"
-        precision = precisions.of_products(None, gx.dtype, gx.device)
-        gx = gx.unflatten(2, (u.shape[0], -1))
-        if engine == "triton":
-            y, c, saved, *_ = triton.scan_forward(gx, u, None, None, None, None, cell, keep, 0, "", precision)
-        else:
-            y, c, saved, *_ = projected.forward((gx, u, None, None, None), (None, None), cell, keep, 0)
-        ctx.save_for_backward(u, y, c, saved)
-        ctx.how = engine, cell, precision
-        return buffers.outputs(y, 0).flatten(2)
+    def forward(ctx, gx, u, cell):
+        (K, _, H), how = u.shape, {"precision": precisions.of_products(None, gx.dtype, gx.device)}
+        plan = triton.plan_for(cell, gx.shape[1], (K, H), (u.dtype, u.device), "", backward=False, **how)
+        save = "gates" if any(ctx.needs_input_grad) else "none"
+        gx = gx.unflatten(2, (K, -1))
+        out = kernels.scan.forward(kernels.cells.get(cell), gx, u, None, None, None, None, save=save, plan=plan, **how)
+        ctx.save_for_backward(u, out.y, out.c, out.saved)
+        ctx.cell, ctx.how = cell, how
+        return buffers.outputs(out.y, 0).flatten(2)
 
     @staticmethod
     def backward(ctx, dy):
         u, y, c, saved = ctx.saved_tensors
-        engine, cell, precision = ctx.how
-        dy = dy.unflatten(2, (u.shape[0], -1))
-        if engine == "triton":
-            out = triton.scan_backward(dy, None, None, None, u, y, c, saved, None, cell, 0, "", precision)
-        else:
-            out = projected.backward((dy, None, None, None), (u, None, None), (y, c, saved), cell, 0)
-        weight, at = products.recurrent_gradient, products.places(cell)
-        du = [weight(at, out[:3], (y, c), None, 0, k) for k in range(u.shape[0])]
-        return out[0].flatten(2), torch.stack(du), None, None, None
+        K, _, H = u.shape
+        plan = triton.plan_for(ctx.cell, y.shape[1], (K, H), (u.dtype, u.device), "", backward=True, **ctx.how)
+        arguments = (dy.unflatten(2, (K, -1)), None, None, u, y, c, saved, None)
+        out = kernels.scan.backward(kernels.cells.get(ctx.cell), *arguments, plan=plan, **ctx.how)
+        du = [products.recurrent_gradient(ctx.cell, out[:3], (y, c), None, 0, k) for k in range(K)]
+        return out.dgx.flatten(2), torch.stack(du), None
 
 
 def _scan_alone(problem: Problem, backend: str, save: str, x: Tensor, u: Tensor) -> Work:
-    if backend not in ("triton", "loop") or save != "gates":
+    if backend != "triton" or save != "gates":
         raise Unavailable("the input's product is part of every call")
     cell = NAMES[problem.case.cell]
-    return Work(lambda: _Alone.apply(x, u, backend, cell, save), [x, u])
+    return Work(lambda: _Alone.apply(x, u, cell), [x, u])
 
 
 def _torch_layer(problem: Problem, weights: list[Tensor]) -> nn.Module:

@@ -26,7 +26,8 @@ Tensors = tuple["Tensor | None", ...]
 
 class Engine(NamedTuple):
     """An engine, which runs the steps. P trained vectors, N per-step inputs, S states; other sizes as in
-    `functional.scan`.
+    `functional.scan`. If options.traced, forward calls an operator, and backward is not called (see
+    `engines.operators`).
 
     forward(options, save, inputs, mask) -> outputs, buffers
         save: "gates", "states" (backward recomputes the gates) or "none" (there is no backward). inputs, the 9 tensors:
@@ -36,12 +37,23 @@ class Engine(NamedTuple):
         cell's first state is an output that no step reads); the other final states [K, B, (S-1)*H], if there are any;
         and, if options.states, the other states after each step [T, B, K*(S-1)*H]. buffers: three tensors that backward
         needs; None for one that it recomputes.
-    backward(options, inputs, mask, buffers, grads, need) -> the gradients of the 9 inputs, in the inputs' shapes
-        grads: the outputs' gradients; None means zero. need: which gradients are wanted; the others are None.
+    backward(options, inputs, mask, buffers, grads, need) -> the gradients of the 9 inputs, perhaps in other shapes
+        grads: those of y [T, B, K, H], of the final first state, of the other final states, and of the other states
+        after each step [T, B, K, (S-1)*H]; None means zero. need: which gradients are wanted; the others may be None.
+    scan, scan_backward, allocate: what the operators call. All tensors have the axis K, and the buffers' shapes do not
+    depend on values.
+    scan(options, save, inputs, mask) -> y [., B, K, H] and c [., B, K, (S-1)*H], the states in the order of time; what
+        is saved; the final states [K, B, H] and [K, B, (S-1)*H]
+    scan_backward(options, inputs, mask, buffers, grads, need, samples) -> as backward; with more than one sample, an
+        equal part of the B rows each, the gradients of weights are [samples, K, .]
+    allocate(options, save, inputs) -> the results of scan, uninitialised
     """
 
     forward: Callable[..., Any]
     backward: Callable[..., Any]
+    scan: Callable[..., Any]
+    scan_backward: Callable[..., Any]
+    allocate: Callable[..., Any]
 
 
 ENGINES: dict[str, Engine] = {}
@@ -99,13 +111,13 @@ def reference_of(
         starts = [zero if h0 is None else h0]
         if S > 1:
             starts += [zero] * (S - 1) if c0 is None else c0.split(H, -1)
-        how: Any = {"resets": resets, "lengths": lengths, "reversed": options.reversed}
+        keywords: Any = {"resets": resets, "lengths": lengths, "reversed": options.reversed}
         if params is not None:
-            how["params"] = params.split(H, -1)
+            keywords["params"] = params.split(H, -1)
         if inputs is not None:
-            how["inputs"] = inputs.split(H, -1)
+            keywords["inputs"] = inputs.split(H, -1)
         weights = (w_ih, w_hh, b_ih, b_hh)
-        every, final = reference.scan_groups(step, x, tuple(starts[at.output :]), *weights, **how)
+        every, final = reference.scan_groups(step, x, tuple(starts[at.output :]), *weights, **keywords)
         if options.single:
             final = tuple(s[0] for s in final)
         if S > 1:
@@ -116,6 +128,29 @@ def reference_of(
         return every[0], *final, side_by_side(others, -1).flatten(2)
 
     return run
+
+
+def grouped(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
+    """The 9 inputs with an axis of groups, which is added if it was left out: states [K, B, .] and weights [K, .]."""
+    x, h0, c0, *weights, extra = inputs
+    assert x is not None and weights[0] is not None
+    if weights[0].dim() == 2:
+        weights = [None if t is None else t[None] for t in weights]
+    assert weights[0] is not None
+    K, B = weights[0].shape[0], x.shape[1]
+    h0, c0 = (s if s is None or s.dim() == 3 else s.reshape(K, B, s.shape[-1]) for s in (h0, c0))
+    return [x, h0, c0, *weights, extra]
+
+
+def of_outputs(options: Options, K: int, grads: Tensors) -> Tensors:
+    """The gradients that an engine's backward takes, from those of its forward's outputs."""
+    dy, *others = grads
+    dhn = None if places(options.cell).output else others.pop(0)
+    dcn, dcs = (*others, None, None)[:2]
+    dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, d.shape[2] // K) for d in (dy, dcs))
+    if options.single:  # its final states have no axis of groups
+        dhn, dcn = (None if d is None else d[None] for d in (dhn, dcn))
+    return dy, dhn, dcn, dcs
 
 
 def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor:
@@ -203,9 +238,20 @@ class _Gradients:
     need: tuple[bool, ...]
 
     def run(self, mask: Tensor | None, *tensors: Tensor | None) -> Tensors:
-        options = self.options
-        found = ENGINES[options.engine].backward(options, tensors[3:12], mask, tensors[:3], tensors[12:], self.need)
-        return tuple(found)
+        options, buffers, inputs = self.options, tensors[:3], tensors[3:12]
+        w_ih = inputs[3]
+        assert w_ih is not None
+        grads = of_outputs(options, 1 if w_ih.dim() == 2 else w_ih.shape[0], tensors[12:])
+        if options.traced:
+            facts = (options.engine, options.cell, options.reversed, options.schedule, options.precision)
+            back = torch.ops.seqcells.scan_backward
+            gradients = back(*grads, *grouped(inputs), mask, *buffers, *facts, list(self.need), 1)
+        else:
+            gradients = ENGINES[options.engine].backward(options, inputs, mask, buffers, grads, self.need)
+        return tuple(
+            d.reshape(t.shape) if n and d is not None and t is not None else None
+            for d, t, n in zip(gradients, inputs, self.need, strict=True)
+        )
 
     def saved(self, tensors: Tensors, output: Tensors) -> tuple[Tensors, Tensors]:
         return (tensors[0], *tensors[4:]), ()
@@ -291,21 +337,21 @@ def apply(
         h0, c0 = states if S == 2 else (*states, None)
     else:
         h0, c0 = None if at.output else states[0], _joined(states[1 - at.output :])
-    given = (call.x, h0, c0, *weights, params, call.inputs)
+    inputs = (call.x, h0, c0, *weights, params, call.inputs)
     if case.jit:  # a trace can contain operators but no autograd.Function, so it has no gradients
         wanted = False
     elif case.transforming:  # under vmap requires_grad is not visible, and a tangent never is
         wanted = torch.is_grad_enabled() or forward_ad._current_level >= 0
     else:
-        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+        wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     with _range(options, "forward"):
         if wanted:
             function = SeqcellsScanCompiled if case.compiling else SeqcellsScan
-            shown = function.apply(_Scan(options), call.mask, *given)[:-3]
+            outputs = function.apply(_Scan(options), call.mask, *inputs)[:-3]
         else:
             save = "states" if options.states else "none"
-            shown, _ = ENGINES[options.engine].forward(options, save, given, call.mask)
-    y, *finals = shown
+            outputs, _ = ENGINES[options.engine].forward(options, save, inputs, call.mask)
+    y, *finals = outputs
     every = (finals.pop(),) if options.states else None
     if S <= 2:
         return y, tuple(finals), None if every is None else (y, *every)[at.output :]

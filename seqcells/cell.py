@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "CellError", "cell"]
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 _BY_KEY: dict[str, Cell] = {}
 _BY_NAME: dict[str, Cell] = {}  # the last one defined under each name
 # Names that a step's arguments cannot have, and why.
@@ -57,6 +58,13 @@ _TAKEN = {
 
 
 _FACTS: list[str] = []  # the names of the _Found attributes
+
+
+def constant_to_compilers(function: F) -> F:
+    """Decorate a function that torch.compile calls while tracing, without tracing it, as
+    torch.compiler.assume_constant_result does, which imports the compiler."""
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
 
 
 class _Found(Generic[T]):
@@ -88,15 +96,12 @@ class _Found(Generic[T]):
         raise AttributeError(f"{self.name} is derived from the cell's step")
 
 
+@constant_to_compilers
 def _find(key: str, name: str) -> Any:
     made = _BY_KEY[key]
     if not made._facts[name]:
         made._facts[name].append(vars(Cell)[name].find(made))
     return made._facts[name][0]
-
-
-# torch.compile calls this while tracing, and must not trace the derivation: torch.compiler.assume_constant_result.
-_find._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,7 +153,7 @@ class Cell:
         derivation is tried, for its error message.
         """
         with ThreadPoolExecutor(1) as apart:  # without the caller's transforms and modes
-            found = apart.submit(_seen, self).result()
+            found = apart.submit(_gates_read, self).result()
         if found is not None:
             return found
         parts = self._derived.parts
@@ -262,7 +267,7 @@ def _with_constants(base: Cell, constants: dict[str, float]) -> Cell:
     return base.with_constants(**constants)
 
 
-def _seen(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]] | None:
+def _gates_read(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]] | None:
     count = len(cell.states) + len(cell.params) + len(cell.inputs)
     given = [torch.ones(1, 1) for _ in range(count)]
     states = given[: len(cell.states)]
@@ -274,7 +279,7 @@ def _seen(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]
 
         return times
 
-    x, u = _Seen(cell.gates, lambda gate: torch.ones(1, 1)), _Seen(cell.gates, product)
+    x, u = _GateRecorder(cell.gates, lambda gate: torch.ones(1, 1)), _GateRecorder(cell.gates, product)
     try:
         with torch.no_grad():
             results = cell(x, u, *given)
@@ -288,7 +293,7 @@ def _seen(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]
     return tuple(g for g in cell.gates if g in x.found), u_gates, tuple(u.found[g] for g in u_gates)
 
 
-class _Seen:
+class _GateRecorder:
     """x or U of a step that records which attributes are read."""
 
     def __init__(self, gates: tuple[str, ...], give: Callable[[str], Any]) -> None:

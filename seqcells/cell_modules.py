@@ -5,7 +5,6 @@ The latter also subclass torch.nn's cells, for isinstance, but inherit no behavi
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -151,11 +150,6 @@ class RecurrentCell(modules.Module):
         # Modules pickled by earlier versions have the cell's name instead of the cell, or, if LSTMCells, no cell.
         self.__dict__["cell"] = get(self.__dict__.get("cell", "lstm"))
 
-    def reset_parameters(self) -> None:
-        bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
-        for weight in self.parameters():
-            nn.init.uniform_(weight, -bound, bound)
-
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
         if self.bias is not True:
@@ -193,9 +187,9 @@ class RecurrentCell(modules.Module):
         if len(names) > 1 and state is not None and not isinstance(state, (tuple, list)):
             raise checks.wrong("state", f"a tuple of {len(names)} tensors ({', '.join(names)}) or None", state)
         states: Any = (state,) if len(names) == 1 and state is not None else state
-        shown = ("state",) if len(names) == 1 else tuple(f"state[{i}]" for i in range(len(names)))
+        labels = ("state",) if len(names) == 1 else tuple(f"state[{i}]" for i in range(len(names)))
         try:
-            y, found = self._step(x, states, shown, inputs)
+            y, found = self._step(x, states, labels, inputs)
         except checks.FAILURES as error:
             raise checks.clearer(error, self._check, x, states, inputs) from None
         after = found[0] if len(names) == 1 else found
@@ -221,11 +215,11 @@ class RecurrentCell(modules.Module):
         for name, s in zip(names, states or (), strict=False):
             if s.dim() not in (1, 2):
                 raise ValueError(f"{kind}: Expected {name} to be 1D or 2D, got {s.dim()}D instead")
-        batched, more = rank == 2, inputs or {}
-        if more or self.cell.inputs:
-            self._check(x, states, more)
+        batched, extra = rank == 2, inputs or {}
+        if extra or self.cell.inputs:
+            self._check(x, states, extra)
         if not batched:
-            x, more = x[None], {name: t[None] for name, t in more.items()}
+            x, extra = x[None], {name: t[None] for name, t in extra.items()}
             states = None if states is None else tuple(s[None] for s in states)
         if x.shape[1] != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.shape[1]} expected {self.input_size}")
@@ -255,7 +249,7 @@ class RecurrentCell(modules.Module):
         else:
             options = dispatch.ScanOptions(backend=self.backend, precision=self.precision, one_step=True)
             vectors = [{name: getattr(self, name) for name in self.cell.params}]
-            now = {name: t[None] for name, t in more.items()}
+            now = {name: t[None] for name, t in extra.items()}
             y, final, _ = run(self.cell, x[None], states, [weights], options, None, vectors, now)
             # Engines without an operator for one step return [1, B, H]. Copied: users may detach states in place,
             # which a view does not allow.

@@ -43,6 +43,7 @@ THEIRS = {ours: theirs for form in (LAYERS, SUBCLASSES, CELLS) for theirs, ours 
 
 M = TypeVar("M", bound=nn.Module)
 Classes = Mapping[Any, type[nn.Module]]  # Any: keys of a Mapping must be of exactly its type
+Swap = tuple[nn.Module, Callable[[], None]]  # a module, and a function that makes all changes to it
 
 
 @dataclass(frozen=True)
@@ -58,30 +59,6 @@ class Change:
     def __str__(self) -> str:
         what = f"{self.before} left alone: {self.skipped}" if self.skipped else f"{self.before} -> {self.after}"
         return f"{_joined(self.names)}: {what}"
-
-
-@dataclass(frozen=True)
-class _Swap:
-    """All changes to one module, computed before any module is changed."""
-
-    module: nn.Module
-    cls: type[nn.Module]
-    drop: frozenset[str]  # attributes that only the old class has
-    settings: dict[str, Any]  # attributes that the new class has
-    absent: tuple[str, ...]  # parameters that are registered as None in the new class and not in the old one
-    surplus: tuple[str, ...]  # the opposite
-
-    def do(self) -> None:
-        # Not by __setattr__: that of torch.nn.LSTM updates lists that are incomplete at this point.
-        state = self.module.__dict__
-        for name in self.drop:
-            state.pop(name, None)
-        state.update(self.settings)
-        for name in self.absent:
-            state["_parameters"].setdefault(name, None)
-        for name in self.surplus:
-            del state["_parameters"][name]
-        self.module.__class__ = self.cls
 
 
 def convert(
@@ -259,7 +236,7 @@ def _swap_all(
         if isinstance(found, type) and "forward" in module.__dict__:
             found = "its forward was replaced on the instance"
         if isinstance(found, type):
-            swaps.append(_plan(module, cls, found, options))
+            swaps.append((module, _plan(module, cls, found, options)))
             changes.append(Change(tuple(known_as), spelled(cls), spelled(found)))
         else:
             changes.append(Change(tuple(known_as), spelled(cls), spelled(cls), found))
@@ -285,15 +262,15 @@ def _summary(what: str, model: str, there: int, wanted: int, changes: list[Chang
     return logging.INFO, f"seqcells.{what}: {text}" + (f"; {left} left alone" if left else "")
 
 
-def _do(swaps: list[_Swap], changes: list[Change], report: list[Change] | None, summary: tuple[int, str]) -> None:
+def _do(swaps: list[Swap], changes: list[Change], report: list[Change] | None, summary: tuple[int, str]) -> None:
     """Make all swaps and report them. If anything raises, undo them."""
     undo: list[Callable[[], None]] = []
     try:
-        for swap in swaps:
-            undo.append(_restorer(swap.module))
-            swap.do()
-            if isinstance(swap.module, nn.RNNBase) and not parametrize.is_parametrized(swap.module):
-                swap.module.flatten_parameters()  # for cuDNN, as torch does at the end of a constructor
+        for module, swap in swaps:
+            undo.append(_restorer(module))
+            swap()
+            if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
+                module.flatten_parameters()  # for cuDNN, as torch does at the end of a constructor
         if report is not None:
             for change in changes:
                 report.append(change)
@@ -365,8 +342,9 @@ def _blank(module: nn.Module, cls: type[nn.Module], options: dict[str, Any]) -> 
     return blank
 
 
-def _plan(module: nn.Module, cls: type[nn.Module], new: type[nn.Module], options: dict[str, Any]) -> _Swap:
-    """The swap of module from class cls to class new. options: the settings that only seqcells' classes have."""
+def _plan(module: nn.Module, cls: type[nn.Module], new: type[nn.Module], options: dict[str, Any]) -> Callable[[], None]:
+    """A function that changes module from class cls to class new; all else is computed here, before any module is
+    changed. options: the settings that only seqcells' classes have."""
     state, base = module.__dict__, set(nn.Module().__dict__)
     # What fresh modules of the two have, of torch.nn's or seqcells' own classes: a user's may want other arguments.
     old = _blank(module, _base(cls), {})
@@ -374,11 +352,12 @@ def _plan(module: nn.Module, cls: type[nn.Module], new: type[nn.Module], options
     blank = old if only_class else _blank(module, _base(new), options)
     own = {name: value for name, value in blank.__dict__.items() if name not in base}
     # What the old class has and the new class lacks; the rest is the user's own and stays.
-    drop = frozenset(set(old.__dict__) - base - set(own))
+    drop = set(old.__dict__) - base - set(own)
     own = {} if only_class else own
     if isinstance(blank, nn.RNNBase) and not isinstance(blank, modules.Module):
         own |= _flat_weights(module, blank._flat_weights_names)
     parameters = state["_parameters"]
+    # Parameters that are registered as None in the new class and not in the old one, and the opposite.
     absent = [n for n, p in blank._parameters.items() if p is None and n not in parameters]
     surplus = [n for n, p in parameters.items() if p is None and n in old._parameters and n not in blank._parameters]
     if parametrize.is_parametrized(module):
@@ -386,7 +365,19 @@ def _plan(module: nn.Module, cls: type[nn.Module], new: type[nn.Module], options
         # module.parametrizations by name, so they also work on top of another class.
         body = {k: v for k, v in type(module).__dict__.items() if k not in ("__dict__", "__weakref__", "__doc__")}
         new = type(f"Parametrized{new.__name__}", (new,), body)
-    return _Swap(module, new, drop, own, tuple(absent), tuple(surplus))
+
+    def swap() -> None:
+        # Not by __setattr__: that of torch.nn.LSTM updates lists that are incomplete at this point.
+        for name in drop:
+            state.pop(name, None)
+        state.update(own)
+        for name in absent:
+            parameters.setdefault(name, None)
+        for name in surplus:
+            del parameters[name]
+        module.__class__ = new
+
+    return swap
 
 
 def _flat_weights(module: nn.Module, names: list[str]) -> dict[str, Any]:

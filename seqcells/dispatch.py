@@ -25,7 +25,7 @@ from . import (
     projection,
     reference,
 )
-from .cell import Cell
+from .cell import Cell, constant_to_compilers
 from .engines import aten, reset_steps, triton
 
 KERNEL_DEVICES = ("cuda",)  # where "auto" uses the kernels
@@ -265,6 +265,7 @@ def aten_lacks(case: Case, reset_steps: bool = False) -> str:
     return "torch's fused RNNs have no resets" if case.resets and not reset_steps else ""
 
 
+@constant_to_compilers
 def _triton_lacks(device: torch.device, dtype: torch.dtype) -> str:
     """Why triton cannot run on that device and dtype; "" if it can."""
     if not backends.installed():
@@ -277,11 +278,6 @@ def _triton_lacks(device: torch.device, dtype: torch.dtype) -> str:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
         advice = "TRITON_INTERPRET=1 was set after triton was imported: set it before Python starts"
     return f"the triton backend needs CUDA tensors, got tensors on {device}; {advice}"
-
-
-# As torch.compiler.assume_constant_result does, which imports the compiler: torch.compile calls this while tracing, and
-# cannot trace the import.
-_triton_lacks._dynamo_marked_constant = True  # type: ignore[attr-defined]  # torch's own mark
 
 
 def own_step(cell: str, backend: str | None, on_cpu: bool) -> bool:
@@ -444,12 +440,14 @@ def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, ch
         if not case.compiling:
             size = (len(call.groups), case.hidden_size)
             for backward in (False, True):
-                triton.plan_for(cell.key, call.x.shape[1], size, call.x, schedule, precision, backward)
+                triton.plan_for(
+                    cell.key, call.x.shape[1], size, (call.x.dtype, call.x.device), schedule, precision, backward
+                )
     elif options.one_step and choice.engine == "triton" and call.inputs is None and not case.traced:
         through = precisions.of_inputs(case.dtype, case.device)
         if triton.one_launch(cell.key, call.x[0], case.hidden_size, precision, through):
             single = through
-    told = autograd.Options(
+    scan_options = autograd.Options(
         choice.engine,
         cell.key,
         "gates" if single else options.save,
@@ -461,7 +459,7 @@ def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, ch
         case.traced,
         None if case.traced else {},
     )
-    y, final, every = autograd.apply(told, case, call, weights, params)
+    y, final, every = autograd.apply(scan_options, case, call, weights, params)
     return y, final, (y,) if options.all_states and every is None else every
 
 

@@ -106,7 +106,5 @@ def _warn(kernel: Kernel, errors: list[tuple[str, BaseException]], instead: str)
 
 def refused(device: torch.device, cell: str, dtype: torch.dtype, hidden_size: int, grad: bool) -> bool:
     """Whether the kernels of a scan (with grad, also those of its backward) were tried and failed."""
-    if not refused_kernels:
-        return False
     directions = ("forward", "backward", "recompute") if grad else ("forward",)
     return any(Kernel(cell, d, dtype, hidden_size, device) in refused_kernels for d in directions)

@@ -17,33 +17,11 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 Shape = Sequence[int]
 
 
-def _walk(steps: Shape, u: Shape) -> int:
-    """The operations of h U^T at each step, or of its gradient: steps [T, B, K, .]; u [K, G*H, H]."""
-    return 2 * steps[0] * steps[1] * prod(u)
+def _layer(x: Shape, w_ih: Shape, w_hh: Shape | None) -> int:
+    return 2 * x[0] * x[1] * (prod(w_ih) + prod(w_hh or (0,)))
 
 
-def _forward(gx: Shape, u: Shape, *others: Any, **out: Any) -> int:
-    return _walk(gx, u)
-
-
-def _backward(dy: Any, dhn: Any, dcn: Any, dcs: Any, u: Shape, y: Shape, *others: Any, **out: Any) -> int:
-    *_, reversed, _schedule, _precision = others
-    return _walk((y[0] - (2 if reversed else 1), y[1]), u)  # y also holds the states before the first step
-
-
-def _single(x: Shape, w_ih: Shape, w_hh: Shape, *others: Any, **out: Any) -> int:
-    return 2 * x[0] * (prod(w_ih) + prod(w_hh))
-
-
-def _layer(x: Shape, w_ih: Shape, w_hh: Shape) -> int:
-    return 2 * x[0] * x[1] * (prod(w_ih) + prod(w_hh))
-
-
-def _onednn(x: Shape, w_ih: Shape, w_hh: Shape, *others: Any, **out: Any) -> int:
-    return _layer(x, w_ih, w_hh)
-
-
-def _onednn_forward(x: Shape, h0: Any, c0: Any, w_ih: Shape, w_hh: Shape, *others: Any, **out: Any) -> int:
+def _forward(x: Shape, h0: Any, c0: Any, w_ih: Shape, w_hh: Shape | None, *others: Any, **out: Any) -> int:
     return _layer(x, w_ih, w_hh)
 
 
@@ -51,11 +29,7 @@ def _onednn_backward(dy: Any, dh: Any, dc: Any, x: Shape, h0: Any, c0: Any, *wei
     return 3 * _layer(x, weights[0], weights[1])  # it runs forward again
 
 
-def _loop_forward(x: Shape, h0: Any, c0: Any, w_ih: Shape, w_hh: Any, *others: Any, **out: Any) -> int:
-    return 2 * x[0] * x[1] * (prod(w_ih) + prod(w_hh or (0,)))
-
-
-def _loop_backward(dy: Any, dhn: Any, dcn: Any, dcs: Any, x: Shape, h0: Any, c0: Any, *others: Any, **out: Any) -> int:
+def _scan_backward(dy: Any, dhn: Any, dcn: Any, dcs: Any, x: Shape, h0: Any, c0: Any, *others: Any, **out: Any) -> int:
     w_ih, w_hh, need = *others[:2], others[-2]
     of_x, of_h = (2 * x[0] * x[1] * prod(w or (0,)) for w in (w_ih, w_hh))
     return of_x * (need[0] + need[3]) + of_h * (1 + need[4])
@@ -63,15 +37,14 @@ def _loop_backward(dy: Any, dhn: Any, dcn: Any, dcs: Any, x: Shape, h0: Any, c0:
 
 def _formulas() -> dict[Any, Callable[..., int]]:
     ours, aten = torch.ops.seqcells, torch.ops.aten
-    found: dict[Any, Callable[..., int]] = {
-        aten.mkldnn_rnn_layer: _onednn,
+    return {
+        aten.mkldnn_rnn_layer: lambda x, w_ih, w_hh, *others, **out: _layer(x, w_ih, w_hh),
         aten.mkldnn_rnn_layer_backward: lambda x, w_ih, w_hh, *others, **out: 2 * _layer(x, w_ih, w_hh),
-        ours.onednn_forward: _onednn_forward,
+        ours.onednn_forward: _forward,
         ours.onednn_backward: _onednn_backward,
-        ours.single_forward: _single,
+        ours.scan_forward: _forward,
+        ours.scan_backward: _scan_backward,
     }
-    found |= {ours.scan_forward: _forward, ours.scan_backward: _backward, ours.recompute: _forward}
-    return found | {ours.loop_forward: _loop_forward, ours.loop_backward: _loop_backward}
 
 
 def register() -> None:

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, backends, batching, checks, dispatch, extras
+from . import arguments, backends, checks, dispatch, extras
 from .arguments import NAMES
 from .cell import Cell, named
 from .dispatch import ScanOptions
+from .engines import operators
 from .engines.aten import Weights
 from .precisions import autocast
 
@@ -184,8 +185,8 @@ def scan_groups(
     if x.dim() not in (3, 4) or (x.dim() == 4 and x.shape[2] != K):
         raise RuntimeError(f"input must have shape (T, B, I) or (T, B, {K}, I), got {tuple(x.shape)}")
     groups = [tuple(None if t is None else t[k] for t in weights) for k in range(K)]
-    if any(flags) and K > batching.MOST:
-        raise ValueError(f"at most {batching.MOST} groups where some are reversed, got {K}")
+    if any(flags) and K > operators.MOST:
+        raise ValueError(f"at most {operators.MOST} groups where some are reversed, got {K}")
     masked = arguments.resets(resets, x.shape[:2], x.device), arguments.lengths(lengths, x.shape[:2], x.device)
     arguments.options(backend, precision, save)
     options = ScanOptions(*masked, flags, save, backend, precision, return_states)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -56,6 +57,14 @@ def spelled(cls: type) -> str:
 
 class Module(nn.Module):
     """A layer or a cell."""
+
+    hidden_size: int
+
+    def reset_parameters(self) -> None:
+        """Initialize all parameters from U(-1/sqrt(H), 1/sqrt(H)), in torch.nn's order and with its random numbers."""
+        bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
+        for weight in self.parameters():
+            nn.init.uniform_(weight, -bound, bound)
 
     def _get_name(self) -> str:
         """The name in repr: seqcells.LSTM, to tell it from torch.nn's; for a user's subclass, the subclass's name."""

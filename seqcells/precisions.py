@@ -47,7 +47,7 @@ def autocast(
     x: Tensor,
     states: tuple[Tensor | None, ...],
     groups: Groups,
-    more: tuple[Any, Any] = (None, None),
+    extra: tuple[Any, Any] = (None, None),
     one_step: bool = False,
 ) -> tuple[Tensor, tuple[Tensor | None, ...], Groups, tuple[Any, Any]]:
     """x, states, weights, and params and inputs (see `run`), cast to the dtype of the results of torch's own cell."""
@@ -66,6 +66,6 @@ def autocast(
     def by_name(given: Any) -> Any:
         return dict(zip(given, cast(given.values()), strict=True)) if isinstance(given, Mapping) else given
 
-    params, inputs = more
+    params, inputs = extra
     params = params if params is None else [by_name(p) for p in params]
     return cast([x])[0], cast(states), [cast(weights) for weights in groups], (params, by_name(inputs))

@@ -8,31 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from .cell import Cell, get
+from .cell import Cell, constant_to_compilers, get
 from .kernels.buffers import previous_outputs
-from .kernels.form import Form, Segment
 
 Blocks = tuple[int, ...]  # numbers of blocks; -1: a block of zeros
-
-
-class Gemm(NamedTuple):
-    """One GEMM for part of the gradient of U: products with adjacent gradients and the same operand.
-
-    state: the number of the state before the step that is the operand; -1: the operand is column `operand` of m. apart,
-    column, width: where the gradients are, in dhu if apart, else in dgx.
-    """
-
-    state: int
-    operand: int
-    apart: bool
-    column: int
-    width: int
 
 
 @dataclass(frozen=True)
@@ -64,12 +48,12 @@ class Places:
     apart: Blocks
     of_b_ih: Blocks
     of_b_hh: Blocks
-    gemms: tuple[Gemm, ...]
 
 
 _PLACES: dict[str, Places] = {}
 
 
+@constant_to_compilers
 def places(key: str) -> Places:
     """The Places of the cell with that key."""
     if (found := _PLACES.get(key)) is None:
@@ -109,14 +93,7 @@ def _places(cell: Cell) -> Places:
         tuple(block.get(gates[n], -1) for n in form.apart),
         tuple(cell.x_gates.index(g) for g in of_x),
         tuple(there[gates.index(g)] for g in of_u),
-        tuple(_gemm(form, s) for s in form.segments),
     )
-
-
-def _gemm(form: Form, s: Segment) -> Gemm:
-    state = form.operands[s.operand].state
-    operand = form.stored.index(s.operand) if state is None else -1
-    return Gemm(-1 if state is None else state, operand, s.apart, s.column, s.count)
 
 
 _RUNS: dict[Blocks, tuple[tuple[int, int], ...]] = {}
@@ -134,11 +111,6 @@ def _runs(which: Blocks) -> tuple[tuple[int, int], ...]:
                 found.append((n, 1))
         _RUNS[which] = tuple(found)
     return _RUNS[which]
-
-
-# torch.compile calls these while tracing. As torch.compiler.assume_constant_result does, which imports the compiler.
-for _function in (places, _runs):
-    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def blocks(t: Tensor, which: Sequence[int], H: int, dim: int = -1) -> Tensor:
@@ -186,8 +158,8 @@ def input_biases(at: Places, b_ih: Tensor | None, b_hh: Tensor | None, H: int) -
     if b_hh is None or not at.of_b_hh:
         return adds, None
     for layer in at.b_hh:
-        more = blocks(b_hh, layer, H)
-        adds = more if adds is None else adds + more
+        added = blocks(b_hh, layer, H)
+        adds = added if adds is None else adds + added
     return adds, blocks(b_hh, at.apart, H) if at.apart else None
 
 
@@ -204,75 +176,88 @@ def input_projection(
     """gx [T, B, K, G*H] by one GEMM, including all biases that can be added to it; and b_hh of the products apart
     [K, apart*H].
 
-    x [T, B, I] for all groups, or [T, B, K, I]; w_ih [K, Gx*H, I]; inputs [T, B, N*H], the last tiles of all groups.
+    x [T, B, I] for all groups, or [T, B, K, I]; w_ih [K, Gx*H, I]; inputs, the last tiles, [T, B, N*H] or
+    [T, B, K, N*H].
     """
     K, GH = w_ih.shape[:2]
     bias, apart = input_biases(at, b_ih, b_hh, H)
     own = bias if bias is None or inputs is None else bias[..., :GH]
     if x.dim() == 3:
-        gx = linear(x, w_ih.reshape(K * GH, -1), None if own is None else own.reshape(-1))
-        gx = gx.reshape(*x.shape[:2], K, GH)  # not unflatten, which Dynamo cannot trace under a default device
+        gx = linear(x, w_ih.reshape(K * GH, -1), None if own is None else own.reshape(-1)).unflatten(2, (K, GH))
     else:
         gx = torch.einsum("tbki,kgi->tbkg", x, w_ih)
         gx = (gx if own is None else gx + own).contiguous()
     if inputs is not None:
-        more = inputs[:, :, None].expand(-1, -1, K, -1)
+        more = inputs if inputs.dim() == 4 else inputs[:, :, None].expand(-1, -1, K, -1)
         if bias is not None and any(n >= 0 for layer in at.b_hh for n in layer[at.x :]):
             more = more + bias[..., GH:]
         gx = torch.cat([gx, more], 3)
     return gx, apart
 
 
+def weight_gradient(d: Tensor, operand: Tensor, samples: int) -> Tensor:
+    """The products of d [T, B, m] and operand [T, B, n], summed over the rows: [m, n], or of each of several samples,
+    equal parts of the B rows, [samples, m, n]."""
+    if samples == 1:
+        return d.reshape(-1, d.shape[2]).t() @ operand.reshape(-1, operand.shape[2])
+    d, operand = (t.unflatten(1, (samples, -1)) for t in (d, operand))
+    return torch.einsum("tsbm,tsbn->smn", d, operand)
+
+
 def input_gradients(
-    at: Places, dgx: Tensor, x: Tensor, w_ih: Tensor, need: Sequence[bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of x, w_ih [K, Gx*H, I] and inputs [T, B, N*H]. need: which of them are wanted."""
+    dgx: Tensor, x: Tensor, w_ih: Tensor, need: Sequence[bool], samples: int = 1
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and w_ih, [K, Gx*H, I] or [samples, K, Gx*H, I]. need: which of them are wanted."""
     K, GH = w_ih.shape[:2]
-    dinputs = dgx[..., GH:].sum(2) if need[2] else None
-    if at.inputs:
-        dgx = dgx[..., :GH]
+    dgx = dgx[..., :GH]
     if x.dim() == 4:
         dx = torch.einsum("tbkg,kgi->tbki", dgx, w_ih) if need[0] else None
-        return dx, torch.einsum("tbkg,tbki->kgi", dgx, x) if need[1] else None, dinputs
+        each = [weight_gradient(dgx[:, :, k], x[:, :, k], samples) for k in range(K)] if need[1] else []
+        return dx, torch.stack(each, -3) if each else None
     wide = dgx.reshape(*dgx.shape[:2], K * GH)
     dx = wide @ w_ih.flatten(0, 1) if need[0] else None
-    return dx, wide.reshape(-1, K * GH).t() @ x.flatten(0, 1) if need[1] else None, dinputs
+    return dx, weight_gradient(wide, x, samples).unflatten(-2, (K, GH)) if need[1] else None
 
 
-def bias_gradients(at: Places, dgx: Tensor, dhu: Tensor, H: int) -> tuple[Tensor | None, Tensor | None]:
-    """The gradients of b_ih and b_hh [K, .]; None if no gate has such a bias."""
-    sums = every = dgx.sum((0, 1))
-    if at.apart:
-        every = torch.cat([sums, dhu.sum((0, 1))], 1)
+def bias_gradients(
+    at: Places, dgx: Tensor, dhu: Tensor, H: int, samples: int = 1
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of b_ih and b_hh, [K, .] or [samples, K, .]; None if no gate has such a bias."""
+    sums, of_apart = (t.unflatten(1, (samples, -1)).sum((0, 2)) if t.dim() > 1 else t for t in (dgx, dhu))
+    if samples == 1:
+        sums, of_apart = sums[0], of_apart[0] if at.apart else of_apart
+    every = torch.cat([sums, of_apart], -1) if at.apart else sums
     db_ih = blocks(sums, at.of_b_ih, H) if at.of_b_ih else None
     db_hh = blocks(every, at.of_b_hh, H) if at.of_b_hh else None
     return db_ih, db_hh.clone() if db_hh is not None and db_hh is db_ih else db_hh
 
 
 def recurrent_gradient(
-    at: Places,
+    cell: str,
     of_gates: tuple[Tensor, Tensor, Tensor],
     states: tuple[Tensor, Tensor],
     mask: Tensor | None,
     reversed: int,
     k: int,
+    samples: int = 1,
 ) -> Tensor:
-    """The gradient of w_hh [Gu*H, H] of group k, by one GEMM for each segment of the products (see kernels.form).
+    """The gradient of w_hh of group k, [Gu*H, H] or [samples, Gu*H, H], by one GEMM for each segment of the products
+    (see kernels.form).
 
     of_gates: dgx, dhu and m; states: y and c.
     """
     (dgx, dhu, m), (y, c) = of_gates, states
-    H = y.shape[3]
-    operands: dict[tuple[int, int], Tensor] = {}
+    form, H = get(cell).form, y.shape[3]
+    operands: dict[int, Tensor] = {}
     parts = []
-    for state, operand, apart, column, width in at.gemms:
-        if (state, operand) not in operands:
-            if state < 0:
-                found = m[:, :, k, operand * H : (operand + 1) * H].reshape(-1, H)
+    for s in form.segments:
+        if s.operand not in operands:
+            state = form.operands[s.operand].state
+            if state is None:
+                operands[s.operand] = m[:, :, k].narrow(2, form.stored.index(s.operand) * H, H)
             else:
                 of = y if state == 0 else c.narrow(3, (state - 1) * H, H)
-                found = previous_outputs(of, mask, reversed, k).flatten(0, 1)
-            operands[state, operand] = found
-        d = (dhu if apart else dgx)[:, :, k].narrow(2, column * H, width * H)
-        parts.append(d.reshape(-1, width * H).t() @ operands[state, operand])
-    return blocks(torch.cat(parts) if len(parts) > 1 else parts[0], at.w_hh, H, 0)
+                operands[s.operand] = previous_outputs(of, mask, reversed, k)
+        d = (dhu if s.apart else dgx)[:, :, k].narrow(2, s.column * H, s.count * H)
+        parts.append(weight_gradient(d, operands[s.operand], samples))
+    return blocks(torch.cat(parts, -2) if len(parts) > 1 else parts[0], places(cell).w_hh, H, -2)

@@ -5,7 +5,6 @@ Parameters are read at each call, so weight norm, parametrizations, pruning and 
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -174,12 +173,6 @@ class Recurrent(modules.Module):
         projection = {"weight_hr": (self.proj_size, self.hidden_size)} if self.proj_size else {}
         return modules.shapes(self.cell, self.hidden_size, width, out, self.bias) | projection
 
-    def reset_parameters(self) -> None:
-        """Initialize all parameters from U(-1/sqrt(H), 1/sqrt(H)), in torch.nn's order and with its random numbers."""
-        bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
-        for weight in self.parameters():
-            nn.init.uniform_(weight, -bound, bound)
-
     def flatten_parameters(self) -> None:
         """Do nothing: the kernels read each parameter where it is. For code that calls torch.nn's method."""
 
@@ -212,10 +205,10 @@ class Recurrent(modules.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
-        shown: dict[str, Any] = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0}
-        shown |= {"bidirectional": False, "reset_after": True, "nonlinearity": "tanh"}
-        shown |= {"backend": None, "save": "gates", "precision": None}
-        for name, default in shown.items():
+        defaults: dict[str, Any] = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0}
+        defaults |= {"bidirectional": False, "reset_after": True, "nonlinearity": "tanh"}
+        defaults |= {"backend": None, "save": "gates", "precision": None}
+        for name, default in defaults.items():
             value = getattr(self, name, default)
             if value != default:
                 text += f", {name}={value!r}"
@@ -274,9 +267,8 @@ class Recurrent(modules.Module):
     def _weights(self) -> list[Tensor]:
         """All parameters, in the order of their names. RuntimeError for one that is missing or has another shape."""
         found = []
-        for k, names in enumerate(self._all_weights):
-            shapes = self._shapes(k // (2 if self.bidirectional else 1))
-            found += [checks.parameter(self, n, s) for n, s in zip(names, shapes.values(), strict=True)]
+        for names, shapes in zip(self._all_weights, self._all_shapes, strict=True):
+            found += [checks.parameter(self, n, s) for n, s in zip(names, shapes, strict=True)]
         return found
 
     def _check(
@@ -315,18 +307,18 @@ class Recurrent(modules.Module):
         states_: States = (None,) * len(cell.states) if given is None else tuple(given)
         reverse = (False, True) if self.bidirectional else (False,)
         own = (reverse, self.save, self.backend, self.precision, states)
-        more = inputs or {}
+        extra = inputs or {}
         if not isinstance(x, Tensor):
-            return self._run_packed(x, states_, (weights, plain), ScanOptions(resets, None, *own, True), more)
+            return self._run_packed(x, states_, (weights, plain), ScanOptions(resets, None, *own, True), extra)
         batched = x.dim() == 3
         if not batched:
             x, resets = x[:, None], None if resets is None else resets[:, None]
             states_ = tuple(None if s is None else s[:, None] for s in states_)
-            more = {name: t[:, None] for name, t in more.items()}
+            extra = {name: t[:, None] for name, t in extra.items()}
         elif self.batch_first:
             x, resets = x.transpose(0, 1), None if resets is None else resets.t()
-            more = {name: t.transpose(0, 1) for name, t in more.items()}
-        y, final, every = self._scan(x, states_, (weights, plain), ScanOptions(resets, lengths, *own), more)  # type: ignore[arg-type]  # checked
+            extra = {name: t.transpose(0, 1) for name, t in extra.items()}
+        y, final, every = self._scan(x, states_, (weights, plain), ScanOptions(resets, lengths, *own), extra)  # type: ignore[arg-type]  # checked
         if not batched:
             return y[:, 0], tuple(s[:, 0] for s in final), None if every is None else tuple(s[:, 0] for s in every)
         if self.batch_first:
@@ -354,9 +346,9 @@ class Recurrent(modules.Module):
                 states = masks.cleared(states, resets.view(-1, 1), (False, True) if self.bidirectional else (False,))
         if order is not None and states is not None:
             states = tuple(s.index_select(1, order) for s in states)  # type: ignore[union-attr]  # none is None
-        given = (None,) * len(self.cell.states) if states is None else states
+        initial = (None,) * len(self.cell.states) if states is None else states
         try:
-            y, final = aten.stack(self, data, sizes, given, weights, size[1], grad)
+            y, final = aten.stack(self, data, sizes, initial, weights, size[1], grad)
         except checks.FAILURES as error:
             state = None if states is None else states if len(states) > 1 else states[0]
             raise checks.clearer(error, self._check, x, state, resets, None, False, {}) from None
@@ -381,8 +373,8 @@ class Recurrent(modules.Module):
         if back is not None:
             final = tuple(s.index_select(1, back) for s in final)
         packed = PackedSequence(y, batch_sizes, order, back)
-        shown = None if every is None else tuple(PackedSequence(s, batch_sizes, order, back) for s in every)
-        return packed, final, shown
+        states_packed = None if every is None else tuple(PackedSequence(s, batch_sizes, order, back) for s in every)
+        return packed, final, states_packed
 
     def _scan(
         self,

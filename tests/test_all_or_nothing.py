@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -90,8 +91,9 @@ def test_a_swap_that_raises(swap, space, at, monkeypatch):
     module, report = model(space), ["mine"]
     before, x = state(module), torch.randn(5, 3)
     expected = module[0](x)[0]
-    cls = sys.modules["seqcells.convert"]._Swap
-    monkeypatch.setattr(cls, "do", failing(cls.do, at))
+    conversion = sys.modules["seqcells.convert"]
+    plan, run = conversion._plan, failing(lambda change: change(), at)
+    monkeypatch.setattr(conversion, "_plan", lambda *arguments: partial(run, plan(*arguments)))
     with pytest.raises(Broken):
         swap(module, report=report)
     assert state(module) == before and report == ["mine"]

@@ -9,8 +9,7 @@ from steps import NAMES, registries  # noqa: F401  (a fixture)
 from walk import drawn as drawn_step
 
 import seqcells
-from seqcells import dispatch, functional, products
-from seqcells.engines import triton
+from seqcells import dispatch, functional
 from seqcells.testing import TOLERANCE, relative
 
 T, B, I, H = 4, 3, 2, 5  # noqa: E741
@@ -287,30 +286,6 @@ def test_a_step_that_nothing_can_be_derived_from_runs_by_the_reference():
         assert chosen.engine == "reference" and "a.mean(-1, keepdim=True)" in chosen.why, chosen.why
     with pytest.raises(seqcells.CellError, match="mean"):
         functional.scan(normalized, x, None, w_ih, w_hh, backend="loop")
-
-
-@pytest.mark.parametrize("name", ["nobody", "indrnn", "with_output"])
-def test_opcheck(name, registered):
-    """Schema, fakes and tracing of the operators."""
-    cell = registered[name]
-    x, states, weights, params, inputs = drawn(cell, (2,))
-    with torch.no_grad():
-        w_ih, w_hh, b_ih, b_hh = weights
-        at = products.places(cell.key)
-        extra = [t if t.dim() == 3 else t[..., None].expand(T, B, H) for t in inputs.values()]
-        gx, bias = products.input_projection(at, x, w_ih, b_ih, b_hh, H, torch.cat(extra, 2) if extra else None)
-        u = products.recurrent(at, w_hh, w_ih, H)
-        vectors = torch.cat([p.expand(2, H) for p in params.values()], 1) if params else None
-        every = [None] * at.output + [s.detach() for s in states]
-        h0, c0 = every[0], torch.cat(every[1:], 2) if len(every) > 1 else None
-        forward = (gx, u, bias, h0, c0, None, cell.key, "gates", 2, "", "ieee", vectors)
-        y, c, saved, hn, cn = triton.scan_forward(*forward)
-        last = None if cn.numel() == 0 else cn
-        dy = torch.ones_like(y[1:-1])
-        backward = (dy, hn, last, None, u, y, c, saved, None, cell.key, 2, "", "ieee", vectors)
-        recompute = (gx, u, bias, y, c, None, cell.key, 2, "", vectors)
-        for op, arguments in zip(triton.OPERATORS, (forward, backward, recompute), strict=True):
-            torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2, 30, 35, 36])

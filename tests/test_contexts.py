@@ -149,7 +149,7 @@ class Noting:
     def __call__(self, module, inputs):
         self.compiled += 1
         code = module.print_readable(print_output=False)
-        name = "loop" if "loop_forward" in code else "aten" if "onednn" in code else "reference"
+        name = "loop" if "scan_forward" in code else "aten" if "onednn" in code else "reference"
 
         def run(*arguments):
             self.ran.append(name)

@@ -161,7 +161,7 @@ def test_without_gradients_only_forward_matters(direction, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
 @pytest.mark.parametrize("cell", KINDS)
-def test_the_loop_and_the_kernels_read_each_others_buffers(cell, direction, dtype, monkeypatch):
+def test_the_loop_runs_one_way_and_the_kernels_the_other(cell, direction, dtype, monkeypatch):
     """Both directions of a layer, episodes and lengths; one way by a kernel and the other by the loop."""
     module, exact, x = pair(cell, dtype, bidirectional=True)
     how = {"resets": torch.tensor([[0, 0], [1, 0], [0, 1]], device=DEVICE).bool(), "lengths": [3, 2]}

@@ -145,7 +145,7 @@ def test_other_precisions(name, dtype):
 
 @pytest.mark.parametrize("name", ["mgu", "indrnn", "nobody"])
 def test_one_operator_to_a_compiler(name):
-    """torch.compile has no break in it, and sees loop_forward; what it makes is the same."""
+    """torch.compile has no break in it, and sees scan_forward; what it makes is the same."""
     torch._dynamo.reset()  # it takes facts of the cell that it compiled this function for before for this one's
     arguments, options, _ = case(CELLS[name], dtype=torch.float32)
     cell, x, states, *weights = arguments
@@ -161,7 +161,7 @@ def test_one_operator_to_a_compiler(name):
     with torch.no_grad():
         found = torch.compile(run, fullgraph=True, backend=backend)(x, states, weights, options)
         torch.testing.assert_close(found, run(x, states, weights, options))
-    assert any("loop_forward" in t for t in targets)
+    assert any("scan_forward" in t for t in targets)
 
 
 def test_gradients_a_sample_by_vmap():

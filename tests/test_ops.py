@@ -12,53 +12,12 @@ from conftest import DEVICE
 from shapes import CELLS, SAVES
 
 import seqcells
-from seqcells import autograd, backends, dispatch, functional, masks, precisions, products, testing
+from seqcells import autograd, backends, dispatch, functional, precisions, testing
 from seqcells.cell import get
-from seqcells.engines import aten, triton
-from seqcells.kernels import buffers
+from seqcells.engines import aten
 from seqcells.testing import Shape
 
-
-def op_arguments(cell, save, groups=1, lengths=False, leaf=False):
-    """The arguments of the kernels' three operators for one small scan; of two groups, one reversed."""
-    x, w_ih, w_hh, b_ih, b_hh, *states = testing.inputs(cell, Shape(3, 2, 2, 4), torch.float64, DEVICE)
-    w_ih, w_hh, b_ih, b_hh, *states = (torch.stack([t] * groups) for t in (w_ih, w_hh, b_ih, b_hh, *states))
-    h0, c0 = states if len(states) == 2 else (states[0], None)
-    gx, bias = products.input_projection(products.places(cell), x, w_ih, b_ih, b_hh, 4)
-    reversed = groups - 1
-    resets = torch.tensor([[0, 1], [1, 0], [0, 0]], dtype=torch.bool, device=DEVICE)
-    mask = masks.encode(resets, torch.tensor([3, 2], device=DEVICE) if lengths else None, 3, reversed)
-    forward = (gx, w_hh, bias, h0, c0, mask, cell, save, reversed, "", "ieee", None)
-    y, c, saved, hn, cn = triton.scan_forward(*forward)
-    dcn = cn if c0 is not None else None
-    dy = torch.ones_like(buffers.outputs(y, reversed))
-    backward = (dy, hn, dcn, None, w_hh, y, c, saved, mask, cell, reversed, "", "ieee", None)
-    recompute = (gx, w_hh, bias, y, c, mask, cell, reversed, "", None)
-    return tuple(
-        tuple(t.requires_grad_() if leaf and isinstance(t, torch.Tensor) and t.is_floating_point() else t for t in a)
-        for a in (forward, backward, recompute)
-    )
-
-
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("cell", CELLS)
-def test_opcheck(cell, groups):
-    """Schema, fakes and tracing; the other save modes, whose shapes differ, and lengths by their fakes alone."""
-    for op, arguments in zip(triton.OPERATORS, op_arguments(cell, "gates", groups), strict=True):
-        torch.library.opcheck(op, arguments)
-    for save, lengths in (("states", False), ("none", False), ("gates", True)):
-        every = zip(triton.OPERATORS, op_arguments(cell, save, groups, lengths), strict=True)
-        for op, arguments in list(every)[: 1 if save != "gates" else 3]:
-            torch.library.opcheck(op, arguments, test_utils="test_faketensor")
-
-
 OPCHECKS = ("test_schema", "test_autograd_registration", "test_faketensor")
-
-
-def test_opcheck_of_inputs_that_require_gradients():
-    """As within a Function, which alone has the operators' gradients: the operators have none."""
-    for op, arguments in zip(triton.OPERATORS, op_arguments("gru", "gates", 2, leaf=True), strict=True):
-        torch.library.opcheck(op, arguments, test_utils=OPCHECKS)
 
 
 @pytest.mark.skipif(not aten.onednn("lstm", torch.device("cpu"), torch.float32), reason="no oneDNN")

@@ -49,13 +49,13 @@ ARROWS = {  # room: the rooms of the project it may import
     "masks": {"kernels.buffers"},
     "products": {"cell", "kernels.buffers", "kernels.form"},
     "autograd": {"backends", "dispatch", "masks", "products", "reference"},  # of dispatch its types alone
-    "batching": set(),
     "fallback": set(),
     "flops": set(),
     "engines": set(),
-    "engines.loop": {"autograd", "batching", "cell", "derive", "products", "kernels.buffers"},
+    "engines.operators": {"autograd"},
+    "engines.loop": {"autograd", "cell", "derive", "engines.operators", "products", "kernels.buffers"},
     "engines.triton": {
-        *("autograd", "batching", "cell", "engines.loop", "fallback", "kernels", "masks", "products"),
+        *("autograd", "cell", "engines.loop", "engines.operators", "fallback", "kernels", "masks", "products"),
         *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "registry", "scan", "single")),
     },
     "engines.aten": set(),
@@ -68,7 +68,8 @@ ARROWS = {  # room: the rooms of the project it may import
         *("precisions", "projection", "reference"),
     },
     "functional": {
-        *("arguments", "backends", "batching", "cell", "checks", "dispatch", "engines.aten", "extras", "precisions"),
+        *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "engines.operators", "extras"),
+        "precisions",
     },
     "explanation": {
         *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "fallback", "precisions"),
@@ -188,8 +189,7 @@ SIGNATURES = {
     *(f"{name}.__init__" for name in ("layers.LSTM", "layers.GRU", "layers.RNN", "recurrent.Recurrent")),
     *(f"cell_modules.{name}.__init__" for name in ("GRUCell", "RNNCell", "RecurrentCell")),
     *("engines.aten._backward_op", "engines.aten._call"),  # torch's own operators
-    *(f"engines.triton.{name}" for name in ("_scan_forward", "_scan_backward", "_recompute", "_single_forward")),
-    *(f"engines.loop.operators.{name}" for name in ("loop_forward", "loop_backward")),
+    *(f"engines.operators.{name}" for name in ("scan_forward", "scan_backward")),
 }
 
 

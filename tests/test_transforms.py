@@ -19,8 +19,7 @@ from torch.autograd import forward_ad, grad
 from torch.utils.checkpoint import checkpoint
 
 import seqcells
-from seqcells.engines import triton
-from seqcells.engines.loop import operators
+from seqcells.engines import operators
 
 BACKENDS = [None, "loop", "triton"]  # None: oneDNN's LSTM, on the CPU
 ENGINES = ["loop", "triton"]
@@ -156,7 +155,7 @@ def test_hessian(backend):
 
 @pytest.fixture
 def calls():
-    """The names of the operators that ran, in order, of both engines."""
+    """The names of the operators that ran, in order."""
     ran = []
 
     def counted(op):
@@ -169,17 +168,16 @@ def calls():
         return body
 
     kept = []
-    for engine in ENGINES:
-        for op in triton.OPERATORS if engine == "triton" else (operators.loop_forward, operators.loop_backward):
-            kept.append((op, dict(op._backend_fns)))
-            op.register_kernel(None, counted(op))
+    for op in (operators.scan_forward, operators.scan_backward):
+        kept.append((op, dict(op._backend_fns)))
+        op.register_kernel(None, counted(op))
     yield ran
     for op, functions in kept:
         for device, function in functions.items():
             op.register_kernel(device, function)
 
 
-NAMES = {"loop": ("loop_forward", "loop_backward"), "triton": ("scan_forward", "scan_backward")}
+NAMES = ("scan_forward", "scan_backward")
 
 
 @pytest.mark.parametrize("backend", ENGINES)
@@ -197,11 +195,11 @@ def test_an_ensemble_is_one_launch(kind, backend, calls):
 
     del calls[:]
     y = torch.vmap(run)(parameters, buffers)
-    assert calls == [NAMES[backend][0]]
+    assert calls == [NAMES[0]]
     gradients = grad(loss(y), list(parameters.values()))
-    assert calls == list(NAMES[backend])
+    assert calls == list(NAMES)
     each = torch.vmap(torch.func.grad(lambda p, b: loss(run(p, b))))(parameters, buffers)
-    assert calls == [*NAMES[backend]] * 2
+    assert calls == [*NAMES] * 2
     torch.testing.assert_close(gradients, tuple(each.values()))
     for i, module in enumerate(modules):
         expected = module(x, resets=resets)[0]
@@ -220,7 +218,7 @@ def test_gradients_of_each_sample_are_one_launch(backend, calls):
 
     del calls[:]
     found = torch.vmap(torch.func.grad(sample), in_dims=(None, 1, 1))(parameters, x, resets)
-    assert calls == [NAMES[backend][i] for i in (0, 0, 1, 1)]
+    assert calls == [NAMES[i] for i in (0, 0, 1, 1)]
     for b in range(3):
         expected = grad(loss(module(x[:, b : b + 1], resets[:, b : b + 1])), list(module.parameters()))
         torch.testing.assert_close([g[b] for g in found.values()], list(expected))

@@ -114,7 +114,7 @@ class Derived:
             zip(parts.params, parts.names.params, strict=True)
         )
         for n, (value, gate) in enumerate(zip(parts.hu, parts.products, strict=True)):
-            words[value] = f"U.{gate}({self._described(parts.operands[parts.operand(n)], words, short=True)})"
+            words[value] = f"U.{gate}({self._described(parts.operands[parts.of_product[n]], words, short=True)})"
         return words
 
     def _described(self, value: Value, words: dict[Value, str], short: bool = False) -> str:
@@ -143,8 +143,8 @@ class Derived:
         for name, value in zip((*parts.states, *parts.names.params), (*totals.dbefore, *totals.dparams), strict=True):
             outputs.setdefault(name, []).append(value)
         for n, gate in enumerate(parts.products):
-            if parts.form.operands[parts.operand(n)].state is None:
-                outputs[f"U.{gate}'s weight"] = [parts.operands[parts.operand(n)]]
+            if parts.form.operands[parts.of_product[n]].state is None:
+                outputs[f"U.{gate}'s weight"] = [parts.operands[parts.of_product[n]]]
         stop = [*parts.saved, *parts.free]
         reached = [(name, set(ancestors(values, stop))) for name, values in outputs.items()]
         return [[name for name, values in reached if v in values] for v in parts.saved]

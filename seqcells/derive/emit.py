@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import linecache
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from .parts import Parts, Totals
@@ -51,7 +51,7 @@ class Function:
                 name = self._fresh(value)
                 self.lines.append(f"    {name} = {text}")
                 self.leaves[value] = name
-        shown = [self._tuple([self._full(v) for v in t]) for t in tuples]
+        shown = [tuple_of([self._full(v) for v in t]) for t in tuples]
         self.lines.append(f"    return {', '.join(shown)}")
 
     def source(self) -> str:
@@ -65,9 +65,6 @@ class Function:
         self.taken.add(name)
         return name
 
-    def _tuple(self, parts: list[str]) -> str:
-        return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
-
     def _full(self, value: Value) -> str:
         """value as a tile of full size, also where it is computed from trained vectors alone."""
         if constant(value) is not None or any(
@@ -80,14 +77,14 @@ class Function:
         """value as a tile, also where it is a number."""
         if (x := constant(value)) is None:
             return self.text(value)
-        return f"tl.zeros_like({self.like})" + (f" + {_number(x)}" if x else "")
+        return f"tl.zeros_like({self.like})" + (f" + {number(x)}" if x else "")
 
     def text(self, value: Value, binds: int = 0) -> str:
         """value as an expression, in parentheses if its precedence is lower than binds."""
         if value in self.leaves:
             return self.leaves[value]
         if (x := constant(value)) is not None:
-            text, mine = _number(x), _ATOM if x >= 0 else _UNARY
+            text, mine = number(x), _ATOM if x >= 0 else _UNARY
         elif value.op in FROM_MATH:
             fast = ", FAST" if value.op in FROM_MATH[:2] else ""
             text, mine = f"{value.op}({self.text(value.inputs[0])}{fast})", _ATOM
@@ -108,8 +105,23 @@ class Function:
         return f"({text})" if mine < binds else text
 
 
-def _number(x: float) -> str:
+def number(x: float) -> str:
+    """A number as an expression."""
     return repr(x) if x - x == 0 else f'float("{x}")'
+
+
+def tuple_of(parts: Sequence[str]) -> str:
+    """A tuple of expressions."""
+    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
+
+
+def compiled(source: str, name: str, space: Mapping[str, Any]) -> dict[str, Any]:
+    """Compile a source in a namespace, and return it with the source's functions."""
+    file, found = f"<seqcells {name} {next(_numbers)}>", dict(space)
+    # For code without a file, Python looks up its lines here: for tracebacks and debuggers, and for Triton.
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    exec(compile(source, file, "exec"), found)
+    return found
 
 
 def triton_source(parts: Parts) -> str:
@@ -190,10 +202,5 @@ def triton_functions(source: str, name: str) -> dict[str, Any]:
     from ..kernels import math
 
     jit: Any = type(math.sigmoid)  # not triton.jit, which decides anew whether kernels are interpreted
-    file = f"<seqcells cell {name} {next(_numbers)}>"
-    # Triton reads a function's source by its file's name; for code without a file, Python looks it up here.
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     space: dict[str, Any] = {"__name__": __name__, "tl": tl, **{n: getattr(math, n) for n in FROM_MATH}}
-    plain = dict(space)
-    exec(compile(source, file, "exec"), space)
-    return {n: jit(f) for n, f in space.items() if n not in plain and callable(f)}
+    return {n: jit(f) for n, f in compiled(source, f"cell {name}", space).items() if n not in space and callable(f)}

@@ -85,13 +85,10 @@ class Parts:
         values = [*self.new, *self.operands, *self.dhu, *self.early.every, *self.finished.every]
         return frozenset(v.op for v in ancestors(values))
 
-    def operand(self, product: int) -> int:
-        """The number of a product's operand."""
-        number = 0
-        while product >= self.form.operands[number].products:
-            product -= self.form.operands[number].products
-            number += 1
-        return number
+    @property
+    def of_product(self) -> list[int]:
+        """The number of each product's operand."""
+        return [n for n, o in enumerate(self.form.operands) for _ in range(o.products)]
 
 
 def arrange(name: str, names: Names, found: Traced) -> Parts:

@@ -121,8 +121,8 @@ def layer(
     if compiled and len(groups[0]) == 4 and x.numel() > 0 and onednn(cell, x.device, x.dtype):
         return _directions(x, states, groups)
     hx: Any = list(states) if cell == "lstm" else states[0]
-    how = (1, 0.0, _trains(x, *states, *flat), len(groups) == 2, False)
-    y, *final = LAYERS[cell](x, hx, flat, biases, *how)
+    options = (1, 0.0, _trains(x, *states, *flat), len(groups) == 2, False)
+    y, *final = LAYERS[cell](x, hx, flat, biases, *options)
     return y, tuple(final)
 
 
@@ -174,21 +174,9 @@ def _call(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """y, h_n and c_n, shaped as h0 and c0, and oneDNN's workspace."""
     # oneDNN returns a workspace for backward only if gradients are enabled. Autograd records none of this.
-    given = [t.detach().contiguous() for t in (x, w_ih, w_hh, b_ih, b_hh, h0, c0)]
+    tensors = [t.detach().contiguous() for t in (x, w_ih, w_hh, b_ih, b_hh, h0, c0)]
     with torch.set_grad_enabled(train):
-        return _forward(*given, reverse, [], _MODE, w_hh.shape[1], 1, True, False, False, train)
-
-
-def _call_backward(
-    grads: Sequence[Tensor | None], inputs: Sequence[Tensor], out: Sequence[Tensor], reverse: bool, workspace: Tensor
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of x, h0, c0, w_ih, w_hh, b_ih, b_hh."""
-    x, h0, c0, *weights = (t.contiguous() for t in inputs)
-    given = [torch.zeros_like(o) if g is None else g.contiguous() for o, g in zip(out, grads, strict=True)]
-    dx, dw_ih, dw_hh, db_ih, db_hh, dh, dc = _backward(
-        x, *weights, h0, c0, *out, *given, reverse, _MODE, h0.shape[-1], 1, True, True, False, [], False, workspace
-    )
-    return dx, dh.view(h0.shape), dc.view(c0.shape), dw_ih, dw_hh, db_ih, db_hh.clone()
+        return _forward(*tensors, reverse, [], _MODE, w_hh.shape[1], 1, True, False, False, train)
 
 
 @torch.library.custom_op("seqcells::onednn_forward", mutates_args=())
@@ -203,9 +191,12 @@ def _backward_op(
     dy: Tensor | None, dh: Tensor | None, dc: Tensor | None, x: Tensor, h0: Tensor, c0: Tensor, w_ih: Tensor,
     w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, reverse: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    inputs = (x, h0, c0, w_ih, w_hh, b_ih, b_hh)
-    *out, workspace = _call(*inputs, reverse, True)
-    return _call_backward((dy, dh, dc), inputs, out, reverse, workspace)
+    *out, workspace = _call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, True)
+    x, *weights, h0, c0 = (t.contiguous() for t in (x, w_ih, w_hh, b_ih, b_hh, h0, c0))
+    grads = [torch.zeros_like(o) if g is None else g.contiguous() for o, g in zip(out, (dy, dh, dc), strict=True)]
+    how: Any = (reverse, _MODE, h0.shape[-1], 1, True, True, False, [], False)
+    dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0 = _backward(x, *weights, h0, c0, *out, *grads, *how, workspace)
+    return dx, dh0.view(h0.shape), dc0.view(c0.shape), dw_ih, dw_hh, db_ih, db_hh.clone()
 
 
 @_forward_op.register_fake

@@ -5,17 +5,15 @@ as possible (`cells`). Resets and padding are removed beforehand (`stretches`). 
 step is done for many steps at once (`steps`): the derivatives of the activations, the input's product, the weight
 gradients.
 
-`layer` and `gradients` are the engine's forward and backward. They are called directly, or as the `operators` that
-compilers and torch.func trace. `projected` runs only the steps, on the kernels' buffers, if a kernel fails.
+`layer` and `gradients` are the engine's forward and backward, called directly or by the operators.
 """
 
 from __future__ import annotations
 
 from ...autograd import ENGINES, Engine
-from . import operators
 from .derived import get as part_of
-from .gradients import backward
-from .layer import forward
+from .gradients import backward, scan_backward
+from .layer import allocate, forward, scan
 
-__all__ = ["backward", "forward", "operators", "part_of"]
-ENGINES["loop"] = Engine(forward, backward)
+__all__ = ["backward", "forward", "part_of", "scan"]
+ENGINES["loop"] = Engine(forward, backward, scan, scan_backward, allocate)

@@ -10,14 +10,12 @@ step forward works on a buffer x [rows, width*H]: the tiles of gx, and the produ
 works on p [rows, gradient_width*H], the gradients of the same. A part of the engine, a class here or a
 `derived.Generated`, has
 
-    gates, states, params    as `kernels.form.Form`
+    states, params   as `kernels.form.Form`
     saved            columns of what is saved for backward, in units of H
     width            columns of x in units of H; 0: the gate is the output itself, and its product is formed there
     saves_all        whether all of x is saved
     columns, apart   the columns in x of gx's tiles, and of the products apart
     zeroed           columns of x that are initialized to zero
-    order            which saved columns are the kernels' saved tiles, in the kernels' order
-    operands         the number of operands that are not states
     gradient_width   columns of p in units of H
     grads, apart_grads, param_grads    the columns in p of gx's tiles and of the products apart; the first parameter's
     rows             the products, in the order in which `products` returns their rows of the weights
@@ -35,7 +33,6 @@ works on p [rows, gradient_width*H], the gradients of the same. A part of the en
                      and for each step the tensor to which the gradient of the step before is added
     products(p, others, h, c)    pairs (gates' gradients, operand) whose products are the recurrent weights' gradient,
                      one part of its rows after another
-    stored(others)   the operands that are not states
 
 c are all states except the first, concatenated. u has the trained vectors after the weights, except in forward_weights
 and backward_weights.
@@ -66,21 +63,30 @@ def last_first(t: Tensor, H: int) -> Tensor:
 class Tuned:
     """The base class of the cells here: all of x is saved, and p has the same columns."""
 
-    params, operands, saves_all, scratch_forward, scratch_backward = 0, 0, True, 1, 1
+    params, saves_all, scratch_forward, scratch_backward = 0, True, 1, 1
     zeroed: tuple[int, ...] = ()
     apart: tuple[int, ...] = ()
+    apart_grads: tuple[int, ...] = ()
 
     @staticmethod
-    def stored(others: Operands) -> Operands:
-        return ()
+    def forward_weights(u: Tensor) -> Operands:
+        return (u.t().contiguous(),)
+
+    @staticmethod
+    def backward_weights(u: Tensor) -> Operands:
+        return (u,)
+
+    @staticmethod
+    def products(p: Tensor, others: Operands, h: Tensor, c: Any) -> list[tuple[Tensor, Tensor]]:
+        return [(p, h)]
 
 
 class LSTM(Tuned):
     """x: o i f g. The three sigmoids are adjacent, and so are the three gates that c depends on."""
 
-    gates, states, saved, width, gradient_width, param_grads = 4, 2, 4, 4, 4, 4
-    order = columns = grads = (1, 2, 3, 0)
-    apart_grads, rows = (), (3, 0, 1, 2)
+    states, saved, width, gradient_width, param_grads = 2, 4, 4, 4, 4
+    columns = grads = (1, 2, 3, 0)
+    rows = (3, 0, 1, 2)
 
     @staticmethod
     def forward_weights(u: Tensor) -> Operands:
@@ -143,26 +149,14 @@ class LSTM(Tuned):
             under.addmm_(gates, operand)
             of_c.mul_(f)
 
-    @staticmethod
-    def products(p: Tensor, others: Operands, h: Tensor, c: Any) -> list[tuple[Tensor, Tensor]]:
-        return [(p, h)]
-
 
 class GRU(Tuned):
     """x: n r z q, where q is the inner product. The input's product fills n r z, and the recurrent one is added to
     r z q."""
 
-    gates, states, saved, width, gradient_width, param_grads = 3, 1, 4, 4, 4, 4
-    order, columns, grads = (1, 2, 0, 3), (1, 2, 0), (1, 2, 0)
+    states, saved, width, gradient_width, param_grads = 1, 4, 4, 4, 4
+    columns = grads = (1, 2, 0)
     apart, apart_grads, rows = (3,), (3,), (0, 1, 2)
-
-    @staticmethod
-    def forward_weights(u: Tensor) -> Operands:
-        return (u.t().contiguous(),)
-
-    @staticmethod
-    def backward_weights(u: Tensor) -> Operands:
-        return (u,)
 
     @staticmethod
     def activate(x: Tensor, h: Tensor, c: Any, u: Operands) -> None:
@@ -212,9 +206,8 @@ class GRU(Tuned):
 class GRUBefore(Tuned):
     """x: r z n. The sigmoids are adjacent, and so are the gates that the gradient of h reaches first."""
 
-    gates, states, saved, width, gradient_width, param_grads = 3, 1, 3, 3, 3, 3
-    order = columns = grads = rows = (0, 1, 2)
-    apart_grads, operands = (), 1
+    states, saved, width, gradient_width, param_grads = 1, 3, 3, 3, 3
+    columns = grads = rows = (0, 1, 2)
 
     @staticmethod
     def forward_weights(u: Tensor) -> Operands:
@@ -272,25 +265,13 @@ class GRUBefore(Tuned):
         H = h.shape[1]
         return [(p[:, : 2 * H], h), (p[:, 2 * H :], others[0])]
 
-    @staticmethod
-    def stored(others: Operands) -> Operands:
-        return others[:1]
-
 
 class Tanh(Tuned):
     """x is empty: backward needs only y."""
 
-    gates, states, saved, width, gradient_width, param_grads = 1, 1, 0, 0, 1, 1
-    order, columns, grads, apart_grads, rows = (), (0,), (0,), (), (0,)
+    states, saved, width, gradient_width, param_grads = 1, 0, 0, 1, 1
+    columns = grads = rows = (0,)
     activation = torch.tanh_
-
-    @staticmethod
-    def forward_weights(u: Tensor) -> Operands:
-        return (u.t().contiguous(),)
-
-    @staticmethod
-    def backward_weights(u: Tensor) -> Operands:
-        return (u,)
 
     @classmethod
     def forward(cls, sizes: Sizes, x: Any, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, scratch: Tensor) -> Any:
@@ -313,10 +294,6 @@ class Tanh(Tuned):
         (operand,), (dh, _, _, below) = u, grads
         for gate, d, under in reversed(list(zip(by_step(p, sizes), dh, below, strict=True))):
             under.addmm_(gate.mul_(d), operand)
-
-    @staticmethod
-    def products(p: Tensor, others: Operands, h: Tensor, c: Any) -> list[tuple[Tensor, Tensor]]:
-        return [(p, h)]
 
 
 class Relu(Tanh):

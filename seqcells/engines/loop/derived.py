@@ -17,12 +17,13 @@ from typing import Any
 from torch import Tensor
 
 from ...cell import get as defined
+from ...derive.emit import compiled
 from ...derive.parts import Parts
 from ...products import blocks
 from . import printed_backward, printed_forward
 from .cells import CELLS
 from .layout import Layout
-from .printing import compiled
+from .printing import SPACE
 
 
 class Generated(Layout):
@@ -33,7 +34,7 @@ class Generated(Layout):
         forward, activate, self.scratch_forward = printed_forward.source(self)
         backward, coefficients, self.scratch_backward = printed_backward.source(self)
         self.source = "\n\n".join((forward, activate, coefficients, backward))
-        made = compiled(self.source, found.form.name)
+        made = compiled(self.source, f"loop of {found.form.name}", SPACE)
         for name in ("forward", "activate", "coefficients", "backward"):
             setattr(self, name, made[name])
 
@@ -48,17 +49,13 @@ class Generated(Layout):
 
     def save(self, into: Tensor, x: Tensor, H: int) -> None:
         """Copy what is saved from x [rows, width*H] to into [rows, saved*H]."""
-        for n, column, count in self.saved_runs:
-            into[:, n * H : (n + count) * H] = x[:, column * H : (column + count) * H]
-
-    def stored(self, others: Sequence[Tensor]) -> Sequence[Tensor]:
-        """The operands that are not states, from what `coefficients` returned."""
-        return others[len(others) - len(self.form.stored) :]
+        for first, end, i, j in self.saved_runs:
+            into[:, i * H : j * H] = x[:, first * H : end * H]
 
     def _operand(self, number: int, others: Sequence[Tensor], h: Tensor, c: Tensor | None) -> Tensor:
         state, H = self.form.operands[number].state, h.shape[1]
         if state is None:
-            return self.stored(others)[self.form.stored.index(number)]
+            return others[self.form.stored.index(number) - len(self.form.stored)]  # coefficients returns them last
         return h if state == 0 or c is None else c[:, (state - 1) * H : state * H]
 
     def products(self, p: Tensor, others: Sequence[Tensor], h: Tensor, c: Tensor | None) -> list[tuple[Tensor, Tensor]]:

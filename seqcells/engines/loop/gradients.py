@@ -3,17 +3,53 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...autograd import Options
-from ...products import blocks, places
+from ...kernels.buffers import is_reversed
+from ...products import blocks
 from . import steps
-from .layer import Group, Inputs, column_order, grouped, layer_group
+from .layer import Group, Inputs, column_order, layer_group
+from .stretches import row_order
 
 Gradients = tuple["Tensor | None", ...]
+
+
+def scan_backward(
+    options: Options,
+    inputs: Inputs,
+    mask: Tensor | None,
+    buffers: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    need: Sequence[bool],
+    samples: int,
+) -> Gradients:
+    """`backward` with the buffers of `layer.scan`."""
+    x, h0, c0, w_ih = inputs[:4]
+    y, c, saved = buffers
+    assert x is not None and w_ih is not None and y is not None
+    (T, B), K, H = x.shape[:2], *y.shape[2:]
+    back = [is_reversed(k, options.reversed) for k in range(K)]
+    orders = {of: row_order(mask, of, T, B, x.device, steps.most_rows(H, x.device)) for of in set(back)}
+    of_group = [orders[of] for of in back]
+    rows, head = of_group[0].rows, of_group[0].head
+    states: list[Tensor | None] = []
+    for placed, start in ((y, h0), (c, c0)):
+        if placed is None or placed.dim() == 1:
+            states.append(None)
+            continue
+        states.append(buffer := x.new_empty(K, head + rows, placed.shape[3]))
+        for k, order in enumerate(of_group):
+            order.fill(buffer[k], placed[:, :, k].flatten(0, 1), None if start is None else start[k])
+    gates = None
+    if saved is not None and saved.dim() > 1:
+        gates = torch.stack([o.of(saved[:, :, k].flatten(0, 1), 0, rows) for k, o in enumerate(of_group)])
+    options = replace(options, notes={"orders": orders})
+    return backward(options, inputs, mask, (*states, gates), grads, need, samples)
 
 
 def backward(
@@ -23,73 +59,32 @@ def backward(
     buffers: Sequence[Tensor | None],
     grads: Sequence[Tensor | None],
     need: Sequence[bool],
-) -> Gradients:
-    """The engine's backward: the gradients of the 9 inputs, in their shapes; None where `need` is false.
-
-    buffers: those of forward, which must have been traced or not as this is; if saved is None, it is recomputed. grads:
-    the gradients of forward's outputs.
-    """
-    if options.traced:
-        found = _traced(options, inputs, mask, buffers, grads, need)
-    else:
-        found = layer_gradients(options, inputs, mask, buffers, grads, need)
-    return tuple(
-        d.reshape(t.shape) if n and d is not None and t is not None else None
-        for d, t, n in zip(found, inputs, need, strict=True)
-    )
-
-
-def _traced(
-    options: Options,
-    inputs: Inputs,
-    mask: Tensor | None,
-    buffers: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
-    need: Sequence[bool],
-) -> Gradients:
-    """`backward` by the operator, with one sample."""
-    given, (dy, dhn, dcn, dcs) = grouped(inputs), of_outputs(options, grads)
-    assert given[3] is not None
-    K = given[3].shape[0]
-    dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, d.shape[2] // K) for d in (dy, dcs))
-    found = torch.ops.seqcells.loop_backward(
-        dy, dhn, dcn, dcs, *given, mask, *buffers, options.cell, options.reversed, list(need), 1
-    )
-    return tuple(d if n and t is not None else None for d, t, n in zip(found, inputs, need, strict=True))
-
-
-def of_outputs(options: Options, grads: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    """dy, dhn, dcn and dcs, from the outputs' gradients."""
-    dy, *others = grads
-    dhn = None if places(options.cell).output else others.pop(0)
-    return dy, dhn, *(*others, None, None)[:2]
-
-
-def layer_gradients(
-    options: Options,
-    inputs: Inputs,
-    mask: Tensor | None,
-    buffers: Sequence[Tensor | None],
-    grads: Sequence[Tensor | None],
-    need: Sequence[bool],
     samples: int = 1,
 ) -> Gradients:
-    """`backward`, but results may have other shapes with the same number of elements. With more than one sample, the
-    gradients of weights are [samples, K, .]; each sample is an equal part of the B sequences."""
+    """The engine's backward: see autograd.Engine. samples: as in scan_backward.
+
+    buffers: those of `layer.forward`; if saved is None, it is recomputed.
+    """
     x, w_ih, given = inputs[0], inputs[3], inputs[8]
     assert x is not None and w_ih is not None
-    T, B, K = *x.shape[:2], 1 if w_ih.dim() == 2 else w_ih.shape[0]
+    K = 1 if w_ih.dim() == 2 else w_ih.shape[0]
     columns, orders = column_order(options.cell), (options.notes or {}).pop("orders", {})
-    dy, dhn, dcn, dcs = of_outputs(options, grads)
-    dy, dcs = (None if d is None else d.reshape(T * B, K, d.shape[2] // K) for d in (dy, dcs))
+    dy, dhn, dcn, dcs = grads
+    dy, dcs = (None if d is None else d.flatten(0, 1) for d in (dy, dcs))
     each = []
     for k in range(K):
-        group = layer_group(columns, inputs, mask, k, bool(options.reversed >> k & 1), orders)
+        group = layer_group(columns, inputs, mask, k, is_reversed(k, options.reversed), orders)
         y, c, gates, *finals = (None if t is None or t.dim() == 1 else t[k] for t in (*buffers, dhn, dcn))
         rows = [None if d is None else d[:, k] for d in (dy, dcs)]
         sums = Sums(group, need, samples)
         assert y is not None
-        starts = scan_back(group, group.states(y, c, gates), rows, finals, sums)
+        # The outputs' gradients are in the order of time.
+        copies = [
+            None if d is None else lambda into, a, b, d=d, order=group.order: into.copy_(order.of(d, a, b))
+            for d in rows
+        ]
+        with torch.inference_mode():
+            starts = steps.scan_backward(group, group.states(y, c, gates), copies, finals, sums.collect)
         each.append(sums.results(starts, need))
     dx, *others, extra = zip(*each, strict=True)
     found = [_of_groups(dx, x.dim() == 4)]
@@ -105,33 +100,25 @@ def _of_groups(each: Any, apart: bool) -> Any:
     return None if each[0] is None else torch.stack(each, 1) if apart else sum(each[1:], each[0])
 
 
-def scan_back(group: Group, states: Any, rows: Sequence[Any], finals: Sequence[Any], sums: Sums) -> Any:
-    """steps.scan_backward, with the outputs' gradients in the order of time. Returns inference tensors."""
-    order = group.order
-    copies = [None if d is None else lambda into, a, b, d=d: into.copy_(order.of(d, a, b)) for d in rows]
-    with torch.inference_mode():
-        return steps.scan_backward(group, states, copies, finals, sums.collect)
-
-
 class Sums:
     """The gradients of one group's inputs and weights, summed from those of its gates, piece by piece."""
 
-    def __init__(self, group: Group, need: Sequence[bool], samples: int = 1) -> None:
+    def __init__(self, group: Group, need: Sequence[bool], samples: int) -> None:
         self.group, order, x = group, group.order, group.x
-        rows, like = order.head + order.rows, group.u if x is None else x
-        self.w_back = None if group.w_ih is None else blocks(group.w_ih, group.columns.w_ih_back, group.H, 0)
-        self.dx = x.new_empty(rows, x.shape[1]) if x is not None and need[0] else None
+        rows = order.head + order.rows
+        self.w_back = blocks(group.w_ih, group.columns.w_ih_back, group.H, 0)
+        self.dx = x.new_empty(rows, x.shape[1]) if need[0] else None
         self.dgiven = None
         if need[8] and group.given is not None:
             self.dgiven = group.given.new_empty(rows, group.given.shape[1])
-        self.dtype = like.dtype
+        self.dtype = x.dtype
         self.samples, self.weights = samples, _WeightSums(group, self.w_back, need, samples)
 
     def collect(self, a: int, b: int, p: Tensor, others: Any, h: Tensor, c: Any) -> None:
         """See steps.scan_backward."""
         group, H, w = self.group, self.group.H, self.w_back
         head = group.order.head
-        if self.dx is not None and w is not None:
+        if self.dx is not None:
             place = self.dx[head + a : head + b]
             for n, (first, end, i, j) in enumerate(group.columns.runs_back):
                 d = p[:, first * H : end * H]
@@ -160,14 +147,11 @@ class Sums:
         """
         # Copies, because these are inference tensors.
         dh0, dc0 = (s.to(self.dtype, copy=True) if n else None for s, n in zip(starts, need[1:3], strict=True))
-        dx, dgiven = (None if d is None else _placed(self.group, d) for d in (self.dx, self.dgiven))
+        for d in (self.dx, self.dgiven):
+            if d is not None:
+                d[: self.group.order.head] = 0  # which padding reads
+        dx, dgiven = (None if d is None else self.group.order.placed_states(d) for d in (self.dx, self.dgiven))
         return dx, dh0, dc0, *self.weights.results(self.dtype), dgiven
-
-
-def _placed(group: Group, t: Tensor) -> Tensor:
-    """Gradients of rows [head+N, .] in the order of time; zero at padding."""
-    t[: group.order.head] = 0
-    return group.order.placed_states(t)
 
 
 def _rows_of(t: Tensor, rows: Tensor) -> Tensor:
@@ -186,10 +170,10 @@ def _add_product(into: Tensor, d: Tensor, operand: Tensor) -> None:
 class _WeightSums:
     """The gradients of one group's weights; with more than one sample, [samples, .]."""
 
-    def __init__(self, group: Group, w_back: Tensor | None, need: Sequence[bool], samples: int) -> None:
+    def __init__(self, group: Group, w_back: Tensor, need: Sequence[bool], samples: int) -> None:
         self.columns, self.part, self.H, u = group.columns, group.part, group.H, group.u
         lead = (samples,) if samples > 1 else ()
-        self.dw = u.new_zeros(*lead, *w_back.shape) if need[3] and w_back is not None else None
+        self.dw = u.new_zeros(*lead, *w_back.shape) if need[3] else None
         self.du = u.new_zeros(*lead, *u.shape) if need[4] else None
         # The columns whose gradients are just sums over rows: those of biases and trained vectors.
         biases, vectors = need[5] or need[6], need[7] and bool(self.part.params)

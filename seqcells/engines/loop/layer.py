@@ -5,35 +5,25 @@ The input's product is computed piece by piece, right before the steps that use 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...autograd import Options
+from ...kernels.buffers import is_reversed
 from ...products import Places, blocks, hidden_size, places
+from ..operators import call_forward
 from . import steps
 from .cells import CELLS
 from .derived import get
+from .layout import runs_of
 from .stretches import RowOrder, row_order
 
 Inputs = Sequence["Tensor | None"]  # x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs
 Buffers = tuple[Tensor, Tensor, Tensor]
-Run = tuple[int, int, int, int]  # columns from, to of one tensor, and from, to of another, in units of H
-
-
-def _runs(columns: Iterable[int]) -> tuple[Run, ...]:
-    """The runs of adjacent tiles that are also adjacent columns: the columns, and the tiles."""
-    found: list[list[int]] = []
-    for n, column in enumerate(columns):
-        if found and found[-1][1] == column:
-            found[-1][1] += 1
-            found[-1][3] += 1
-        else:
-            found.append([column, column + 1, n, n + 1])
-    return tuple((a, b, i, j) for a, b, i, j in found)
 
 
 def _inverse(order: Sequence[int]) -> tuple[int, ...]:
@@ -43,7 +33,7 @@ def _inverse(order: Sequence[int]) -> tuple[int, ...]:
 class ColumnOrder:
     """The order in which a cell's blocks of H rows are multiplied, and the columns of their products; one per cell.
 
-    tiles: the tiles of gx that the product of x fills; the others are given.
+    The product of x fills the first tiles of gx; the others are given.
     Forward: w_ih: its blocks in the order of their columns. runs: the runs of these columns; given: those of the given
     tiles. u: the blocks of w_hh in the order of the products; None: they are in that order already. b_ih, b_hh: as
     w_ih. given_b_hh: for the given tiles. one_bias: both biases are added to the same columns.
@@ -51,31 +41,30 @@ class ColumnOrder:
     the blocks of a gradient in that order, rearranged to the cell's order.
     """
 
-    def __init__(self, part: Any, at: Places, tiles: int) -> None:
-        self.part, self.places, self.tiles = part, at, tiles
+    def __init__(self, part: Any, at: Places) -> None:
+        self.part, self.places, tiles = part, at, at.x
         self.w_ih = tuple(sorted(range(tiles), key=part.columns.__getitem__))
-        self.runs, self.given = _runs(part.columns[n] for n in self.w_ih), _runs(part.columns[tiles:])
+        self.runs, self.given = runs_of(part.columns[n] for n in self.w_ih), runs_of(part.columns[tiles:])
         self.u = None if at.u == tuple(range(len(at.u))) else at.u
         self.b_ih = tuple(at.b_ih[n] for n in self.w_ih)
         self.b_hh = [of for layer in at.b_hh if max(of := tuple(layer[n] for n in self.w_ih), default=-1) >= 0]
         self.one_bias = self.b_hh == [self.b_ih] and len(at.of_b_ih) == len(at.of_b_hh)
         self.given_b_hh = [of for layer in at.b_hh if max(of := layer[tiles:], default=-1) >= 0]
         self.w_ih_back = tuple(sorted(range(tiles), key=part.grads.__getitem__))
-        self.runs_back, self.given_back = _runs(part.grads[n] for n in self.w_ih_back), _runs(part.grads[tiles:])
+        self.runs_back, self.given_back = runs_of(part.grads[n] for n in self.w_ih_back), runs_of(part.grads[tiles:])
         self.of_w_ih, self.of_w_hh = _inverse(self.w_ih_back), _inverse([at.u[n] for n in part.rows])
         columns = (*part.grads, *part.apart_grads)
         self.of_b_ih, self.of_b_hh = (tuple(columns[n] for n in of) for of in (at.of_b_ih, at.of_b_hh))
 
 
-_ORDERS: dict[tuple[str, bool], ColumnOrder] = {}
+_ORDERS: dict[str, ColumnOrder] = {}
 
 
-def column_order(key: str, projected: bool = False) -> ColumnOrder:
-    """The ColumnOrder of the cell of that key. projected: all tiles of gx are given."""
-    found = _ORDERS.get((key, projected))
+def column_order(key: str) -> ColumnOrder:
+    """The ColumnOrder of the cell of that key."""
+    found = _ORDERS.get(key)
     if found is None or (key not in CELLS and found.part is not get(key)):
-        at = places(key)
-        found = _ORDERS[key, projected] = ColumnOrder(get(key), at, 0 if projected else at.x)
+        found = _ORDERS[key] = ColumnOrder(get(key), places(key))
     return found
 
 
@@ -83,41 +72,39 @@ def column_order(key: str, projected: bool = False) -> ColumnOrder:
 class Group:
     """One of the groups of a layer. All but x and given have the dtype of the computation.
 
+    x [T*B, I]; w_ih in the cell's order; w_columns, bias: w_ih and the bias of its product, in the order of columns.
     u [products*H, H] in the order of the products; params [H] each; apart: the biases of the products apart [., H].
     given: the tiles of gx that are given [T*B, .*H]; bias_of_given: what is added to them.
-    x [T*B, I]; w_ih in the cell's order; w_columns, bias: w_ih and the bias of its product, in the order of columns.
     """
 
     columns: ColumnOrder
     part: Any
     order: RowOrder
     H: int
+    x: Tensor
+    w_ih: Tensor
+    w_columns: Tensor
+    bias: Tensor | None
     u: Tensor
     params: Sequence[Tensor]
     apart: Tensor | None
     given: Tensor | None
-    bias_of_given: Tensor | None = None
-    x: Tensor | None = None
-    w_ih: Tensor | None = None
-    w_columns: Tensor | None = None
-    bias: Tensor | None = None
+    bias_of_given: Tensor | None
 
     def rows(self, a: int, b: int) -> Tensor:
         """The input in rows a to b."""
-        assert self.x is not None
         return self.order.of(self.x, a, b).to(self.u.dtype)
 
     def project(self, into: Tensor, a: int, b: int) -> None:
         """Fill x (see `cells`) for rows a to b with everything except the recurrent products."""
         H, part = self.H, self.part
-        if self.w_columns is not None:
-            x = self.rows(a, b)
-            for first, end, i, j in self.columns.runs:
-                place, w = into[:, first * H : end * H], self.w_columns[i * H : j * H].t()
-                if self.bias is None:
-                    torch.mm(x, w, out=place)
-                else:
-                    torch.addmm(self.bias[i * H : j * H], x, w, out=place)
+        x = self.rows(a, b)
+        for first, end, i, j in self.columns.runs:
+            place, w = into[:, first * H : end * H], self.w_columns[i * H : j * H].t()
+            if self.bias is None:
+                torch.mm(x, w, out=place)
+            else:
+                torch.addmm(self.bias[i * H : j * H], x, w, out=place)
         if self.given is not None:
             given = self.order.of(self.given, a, b).to(self.u.dtype)
             if self.bias_of_given is not None:
@@ -159,7 +146,7 @@ def layer_group(
     x, h0, c0, *weights, given = inputs
     at = columns.places
     assert x is not None and weights[0] is not None
-    exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype  # steps.computed_in
+    exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype
     mine = weights if weights[0].dim() == 2 else [None if t is None else t[k] for t in weights]
     w_ih, u, b_ih, b_hh, params = (None if t is None else t.to(exact) for t in mine)
     assert w_ih is not None
@@ -168,7 +155,8 @@ def layer_group(
     if order is None:
         most = 0 if mask is None else steps.most_rows(H, x.device)
         order = orders[reversed] = row_order(mask, reversed, x.shape[0], x.shape[1], x.device, most)
-    x, given = (None if t is None else (t if t.dim() == 3 else t[:, :, k]).flatten(0, 1) for t in (x, given))
+    rows, given = (None if t is None else (t if t.dim() == 3 else t[:, :, k]).flatten(0, 1) for t in (x, given))
+    assert rows is not None
     if u is None:
         u = w_ih.new_empty(0, H)
     elif columns.u is not None:
@@ -189,7 +177,8 @@ def layer_group(
             apart = blocks(b_hh, at.apart, H).view(-1, H)
     vectors = () if params is None else params.split(H)
     w_columns = blocks(w_ih, columns.w_ih, H, 0)
-    return Group(columns, columns.part, order, H, u, vectors, apart, given, bias_of_given, x, w_ih, w_columns, bias)
+    of_input = (rows, w_ih, w_columns, bias)
+    return Group(columns, columns.part, order, H, *of_input, u, vectors, apart, given, bias_of_given)
 
 
 def forward(options: Options, save: str, inputs: Inputs, mask: Tensor | None) -> tuple[tuple[Tensor, ...], Buffers]:
@@ -204,7 +193,7 @@ def forward(options: Options, save: str, inputs: Inputs, mask: Tensor | None) ->
     (T, B), K, columns = x.shape[:2], 1 if w_ih.dim() == 2 else w_ih.shape[0], column_order(options.cell)
     part = columns.part
     orders: dict[bool, RowOrder] = {}
-    groups = [layer_group(columns, inputs, mask, k, bool(options.reversed >> k & 1), orders) for k in range(K)]
+    groups = [layer_group(columns, inputs, mask, k, is_reversed(k, options.reversed), orders) for k in range(K)]
     if options.notes is not None:
         options.notes["orders"] = orders
     rows, head, H = groups[0].order.rows, groups[0].order.head, groups[0].H
@@ -225,12 +214,47 @@ def forward(options: Options, save: str, inputs: Inputs, mask: Tensor | None) ->
         else torch.stack([group.order.final(s) for s, group in zip(of, groups, strict=True)])
         for of in states[columns.places.output :]
     ]
-    shown = [_shown(of, groups, T, B) for of in (states if options.states else states[:1])]
+    outputs = [_visible(of, groups, T, B) for of in (states if options.states else states[:1])]
     c = states[1] if len(states) > 1 else x.new_empty(0)
-    return (shown[0], *finals, *shown[1:]), (states[0], c, x.new_empty(0) if gates is None else gates)
+    return (outputs[0], *finals, *outputs[1:]), (states[0], c, x.new_empty(0) if gates is None else gates)
 
 
-def _shown(buffer: Tensor, groups: list[Group], T: int, B: int) -> Tensor:
+def scan(options: Options, save: str, inputs: Inputs, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """`forward` with results in the order of time: y and c [T, B, K, .], saved [T, B, K, saved*H] and the final states;
+    [0] for what is missing."""
+    x, w_ih = inputs[0], inputs[3]
+    assert x is not None and w_ih is not None
+    (T, B), K, at = x.shape[:2], w_ih.shape[0], places(options.cell)
+    several = at.states > 1 and save != "none"
+    options = replace(options, states=several, traced=False, notes={})
+    (y, *rest), (_, _, saved) = forward(options, save, inputs, mask)
+    if saved.dim() > 1:
+        orders = [options.notes["orders"][is_reversed(k, options.reversed)] for k in range(K)]
+        placed = [order.placed(of) for order, of in zip(orders, saved, strict=True)]
+        saved = torch.stack(placed, 1).unflatten(0, (T, B))
+    hn = x.new_empty(0) if at.output else rest.pop(0)
+    cn = rest.pop(0) if at.states > 1 else x.new_empty(0)
+    y, c = (s.view(T, B, K, s.shape[2] // K) for s in (y, rest.pop(0) if several else x.new_empty(T, B, 0)))
+    return y, c if several else x.new_empty(0), saved, hn, cn
+
+
+def allocate(options: Options, save: str, inputs: Inputs) -> tuple[Tensor, ...]:
+    """The results of `scan`, uninitialised."""
+    x, h0, c0, w_ih, w_hh = inputs[:5]
+    assert x is not None and w_ih is not None
+    (T, B), K, at, saved = x.shape[:2], w_ih.shape[0], places(options.cell), get(options.cell).saved
+    H = hidden_size(at, w_ih, w_hh, h0, c0)
+    C = (at.states - 1) * H
+    return (
+        x.new_empty(T, B, K, H),
+        x.new_empty(T, B, K, C) if C and save != "none" else x.new_empty(0),
+        x.new_empty(T, B, K, saved * H) if saved and save == "gates" else x.new_empty(0),
+        x.new_empty(0) if at.output else x.new_empty(K, B, H),
+        x.new_empty(K, B, C) if C else x.new_empty(0),
+    )
+
+
+def _visible(buffer: Tensor, groups: list[Group], T: int, B: int) -> Tensor:
     """The states after each step [T, B, K*width], zero at padding: a separate tensor, which users may change."""
     K, _, width = buffer.shape
     y = buffer.new_empty(T, B, K * width)
@@ -243,25 +267,12 @@ def _shown(buffer: Tensor, groups: list[Group], T: int, B: int) -> Tensor:
     return y
 
 
-def grouped(inputs: Inputs) -> list[Tensor | None]:
-    """The inputs with an axis of groups, which is added if it was left out: states [K, B, .] and weights [K, .]."""
-    x, h0, c0, *weights, given = inputs
-    assert x is not None and weights[0] is not None
-    if weights[0].dim() == 2:
-        weights = [None if t is None else t[None] for t in weights]
-    assert weights[0] is not None
-    K, B = weights[0].shape[0], x.shape[1]
-    h0, c0 = (None if s is None else s.reshape(K, B, s.shape[-1]) for s in (h0, c0))
-    return [x, h0, c0, *weights, given]
-
-
 def _traced(options: Options, save: str, inputs: Inputs, mask: Tensor | None) -> tuple[tuple[Tensor, ...], Buffers]:
     """`forward` by the operator."""
-    given = (*grouped(inputs), mask, options.cell, save, options.reversed)
-    y, c, saved, hn, cn = torch.ops.seqcells.loop_forward(*given)
+    y, c, saved, hn, cn = call_forward(options, save, inputs, mask)
     at = places(options.cell)
-    shown = [s.flatten(2) for s in ((y, c) if options.states else (y,))]
+    outputs = [s.flatten(2) for s in ((y, c) if options.states else (y,))]
     if save != "none":  # backward needs y unchanged, and users may change theirs in place
-        shown = [s.clone() for s in shown]
+        outputs = [s.clone() for s in outputs]
     finals = (cn,) if at.output else (hn, cn)[: at.states]
-    return (shown[0], *finals, *shown[1:]), (y, c, saved)
+    return (outputs[0], *finals, *outputs[1:]), (y, c, saved)

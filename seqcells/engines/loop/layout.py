@@ -9,7 +9,20 @@ from typing import Any
 from ...derive.parts import Parts
 from ...derive.values import BOOLEAN, LEAVES, Value, ancestors
 
+Run = tuple[int, int, int, int]  # columns from, to of one tensor, and from, to of another, in units of H
 Item = tuple[str, int]  # ("gx", tile), ("hu", product), ("param", n) or ("saved", n)
+
+
+def runs_of(columns: Iterable[int]) -> tuple[Run, ...]:
+    """The runs of adjacent tiles that are also adjacent columns: the columns, and the tiles."""
+    found: list[list[int]] = []
+    for n, column in enumerate(columns):
+        if found and found[-1][1] == column:
+            found[-1][1] += 1
+            found[-1][3] += 1
+        else:
+            found.append([column, column + 1, n, n + 1])
+    return tuple((a, b, i, j) for a, b, i, j in found)
 
 
 class Columns:
@@ -36,9 +49,8 @@ class Layout:
     def __init__(self, found: Parts) -> None:
         self.found, self.form = found, found.form
         form = self.form
-        self.gates, self.states, self.saved, self.params = form.gates, form.states, form.saved, form.params
-        self.operands = len(form.stored)
-        self.of_product = [n for n, o in enumerate(form.operands) for _ in range(o.products)]
+        self.states, self.saved, self.params = form.states, form.saved, form.params
+        self.of_product = found.of_product
         self._sum_up()
         self._lay_out()
         self._lay_out_gradients()
@@ -104,7 +116,6 @@ class Layout:
         self.width = len(self.x.items)
         self.places = {v: self.x.at[item] for v, item in items.items()}
         self.saved_values = sorted(found.saved, key=self.places.__getitem__)  # in the order of x's columns
-        self.order = tuple(self.saved_values.index(v) for v in found.saved)
         self.saves_all = len(self.saved_values) == self.width
         self.columns = tuple(self.x.at["gx", t] for t in range(form.gates))
         self.apart = tuple(self.x.at["hu", n] for n in form.apart)
@@ -115,13 +126,7 @@ class Layout:
             self.x.runs((self.place(n), n) for n in range(form.products) if self.of_product[n] == o)
             for o in range(len(form.operands))
         ]
-        self.saved_runs: list[list[int]] = []  # runs: first of what is saved, column, how many
-        for n, value in enumerate(self.saved_values):
-            column = self.places[value]
-            if self.saved_runs and self.saved_runs[-1][1] + n - self.saved_runs[-1][0] == column:
-                self.saved_runs[-1][2] += 1
-            else:
-                self.saved_runs.append([n, column, 1])
+        self.saved_runs = runs_of(self.places[value] for value in self.saved_values)
 
     def _lay_out_gradients(self) -> None:
         form = self.form

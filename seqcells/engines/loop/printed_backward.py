@@ -7,9 +7,10 @@ from collections.abc import Callable
 from functools import partial
 from itertools import combinations
 
+from ...derive.emit import tuple_of
 from ...derive.values import BOOLEAN, Value, ancestors, constant
 from .layout import Item, Layout
-from .printing import PRODUCTS, SLOPES, Code, function, tuple_of, unpack
+from .printing import PRODUCTS, SLOPES, Code, function, unpack
 
 
 class _Back:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+from ...derive.emit import tuple_of
 from ...derive.values import Value, constant
 from .layout import Item, Layout
-from .printing import Code, function, tuple_of, unpack
+from .printing import Code, function, unpack
 
 
 class _Step:

@@ -6,18 +6,16 @@ value's last use. If torch has one operation for three or four, that one is prin
 
 from __future__ import annotations
 
-import itertools
-import linecache
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from ...derive.emit import number, tuple_of
 from ...derive.values import BOOLEAN, Value, ancestors, constant
 from .stretches import by_step
 
-_numbers = itertools.count(1)  # numbers of sources: a cell that is defined again gets a new file name
 _NAMES = {"product": "mul", "times": "mul", "pair": "mul", "and": "logical_and", "or": "logical_or"}
 _NAMES |= {"not": "logical_not"}
 _SIGMOID, _TANH = "_sigmoid_backward", "_tanh_backward"  # their names in a printed function's namespace
@@ -110,7 +108,7 @@ class Code:
 
     def constants(self) -> list[str]:
         """The lines that make tensors of numbers."""
-        return [f"{name} = {self.like}.new_full((), {_number(x)})" for x, name in self.numbers.items()]
+        return [f"{name} = {self.like}.new_full((), {number(x)})" for x, name in self.numbers.items()]
 
     def compute(self, value: Value) -> None:
         """Print the lines of a value, with the result in its place or in a scratch tensor."""
@@ -143,7 +141,7 @@ class Code:
     # --- an operation -------------------------------------------------------------------------------------------------
 
     def _call(self, call: str, parts: list[Any], extra: str) -> str:
-        shown = [self.name(p) if isinstance(p, Value) else p if isinstance(p, str) else _number(p) for p in parts]
+        shown = [self.name(p) if isinstance(p, Value) else p if isinstance(p, str) else number(p) for p in parts]
         return f"{call}({', '.join(shown)}{extra})"
 
     def single(self, value: Value, ops: tuple[str, ...]) -> bool:
@@ -205,7 +203,7 @@ class Code:
             if (n := constant(y)) is not None or (n := constant(x)) is not None:
                 self.drop(second)
                 other = x if constant(x) is None else y
-                return "torch.add", [first, other], f", alpha={_number(sign * n)}"
+                return "torch.add", [first, other], f", alpha={number(sign * n)}"
             if first in self.vectors and x in self.vectors and y in self.vectors:
                 continue
             self.drop(second)
@@ -246,17 +244,9 @@ class Code:
         return not any(v in self.vectors for v in values)
 
 
-def _number(x: float) -> str:
-    return repr(x) if x - x == 0 else f'float("{x}")'
-
-
 def function(lines: Sequence[str]) -> str:
     """The source of a function: the first line, and the others indented as its body."""
     return "\n    ".join(lines) + "\n"
-
-
-def tuple_of(parts: Sequence[str]) -> str:
-    return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 
 def unpack(names: Sequence[str], source: str) -> list[str]:
@@ -264,16 +254,10 @@ def unpack(names: Sequence[str], source: str) -> list[str]:
     return [f"{tuple_of(names)} = {source}"] if names else []
 
 
-def compiled(source: str, name: str) -> dict[str, Any]:
-    """Compile a source and return its functions. Tracebacks and debuggers can show its lines."""
-    file = f"<seqcells loop of {name} {next(_numbers)}>"
-    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
-    space: dict[str, Any] = {
-        "__name__": __name__,
-        "torch": torch,
-        "by_step": by_step,
-        _SIGMOID: torch.ops.aten.sigmoid_backward.grad_input,
-        _TANH: torch.ops.aten.tanh_backward.grad_input,
-    }
-    exec(compile(source, file, "exec"), space)
-    return space
+SPACE = {  # what printed functions use
+    "__name__": __name__,
+    "torch": torch,
+    "by_step": by_step,
+    _SIGMOID: torch.ops.aten.sigmoid_backward.grad_input,
+    _TANH: torch.ops.aten.tanh_backward.grad_input,
+}

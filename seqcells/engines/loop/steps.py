@@ -1,6 +1,6 @@
 """All steps of one group, forward and backward, in pieces that the CPU's caches hold.
 
-Tensors of half precision are computed in float32 (`computed_in`): the weights, and a piece's states, gates and
+Tensors of half precision are computed in float32: the weights, and a piece's states, gates and
 gradients. They are rounded a piece at a time, when they are saved or returned. Rounding c and the gates at every step
 would make y's error 2.7 times as large (tests/test_precision.py), and is slower on CPUs without bfloat16 products.
 """
@@ -23,11 +23,6 @@ CHUNK = 1 << 16  # elements of a state in a piece: a buffer of all steps would n
 CopyRows = Callable[[Tensor, int, int], object]  # (into, a, b): copies rows a to b of a RowOrder
 States = Callable[[int, int], "tuple[Any, ...]"]
 Collect = Callable[[int, int, Tensor, Any, Tensor, Any], None]
-
-
-def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which steps on tensors of that dtype are computed."""
-    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 def most_rows(H: int, device: torch.device) -> int:

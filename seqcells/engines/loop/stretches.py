@@ -75,14 +75,10 @@ class RowOrder:
 
     def fill(self, buffer: Tensor, states: Tensor, start: Tensor | None) -> None:
         """Fill a buffer with states in the order of time [T*B, .] and the initial state [B, .] (None means zero)."""
-        self.begin(buffer, start)
-        buffer[self.head :] = self.of(states, 0, self.rows)
-
-    def begin(self, buffer: Tensor, start: Tensor | None) -> None:
-        """Fill the head of a buffer."""
         buffer[: self.head] = 0
         if start is not None:
             buffer[: self.batch] = start
+        buffer[self.head :] = self.of(states, 0, self.rows)
 
     def starts(self, buffer: Tensor, i: int, j: int) -> Tensor:
         """The states that stretches i to j start from."""

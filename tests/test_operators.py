@@ -1,20 +1,23 @@
-"""The loop engine's operators as torch.library and vmap see them, against the same functions called straight away."""
+"""The operators of a scan as torch.library and vmap see them, against the engines' functions called straight away."""
 
 import sys
 from dataclasses import replace
 
 import pytest
 import torch
+from conftest import DEVICE
 from shapes import CELLS
 from steps import STEPS, define
 
-from seqcells import masks
+from seqcells import autograd, masks
 from seqcells.autograd import Options
 from seqcells.cell import get
-from seqcells.engines.loop import backward, forward, operators
+from seqcells.engines import operators
+from seqcells.kernels import buffers
 
 T, B, I, H = 4, 3, 2, 3  # noqa: E741
 DERIVED = ["nobody", "with_output", "indrnn"]
+ENGINES = ["loop", "triton"]
 MASKS = ["plain", "resets", "lengths", "both"]
 NAMES = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "params", "inputs")
 
@@ -32,7 +35,8 @@ def keys():
 
 def drawn(*shape, seed=[0]):  # noqa: B006
     seed[0] += 1
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed[0])) * 0.7
+    found = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed[0])) * 0.7
+    return found.to(DEVICE)
 
 
 def tensors(key, K=1, batch=B, lead=()):
@@ -55,46 +59,53 @@ def tensors(key, K=1, batch=B, lead=()):
 def mask_of(kind, reversed, batch=B):
     resets = torch.rand(T, batch, generator=torch.Generator().manual_seed(3)) < 0.4
     lengths = torch.tensor([4, 0, 2, 3, 1, 4, 2, 2, 4])[:batch]
-    return masks.encode(
+    mask = masks.encode(
         resets if kind in ("resets", "both") else None, lengths if kind in ("lengths", "both") else None, T, reversed
     )
+    return None if mask is None else mask.to(DEVICE)
 
 
-def operator_arguments(key, save, K=1, kind="resets", need=(True,) * 9, samples=1):
+def operator_arguments(engine, key, save, K=1, kind="resets", need=(True,) * 9, samples=1):
     """Of both operators for a layer of K groups, the second reversed."""
     inputs, reversed = tensors(key, K), 2 if K > 1 else 0
     mask = mask_of(kind, reversed)
-    given = (*inputs, mask, key, save, reversed)
-    y, c, saved, hn, cn = operators.loop_forward(*given)
-    dhn, dcn, dcs = (t if t.dim() > 1 else None for t in (hn, cn, c))
-    back = (torch.ones_like(y), dhn, dcn, dcs, *inputs, mask, y, c, saved, key, reversed, list(need), samples)
-    return given, back
+    given = (*inputs, mask, engine, key, save, reversed, "", "ieee")
+    y, c, saved, hn, cn = operators.scan_forward(*given)
+    dhn, dcn, dcs = (t if t.dim() > 1 and save != "none" else None for t in (hn, cn, c))
+    if dcs is not None and engine == "triton":
+        dcs = buffers.outputs(dcs, reversed)
+    grads = (drawn(T, B, K, H), dhn, dcn, dcs)
+    saved = None if save == "states" else saved
+    how = (engine, key, reversed, "", "ieee", list(need), samples)
+    return given, (*grads, *inputs, mask, y, c, saved, *how)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("K", [1, 2])
 @pytest.mark.parametrize("name", [*CELLS, *DERIVED])
-def test_opcheck(name, K, keys):
+def test_opcheck(name, K, engine, keys):
     """Schema, fakes and tracing; other ways to save, masks and needs, by which shapes differ, by the fakes alone."""
-    given, back = operator_arguments(keys[name], "gates", K)
-    torch.library.opcheck(operators.loop_forward, given)
-    torch.library.opcheck(operators.loop_backward, back)
+    given, back = operator_arguments(engine, keys[name], "gates", K)
+    torch.library.opcheck(operators.scan_forward, given)
+    torch.library.opcheck(operators.scan_backward, back)
+    several = 1 if engine == "triton" and get(keys[name]).params else 3  # see the vmap rule
     none = (True, False) * 4 + (False,)
     for save, kind, need, samples in (
-        ("states", "lengths", (True,) * 9, 3),
+        ("states", "lengths", (True,) * 9, several),
         ("none", "plain", (True,) * 9, 1),
         ("gates", "both", none, 1),
     ):
-        given, back = operator_arguments(keys[name], save, K, kind, need, samples)
-        torch.library.opcheck(operators.loop_forward, given, test_utils="test_faketensor")
+        given, back = operator_arguments(engine, keys[name], save, K, kind, need, samples)
+        torch.library.opcheck(operators.scan_forward, given, test_utils="test_faketensor")
         if save != "none":
-            torch.library.opcheck(operators.loop_backward, back, test_utils="test_faketensor")
+            torch.library.opcheck(operators.scan_backward, back, test_utils="test_faketensor")
 
 
-def test_opcheck_of_inputs_that_require_gradients(keys):
+@pytest.mark.parametrize("engine", ENGINES)
+def test_opcheck_of_inputs_that_require_gradients(engine, keys):
     """As within a Function, which alone has the operators' gradients: the operators have none."""
-    for op, arguments in zip(
-        (operators.loop_forward, operators.loop_backward), operator_arguments(keys["gru"], "gates", 2), strict=True
-    ):
+    every = operator_arguments(engine, keys["gru"], "gates", 2)
+    for op, arguments in zip((operators.scan_forward, operators.scan_backward), every, strict=True):
         leaves = [
             t.detach().requires_grad_() if isinstance(t, torch.Tensor) and t.is_floating_point() else t
             for t in arguments
@@ -105,20 +116,21 @@ def test_opcheck_of_inputs_that_require_gradients(keys):
 
 def run(options, save, inputs, mask, grads=None):
     """Outputs and the 9 gradients, of outputs given random ones."""
-    outputs, (y, c, saved) = forward(options, save, inputs, mask)
+    outputs, (y, c, saved) = autograd.ENGINES[options.engine].forward(options, save, inputs, mask)
     if grads is None:
         grads = [drawn(*o.shape) for o in outputs]
-    found = backward(options, inputs, mask, (y, c, saved if saved.dim() > 1 else None), grads, (True,) * 9)
-    return outputs, found, grads
+    saved = saved if saved.dim() > 1 else None
+    return outputs, autograd._Gradients(options, (True,) * 9).run(mask, y, c, saved, *inputs, *grads), grads
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh", *DERIVED])
-def test_traced_as_straight_away(name, kind, keys, poison):
+def test_traced_as_straight_away(name, kind, engine, keys, poison):
     """Both ways, K of one and two, what was saved or recomputed; of one group also without an axis of groups."""
     for K, save in ((1, "gates"), (2, "states"), (2, "gates")):
         reversed = 2 if K > 1 else 0
-        options = Options("loop", keys[name], reversed=reversed, states=get(keys[name]).form.states > 1)
+        options = Options(engine, keys[name], reversed=reversed, states=get(keys[name]).form.states > 1)
         options = replace(options, notes={})
         inputs, mask = tensors(keys[name], K), mask_of(kind, reversed)
         if K == 1:
@@ -162,8 +174,8 @@ def test_inputs_of_each_group(name, dtype, keys):
         for n, (f, e) in enumerate(zip(found, expected[1], strict=True)):
             if f is not None:
                 torch.testing.assert_close(f[:, :, k] if n in (0, 8) else f[k : k + 1], e)
-    arguments = (*inputs, mask, keys[name], "gates", 0)
-    torch.library.opcheck(operators.loop_forward, arguments, test_utils="test_faketensor")
+    arguments = (*inputs, mask, "loop", keys[name], "gates", 0, "", "")
+    torch.library.opcheck(operators.scan_forward, arguments, test_utils="test_faketensor")
 
 
 BATCHED = {  # what vmap's dimension is in
@@ -175,19 +187,20 @@ BATCHED = {  # what vmap's dimension is in
 }
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize("which", BATCHED)
 @pytest.mark.parametrize("name", ["lstm", "gru", *DERIVED])
-def test_vmap_as_one_after_another(name, which, keys):
+def test_vmap_as_one_after_another(name, which, engine, keys):
     """Of two groups, one reversed; with a mask of its own for each, too; every gradient of each."""
     V, key = 3, keys[name]
-    options = Options("loop", key, reversed=2, states=get(key).form.states > 1, traced=True)
+    options = Options(engine, key, reversed=2, states=get(key).form.states > 1, traced=True)
     for own_mask, save in ((False, "gates"), (True, "states")):
         every, single = tensors(key, 2, lead=(V,)), tensors(key, 2)
         inputs = [e if n in BATCHED[which] else s for n, e, s in zip(NAMES, every, single, strict=True)]
         dims = [0 if n in BATCHED[which] and t is not None else None for n, t in zip(NAMES, inputs, strict=True)]
         mask = mask_of("both", 2, V * B).view(T, V, B) if own_mask else mask_of("both", 2)
         of_mask = 1 if own_mask else None
-        outputs, _ = forward(options, save, single, None)
+        outputs, _ = autograd.ENGINES[engine].forward(options, save, single, None)
         grads = [drawn(V, *o.shape) for o in outputs]
         function = layer(options, save)
         found = torch.vmap(function, (of_mask, 0, *dims))(mask, tuple(grads), *inputs)
@@ -197,12 +210,13 @@ def test_vmap_as_one_after_another(name, which, keys):
             torch.testing.assert_close(tuple(f[v] for f in found), expected)
 
 
+@pytest.mark.parametrize("engine", ENGINES)
 @pytest.mark.parametrize(
     "outer, inner", [("samples", "samples"), ("samples", "an ensemble"), ("an ensemble", "samples")]
 )
-def test_vmap_in_vmap(outer, inner, keys):
+def test_vmap_in_vmap(outer, inner, engine, keys):
     key, V, W = keys["gru"], 2, 3
-    options = Options("loop", key, reversed=2, traced=True)
+    options = Options(engine, key, reversed=2, traced=True)
     lead = {n: ((V,) if n in BATCHED[outer] else ()) + ((W,) if n in BATCHED[inner] else ()) for n in NAMES}
     single = tensors(key, 2)
     inputs = [None if t is None else drawn(*lead[n], *t.shape) for n, t in zip(NAMES, single, strict=True)]
@@ -210,7 +224,8 @@ def test_vmap_in_vmap(outer, inner, keys):
     def dims(which):
         return [0 if n in BATCHED[which] and t is not None else None for n, t in zip(NAMES, single, strict=True)]
 
-    grads, mask = [drawn(*o.shape) for o in forward(options, "gates", single, None)[0]], mask_of("both", 2)
+    outputs, _ = autograd.ENGINES[engine].forward(options, "gates", single, None)
+    grads, mask = [drawn(*o.shape) for o in outputs], mask_of("both", 2)
     function = lambda *tensors: layer(options, "gates")(mask, tuple(grads), *tensors)  # noqa: E731
     found = torch.vmap(torch.vmap(function, tuple(dims(inner))), tuple(dims(outer)))(*inputs)
     for v in range(V):
@@ -221,13 +236,13 @@ def test_vmap_in_vmap(outer, inner, keys):
 
 
 def test_many_reversed_groups_are_several_calls(keys):
-    """Their bits are one integer, of at most batching.MOST groups a call."""
+    """Their bits are one integer, of at most operators.MOST groups a call."""
     V, key = 70, keys["rnn_tanh"]
     options = Options("loop", key, reversed=1, traced=True)
     single, weights = tensors(key), tensors(key, lead=(V,))
     inputs = [*single[:3], *weights[3:7], None, None]
     dims = [None] * 3 + [0] * 4 + [None] * 2
-    grads = tuple(torch.ones_like(o) for o in forward(options, "gates", single, None)[0])
+    grads = tuple(torch.ones_like(o) for o in autograd.ENGINES["loop"].forward(options, "gates", single, None)[0])
     function = lambda *tensors: layer(options, "gates")(None, grads, *tensors)  # noqa: E731
     found = torch.vmap(function, tuple(dims))(*inputs)
     for v in (0, 30, 69):
