@@ -278,82 +278,99 @@ def timed(
     return rows
 
 
+class Run:
+    """The parts of a run, each a method that returns what it found, and until when each may take."""
+
+    def __init__(self, options: argparse.Namespace, report: Report) -> None:
+        self.device, self.dry, self.report = options.device, options.dry, report
+        self.cuda = torch.device(options.device).type == "cuda"
+        self.started, self.box = time.monotonic(), 60 * options.minutes
+        self.workers = 2 if options.dry else os.cpu_count() or 1
+        self.running: Running = {}  # compute-sanitizer
+        every = cases.grid()
+        self.cases = list(dict.fromkeys(c.small() for c in every)) if options.dry else every
+        if options.case:
+            self.cases = [c for c in self.cases if any(text in f"{c.name} {c.why}" for text in options.case)]
+        parts = {
+            "device": lambda: facts(self.device),
+            "ceilings": lambda: self.probe("ceilings"),
+            "instructions": lambda: self.probe("instructions"),
+            "parity": lambda: parity(self.device, self.workers, self.until(0.3), self.dry),
+            "compute-sanitizer": lambda: sanitized(self.running, self.until(0.35)),
+            "compile": self.compiled,
+            "kernels": lambda: kernel_times(self.device, self.until(0.55), self.dry),
+            "grid": self.timed,
+            "task suite": self.suite,
+        }
+        self.parts = {name: find for name, find in parts.items() if not options.part or name in options.part}
+
+    def until(self, share: float) -> float:
+        """When that share of the time is up; the dry run takes what it takes."""
+        return self.started + (3600 if self.dry else share * self.box)
+
+    def perform(self) -> None:
+        for name, find in self.parts.items():
+            if name == "parity" and "compute-sanitizer" in self.parts:
+                self.running = sanitizers(self.device)  # they take long, and little of the device
+            self.report.part(name, find)
+
+    def probe(self, name: str) -> Any:
+        job = {"do": "probe", "name": name, "device": self.device, "dry": self.dry}
+        return next(found for _, found in jobs.run([job], 1, 60, self.until(0.95)))
+
+    def compiled(self) -> dict[str, Any]:
+        """Compile and check all that is timed after it, on all cores."""
+        alone = {"device": self.device, "seconds": -1}
+        asked = [{**alone, **job} for job in kernels(self.device, self.dry)]
+        asked += [{"do": "case", "case": asdict(c), **alone, "providers": list(FIRST)} for c in self.cases]
+        wrong = []
+        for job, found in jobs.run(asked, self.workers, 60, self.until(0.5)):
+            name = cases.Case(**job["case"]).name if "case" in job else str(job)
+            rows = found.get("rows", [found])
+            wrong += [f"{name}, {r.get('provider', '')}: {r['failed']}" for r in rows if "failed" in r]
+        return {"cases": len(asked), "wrong": wrong}
+
+    def timed(self) -> list[dict[str, Any]]:
+        """torch.nn and the kernels on every case, then the others on a few."""
+
+        def note(rows: list[dict[str, Any]]) -> None:
+            self.report.content["parts"]["grid"] = [*rows]
+            self.report.write()
+
+        if self.dry:
+            return timed(self.cases, self.device, list(PROVIDERS), self.until(1), True, False, note)
+        good = "compile" in self.parts and not self.report.content["parts"]["compile"].get("wrong", True)
+        first = timed(self.cases, self.device, list(FIRST), self.until(0.85), False, good, note)
+        few = [
+            c for c in self.cases if c.mode == cases.TRAINING and (c.T <= 200 or (c.B, c.H, c.heads) == (16, 768, 1))
+        ]
+        others = [name for name in PROVIDERS if name not in (*FIRST, "auto")]
+        more = timed(few, self.device, others, self.until(0.95), False, False, lambda rows: note(first + rows))
+        return first + more
+
+    def suite(self) -> dict[str, Any]:
+        wanted = ("memorize", "--case", "1", "--cell", "lstm") if self.dry else ("--all",)
+        command = seqcells("run", *wanted, "--device", self.device, "--backend", "reference" if self.dry else "triton")
+        return said(command, max(30.0, self.until(1.05) - time.monotonic()))
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--minutes", type=float, default=8.0, help="about how long it may take")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--part", action="append", metavar="NAME", help="only this part (may be repeated)")
-    parser.add_argument(
-        "--case", action="append", metavar="TEXT", help="only cases whose name or purpose has this in it"
-    )
+    parser.add_argument("--case", action="append", metavar="TEXT", help="only cases whose name or purpose has this")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, hardly timed: does it all run?")
     options = parser.parse_args()
-    device, cuda = options.device, torch.device(options.device).type == "cuda"
+    cuda = torch.device(options.device).type == "cuda"
     if cuda and not torch.cuda.is_available():
-        parser.error(f"--device {device}: no CUDA device is available")
+        parser.error(f"--device {options.device}: no CUDA device is available")
     if not cuda and not options.dry:
         parser.error("--device cpu only with --dry; to time the CPU: python benchmarks/compare.py")
     torch.set_num_threads(1)
-    started, box = time.monotonic(), 60 * options.minutes
     report = Report(options.out, " ".join(["python benchmarks/gpu.py", *sys.argv[1:]]))
-    workers = 2 if options.dry else os.cpu_count() or 1
-    chosen = list(dict.fromkeys(c.small() for c in cases.grid())) if options.dry else cases.grid()
-    if options.case:
-        chosen = [c for c in chosen if any(text in f"{c.name} {c.why}" for text in options.case)]
-
-    def by(share: float) -> float:
-        """When that share of the time is up; the dry run takes what it takes."""
-        return started + (3600 if options.dry else share * box)
-
-    def probe(name: str) -> Callable[[], Any]:
-        job = {"do": "probe", "name": name, "device": device, "dry": options.dry}
-        return lambda: next(found for _, found in jobs.run([job], 1, 60, by(0.95)))
-
-    def compiled() -> dict[str, Any]:
-        alone = {"device": device, "seconds": -1}
-        asked = [{**alone, **job} for job in kernels(device, options.dry)]
-        asked += [{"do": "case", "case": asdict(c), **alone, "providers": list(FIRST)} for c in chosen]
-        wrong = []
-        for job, found in jobs.run(asked, workers, 60, by(0.6)):
-            rows = found.get("rows", [found])
-            name = cases.Case(**job["case"]).name if "case" in job else str(job)
-            wrong += [f"{name}, {r.get('provider', '')}: {r['failed']}" for r in rows if "failed" in r]
-        return {"cases": len(asked), "wrong": wrong}
-
-    def grid() -> list[dict[str, Any]]:
-        def note(rows: list[dict[str, Any]]) -> None:
-            report.content["parts"]["grid"] = [*rows]
-            report.write()
-
-        if options.dry:
-            return timed(chosen, device, list(PROVIDERS), by(1), True, False, note)
-        good = "compile" in parts and not report.content["parts"]["compile"].get("wrong", True)
-        first = timed(chosen, device, list(FIRST), by(0.85), False, good, note)
-        few = [c for c in chosen if c.mode == cases.TRAINING and (c.T <= 200 or (c.B, c.H, c.heads) == (16, 768, 1))]
-        others = [name for name in PROVIDERS if name not in (*FIRST, "auto")]
-        return first + timed(few, device, others, by(0.95), False, False, lambda rows: note(first + rows))
-
-    running: Running = {}
-    parts: dict[str, Callable[[], Any]] = {
-        "device": lambda: facts(device),
-        "ceilings": probe("ceilings"),
-        "instructions": probe("instructions"),
-        "parity": lambda: parity(device, workers, by(0.4), options.dry),
-        "compute-sanitizer": lambda: sanitized(running, by(0.45)),
-        "compile": compiled,
-        "kernels": lambda: kernel_times(device, by(0.7), options.dry),
-        "grid": grid,
-    }
-    wanted = ("memorize", "--case", "1", "--cell", "lstm") if options.dry else ("--all",)
-    backend = "reference" if options.dry else "triton"
-    suite_run = seqcells("run", *wanted, "--device", device, "--backend", backend)
-    parts["task suite"] = lambda: said(suite_run, max(30.0, by(1.05) - time.monotonic()))
-    parts = {name: find for name, find in parts.items() if not options.part or name in options.part}
-    for name, find in parts.items():
-        if name == "parity" and "compute-sanitizer" in parts:
-            running.update(sanitizers(device))  # they take long, and little of the device
-        report.part(name, find)
+    Run(options, report).perform()
     found = report.content["parts"]
     failed = [n for n, p in found.items() if isinstance(p, dict) and ("failed" in p or p.get("code") or p.get("wrong"))]
     rows = found.get("grid", [])

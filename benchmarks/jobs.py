@@ -164,7 +164,7 @@ def run(jobs: list[Job], workers: int, limit: float, deadline: float) -> Iterato
                 worker.stop()
                 return
             worker.give(waiting.pop(), limit)
-            busy.register(worker.process.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]
+            busy.register(worker.process.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]  # a pipe: see _Worker
 
         for _ in range(min(workers, len(jobs))):
             begin(_Worker())

@@ -30,24 +30,6 @@ class Scanned(NamedTuple):
     cn: Tensor
 
 
-def pack_saved(tiles: Tensor) -> Tensor:
-    """The kernels' saved words [T, B, K, W, H] of the tiles [T, B, K, S, H] (see kernels.tiles)."""
-    S, H, pack = *tiles.shape[3:], 8 // tiles.element_size()
-    if S == 1 or pack == 1:
-        return tiles.contiguous()
-    words = -(-S // pack)
-    padded = torch.cat([tiles, tiles.new_zeros(*tiles.shape[:3], words * pack - S, H)], 3)
-    return padded.unflatten(3, (words, pack)).transpose(4, 5).contiguous().view(torch.int64).squeeze(5)
-
-
-def unpack_saved(words: Tensor, count: int, dtype: torch.dtype) -> Tensor:
-    """`pack_saved`'s tiles, count of them."""
-    if words.dtype == dtype:
-        return words
-    pack = 8 // dtype.itemsize
-    return words[..., None].view(dtype).unflatten(5, (pack,)).transpose(4, 5).flatten(3, 4)[:, :, :, :count]
-
-
 class Gradients(NamedTuple):
     """dgx [T, B, K, G*H]; dhu [T, B, K, .*H], of the products apart; m [T, B, K, .*H], the operands stored; dh0
     [K, B, H], dc0 [K, B, (S-1)*H]; dparams [K, P*H] in the accumulation type. [0] where there is none."""

@@ -76,17 +76,14 @@ def arrive(counter_ptr):
 
 @triton.jit
 def wait(counter_ptr, target):
-    """Until the counter reaches target; then every load sees what was published. See the module's docstring. Returns
-    the next target."""
-    if tl.target_info.is_cuda():
-        # Every thread polls for itself: no block barrier, and no way through shared memory from the one that polls.
+    """Until the counter reaches target; then every load sees what was published. Returns the next target."""
+    if tl.target_info.is_cuda():  # every thread polls for itself: no block barrier, and nothing through shared memory
         tl.inline_asm_elementwise(
             "{ .reg .pred %early;\nagain_${:uid}:\nld.acquire.gpu.global.s32 $0, [$1];\n"
             "setp.lt.s32 %early, $0, $2;\n@%early bra again_${:uid}; }",
             "=&r,l,r", [counter_ptr.to(tl.int64), target], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
-    else:
-        # An atomic that adds nothing is the portable acquiring load.
+    else:  # an atomic that adds nothing is the portable acquiring load
         while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < target:
             pass
         tl.debug_barrier()
@@ -95,10 +92,8 @@ def wait(counter_ptr, target):
 
 @triton.constexpr_function
 def _stored_in(tile, adds, late, first_products):
-    """The part of a backward step that stores a tile of dgx: with the second products (0), the step (1), or last (2).
-
-    Other programs read the second products' while the step stores, so each is stored once.
-    """
+    """The part of a backward step that stores a tile of dgx, once: with the second products (0), since other programs
+    read those while the step stores, with the step (1), or last (2)."""
     return 0 if tile in adds[first_products:] else 2 if tile in late else 1
 
 
@@ -149,7 +144,6 @@ def forward_kernel(
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
 
-    # Offsets inside a tile are small; the tile's start is a 64-bit scalar.
     line = row0 * GROUPS + group
     in_group = group * B + row0
     # A row past the batch reads the last one's operands from the others (rows do not mix, and it is not stored).
@@ -252,7 +246,7 @@ def forward_kernel(
             store_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
             if WAITS and not PUBLISHED:
                 arrive(counter_ptr)
-            # Nobody waits for the rest of the step, so storing it and loading the next input come after the arrival.
+            # Nobody waits for the rest of the step: it comes after the arrival.
             if SAVE and STATES > 1:
                 store_tiles(c_ptr, at_c, mask, stored, 1, STATES, H)
                 c_ptr += advance * (STATES - 1)
@@ -271,7 +265,7 @@ def forward_kernel(
             if WAITS and not PUBLISHED:
                 target = wait(counter_ptr, target)
 
-    tl.debug_barrier()  # sh and sc are in place (see `stepwise`), and a launch may be less than a step
+    tl.debug_barrier()  # sh and sc are in place, and a launch may be less than a step
     store_tiles(sh_ptr, at_state, mask, states, 0, 1, 0)
     if STATES > 1:
         store_tiles(sc_ptr, at_others, mask, states, 1, STATES, H)

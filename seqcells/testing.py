@@ -211,7 +211,7 @@ def errors(
     generator = torch.Generator().manual_seed(2)
     mask = torch.rand(shape.T, shape.B, generator=generator) < 0.3 if resets else None
     ends = torch.randint(1, shape.T + 1, (shape.B,), generator=generator) if lengths else None
-    given = {name: None if t is None else t.to(device) for name, t in (("resets", mask), ("lengths", ends))}
+    given: Any = {name: None if t is None else t.to(device) for name, t in (("resets", mask), ("lengths", ends))}
     got = run(cell, tensors, **given, backend=backend, save=save, precision=precision)
     # The reference runs on the CPU, so that the GPU's matrix products are not tested against themselves.
     exact = run(cell, [t.cpu().double() for t in tensors], mask, lengths=ends, backend="reference")

@@ -12,6 +12,7 @@ from kinds import KINDS
 from shapes import CELLS, SCHEDULES, spread
 
 from seqcells import functional, testing
+from seqcells.engines import triton
 from seqcells.kernels import cells, grid, scan, stepwise
 from seqcells.kernels.devices import INTERPRETER, KNOWN
 from seqcells.kernels.plan import plan
@@ -266,3 +267,46 @@ def test_groups_refuse_what_does_not_fit():
     ]:
         with pytest.raises(error, match=message):
             functional.scan_groups("gru", *arguments, **options)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_only_programs_that_wait_for_each_other_are_a_cooperative_launch(cell):
+    """The driver refuses such a launch of more programs than the device holds at once, as a recomputation may be."""
+    declared, launches = cells.get(cell), []
+    chosen = plan(declared, B=16, H=768, itemsize=2, device=KNOWN["sm_90"], schedule="grid")
+
+    def empty(*shape):
+        return torch.empty(shape, dtype=torch.bfloat16, device="meta")
+
+    gx, u = empty(3, 16, 1, declared.gates * 768), empty(1, declared.products * 768, 768)
+    bias = empty(1, len(declared.apart) * 768) if declared.apart else None
+    options = {"plan": chosen, "launch": launches.append}
+    out = scan.forward(declared, gx, u, bias, None, None, None, save="states", **options)
+    scan.recompute(declared, gx, u, bias, out.y, out.c, None, **options)
+    scan.backward(
+        declared, gx[..., :768], None, None, u, out.y, out.c, scan.allocate_saved(declared, gx), None, **options
+    )
+    assert len(launches) == (3 if declared.saved else 2) + (declared.level < len(declared.operands))
+    for launch in launches:
+        waits = launch.kernel in (grid.forward_kernel, grid.backward_kernel)
+        assert scan.compile_options(launch.plan)["launch_cooperative_grid"] == waits, launch.kernel
+
+
+@pytest.mark.parametrize("races", [True, False])
+def test_what_was_wrong_on_a_device_is_not_chosen(races, monkeypatch):
+    """H=1100 fits neither resident nor grid; where stepwise was wrong, only who asks for it gets it."""
+    monkeypatch.setattr(scan, "PIPELINES_RACE", races)
+    monkeypatch.setattr(scan, "device_facts", lambda device: KNOWN["H200"])
+    triton.plan_for.cache_clear()
+    asked = {"precision": "ieee", "backward": False}
+    try:
+        for dtype in (torch.bfloat16, torch.float32):
+            like = dtype, torch.device("cuda")
+            assert triton.plan_for("lstm", 512, (1, 1100), like, "stepwise", **asked).schedule == "stepwise"
+            if races and dtype == torch.bfloat16:
+                with pytest.raises(ValueError, match="no schedule is left"):
+                    triton.plan_for("lstm", 512, (1, 1100), like, "", **asked)
+            else:
+                assert triton.plan_for("lstm", 512, (1, 1100), like, "", **asked).schedule == "stepwise"
+    finally:
+        triton.plan_for.cache_clear()

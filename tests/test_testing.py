@@ -138,3 +138,18 @@ def test_the_command_says_what_there_is_not(where, said, tmp_path, monkeypatch, 
     monkeypatch.chdir(tmp_path)
     assert cli.main(["check", "--device", DEVICE, "--cell", where]) != 0
     assert said in capsys.readouterr().err
+
+
+def test_all_that_a_backend_gets_is_on_the_device(monkeypatch):
+    """Lengths, too: functional.scan refuses those of another device."""
+    devices = []
+
+    def run(cell, tensors, resets=None, *, lengths=None, backend, **options):
+        devices.extend(t.device.type for t in (*tensors, resets, lengths) if backend != "reference")
+        return {}
+
+    monkeypatch.setattr(testing, "run", run)
+    shape = testing.Shape(3, 2, 2, 4)
+    with pytest.raises(NotImplementedError):  # of the reference's inputs, which would have values
+        testing.errors("lstm", shape, torch.float32, "meta", backend="loop", resets=True, lengths=True)
+    assert len(devices) == 9 and set(devices) == {"meta"}

@@ -45,8 +45,10 @@ def plan_for(
     """The plan of a scan. size: K and H; like: the tensors' dtype and device; schedule: "" for the plan's choice.
     Raises as `plan`."""
     (K, H), (dtype, device) = size, like
+    facts = kernels.scan.device_facts(device)
     options: Any = {"B": batch, "H": H, "groups": K, "itemsize": dtype.itemsize, "precision": precision}
-    options |= {"device": kernels.scan.device_facts(device), "schedule": schedule or None, "avoid": avoid}
+    avoid += kernels.scan.doubtful(facts, dtype)
+    options |= {"device": facts, "schedule": schedule or None, "avoid": avoid}
     return plan(kernels.cells.get(cell), backward=backward, **options)
 
 
