@@ -13,10 +13,9 @@ adds one, and `wait(n * programs)` returns once all have arrived n times.
 
 No read is stale. Each value that is exchanged is (1) stored by some warp of the writer, (2) ordered before the
 writer's release by the block barrier in `arrive` (Triton up to 3.8 puts none there itself, and a release orders only
-what its own thread has seen), (3) made visible to the device by the release, which is cumulative, (4) seen by the
-reader's one polling thread, whose acquire reads a counter that includes that release, (5) handed to the reader's other
-warps by the block barrier in `wait`, and (6) read with `.cg`, from L2: an older copy in the first-level cache is
-never read.
+what its own thread has seen), (3) made visible to the device by the release, which is cumulative, (4) seen by each
+thread of the reader, whose acquire reads a counter that includes that release (where there is no PTX one thread polls,
+and a block barrier follows), and (5) read with `.cg`, from L2, never from an older copy in the first-level cache.
 
 No write is early. y, dgx and dhu have a row a step, and each location of them is written once a launch
 (`_stored_in` says which part of a backward step stores a tile of dgx). v is rewritten two steps later (there are two,

@@ -144,9 +144,10 @@ def grouped(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
 
 def of_outputs(options: Options, K: int, grads: Tensors) -> Tensors:
     """The gradients that an engine's backward takes, from those of its forward's outputs."""
-    dy, *others = grads
-    dhn = None if places(options.cell).output else others.pop(0)
-    dcn, dcs = (*others, None, None)[:2]
+    # Without pop: torch 2.11's compiler takes the list of a star for a tuple.
+    dy, dhn, dcn, dcs = (*grads, None, None, None)[:4]
+    if places(options.cell).output:
+        dhn, dcn, dcs = None, dhn, dcn
     dy, dcs = (None if d is None else d.reshape(*d.shape[:2], K, d.shape[2] // K) for d in (dy, dcs))
     if options.single:  # its final states have no axis of groups
         dhn, dcn = (None if d is None else d[None] for d in (dhn, dcn))
@@ -351,12 +352,12 @@ def apply(
         else:
             save = "states" if options.states else "none"
             outputs, _ = ENGINES[options.engine].forward(options, save, inputs, call.mask)
-    y, *finals = outputs
-    every = (finals.pop(),) if options.states else None
+    y, end = outputs[0], len(outputs) - bool(options.states)
+    finals, every = outputs[1:end], outputs[end:] if options.states else None
     if S <= 2:
         return y, tuple(finals), None if every is None else (y, *every)[at.output :]
     H = finals[-1].shape[-1] // (S - 1)
-    others = finals.pop().split(H, -1)
+    finals, others = finals[:-1], finals[-1].split(H, -1)
     if every is not None:
         each = every[0].reshape(*y.shape[:2], y.shape[2] // H, S - 1, H).unbind(3)
         every = (*(() if at.output else (y,)), *(s.flatten(2) for s in each))

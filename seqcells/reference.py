@@ -57,7 +57,7 @@ def step_of(of: str | Cell) -> Step:
         results = tuple(r if r.shape == shape else r.expand(shape) for r in results)  # of trained vectors alone
         return (*results[len(states) :], *results[: len(states)]) if cell.outputs else results
 
-    vars(step)["rows"] = cell.rows
+    step.rows = cell.rows  # type: ignore[attr-defined]  # an attribute of this function alone
     return step
 
 
