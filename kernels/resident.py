@@ -29,7 +29,7 @@ from .layout import (
     read_tiles,
     unit_order,
     write_tiles,
-)
+)  # fmt: skip
 from .tiles import (
     active,
     add_outer,
@@ -342,8 +342,10 @@ def backward_kernel(
             d_second = inside_all(d_second, units, PRODUCTS - FIRST, H, TYPE, FAST)
             d_second = operands(d_second, PRODUCTS - FIRST, TYPE, PRECISION)
             for n in tl.static_range(LEVEL, OPERANDS):
-                FROM: tl.constexpr = first_product(GATES, n)
-                dm = dm + (sum_products(UT, d_second, zero, zero, FROM, FROM + GATES[n], FIRST, PRECISION),)
+                d = sum_products(
+                    UT, d_second, zero, zero, first_product(GATES, n), first_product(GATES, n + 1), FIRST, PRECISION
+                )
+                dm = dm + (d,)
         dgx, dhu, new, dparams, computed = STEP(dstates, dm, saved, entering, after, params, FAST)
         dgx, dhu, dstates, computed = before_step(dgx, dhu, new, computed, dstates, code, PADDING)
         for n in tl.static_range(G):
