@@ -104,9 +104,6 @@ def result(job: Job) -> Job:
 
 def work() -> None:
     """A worker: a job a line in, a result a line out, until there are no more."""
-    import torch
-
-    torch.set_num_threads(1)  # there are as many workers as cores
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a job prints is not an answer
     for line in sys.stdin:
@@ -120,7 +117,8 @@ class _Worker:
     def __init__(self) -> None:
         # Triton's kernels are compiled once for all workers, in its cache on disk.
         command = [sys.executable, str(Path(__file__)), "--work"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT)
+        one = os.environ | {"OMP_NUM_THREADS": "1"}  # there may be as many workers as cores
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=one)
         self.job: Job = {}
         self.deadline = 0.0
         self.text = b""

@@ -216,9 +216,9 @@ def slow_and_dying(tmp_path, monkeypatch):
 
 def test_a_job_that_hangs_or_dies_is_named_and_the_next_begins(slow_and_dying):
     asked = [{"do": what} for what in ("hang", "die", "fail", "lose")] + [{"do": "answer", "n": n} for n in range(3)]
-    found = {str(job): result for job, result in jobs.run(asked, 2, 10, time.monotonic() + 100)}
+    found = {str(job): result for job, result in jobs.run(asked, 2, 3, time.monotonic() + 100)}
     assert len(found) == len(asked)
-    assert found["{'do': 'hang'}"]["failed"] == "no result after 10 s: stopped"
+    assert found["{'do': 'hang'}"]["failed"] == "no result after 3 s: stopped"
     assert found["{'do': 'die'}"]["failed"] == "its process ended with 3"
     assert found["{'do': 'fail'}"]["failed"].startswith("ZeroDivisionError")
     assert "illegal memory access" in found["{'do': 'lose'}"]["failed"]
