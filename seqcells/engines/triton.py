@@ -181,7 +181,8 @@ def _recomputed(
     cell, H = options.cell, u.shape[2]
     assert x is not None and w_ih is not None
     gx, bias = input_projection(places(cell), x, w_ih, b_ih, b_hh, H, extra)
-    chosen = plan_for(cell, gx.shape[1], (u.shape[0], H), (u.dtype, u.device), "", "ieee", False)
+    schedule = "" if options.schedule == "auto" else options.schedule
+    chosen = plan_for(cell, gx.shape[1], (u.shape[0], H), (u.dtype, u.device), schedule, "ieee", False)
     keywords: Any = {"plan": chosen, "reversed": options.reversed, "params": params}
     call = partial(kernels.scan.recompute, kernels.cells.get(cell), gx.contiguous(), u, bias, *states, mask, **keywords)
     if options.schedule != "auto":
