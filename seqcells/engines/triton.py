@@ -182,7 +182,7 @@ def _recomputed(
     assert x is not None and w_ih is not None
     gx, bias = input_projection(places(cell), x, w_ih, b_ih, b_hh, H, extra)
     schedule = "" if options.schedule == "auto" else options.schedule
-    chosen = plan_for(cell, gx.shape[1], (u.shape[0], H), (u.dtype, u.device), schedule, "ieee", False)
+    chosen = plan_for(cell, gx.shape[1], (u.shape[0], H), (u.dtype, u.device), schedule, options.precision, False)
     keywords: Any = {"plan": chosen, "reversed": options.reversed, "params": params}
     call = partial(kernels.scan.recompute, kernels.cells.get(cell), gx.contiguous(), u, bias, *states, mask, **keywords)
     if options.schedule != "auto":
