@@ -248,7 +248,7 @@ def check_the_step(rows):
         shown = [cost[hidden, d] for d in ("infer", "train", "backward")]
         for row in shown[:2]:
             assert row["slots"] <= slots and row["counts"]["BAR"] <= barriers
-        assert shown[2]["slots"] <= 1.8 * shown[0]["slots"]
+        assert shown[2]["slots"] <= 1.9 * shown[0]["slots"]
         line = " | ".join(f"{r['slots']:.0f}, {r['counts']['BAR']}" for r in shown)
         if triton.__version__ == "3.7.1":  # constraints.txt's; another release compiles to other counts
             assert f"| LSTM {hidden} | {line} |" in (ROOT / "README.md").read_text(), line
