@@ -17,11 +17,9 @@ CHAINS = {
     "block barrier, 4 warps": (128, "", "__syncthreads();"),
     "block barrier, 8 warps": (256, "", "__syncthreads();"),
     "ex2.approx": (32, "", 'asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(f));'),
-    "rcp.approx": (32, "", 'asm volatile("rcp.approx.ftz.f32 %0, %0;" : "+f"(f));'),
     "tanh.approx": (32, "", 'asm volatile("tanh.approx.f32 %0, %0;" : "+f"(f));'),
     "ex2.approx, 4 warps": (128, "", 'asm volatile("ex2.approx.ftz.f32 %0, %0;" : "+f"(f));'),
     "fma": (32, "", 'asm volatile("fma.rn.f32 %0, %0, %0, %0;" : "+f"(f));'),
-    "shfl.bfly": (32, "", 'asm volatile("shfl.sync.bfly.b32 %0, %0, 1, 31, 0xffffffff;" : "+r"(x));'),
     "mma m16n8k16 bf16": (
         32,
         "",

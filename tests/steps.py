@@ -8,6 +8,9 @@ import torch
 from torch.nn import functional as F
 
 import seqcells
+from seqcells import products
+from seqcells.engines import triton
+from seqcells.engines.loop import derived, layer
 from seqcells.kernels import registry
 
 sigmoid, tanh, exp, relu = torch.sigmoid, torch.tanh, torch.exp, torch.relu
@@ -232,7 +235,12 @@ def define(step, gates="", **others):
 def registries(monkeypatch):
     """The steps as cells, by name; which are none of other tests'."""
     cells = sys.modules["seqcells.cell"]  # seqcells.cell is the function
-    for of, name in ((cells, "_BY_KEY"), (cells, "_BY_NAME"), (registry, "REGISTERED"), (registry, "_LATER")):
+    registries = [(cells, "_BY_KEY"), (cells, "_BY_NAME"), (registry, "REGISTERED"), (registry, "_LATER")]
+    # What is remembered of a cell by its key must not outlive it: the gallery has cells of these names.
+    registries += [(products, "_PLACES"), (derived, "_FOUND"), (layer, "_ORDERS")]
+    for of, name in registries:
         others = {key: made for key, made in getattr(of, name).items() if key.partition("#")[0] not in NAMES}
         monkeypatch.setattr(of, name, others)
-    return {step.__name__: define(step) for step in STEPS}
+    triton.plan_for.cache_clear()
+    yield {step.__name__: define(step) for step in STEPS}
+    triton.plan_for.cache_clear()

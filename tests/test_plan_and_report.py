@@ -244,11 +244,12 @@ def test_cells_of_other_kinds_compile_without_spills(target):
 def check_the_step(rows):
     """Issue slots and barriers a step, LSTM, bf16, 8 rows: what was asked for, and what the README shows."""
     cost = {(r["case"]["hidden"], r["case"]["direction"]): r for r in rows if as_in_the_readme(r["case"])}
-    for hidden, slots, barriers in ((32, 150, 6), (64, 230, 8), (128, 460, 8)):
+    # Of backward: 1.8 times inference's slots before its input was loaded as whole words (66, 142, 320).
+    for hidden, slots, barriers, back in ((32, 150, 6, 118), (64, 230, 8, 255), (128, 460, 8, 576)):
         shown = [cost[hidden, d] for d in ("infer", "train", "backward")]
         for row in shown[:2]:
             assert row["slots"] <= slots and row["counts"]["BAR"] <= barriers
-        assert shown[2]["slots"] <= 1.9 * shown[0]["slots"]
+        assert shown[2]["slots"] <= back
         line = " | ".join(f"{r['slots']:.0f}, {r['counts']['BAR']}" for r in shown)
         if triton.__version__ == "3.7.1":  # constraints.txt's; another release compiles to other counts
             assert f"| LSTM {hidden} | {line} |" in (ROOT / "README.md").read_text(), line
