@@ -16,11 +16,11 @@ from seqcells.kernels.grid import arrive, wait
 
 
 @triton.jit
-def barriers(counter_ptr, steps, PROGRAMS: tl.constexpr):
+def barriers(counter_ptr, steps, PROGRAMS: tl.constexpr, PTX: tl.constexpr):
     """Nothing but the grid schedule's barrier, once a step."""
     for step in range(steps):
         arrive(counter_ptr)
-        wait(counter_ptr, (step + 1) * PROGRAMS)
+        wait(counter_ptr, (step + 1) * PROGRAMS, PTX)
 
 
 @triton.jit
@@ -43,6 +43,7 @@ def ceilings(device: str, dry: bool = False) -> dict[str, Any]:
     most = 1 if dry or place.type != "cuda" else torch.cuda.get_device_properties(place).multi_processor_count
     counter = torch.zeros(1, dtype=torch.int32, device=place)
     options = {"launch_cooperative_grid": True, "num_warps": 4} if place.type == "cuda" else {}
+    ptx = place.type == "cuda" and not torch.version.hip
     # A circle through 16 MB, each step to another line of the cache.
     count, stride = (64, 16) if dry else (2**22, 4099 * 32)
     places = (torch.arange(count, dtype=torch.int64) + stride) % count
@@ -51,7 +52,9 @@ def ceilings(device: str, dry: bool = False) -> dict[str, Any]:
     def barrier(programs: int) -> Callable[[], object]:
         def run() -> None:
             counter.zero_()
-            barriers[(programs,)](counter, steps, PROGRAMS=programs, **options)
+            barriers[(programs,)](
+                counter, steps, PROGRAMS=programs, PTX=place.type == "cuda" and not torch.version.hip, **options
+            )
 
         return run
 

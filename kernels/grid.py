@@ -74,9 +74,9 @@ def arrive(counter_ptr):
 
 
 @triton.jit
-def wait(counter_ptr, target):
+def wait(counter_ptr, target, PTX: tl.constexpr):
     """Until the counter reaches target; then every load sees what was published. Returns the next target."""
-    if tl.target_info.is_cuda():  # every thread polls for itself: no block barrier, and nothing through shared memory
+    if PTX:  # every thread polls for itself: no block barrier, and nothing through shared memory
         tl.inline_asm_elementwise(
             "{ .reg .pred %early;\nagain_${:uid}:\nld.acquire.gpu.global.s32 $0, [$1];\n"
             "setp.lt.s32 %early, $0, $2;\n@%early bra again_${:uid}; }",
@@ -118,7 +118,7 @@ def forward_kernel(
     STATE_OF: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr,
     OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr, PADDING: tl.constexpr, PHASE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Steps first..last-1. PHASE -1: all of each. 0: the operands that are published. 1: the first products, and the
     step if they are all. 2: the second products and the step."""
@@ -209,7 +209,7 @@ def forward_kernel(
                 REVERSED, PADDING,
             )  # fmt: skip
         if PUBLISHED and WAITS:
-            target = wait(counter_ptr, target)
+            target = wait(counter_ptr, target, PTX)
         hu = ()
         if PHASE == -1 or PHASE == 1:
             if PUBLISHED:
@@ -232,7 +232,7 @@ def forward_kernel(
                 store_tiles(hu_first_ptr, at_first, mask, hu, 0, FIRST_PRODUCTS, H)
             if WAITS:
                 arrive(counter_ptr)
-                target = wait(counter_ptr, target)
+                target = wait(counter_ptr, target, PTX)
             if PHASE == -1 or PHASE == 2:
                 hu = hu + operand_products(
                     U, m_ptr, row * (GROUPS * SECOND * H), valid, start, GATES, LEVEL, OPERANDS,
@@ -262,7 +262,7 @@ def forward_kernel(
                     TYPE, REVERSED, PADDING,
                 )  # fmt: skip
             if WAITS and not PUBLISHED:
-                target = wait(counter_ptr, target)
+                target = wait(counter_ptr, target, PTX)
 
     tl.debug_barrier()  # sh and sc are in place, and a launch may be less than a step
     store_tiles(sh_ptr, at_state, mask, states, 0, 1, 0)
@@ -317,7 +317,7 @@ def backward_kernel(
     STATE_OF: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, SEGMENTS: tl.constexpr, PACK: tl.constexpr, STEP: tl.constexpr,
     BACKWARD_2: tl.constexpr, FINISH: tl.constexpr, PADDING: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
+    FAST: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Steps T-1-first..T-last, back in time. PHASE -1: all of each. 0: up to the second products. 1: the pointwise
     step. 2: its gradients through U^T, and with FINISH what follows (for which it forms the step once more)."""
@@ -423,7 +423,7 @@ def backward_kernel(
                 _store_apart(dhu_ptr, at_i, mask, dhu_2, FIRST_PRODUCTS, PRODUCTS, ADDS, H)
             if WAITS:
                 arrive(counter_ptr)
-                target = wait(counter_ptr, target)
+                target = wait(counter_ptr, target, PTX)
             if STEPS:
                 for n in tl.static_range(LEVEL, OPERANDS):
                     dm = dm + (through_u(
@@ -455,7 +455,7 @@ def backward_kernel(
             dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, at_h, at_c, at_s, ahead, H, STATES, WORDS
         )
         if WAITS:
-            target = wait(counter_ptr, target)
+            target = wait(counter_ptr, target, PTX)
         if PHASE == -1 or PHASE == 2:
             dv = ()
             for n in tl.static_range(LEVEL):

@@ -143,6 +143,7 @@ def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[st
         flat = [(s.operand, s.first, s.count, int(s.apart), s.column) for s in cell.segments]
         constants["SEGMENTS"] = tuple(number for segment in flat for number in segment)
     if plan.schedule == "grid":
+        constants["PTX"] = plan.nvidia
         # Into how many chunks the columns of each slice of U are cut (the last chunk may be smaller).
         cut = slices(cell, hidden, plan.block_h, backward)
         constants["CHUNKS"] = tuple(chunks(columns, rows, plan.block_k)[0] for rows, columns in cut)
