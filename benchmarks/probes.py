@@ -52,9 +52,7 @@ def ceilings(device: str, dry: bool = False) -> dict[str, Any]:
     def barrier(programs: int) -> Callable[[], object]:
         def run() -> None:
             counter.zero_()
-            barriers[(programs,)](
-                counter, steps, PROGRAMS=programs, PTX=place.type == "cuda" and not torch.version.hip, **options
-            )
+            barriers[(programs,)](counter, steps, PROGRAMS=programs, PTX=ptx, **options)
 
         return run
 
