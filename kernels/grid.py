@@ -146,7 +146,7 @@ def forward_kernel(
     line = row0 * GROUPS + group
     in_group = group * B + row0
     # A row past the batch reads the last one's operands from the others (rows do not mix, and it is not stored).
-    row = tl.minimum(r, B - 1 - row0).to(tl.int32)
+    last_row = (B - 1 - row0).to(tl.int32)
     at_h = r[None, :] * (GROUPS * H) + units[:, None]
     at_c = r[None, :] * (GROUPS * (STATES - 1) * H) + units[:, None]
     at_g = r[None, :] * (GROUPS * G * H) + units[:, None]
@@ -176,7 +176,7 @@ def forward_kernel(
     if bias_ptr is not None:
         bias_ptr += group * (apart_before(ADDS, len(ADDS)) * H)
 
-    U = operand_slices(u_ptr, unit0, GATES, H, BLOCK_H, CHUNKS, PRECISION)
+    U = operand_slices(u_ptr, unit0, GATES, H, BLOCK_H, BLOCK_B, CHUNKS, PRECISION)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), ADDS, H)
     if PARAMS > 0:
         params_ptr += group * (PARAMS * H)
@@ -214,12 +214,12 @@ def forward_kernel(
         if PHASE == -1 or PHASE == 1:
             if PUBLISHED:
                 hu = operand_products(
-                    U, v_ptr + (i % 2) * (per_step * LEVEL), row * (GROUPS * LEVEL * H), valid, start, GATES, 0, LEVEL,
-                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, PRECISION,
+                    U, v_ptr + (i % 2) * (per_step * LEVEL), last_row, valid, start, GROUPS * LEVEL * H, GATES, 0,
+                    LEVEL, ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, PRECISION,
                 )  # fmt: skip
             else:
                 hu = operand_products(
-                    U, y_ptr, row * (GROUPS * H), not_reset(code_now, PADDING), start, GATES, 0, LEVEL,
+                    U, y_ptr, last_row, not_reset(code_now, PADDING), start, GROUPS * H, GATES, 0, LEVEL,
                     ACC, BLOCK_H, BLOCK_B, H, CHUNKS, mask_ptr is not None, PRECISION,
                 )  # fmt: skip
         if PHASE == 2:
@@ -235,7 +235,7 @@ def forward_kernel(
                 target = wait(counter_ptr, target, PTX)
             if PHASE == -1 or PHASE == 2:
                 hu = hu + operand_products(
-                    U, m_ptr, row * (GROUPS * SECOND * H), valid, start, GATES, LEVEL, OPERANDS,
+                    U, m_ptr, last_row, valid, start, GROUPS * SECOND * H, GATES, LEVEL, OPERANDS,
                     ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, PRECISION,
                 )  # fmt: skip
         if PHASE == -1 or PHASE == LAST:
@@ -347,9 +347,7 @@ def backward_kernel(
     line = row0 * GROUPS + group
     in_group = group * B + row0
     # A row past the batch reads the last one's gradients from the others (rows do not mix, and it is not stored).
-    row = tl.minimum(r, B - 1 - row0).to(tl.int32)
-    gx_row = row * (GROUPS * G * H)
-    hu_row = row * (GROUPS * APART * H)
+    last_row = (B - 1 - row0).to(tl.int32)
     at_g = r[None, :] * (GROUPS * G * H) + units[:, None]
     at_i = r[None, :] * (GROUPS * APART * H) + units[:, None]
     at_h = r[None, :] * (GROUPS * H) + units[:, None]
@@ -384,7 +382,7 @@ def backward_kernel(
         dsc_ptr += in_group * ((STATES - 1) * H)
     u_ptr += group * (PRODUCTS * H * H)
 
-    UT = segment_slices(u_ptr, units, H, BLOCK_H, SEGMENTS, CHUNKS, PRECISION)
+    UT = segment_slices(u_ptr, units, H, BLOCK_H, BLOCK_B, SEGMENTS, CHUNKS, PRECISION)
     if PARAMS > 0:
         params_ptr += group * (PARAMS * H)
     params = load_params(params_ptr, units, PARAMS, H, ACC)
@@ -427,8 +425,8 @@ def backward_kernel(
             if STEPS:
                 for n in tl.static_range(LEVEL, OPERANDS):
                     dm = dm + (through_u(
-                        None, UT, dgx_ptr, gx_row, dhu_ptr, hu_row, valid, n, ACC, BLOCK_H, BLOCK_B, H,
-                        SEGMENTS, CHUNKS, PRECISION,
+                        None, UT, dgx_ptr, dhu_ptr, last_row, GROUPS * G * H, GROUPS * APART * H, n, ACC, BLOCK_H,
+                        BLOCK_B, H, SEGMENTS, CHUNKS, PRECISION,
                     ),)  # fmt: skip
         if STEPS:
             dgx, dhu, new, dparams, operands = STEP(dstates, dm, saved, entering, after, params, FAST)
@@ -461,8 +459,8 @@ def backward_kernel(
             for n in tl.static_range(LEVEL):
                 if STATE_OF[n] < 0:
                     dv = dv + (through_u(
-                        None, UT, dgx_ptr, gx_row, dhu_ptr, hu_row, valid, n, ACC, BLOCK_H, BLOCK_B, H,
-                        SEGMENTS, CHUNKS, PRECISION,
+                        None, UT, dgx_ptr, dhu_ptr, last_row, GROUPS * G * H, GROUPS * APART * H, n, ACC, BLOCK_H,
+                        BLOCK_B, H, SEGMENTS, CHUNKS, PRECISION,
                     ),)  # fmt: skip
             if FINISH is not None:
                 dgx, dstates, dparams = finish_step(
@@ -472,8 +470,8 @@ def backward_kernel(
             for n in tl.static_range(LEVEL):
                 if STATE_OF[n] >= 0:
                     d = through_u(
-                        dstates[STATE_OF[n]], UT, dgx_ptr, gx_row, dhu_ptr, hu_row, valid, n, ACC, BLOCK_H, BLOCK_B, H,
-                        SEGMENTS, CHUNKS, PRECISION,
+                        dstates[STATE_OF[n]], UT, dgx_ptr, dhu_ptr, last_row, GROUPS * G * H, GROUPS * APART * H, n,
+                        ACC, BLOCK_H, BLOCK_B, H, SEGMENTS, CHUNKS, PRECISION,
                     )  # fmt: skip
                     dstates = replace_tile(dstates, STATE_OF[n], d)
         if PHASE == -1 or PHASE == LAST:

@@ -15,12 +15,18 @@ FIRST_AXIS_FIRST = tl.constexpr(tuple(int(n) for n in triton.__version__.split("
 
 
 @triton.jit
-def _in_order(x):
-    """x, or x with its axes (but `in_memory`'s contiguous last) reversed, so that threads go along the same ones."""
+def in_order(x):
+    """x, or x with its axes (but a contiguous last one) reversed, so that threads go along the same ones."""
     if not FIRST_AXIS_FIRST:
         return x
+    elif len(x.shape) == 3:
+        return tl.permute(x, [1, 0, 2])
+    elif len(x.shape) == 4:
+        return tl.permute(x, [2, 1, 0, 3])
     elif len(x.shape) == 5:
         return tl.permute(x, [3, 2, 1, 0, 4])
+    elif len(x.shape) == 7:
+        return tl.permute(x, [5, 4, 3, 2, 1, 0, 6])
     else:
         return tl.permute(x, [7, 6, 5, 4, 3, 2, 1, 0])
 
@@ -107,7 +113,7 @@ def load_weights(
     mask = (down < H) & (across < H)
     tiles = ()
     for n in tl.static_range(N):
-        tile = _in_order(tl.load(ptr + n * H * H + _in_order(offsets), mask=_in_order(mask), other=0.0))
+        tile = in_order(tl.load(ptr + n * H * H + in_order(offsets), mask=in_order(mask), other=0.0))
         tile = tl.permute(tile, [3, 5, 4, 6, 2, 0, 7, 1])
         tiles = tiles + (tl.reshape(tile, [BLOCK_H, BLOCK_H]),)
     return tiles
@@ -126,18 +132,18 @@ def read_tiles(ptr, offsets, mask, N: tl.constexpr, STRIDE: tl.constexpr):
 def _load(ptr, offsets, AT: tl.constexpr, mask):
     """A tile in `in_memory`'s shape, AT elements on; zero where masked."""
     if mask is None:
-        tile = tl.load(ptr + _in_order(offsets) + AT)
+        tile = tl.load(ptr + in_order(offsets) + AT)
     else:
-        tile = tl.load(ptr + _in_order(offsets) + AT, mask=_in_order(mask), other=0)
-    return _in_order(tile)
+        tile = tl.load(ptr + in_order(offsets) + AT, mask=in_order(mask), other=0)
+    return in_order(tile)
 
 
 @triton.jit
 def write_tiles(ptr, offsets, mask, tiles, FROM: tl.constexpr, TO: tl.constexpr, STRIDE: tl.constexpr):
     """tiles[FROM:TO], each STRIDE elements after the one before; ptr is where tiles[FROM] goes."""
     for n in tl.static_range(FROM, TO):
-        tile = _in_order(in_memory(tiles[n].to(ptr.dtype.element_ty), offsets.shape))
-        tl.store(ptr + _in_order(offsets) + (n - FROM) * STRIDE, tile, mask=_in_order(mask))
+        tile = in_order(in_memory(tiles[n].to(ptr.dtype.element_ty), offsets.shape))
+        tl.store(ptr + in_order(offsets) + (n - FROM) * STRIDE, tile, mask=in_order(mask))
 
 
 @triton.jit

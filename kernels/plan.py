@@ -80,17 +80,23 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def parts(rows: int) -> int:
-    """In how many parts the four warps of a `grid` program share the inner sum of a product of so many rows."""
-    return max(1, 64 // rows)
+def parts(rows: int, block_b: int) -> int:
+    """In how many parts the warps of a `grid` program share the inner sum of a product [rows, block_b].
+
+    At least one a warp, and so many that a warp has four sums under way: one waits for itself. With more than 16
+    columns it has them without; then eight warps share only what 16 rows would leave to one of them.
+    """
+    if block_b > 16:
+        return 8 if rows == 16 else 1
+    return max(1, 256 // rows)
 
 
-def chunks(columns: int, rows: int, most: int) -> tuple[int, ...]:
+def chunks(columns: int, rows: int, most: int, block_b: int) -> tuple[int, ...]:
     """The powers of two, equal but for the last, that a `grid` program's slice [rows, columns] of U is divided into.
 
     One chunk, padded, if at most an eighth is padding; else the largest that fits, and what is left.
     """
-    least = 16 * parts(rows)
+    least = 16 * parts(rows, block_b)
     whole = _power_of_2(columns, least, 1 << 30)
     if whole <= most and (whole == least or (whole - columns) * 8 <= columns):
         return (whole,)
@@ -132,9 +138,9 @@ def grid_bytes(
     of a chunk of the operand and a product's parts on their way to the layout of the step."""
     of_u, passing = 0, 0
     for rows, columns in slices(cell, H, block_h, backward):
-        sizes = chunks(columns, rows, most)
+        sizes = chunks(columns, rows, most, block_b)
         of_u += rows * sum(sizes) * itemsize * _copies(itemsize, precision)
-        passing = max(passing, sizes[0] * block_b * itemsize, parts(rows) * rows * block_b * 4)
+        passing = max(passing, sizes[0] * block_b * itemsize, parts(rows, block_b) * rows * block_b * 4)
     return of_u + passing + 4 * KB
 
 
@@ -308,19 +314,20 @@ class _Problem:
                 most //= 4
             # Of many rows, a second long chunk would be on its way with the first, and a masked one takes registers
             # from the moment it is zeroed (likewise; Blackwell spills with one long chunk too).
-            if not self.backward and block_b > 16 and (chunks(self.H, 64, most) != (self.H,) or blackwell):
+            if not self.backward and block_b > 16 and (chunks(self.H, 64, most, block_b) != (self.H,) or blackwell):
                 most = 128 if self.H % 256 or (blackwell and len(cut) > 1) else 256
             if self.backward and block_b > 32:
                 most //= 2
             # Of float32, 16 rows of a long chunk would spill beside the products of three gates or more (likewise).
-            long = block_b == 16 and cut[0][0] > 32 and chunks(self.H, 64, most)[0] > 256
+            long = block_b == 16 and cut[0][0] > 32 and chunks(self.H, 64, most, block_b)[0] > 256
             if not self.backward and self.itemsize == 4 and (long or (blackwell and self.H > 300)):
                 most = 128
-            for block_k in (most, most // 2, most // 4):
+            least = max(64, *(16 * parts(rows, block_b) for rows, _ in cut))
+            for block_k in sorted({max(least, most >> n) for n in range(3)}, reverse=True):
                 tile = GRID_UNITS, block_b, block_k
                 needed = grid_bytes(self.cell, self.H, self.itemsize, *tile, self.backward, self.precision)
-                if block_k >= 64 and needed <= device.shared:
-                    columns = sum(sum(chunks(c, r, block_k)) * r for r, c in cut) // GRID_UNITS
+                if needed <= device.shared:
+                    columns = sum(sum(chunks(c, r, block_k, block_b)) * r for r, c in cut) // GRID_UNITS
                     u_bytes = columns * GRID_UNITS * self.itemsize
                     exchange = sum(c for _, c in cut) * min(block_b, self.B) * self.itemsize
                     start = device.microseconds(4 * TRIP * self.levels)

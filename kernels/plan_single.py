@@ -16,7 +16,7 @@ from functools import cache
 
 from .devices import INTERPRETER, KB, Device
 from .form import Form
-from .plan import ACTIVATION_RATE, CHAIN, LAUNCH, TRIP, Floor, Plan, _ceil, _power_of_2, _rate, parts, plan
+from .plan import ACTIVATION_RATE, CHAIN, LAUNCH, TRIP, Floor, Plan, _ceil, _power_of_2, _rate, plan
 
 WARP_PRODUCTS, MULTIPLY_ADDS = 0.62, 0.5  # of the rates of tensor cores, and of what is done without
 
@@ -51,6 +51,11 @@ def unfit(cell: Form, I: int, H: int, inputs: int = 0) -> str | None:  # noqa: E
     if max(cell.gates * I, cell.products * H) * H >= 1 << 31:
         return "the weights must have less than 2^31 elements"
     return None
+
+
+def parts(rows: int) -> int:
+    """In how many parts the four warps of a program share the inner sum of a product of so many rows."""
+    return max(1, 64 // rows)
 
 
 def shared_bytes(rows: int, block_b: int, block_k: int, itemsize: int, stages: int) -> int:

@@ -146,7 +146,7 @@ def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[st
         constants["PTX"] = plan.nvidia and plan.block_b < 64  # its address and target a thread would spill with 64 rows
         # Into how many chunks the columns of each slice of U are cut (the last chunk may be smaller).
         cut = slices(cell, hidden, plan.block_h, backward)
-        constants["CHUNKS"] = tuple(chunks(columns, rows, plan.block_k)[0] for rows, columns in cut)
+        constants["CHUNKS"] = tuple(chunks(columns, rows, plan.block_k, plan.block_b)[0] for rows, columns in cut)
     return constants
 
 

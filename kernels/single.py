@@ -31,8 +31,7 @@ from torch import Tensor
 
 from .cells import Cell
 from .math import operand, product
-from .plan import parts
-from .plan_single import Single, slots
+from .plan_single import Single, parts, slots
 from .scan import ACCUMULATE, Launch, Scanned, _aligned, _per_scan, allocate_saved, run
 from .tiles import (
     apart_before,

@@ -4,8 +4,25 @@ published."""
 import triton
 import triton.language as tl
 
+from . import plan
+from .layout import in_order
 from .math import operand, product
 from .tiles import first_product, gate_rows, split_gates
+
+
+_parts = triton.constexpr_function(plan.parts)
+
+
+@triton.constexpr_function
+def _run(part, dtype):
+    """How many neighbours of a part's columns one thread loads of the operand: 16 bytes if there are as many."""
+    return min(128 // dtype.primitive_bitwidth, part // 4)
+
+
+@triton.constexpr_function
+def _pair(dtype):
+    """How many neighbours of the inner sum a register of the tensor cores' operands holds."""
+    return 2 if dtype.primitive_bitwidth == 16 else 1
 
 
 @triton.jit
@@ -13,62 +30,105 @@ def _load_u(
     u_ptr, at_m, valid_m, k_stride, k0, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U's elements at_m[m] + k * k_stride for k0 <= k < k0 + SIZE: [M, SIZE], or [PARTS, M, SIZE / PARTS]."""
+    """U's elements at_m[m] + k * k_stride for k0 <= k < k0 + SIZE: [M, SIZE], or [PARTS, M, SIZE / PARTS] with a part's
+    columns in the order of `_load_x`.
+
+    The shared memory that it is kept in takes the order of a thread's registers: here they go along the parts last, so
+    that what one instruction of the tensor cores reads lies in different banks.
+    """
     PART: tl.constexpr = SIZE // PARTS
+    TYPE: tl.constexpr = u_ptr.dtype.element_ty
     if PARTS == 1:
         ks = (k0 + tl.arange(0, PART))[None, :]
         U = tl.load(u_ptr + at_m[:, None] + ks * k_stride, mask=valid_m[:, None] & (ks < K), other=0.0)
     else:
-        ks = k0 + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, None, :]
-        mask = valid_m[None, :, None] & (ks < K)
-        U = tl.load(u_ptr + at_m[None, :, None] + ks * k_stride, mask=mask, other=0.0)
+        M: tl.constexpr = at_m.shape[0]
+        RUN: tl.constexpr = _run(PART, TYPE)
+        PAIR: tl.constexpr = _pair(TYPE)
+        if k_stride == 1:  # columns are neighbours: [parts, M, parts, PART]
+            THREADS: tl.constexpr = 128 * RUN // PART
+            INNER: tl.constexpr = PARTS if THREADS >= PARTS else THREADS
+            part = tl.arange(0, PARTS // INNER)[:, None, None, None] * INNER + tl.arange(0, INNER)[None, None, :, None]
+            ks = k0 + part * PART + tl.arange(0, PART)[None, None, None, :]
+            mask = valid_m[None, :, None, None] & (ks < K)
+            U = in_order(tl.load(u_ptr + in_order(at_m[None, :, None, None] + ks), mask=in_order(mask), other=0.0))
+            U = tl.reshape(U, [PARTS // INNER, M, INNER, PART // (4 * RUN), 4, RUN // PAIR, PAIR])
+            U = tl.permute(U, [0, 2, 1, 3, 5, 4, 6])
+        else:  # units are neighbours: [PART, parts, M]
+            ks = k0 + tl.arange(0, PARTS)[None, :, None] * PART + tl.arange(0, PART)[:, None, None]
+            mask = valid_m[None, None, :] & (ks < K)
+            U = in_order(tl.load(u_ptr + in_order(at_m[None, None, :] + ks * k_stride), mask=in_order(mask), other=0.0))
+            U = tl.reshape(U, [PART // (4 * RUN), 4, RUN // PAIR, PAIR, PARTS, M])
+            U = tl.permute(U, [4, 5, 0, 2, 1, 3])
+        U = tl.reshape(U, [PARTS, M, PART])
     return operand(U, U.dtype, PRECISION)
 
 
 @triton.jit
 def _load_x(
-    x_ptr, at_row, keep, k0, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr, WHOLE: tl.constexpr,
-    MASKED: tl.constexpr,
+    x_ptr, last, k0, ROW: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+    BLOCK_B: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """The operand that meets it, from L2: [SIZE, rows], or [PARTS, SIZE / PARTS, rows]; zero where keep is false.
+    """The operand that meets it, from L2: [SIZE, rows], or [PARTS, SIZE / PARTS, rows] with a part's columns in an
+    order of their own. ROW elements from row to row; a row past the last one reads that (rows do not mix).
+
+    Loaded in a shape whose layout, as Triton chooses it, is the one the tensor cores want of their right operand when
+    reshaped (as in `layout`): a warp loads its own parts, straight into the registers of its products.
 
     Not masked where all columns exist (WHOLE): a masked load's registers are taken from the moment they are zeroed.
     """
     PART: tl.constexpr = SIZE // PARTS
+    TYPE: tl.constexpr = x_ptr.dtype.element_ty
     if PARTS == 1:
         ks = (k0 + tl.arange(0, PART))[:, None]
-        rows = at_row[None, :]
-        wanted = keep[None, :]
+        at = tl.minimum(tl.arange(0, BLOCK_B), last)[None, :] * ROW + ks
+        if WHOLE:
+            x = tl.load(x_ptr + at, cache_modifier=".cg")
+        else:
+            x = tl.load(x_ptr + at, mask=tl.broadcast_to(ks < K, at.shape), other=0.0, cache_modifier=".cg")
     else:
-        ks = k0 + tl.arange(0, PARTS)[:, None, None] * PART + tl.arange(0, PART)[None, :, None]
-        rows = at_row[None, None, :]
-        wanted = keep[None, None, :]
-    if WHOLE:
-        x = tl.load(x_ptr + rows + ks, cache_modifier=".cg")
-    else:
-        x = tl.load(x_ptr + rows + ks, mask=tl.broadcast_to(ks < K, (rows + ks).shape), other=0.0, cache_modifier=".cg")
-    if MASKED:
-        x = tl.where(wanted, x, 0.0).to(x.dtype)
+        RUN: tl.constexpr = _run(PART, TYPE)
+        PAIR: tl.constexpr = _pair(TYPE)
+        WARPS: tl.constexpr = (8 if PARTS > 8 else PARTS) if BLOCK_B > 16 else (4 if PARTS > 4 else PARTS)
+        EACH: tl.constexpr = PARTS // WARPS
+        TURNS: tl.constexpr = PART // (4 * RUN)
+        part = tl.arange(0, EACH)[:, None, None, None, None, None, None] * WARPS
+        part += tl.arange(0, WARPS)[None, None, None, :, None, None, None]
+        turn = tl.arange(0, TURNS)[None, :, None, None, None, None, None]
+        row = tl.arange(0, BLOCK_B // 8)[None, None, :, None, None, None, None] * 8
+        row += tl.arange(0, 8)[None, None, None, None, :, None, None]
+        lane = tl.arange(0, 4)[None, None, None, None, None, :, None]
+        ks = k0 + part * PART + (turn * 4 + lane) * RUN + tl.arange(0, RUN)[None, None, None, None, None, None, :]
+        at = tl.minimum(row, last) * ROW + ks
+        if WHOLE:
+            x = in_order(tl.load(x_ptr + in_order(at), cache_modifier=".cg"))
+        else:
+            mask = in_order(tl.broadcast_to(ks < K, at.shape))
+            x = in_order(tl.load(x_ptr + in_order(at), mask=mask, other=0.0, cache_modifier=".cg"))
+        x = tl.reshape(x, [EACH, TURNS, BLOCK_B // 8, WARPS, 8, 4, RUN // PAIR, PAIR])
+        x = tl.reshape(tl.permute(x, [0, 3, 1, 6, 5, 7, 2, 4]), [PARTS, PART, BLOCK_B])
     return x
+
+
+@triton.constexpr_function
+def _sizes(K, CHUNK, PARTS):
+    """The sizes of a slice's chunks of K columns: CHUNK but for the last (`plan.chunks`)."""
+    whole = K // CHUNK
+    rest = K - whole * CHUNK
+    return (CHUNK,) * whole + ((max(16 * PARTS, triton.next_power_of_2(rest)),) if rest else ())
 
 
 @triton.jit
 def _slice(
-    u_ptr, at_m, valid_m, k_stride, M: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr
-):
-    """A program's rows of U, in chunks of CHUNK columns and a last one of what is left (sizes: `plan.chunks`).
-
-    Rows below 64 would leave warps idle, or repeating each other's work: they share the inner sum instead.
-    """
-    PARTS: tl.constexpr = 64 // M if M < 64 else 1
-    WHOLE: tl.constexpr = K // CHUNK
-    REST: tl.constexpr = triton.next_power_of_2(K - WHOLE * CHUNK) if K > WHOLE * CHUNK else 0
+    u_ptr, at_m, valid_m, k_stride, M: tl.constexpr, BLOCK_B: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program's rows of U, in chunks of CHUNK columns and a last one of what is left (sizes: `plan.chunks`)."""
+    PARTS: tl.constexpr = _parts(M, BLOCK_B)
+    SIZES: tl.constexpr = _sizes(K, CHUNK, PARTS)
     chunks = ()
-    for n in tl.static_range(WHOLE):
-        chunks = chunks + (_load_u(u_ptr, at_m, valid_m, k_stride, n * CHUNK, K, PARTS, CHUNK, PRECISION),)
-    if REST > 0:
-        LAST: tl.constexpr = 16 * PARTS if REST < 16 * PARTS else REST
-        chunks = chunks + (_load_u(u_ptr, at_m, valid_m, k_stride, WHOLE * CHUNK, K, PARTS, LAST, PRECISION),)
+    for n in tl.static_range(len(SIZES)):
+        chunks = chunks + (_load_u(u_ptr, at_m, valid_m, k_stride, n * CHUNK, K, PARTS, SIZES[n], PRECISION),)
     return chunks
 
 
@@ -88,112 +148,111 @@ def _sum(acc, N: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def _product(
-    U, x_ptr, at_row, keep, ACC: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr, K: tl.constexpr,
-    CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    U, x_ptr, last, ROW: tl.constexpr, ACC: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr, K: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U @ x [M, BLOCK_B], U as `_slice` returns it, x[k, row] at x_ptr + at_row + k: what others have published."""
-    PARTS: tl.constexpr = 64 // M if M < 64 else 1
-    WHOLE: tl.constexpr = K // CHUNK
-    REST: tl.constexpr = triton.next_power_of_2(K - WHOLE * CHUNK) if K > WHOLE * CHUNK else 0
+    """U @ x [M, BLOCK_B], U as `_slice` returns it, x[k, row] at x_ptr + row * ROW + k: what others have published."""
+    PARTS: tl.constexpr = _parts(M, BLOCK_B)
+    SIZES: tl.constexpr = _sizes(K, CHUNK, PARTS)
     if PARTS == 1:  # noqa: SIM108  (the compiler needs the two shapes apart)
         acc = tl.zeros([M, BLOCK_B], ACC)
     else:
         acc = tl.zeros([PARTS, M, BLOCK_B], ACC)
-    for n in tl.static_range(WHOLE):
-        x = _load_x(x_ptr, at_row, keep, n * CHUNK, K, PARTS, CHUNK, True, MASKED)
+    for n in tl.static_range(len(SIZES)):
+        x = _load_x(x_ptr, last, n * CHUNK, ROW, K, PARTS, SIZES[n], BLOCK_B, n < K // CHUNK)
         acc = product(U[n], operand(x, U[n].dtype, PRECISION), acc, PRECISION)
-    if REST > 0:
-        LAST: tl.constexpr = 16 * PARTS if REST < 16 * PARTS else REST
-        x = _load_x(x_ptr, at_row, keep, WHOLE * CHUNK, K, PARTS, LAST, False, MASKED)
-        acc = product(U[WHOLE], operand(x, U[WHOLE].dtype, PRECISION), acc, PRECISION)
     return acc if PARTS == 1 else _sum(acc, PARTS, M, BLOCK_B)
 
 
 @triton.jit
 def _operand_slice(
     u_ptr, unit0, FROM: tl.constexpr, COUNT: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr,
-    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_B: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program's rows of the COUNT products of one operand."""
     PADDED: tl.constexpr = triton.next_power_of_2(COUNT)
     at_m, valid_m = gate_rows(unit0, FROM, FROM + COUNT, H, BLOCK_H, PADDED)
-    return _slice(u_ptr, at_m, valid_m, 1, PADDED * BLOCK_H, H, CHUNK, PRECISION)
+    return _slice(u_ptr, at_m, valid_m, 1, PADDED * BLOCK_H, BLOCK_B, H, CHUNK, PRECISION)
 
 
 @triton.jit
 def operand_slices(
-    u_ptr, unit0, GATES: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, CHUNKS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    u_ptr, unit0, GATES: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
+    CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program's rows of U, a slice an operand. GATES: the products of each."""
     out = ()
     for n in tl.static_range(len(GATES)):
         first = first_product(GATES, n)
-        out = out + (_operand_slice(u_ptr, unit0, first, GATES[n], H, BLOCK_H, CHUNKS[n], PRECISION),)
+        out = out + (_operand_slice(u_ptr, unit0, first, GATES[n], H, BLOCK_H, BLOCK_B, CHUNKS[n], PRECISION),)
     return out
 
 
 @triton.jit
 def _operand_products(
-    U, x_ptr, at_row, keep, start, FROM: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_B: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr, PRECISION: tl.constexpr,
+    U, x_ptr, last, keep, start, ROW: tl.constexpr, FROM: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """start + the COUNT products of one operand, as a tuple."""
+    """start + the COUNT products of one operand, as a tuple. MASKED: its rows are zero where keep is false."""
     PADDED: tl.constexpr = triton.next_power_of_2(COUNT)
-    acc = _product(U, x_ptr, at_row, keep, ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK, MASKED, PRECISION)
+    acc = _product(U, x_ptr, last, ROW, ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK, PRECISION)
     sums = split_gates(acc, COUNT, PADDED, BLOCK_H, BLOCK_B)
     out = ()
     for n in tl.static_range(COUNT):
-        out = out + (sums[n] + start[FROM + n],)
+        out = out + ((tl.where(keep[None, :], sums[n], 0.0) if MASKED else sums[n]) + start[FROM + n],)
     return out
 
 
 @triton.jit
 def operand_products(
-    U, x_ptr, at_row, keep, start, GATES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr, ACC: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, H: tl.constexpr, CHUNKS: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
+    U, x_ptr, last, keep, start, ROW: tl.constexpr, GATES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, H: tl.constexpr, CHUNKS: tl.constexpr,
+    MASKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """start + the products of the operands FROM..TO, as a tuple; the operands lie side by side at x_ptr + at_row."""
+    """start + the products of the operands FROM..TO, as a tuple; the operands lie side by side at x_ptr."""
     out = ()
     for n in tl.static_range(FROM, TO):
         out = out + _operand_products(
-            U[n], x_ptr + (n - FROM) * H, at_row, keep, start, first_product(GATES, n), GATES[n], ACC, BLOCK_H, BLOCK_B,
-            H, CHUNKS[n], MASKED, PRECISION,
+            U[n], x_ptr + (n - FROM) * H, last, keep, start, ROW, first_product(GATES, n), GATES[n], ACC, BLOCK_H,
+            BLOCK_B, H, CHUNKS[n], MASKED, PRECISION,
         )  # fmt: skip
     return out
 
 
 @triton.jit
 def segment_slices(
-    u_ptr, units, H: tl.constexpr, BLOCK_H: tl.constexpr, SEGMENTS: tl.constexpr, CHUNKS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    u_ptr, units, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, SEGMENTS: tl.constexpr,
+    CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """A program's columns of U, a slice a segment (see `form.Segment`): five numbers in SEGMENTS."""
     out = ()
     for s in tl.static_range(len(SEGMENTS) // 5):
         rows = u_ptr + SEGMENTS[5 * s + 1] * H * H
-        out = out + (_slice(rows, units, units < H, H, BLOCK_H, SEGMENTS[5 * s + 2] * H, CHUNKS[s], PRECISION),)
+        out = out + (_slice(
+            rows, units, units < H, H, BLOCK_H, BLOCK_B, SEGMENTS[5 * s + 2] * H, CHUNKS[s], PRECISION
+        ),)  # fmt: skip
     return out
 
 
 @triton.jit
 def through_u(
-    acc, UT, dgx_ptr, at_gx, dhu_ptr, at_hu, valid, OPERAND: tl.constexpr, ACC: tl.constexpr, BLOCK_H: tl.constexpr,
-    BLOCK_B: tl.constexpr, H: tl.constexpr, SEGMENTS: tl.constexpr, CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
+    acc, UT, dgx_ptr, dhu_ptr, last, GX_ROW: tl.constexpr, HU_ROW: tl.constexpr, OPERAND: tl.constexpr,
+    ACC: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, H: tl.constexpr, SEGMENTS: tl.constexpr,
+    CHUNKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """acc (or None) + the gradient of an operand: U^T times those of its products, which all have stored."""
     for s in tl.static_range(len(SEGMENTS) // 5):
         if SEGMENTS[5 * s] == OPERAND:
             if SEGMENTS[5 * s + 3]:
                 found = _product(
-                    UT[s], dhu_ptr + SEGMENTS[5 * s + 4] * H, at_hu, valid, ACC, BLOCK_H, BLOCK_B,
-                    SEGMENTS[5 * s + 2] * H, CHUNKS[s], False, PRECISION,
+                    UT[s], dhu_ptr + SEGMENTS[5 * s + 4] * H, last, HU_ROW, ACC, BLOCK_H, BLOCK_B,
+                    SEGMENTS[5 * s + 2] * H, CHUNKS[s], PRECISION,
                 )  # fmt: skip
             else:
                 found = _product(
-                    UT[s], dgx_ptr + SEGMENTS[5 * s + 4] * H, at_gx, valid, ACC, BLOCK_H, BLOCK_B,
-                    SEGMENTS[5 * s + 2] * H, CHUNKS[s], False, PRECISION,
+                    UT[s], dgx_ptr + SEGMENTS[5 * s + 4] * H, last, GX_ROW, ACC, BLOCK_H, BLOCK_B,
+                    SEGMENTS[5 * s + 2] * H, CHUNKS[s], PRECISION,
                 )  # fmt: skip
             acc = found if acc is None else acc + found
     return acc

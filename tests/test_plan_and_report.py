@@ -66,11 +66,12 @@ def test_a_plan_fits_is_co_resident_and_covers(cell, B, H, groups, itemsize, pre
 @given(
     columns=st.integers(1, 20_000),
     rows=st.sampled_from([16, 32, 64]),
-    most=st.sampled_from([128, 512, 1024, 2048, 8192]),
+    most=st.sampled_from([256, 512, 1024, 2048, 8192]),
+    block_b=st.sampled_from([8, 16, 32, 64]),
 )
-def test_chunks_cover_a_slices_columns_once(columns, rows, most):
-    sizes = chunks(columns, rows, most)
-    assert all(size & (size - 1) == 0 and 16 * parts(rows) <= size <= most for size in sizes)
+def test_chunks_cover_a_slices_columns_once(columns, rows, most, block_b):
+    sizes = chunks(columns, rows, most, block_b)
+    assert all(size & (size - 1) == 0 and 16 * parts(rows, block_b) <= size <= most for size in sizes)
     assert len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0] and sum(sizes[:-1]) < columns <= sum(sizes)
 
 
