@@ -118,7 +118,7 @@ def forward_kernel(
     STATE_OF: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr,
     OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr, PADDING: tl.constexpr, PHASE: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, PTX: tl.constexpr,
+    PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Steps first..last-1. PHASE -1: all of each. 0: the operands that are published. 1: the first products, and the
     step if they are all. 2: the second products and the step."""
@@ -176,7 +176,7 @@ def forward_kernel(
     if bias_ptr is not None:
         bias_ptr += group * (apart_before(ADDS, len(ADDS)) * H)
 
-    U = operand_slices(u_ptr, unit0, GATES, H, BLOCK_H, BLOCK_B, CHUNKS, PRECISION)
+    U = operand_slices(u_ptr, unit0, GATES, H, BLOCK_H, BLOCK_B, CHUNKS, WARPS, U_IN_REGISTERS, PRECISION)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), ADDS, H)
     if PARAMS > 0:
         params_ptr += group * (PARAMS * H)
@@ -215,12 +215,13 @@ def forward_kernel(
             if PUBLISHED:
                 hu = operand_products(
                     U, v_ptr + (i % 2) * (per_step * LEVEL), last_row, valid, start, GROUPS * LEVEL * H, GATES, 0,
-                    LEVEL, ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, PRECISION,
+                    LEVEL, ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, WARPS, PRECISION,
                 )  # fmt: skip
             else:
                 hu = operand_products(
                     U, y_ptr, last_row, not_reset(code_now, PADDING), start, GROUPS * H, GATES, 0, LEVEL,
-                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, mask_ptr is not None, PRECISION,
+                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, mask_ptr is not None, WARPS,
+                    PRECISION,
                 )  # fmt: skip
         if PHASE == 2:
             hu = load_tiles(hu_first_ptr, at_first, mask, FIRST_PRODUCTS, H, ACC)
@@ -236,7 +237,7 @@ def forward_kernel(
             if PHASE == -1 or PHASE == 2:
                 hu = hu + operand_products(
                     U, m_ptr, last_row, valid, start, GROUPS * SECOND * H, GATES, LEVEL, OPERANDS,
-                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, PRECISION,
+                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, WARPS, PRECISION,
                 )  # fmt: skip
         if PHASE == -1 or PHASE == LAST:
             new, saved = STEP(gx, hu, states, params, FAST)
@@ -317,12 +318,13 @@ def backward_kernel(
     STATE_OF: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, SEGMENTS: tl.constexpr, PACK: tl.constexpr, STEP: tl.constexpr,
     BACKWARD_2: tl.constexpr, FINISH: tl.constexpr, PADDING: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr,
-    FAST: tl.constexpr, PTX: tl.constexpr,
+    FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     """Steps T-1-first..T-last, back in time. PHASE -1: all of each. 0: up to the second products. 1: the pointwise
     step. 2: its gradients through U^T, and with FINISH what follows (for which it forms the step once more)."""
     group = tl.program_id(2).to(tl.int64)
-    units = tl.program_id(0) * BLOCK_H + tl.arange(0, BLOCK_H)
+    unit0 = tl.program_id(0) * BLOCK_H
+    units = unit0 + tl.arange(0, BLOCK_H)
     r = tl.arange(0, BLOCK_B)
     row0 = tl.program_id(1).to(tl.int64) * BLOCK_B
     valid = r < B - row0
@@ -382,7 +384,7 @@ def backward_kernel(
         dsc_ptr += in_group * ((STATES - 1) * H)
     u_ptr += group * (PRODUCTS * H * H)
 
-    UT = segment_slices(u_ptr, units, H, BLOCK_H, BLOCK_B, SEGMENTS, CHUNKS, PRECISION)
+    UT = segment_slices(u_ptr, unit0, H, BLOCK_H, BLOCK_B, SEGMENTS, CHUNKS, WARPS, U_IN_REGISTERS, PRECISION)
     if PARAMS > 0:
         params_ptr += group * (PARAMS * H)
     params = load_params(params_ptr, units, PARAMS, H, ACC)
@@ -426,7 +428,7 @@ def backward_kernel(
                 for n in tl.static_range(LEVEL, OPERANDS):
                     dm = dm + (through_u(
                         None, UT, dgx_ptr, dhu_ptr, last_row, GROUPS * G * H, GROUPS * APART * H, n, ACC, BLOCK_H,
-                        BLOCK_B, H, SEGMENTS, CHUNKS, PRECISION,
+                        BLOCK_B, H, SEGMENTS, CHUNKS, WARPS, PRECISION,
                     ),)  # fmt: skip
         if STEPS:
             dgx, dhu, new, dparams, operands = STEP(dstates, dm, saved, entering, after, params, FAST)
@@ -460,7 +462,7 @@ def backward_kernel(
                 if STATE_OF[n] < 0:
                     dv = dv + (through_u(
                         None, UT, dgx_ptr, dhu_ptr, last_row, GROUPS * G * H, GROUPS * APART * H, n, ACC, BLOCK_H,
-                        BLOCK_B, H, SEGMENTS, CHUNKS, PRECISION,
+                        BLOCK_B, H, SEGMENTS, CHUNKS, WARPS, PRECISION,
                     ),)  # fmt: skip
             if FINISH is not None:
                 dgx, dstates, dparams = finish_step(
@@ -471,7 +473,7 @@ def backward_kernel(
                 if STATE_OF[n] >= 0:
                     d = through_u(
                         dstates[STATE_OF[n]], UT, dgx_ptr, dhu_ptr, last_row, GROUPS * G * H, GROUPS * APART * H, n,
-                        ACC, BLOCK_H, BLOCK_B, H, SEGMENTS, CHUNKS, PRECISION,
+                        ACC, BLOCK_H, BLOCK_B, H, SEGMENTS, CHUNKS, WARPS, PRECISION,
                     )  # fmt: skip
                     dstates = replace_tile(dstates, STATE_OF[n], d)
         if PHASE == -1 or PHASE == LAST:

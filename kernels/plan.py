@@ -80,23 +80,23 @@ def _ceil(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def parts(rows: int, block_b: int) -> int:
+def parts(rows: int, block_b: int, warps: int) -> int:
     """In how many parts the warps of a `grid` program share the inner sum of a product [rows, block_b].
 
-    At least one a warp, and so many that a warp has four sums under way: one waits for itself. With more than 16
-    columns it has them without; then eight warps share only what 16 rows would leave to one of them.
+    At least one a warp, and so many that a warp has four sums under way, since each waits for itself. With more than
+    16 columns it has them without; then the warps share only what 16 rows would leave to one of them.
     """
     if block_b > 16:
-        return 8 if rows == 16 else 1
-    return max(1, 256 // rows)
+        return warps if rows == 16 else 1
+    return warps * max(1, 64 // rows)
 
 
-def chunks(columns: int, rows: int, most: int, block_b: int) -> tuple[int, ...]:
-    """The powers of two, equal but for the last, that a `grid` program's slice [rows, columns] of U is divided into.
+def chunks(columns: int, least: int, most: int) -> tuple[int, ...]:
+    """The powers of two, equal but for the last, that the columns of a `grid` program's slice of U are divided into.
 
-    One chunk, padded, if at most an eighth is padding; else the largest that fits, and what is left.
+    One chunk, padded, if at most an eighth is padding; else the largest that fits, and what is left. least: 16 columns
+    a part.
     """
-    least = 16 * parts(rows, block_b)
     whole = _power_of_2(columns, least, 1 << 30)
     if whole <= most and (whole == least or (whole - columns) * 8 <= columns):
         return (whole,)
@@ -132,16 +132,18 @@ def resident_bytes(products: int, H: int, itemsize: int, block_b: int, precision
 
 
 def grid_bytes(
-    cell: Form, H: int, itemsize: int, block_h: int, block_b: int, most: int, backward: bool, precision: str = "tf32"
+    cell: Form, H: int, itemsize: int, chosen: Plan, backward: bool, precision: str = "tf32"
 ) -> int:
-    """Shared memory of a `grid` program, an upper bound on what the compiler reports: its slices of U, and the larger
-    of a chunk of the operand and a product's parts on their way to the layout of the step."""
+    """Shared memory of a `grid` program, an upper bound on what the compiler reports: its slices of U if it does not
+    keep them in registers, and the larger of a chunk of the operand and a product's parts on their way to the layout
+    of the step."""
     of_u, passing = 0, 0
-    for rows, columns in slices(cell, H, block_h, backward):
-        sizes = chunks(columns, rows, most, block_b)
+    for rows, columns in slices(cell, H, chosen.block_h, backward):
+        count = parts(rows, chosen.block_b, chosen.num_warps)
+        sizes = chunks(columns, 16 * count, chosen.block_k)
         of_u += rows * sum(sizes) * itemsize * _copies(itemsize, precision)
-        passing = max(passing, sizes[0] * block_b * itemsize, parts(rows, block_b) * rows * block_b * 4)
-    return of_u + passing + 4 * KB
+        passing = max(passing, sizes[0] * chosen.block_b * itemsize, count * rows * chosen.block_b * 4)
+    return of_u * (not chosen.u_in_registers) + passing + 4 * KB
 
 
 def _rate(itemsize: int, precision: str) -> float:
@@ -314,26 +316,42 @@ class _Problem:
                 most //= 4
             # Of many rows, a second long chunk would be on its way with the first, and a masked one takes registers
             # from the moment it is zeroed (likewise; Blackwell spills with one long chunk too).
-            if not self.backward and block_b > 16 and (chunks(self.H, 64, most, block_b) != (self.H,) or blackwell):
+            if not self.backward and block_b > 16 and (chunks(self.H, 16, most) != (self.H,) or blackwell):
                 most = 128 if self.H % 256 or (blackwell and len(cut) > 1) else 256
             if self.backward and block_b > 32:
                 most //= 2
             # Of float32, 16 rows of a long chunk would spill beside the products of three gates or more (likewise).
-            long = block_b == 16 and cut[0][0] > 32 and chunks(self.H, 64, most, block_b)[0] > 256
+            long = block_b == 16 and cut[0][0] > 32 and chunks(self.H, 64, most)[0] > 256
             if not self.backward and self.itemsize == 4 and (long or (blackwell and self.H > 300)):
                 most = 128
-            least = max(64, *(16 * parts(rows, block_b) for rows, _ in cut))
+            least = max(64, *(16 * parts(rows, block_b, num_warps) for rows, _ in cut))
             for block_k in sorted({max(least, most >> n) for n in range(3)}, reverse=True):
                 tile = GRID_UNITS, block_b, block_k
-                needed = grid_bytes(self.cell, self.H, self.itemsize, *tile, self.backward, self.precision)
+                sizes = [(r, chunks(c, 16 * parts(r, block_b, num_warps), block_k)) for r, c in cut]
+                columns = sum(r * sum(each) for r, each in sizes) // GRID_UNITS
+                u_bytes = columns * GRID_UNITS * self.itemsize
+                in_registers = self._u_in_registers(block_b, u_bytes)
+                exchange = sum(c for _, c in cut) * min(block_b, self.B) * self.itemsize
+                start = device.microseconds(4 * TRIP * self.levels)
+                floor = self.floor(
+                    0 if in_registers else u_bytes, SHARED_RATE, block_b, GRID_UNITS, columns, exchange, start
+                )
+                made = self.made("grid", tile, num_warps, 1, programs, "", floor.total)
+                made = replace(made, u_in_registers=in_registers)
+                needed = grid_bytes(self.cell, self.H, self.itemsize, made, self.backward, self.precision)
                 if needed <= device.shared:
-                    columns = sum(sum(chunks(c, r, block_k, block_b)) * r for r, c in cut) // GRID_UNITS
-                    u_bytes = columns * GRID_UNITS * self.itemsize
-                    exchange = sum(c for _, c in cut) * min(block_b, self.B) * self.itemsize
-                    start = device.microseconds(4 * TRIP * self.levels)
-                    floor = self.floor(u_bytes, SHARED_RATE, block_b, GRID_UNITS, columns, exchange, start)
-                    yield floor, self.made("grid", tile, num_warps, 1, programs, "", floor.total), needed
+                    yield floor, made, needed
                     break
+
+    def _u_in_registers(self, block_b: int, u_bytes: int) -> bool:
+        """Whether a `grid` program of so many rows keeps its slices of U, so many bytes, in registers.
+
+        Half of a thread's, so many beside the operand, the sums and the step that they do not spill (found with the
+        report). Eight warps would have twice as many, but a step of so few elements leaves half of their threads idle
+        and costs six more block barriers (tried: slower where U fits shared memory, too).
+        """
+        tensor_cores = self.itemsize == 2 or (self.itemsize == 4 and self.precision == "tf32")
+        return tensor_cores and block_b <= 16 and not self.heavy and u_bytes <= 4 * 32 * 512
 
     def _most_rows(self) -> int:
         """Rows of a `grid` program beyond which some target spills registers (found with the report)."""

@@ -24,7 +24,7 @@ from . import recompute as recompute_schedule
 from .buffers import Gradients, Scanned, is_reversed, previous_outputs, steps
 from .cells import Cell
 from .devices import INTERPRETER, Device, present
-from .plan import Plan, chunks, slices
+from .plan import Plan, chunks, parts, slices
 
 ACCUMULATE = {
     torch.float16: tl.float32,
@@ -138,6 +138,8 @@ def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[st
     if plan.schedule == "resident":
         return {"WARPS": plan.num_warps, "U_IN_REGISTERS": plan.u_in_registers}
     constants: dict[str, Any] = {}
+    if plan.schedule == "grid":
+        constants |= {"WARPS": plan.num_warps, "U_IN_REGISTERS": plan.u_in_registers}
     if backward:
         # Five numbers for each of the cell's segments (see `form`).
         flat = [(s.operand, s.first, s.count, int(s.apart), s.column) for s in cell.segments]
@@ -146,7 +148,8 @@ def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[st
         constants["PTX"] = plan.nvidia and plan.block_b < 64  # its address and target a thread would spill with 64 rows
         # Into how many chunks the columns of each slice of U are cut (the last chunk may be smaller).
         cut = slices(cell, hidden, plan.block_h, backward)
-        constants["CHUNKS"] = tuple(chunks(columns, rows, plan.block_k, plan.block_b)[0] for rows, columns in cut)
+        least = [16 * parts(rows, plan.block_b, plan.num_warps) for rows, _ in cut]
+        constants["CHUNKS"] = tuple(chunks(c, n, plan.block_k)[0] for (_, c), n in zip(cut, least, strict=True))
     return constants
 
 

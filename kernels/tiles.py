@@ -320,11 +320,8 @@ def split_gates(acc, G: tl.constexpr, PADDED: tl.constexpr, BLOCK_H: tl.constexp
 
 
 @triton.jit
-def gate_rows(
-    unit0, FROM: tl.constexpr, TO: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, PADDED: tl.constexpr
-):
-    """Where in U each row of a slice starts (row unit * PADDED + gate), and whether it exists."""
-    m = tl.arange(0, BLOCK_H * PADDED)
+def gate_rows(m, unit0, FROM: tl.constexpr, TO: tl.constexpr, H: tl.constexpr, PADDED: tl.constexpr):
+    """Where in U row m of a slice starts (row unit * PADDED + gate), and whether it exists."""
     unit = unit0 + m // PADDED
     gate = m % PADDED
     return ((FROM + gate) * H + unit) * H, (unit < H) & (gate < TO - FROM)

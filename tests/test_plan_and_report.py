@@ -50,8 +50,7 @@ def test_a_plan_fits_is_co_resident_and_covers(cell, B, H, groups, itemsize, pre
     if chosen.schedule == "resident":
         assert resident_bytes(cell.products, H, itemsize, chosen.block_b, precision) <= device.shared
     if chosen.schedule == "grid":
-        tile = chosen.block_h, chosen.block_b, chosen.block_k
-        assert grid_bytes(cell, H, itemsize, *tile, backward, precision) <= device.shared
+        assert grid_bytes(cell, H, itemsize, chosen, backward, precision) <= device.shared
         assert chosen.waits == (cell.products > 0)
         if chosen.waits:
             assert chosen.programs <= device.processors, "all programs of a barrier run at once, one on a processor"
@@ -65,13 +64,15 @@ def test_a_plan_fits_is_co_resident_and_covers(cell, B, H, groups, itemsize, pre
 
 @given(
     columns=st.integers(1, 20_000),
-    rows=st.sampled_from([16, 32, 64]),
-    most=st.sampled_from([256, 512, 1024, 2048, 8192]),
+    rows=st.sampled_from([16, 32, 64, 128]),
+    most=st.sampled_from([512, 1024, 2048, 8192]),
     block_b=st.sampled_from([8, 16, 32, 64]),
+    warps=st.sampled_from([4, 8]),
 )
-def test_chunks_cover_a_slices_columns_once(columns, rows, most, block_b):
-    sizes = chunks(columns, rows, most, block_b)
-    assert all(size & (size - 1) == 0 and 16 * parts(rows, block_b) <= size <= most for size in sizes)
+def test_chunks_cover_a_slices_columns_once(columns, rows, most, block_b, warps):
+    least = 16 * parts(rows, block_b, warps)
+    sizes = chunks(columns, least, most)
+    assert all(size & (size - 1) == 0 and least <= size <= most for size in sizes)
     assert len(set(sizes[:-1])) <= 1 and sizes[-1] <= sizes[0] and sum(sizes[:-1]) < columns <= sum(sizes)
 
 
@@ -204,8 +205,8 @@ def test_everything_compiles_without_spills_and_fits(target, tmp_path):
         if r["schedule"] == "resident":
             assert r["shared"] <= resident_bytes(4, case.hidden, itemsize, chosen.block_b, case.precision)
         if r["schedule"] == "grid":
-            tile, backward = (chosen.block_h, chosen.block_b, chosen.block_k), case.direction == "backward"
-            assert r["shared"] <= grid_bytes(cells.get("lstm"), case.hidden, itemsize, *tile, backward, case.precision)
+            backward = case.direction == "backward"
+            assert r["shared"] <= grid_bytes(cells.get("lstm"), case.hidden, itemsize, chosen, backward, case.precision)
         if r["schedule"] == "single":
             tile = 4 * chosen.block_h, chosen.block_b, chosen.block_k
             assert r["shared"] <= shared_bytes(*tile, itemsize, chosen.num_stages)
