@@ -446,13 +446,13 @@ class Recurrent(modules.Module):
         """One layer's tensors, selected from those of all layers."""
         count = 2 if self.bidirectional else 1
         n, first = len(weights) // (count * self.num_layers), layer * count
-        groups: list[aten.Weights] = [weights[k * n : (k + 1) * n] for k in range(first, first + count)]
+        given = [weights[k * n : (k + 1) * n] for k in range(first, first + count)]
         own = tuple(None if s is None else s[first : first + count] for s in states)
         if self._parts == modules.PARTS:
-            return dispatch.Call(x, own, groups)
-        named = [dict(zip(self._parts, of, strict=True)) for of in groups]
+            return dispatch.Call(x, own, given)
+        named = [dict(zip(self._parts, of, strict=True)) for of in given]
         nothing = x.new_empty(0, x.shape[-1])  # weight_ih of a cell that reads no x
-        groups = [
+        groups: list[aten.Weights] = [
             (
                 of.get("weight_ih", nothing),
                 *(of.get(part) for part in modules.PARTS[1:]),
