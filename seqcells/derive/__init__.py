@@ -64,7 +64,7 @@ class Derived:
         return emit.triton_source(self.parts)
 
     def kernels(self) -> Cell:
-        """Imports triton."""
+        """The kernels' functions and their form. Imports triton."""
         from ..kernels.cells import Cell
 
         form = self.parts.form

@@ -242,7 +242,9 @@ class _Recorder:
         results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
         if not results:
             return out  # a number, which `_Watch` refuses
-        if func is aten.lift_fresh.default and isinstance(out, Tensor) and out.dim() == 0:  # torch.tensor(2.0) in the step
+        if (
+            func is aten.lift_fresh.default and isinstance(out, Tensor) and out.dim() == 0
+        ):  # torch.tensor(2.0) in the step
             run.note(out, run.graph.number(float(out)))
             return out
         shapes = {t.shape for t in results}
