@@ -373,7 +373,8 @@ def _results(found: object, run: _Run, names: Names) -> list[Tensor]:
     if len(values) != len(expected):
         what = f"the states {' '.join(names.states)}" + (f" and the output {names.output}" if names.output else "")
         raise CellError(
-            f"the step gives {len(values)} value{'s' * (len(values) != 1)} for {what}: return {len(expected)}, in this order",
+            f"the step gives {len(values)} value{'s' * (len(values) != 1)} for {what}: return {len(expected)}, "
+            "in this order",
             where,
         )
     for name, value in zip(expected, values, strict=True):

@@ -218,7 +218,9 @@ def forward(options: Options, save: str, inputs: Inputs, mask: Tensor | None) ->
     return (outputs[0], *finals, *outputs[1:]), (states[0], c, x.new_empty(0) if gates is None else gates)
 
 
-def scan(options: Options, save: str, inputs: Inputs, mask: Tensor | None) -> tuple[Tensor, ...]:
+def scan(
+    options: Options, save: str, inputs: Inputs, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`forward` with results in the order of time: y and c [T, B, K, .], saved [T, B, K, saved*H] and the final states;
     [0] for what is missing."""
     x, w_ih = inputs[0], inputs[3]
