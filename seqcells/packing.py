@@ -51,7 +51,7 @@ class SeqcellsPadding(torch.autograd.Function):
         return rows.masked_fill(padding.reshape(*padding.shape, *(1,) * (x.dim() - 1)), 0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Layout, bool], output: Tensor) -> None:  # ctx has our attributes
         _, ctx.where, ctx.pad = inputs
 
     @staticmethod
@@ -65,7 +65,7 @@ class SeqcellsPaddingTransformed(SeqcellsPadding):
     generate_vmap_rule = True
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+    def jvp(ctx: Any, tangent: Tensor, *_: object) -> Tensor:
         return _move(tangent, ctx.where, ctx.pad)
 
 
