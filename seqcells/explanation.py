@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -12,6 +12,9 @@ from . import arguments, backends, checks, dispatch, fallback, precisions
 from .cell import Cell, named
 from .dispatch import Case, Choice
 from .engines import aten
+
+if TYPE_CHECKING:
+    from .kernels.plan import Plan
 from .kernels.devices import KNOWN, known
 from .kernels.plan import Plan
 
@@ -28,8 +31,8 @@ class Explanation:
 
     case: Case
     choice: Choice
-    plan: Any = None
-    backward: Any = None
+    plan: Plan | None = None
+    backward: Plan | None = None
 
     @property
     def backend(self) -> str:
@@ -128,12 +131,20 @@ def explain(
     from .kernels import cells, plan, scan
 
     facts = elsewhere or scan.device_facts(place)
-    options: Any = {"B": batch, "H": hidden_size, "groups": groups, "itemsize": dtype.itemsize, "device": facts}
-    options |= {
-        "schedule": choice.schedule.removeprefix("auto") or None,
-        "precision": precisions.of_products(precision, dtype, place),
-    }
-    forward, backward = (plan.plan(cells.get(cell), backward=b, **options) for b in (False, True))
+    forward, backward = (
+        plan.plan(
+            cells.get(cell),
+            B=batch,
+            H=hidden_size,
+            itemsize=dtype.itemsize,
+            device=facts,
+            groups=groups,
+            schedule=choice.schedule.removeprefix("auto") or None,
+            precision=precisions.of_products(precision, dtype, place),
+            backward=b,
+        )
+        for b in (False, True)
+    )
     return Explanation(case, choice, forward, backward)
 
 

@@ -89,7 +89,7 @@ class Run:
         """Whether to stop before `steps`, by what training has measured."""
         return False
 
-    def extra(self) -> dict[str, Any]:
+    def extra(self) -> dict[str, object]:
         """Further state that decides how training continues: tensors, numbers, lists of them."""
         return {}
 
@@ -113,7 +113,7 @@ class Run:
         self.optimizer.step()
         return loss.detach()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Everything that determines how the run continues. Tensors are not copied."""
         return {
             "identity": self.identity,
