@@ -319,7 +319,7 @@ class SeqcellsScanCompiled(torch.autograd.Function):
         ctx.save_for_forward(*saved)  # the same list, since torch.func's vmap has one list of batch dims for both
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Tensors:
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensors:  # ctx: as above
         return None, *ctx.operation.backward(ctx.saved_tensors, ctx.needs_input_grad[1:], grads)
 
 
@@ -329,7 +329,7 @@ class SeqcellsScan(SeqcellsScanCompiled):
     generate_vmap_rule = True
 
     @staticmethod
-    def jvp(ctx: Any, _: object, *tangents: Tensor | None) -> Tensors:
+    def jvp(ctx: Any, _: object, *tangents: Tensor | None) -> Tensors:  # ctx: as above
         return ctx.operation.jvp(ctx.saved_tensors, tangents)
 
 

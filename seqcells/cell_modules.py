@@ -187,7 +187,7 @@ class RecurrentCell(modules.Module):
         names = self.cell.states
         if len(names) > 1 and state is not None and not isinstance(state, (tuple, list)):
             raise checks.wrong("state", f"a tuple of {len(names)} tensors ({', '.join(names)}) or None", state)
-        states: Any = (state,) if len(names) == 1 and state is not None else state
+        states: Any = (state,) if len(names) == 1 and state is not None else state  # checked after a failure
         labels = ("state",) if len(names) == 1 else tuple(f"state[{i}]" for i in range(len(names)))
         try:
             y, found = self._step(x, states, labels, inputs)

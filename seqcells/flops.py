@@ -25,12 +25,12 @@ def _forward(x: Shape, h0: object, c0: object, w_ih: Shape, w_hh: Shape | None, 
     return _layer(x, w_ih, w_hh)
 
 
-def _onednn_backward(*arguments: Any, **out: object) -> int:
+def _onednn_backward(*arguments: Any, **out: object) -> int:  # shapes, and what is no tensor
     x, w_ih, w_hh = arguments[3], *arguments[6:8]
     return 3 * _layer(x, w_ih, w_hh)  # it runs forward again
 
 
-def _scan_backward(*arguments: Any, **out: object) -> int:
+def _scan_backward(*arguments: Any, **out: object) -> int:  # as above
     x, w_ih, w_hh, need = arguments[4], *arguments[7:9], arguments[-2]
     of_x, of_h = (2 * x[0] * x[1] * prod(w or (0,)) for w in (w_ih, w_hh))
     return of_x * (need[0] + need[3]) + of_h * (1 + need[4])

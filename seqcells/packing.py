@@ -55,7 +55,7 @@ class SeqcellsPadding(torch.autograd.Function):
         _, ctx.where, ctx.pad = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ctx: as above
         return _move(grad, ctx.where, not ctx.pad), None, None
 
 
@@ -65,7 +65,7 @@ class SeqcellsPaddingTransformed(SeqcellsPadding):
     generate_vmap_rule = True
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: object) -> Tensor:
+    def jvp(ctx: Any, tangent: Tensor, *_: object) -> Tensor:  # ctx: as above
         return _move(tangent, ctx.where, ctx.pad)
 
 

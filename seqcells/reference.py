@@ -173,7 +173,8 @@ def scan_states(
 
 
 def scan(step: Step, x: Tensor, states: States, *weights: Any, **options: Any) -> tuple[Tensor, States]:
-    """`scan_states`, but of all states only the output [T, B, H] (the first, or what step returns before it)."""
+    """`scan_states`, with its arguments, but of all states only the output [T, B, H] (the first, or what step returns
+    before it)."""
     every, final = scan_states(step, x, states, *weights, **options)
     return every[0], final
 

@@ -195,7 +195,7 @@ def backward_leaves(parts: Parts) -> dict[Value, str]:
     return {v: f"{name}[{n}]" for name, values in given for n, v in enumerate(values) if constant(v) is None}
 
 
-def triton_functions(source: str, name: str) -> dict[str, Any]:
+def triton_functions(source: str, name: str) -> dict[str, Any]:  # Triton's, without a type
     """The functions of a source as Triton functions, by name. This imports triton."""
     import triton.language as tl
 

@@ -224,7 +224,7 @@ def _save(ctx: Any, inputs: Sequence[object], output: object) -> None:  # ctx ha
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # ctx: as above
     return *_backward_op(*grads, *ctx.saved_tensors, ctx.reverse), None
 
 

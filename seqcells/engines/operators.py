@@ -212,7 +212,7 @@ def _expand_shared(
 
 
 @scan_forward.register_vmap
-def _(info: VmapInfo, in_dims: Sequence[int | None], *tensors: Any) -> Batched:
+def _(info: VmapInfo, in_dims: Sequence[int | None], *tensors: Any) -> Batched:  # and numbers
     kinds, arguments, dims = list(FORWARD), list(tensors), list(in_dims)
     groups = any(d is not None for d in dims[3:8])  # the weights'
     if groups:
@@ -222,7 +222,7 @@ def _(info: VmapInfo, in_dims: Sequence[int | None], *tensors: Any) -> Batched:
 
 
 @scan_backward.register_vmap
-def _(info: VmapInfo, in_dims: Sequence[int | None], *tensors: Any) -> Batched:
+def _(info: VmapInfo, in_dims: Sequence[int | None], *tensors: Any) -> Batched:  # and numbers
     kinds, arguments, dims = list(BACKWARD), list(tensors), list(in_dims)
     # The kernels sum the gradients of trained vectors over rows, but not over groups.
     groups = any(d is not None for d in dims[7:12]) or (arguments[11] is not None and arguments[17] == "triton")

@@ -26,7 +26,8 @@ from .. import cell_modules, recurrent
 from ..convert import CELLS as TORCH_CELLS
 from ..convert import LAYERS as TORCH_LAYERS
 
-# In this file, `module: Any` is one of seqcells' layers or cells, whose attributes nn.Module does not have.
+# In this file, `module: Any` is one of seqcells' layers or cells, whose attributes nn.Module does not have,
+# `given` and `args` are a call's arguments, and ctx, torch's, has an attribute of ours.
 CELLS: tuple[type[nn.Module], ...] = (cell_modules.RecurrentCell, *TORCH_CELLS.values())
 CLASSES: tuple[type[nn.Module], ...] = (recurrent.Recurrent, *TORCH_LAYERS.values(), *CELLS)
 # Used between a layer's backward and opacus' call of the sampler, which follows immediately.
@@ -199,7 +200,7 @@ class _Handle:
             handle.remove()
 
 
-def _register(self: nn.Module, hook: Callable[..., None], prepend: bool = False) -> RemovableHandle | _Handle:
+def _register(self: nn.Module, hook: Callable[..., None], prepend: bool = False) -> Any:  # torch's handle or ours
     """nn.Module.register_full_backward_hook, but for opacus' own hook."""
     owner = _owner(hook)
     if not isinstance(owner, AbstractGradSampleHooks):
@@ -215,4 +216,4 @@ def _register(self: nn.Module, hook: Callable[..., None], prepend: bool = False)
 
 
 for _class in CLASSES:
-    _class.register_full_backward_hook = _register  # type: ignore[assignment, method-assign]  # opacus calls it
+    _class.register_full_backward_hook = _register  # type: ignore[method-assign]  # opacus calls it
