@@ -28,7 +28,6 @@ place of those. Every schedule (`resident`, `grid`, `stepwise`), dtype, mask and
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
-from typing import Any
 
 from .form import Form
 from .registry import get, names, register
@@ -39,12 +38,12 @@ class Cell(Form):
     """A form with its functions (see the module). Each equals itself alone: what is cached by cell is found at once."""
 
     _: KW_ONLY
-    forward: Any
-    backward: Any
-    operands_1: Any = None
-    operands_2: Any = None
-    backward_2: Any = None
-    finish: Any = None
+    forward: object
+    backward: object
+    operands_1: object = None
+    operands_2: object = None
+    backward_2: object = None
+    finish: object = None
     __eq__ = object.__eq__
     __hash__ = object.__hash__
 

@@ -131,9 +131,7 @@ def resident_bytes(products: int, H: int, itemsize: int, block_b: int, precision
     return block_h * (_copies(itemsize, precision) * products * block_h * itemsize + exchange * block_b)
 
 
-def grid_bytes(
-    cell: Form, H: int, itemsize: int, chosen: Plan, backward: bool, precision: str = "tf32"
-) -> int:
+def grid_bytes(cell: Form, H: int, itemsize: int, chosen: Plan, backward: bool, precision: str = "tf32") -> int:
     """Shared memory of a `grid` program, an upper bound on what the compiler reports: its slices of U if it does not
     keep them in registers, and the larger of a chunk of the operand and a product's parts on their way to the layout
     of the step."""

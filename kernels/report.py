@@ -99,14 +99,28 @@ def inputs(case: Case) -> int:
 
 def planned(case: Case) -> plan.Plan:
     """The case's plan."""
-    size: dict[str, Any] = {"B": case.batch, "H": case.hidden, "groups": case.groups}
-    options: dict[str, Any] = {"schedule": case.schedule, "precision": case.precision}
-    options |= {"itemsize": DTYPES[case.dtype].itemsize, "device": devices.KNOWN[case.target]}
+    cell, itemsize, device = cells.get(case.cell), DTYPES[case.dtype].itemsize, devices.KNOWN[case.target]
     if case.direction in STEPS:
-        del options["schedule"]
-        size = {"B": case.batch, "I": inputs(case), "H": case.hidden}
-        return plan_single.plan_single(cells.get(case.cell), **size, **options)
-    return plan.plan(cells.get(case.cell), backward=case.direction == "backward", **size, **options)
+        return plan_single.plan_single(
+            cell,
+            B=case.batch,
+            I=inputs(case),
+            H=case.hidden,
+            itemsize=itemsize,
+            device=device,
+            precision=case.precision,
+        )
+    return plan.plan(
+        cell,
+        B=case.batch,
+        H=case.hidden,
+        itemsize=itemsize,
+        device=device,
+        groups=case.groups,
+        schedule=case.schedule,
+        precision=case.precision,
+        backward=case.direction == "backward",
+    )
 
 
 def launches(case: Case) -> list[scan.Launch]:
@@ -136,9 +150,15 @@ def launches(case: Case) -> list[scan.Launch]:
         x, w, b = empty(B, inputs(case)), empty(cell.gates * H, inputs(case)), empty(cell.gates * H)
         b_hh = empty(cell.products * H) if cell.products else None
         save = "gates" if case.direction == "step train" else "none"
-        step: dict[str, Any] = {"save": save, "plan": chosen, "precision": case.precision, "launch": note}
-        step["params"] = None if params is None else params[0]
-        single.forward(cell, x, w, u[0], b, b_hh, state[0], None if others is None else others[0], **step)
+        single.forward(
+            cell,
+            *(x, w, u[0], b, b_hh, state[0], None if others is None else others[0]),
+            save=save,
+            plan=chosen,
+            params=None if params is None else params[0],
+            precision=case.precision,
+            launch=note,
+        )
     elif case.direction == "recompute":
         saved = scan.allocate(cell, gx, "gates")
         scan.recompute(cell, gx, u, bias, saved.y, saved.c, mask, plan=chosen, params=params, launch=note)
@@ -152,7 +172,7 @@ def launches(case: Case) -> list[scan.Launch]:
     return list(found.values())
 
 
-def _split(launch: scan.Launch) -> tuple[dict[str, str], dict[str, Any]]:
+def _split(launch: scan.Launch) -> tuple[dict[str, str], dict[str, object]]:
     """The types of the arguments as Triton spells them, and the values of those that are compiled in."""
     types, constants = {}, {}
     for parameter in launch.kernel.params:
@@ -167,7 +187,7 @@ def _split(launch: scan.Launch) -> tuple[dict[str, str], dict[str, Any]]:
     return types, constants
 
 
-def compile_launch(launch: scan.Launch, target: GPUTarget) -> Any:
+def compile_launch(launch: scan.Launch, target: GPUTarget) -> Any:  # Triton's, without a type
     """The compiled kernel, exactly as the launcher would have it: pointers on 16 bytes, T and B not specialised."""
     types, constants = _split(launch)
     attributes = {(i,): [["tt.divisibility", 16]] for i, t in enumerate(types.values()) if t.startswith("*")}
@@ -338,7 +358,7 @@ def precise(target: str, name: str) -> Iterator[Case]:
 def distinct(cases: Iterable[Case]) -> dict[Case, tuple[int, ...]]:
     """The cases that need kernels of their own (batches share one where the plan gives them the same tile), and the
     batches of each."""
-    first: dict[Any, Case] = {}
+    first: dict[object, Case] = {}
     batches: dict[Case, list[int]] = {}
     for case in cases:
         p = planned(case)
@@ -362,7 +382,7 @@ def table(rows: list[Row]) -> str:
         moved = f"{n['LDS'] + n['LDSM']}/{n['STS'] + n['STSM']}"
         shared = f"{r.shared / 1024:.0f}/{r.limit // 1024}"
         mma = n["HMMA"] + n["HGMMA"] + n["UTCHMMA"]
-        shown: tuple[Any, ...] = (
+        shown: tuple[object, ...] = (
             c.target,
             name,
             c.direction,

@@ -60,17 +60,17 @@ def device_facts(device: torch.device) -> Device:
 class Launch(NamedTuple):
     """One kernel launch. arguments: everything the kernel takes, by name."""
 
-    kernel: Any
+    kernel: Any  # a Triton function
     grid: tuple[int, ...]
-    arguments: dict[str, Any]
+    arguments: dict[str, Any]  # tensors, numbers and functions
     plan: Plan
 
 
 @cache
-def compile_options(plan: Plan) -> dict[str, Any]:
+def compile_options(plan: Plan) -> dict[str, object]:
     """What Triton is told beside the arguments. enable_fp_fusion: its default differs between releases."""
     num_stages = 1 if PIPELINES_RACE else plan.num_stages
-    options: dict[str, Any] = {"num_warps": plan.num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options: dict[str, object] = {"num_warps": plan.num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if plan.nvidia:
         options["maxnreg"] = plan.registers
         # The driver then starts all programs at once, or refuses: none can wait for one that never starts.
@@ -89,7 +89,7 @@ def run(launch: Launch) -> None:
         )
 
 
-def _aligned(*tensors: Tensor | None) -> list[Any]:
+def _aligned(*tensors: Tensor | None) -> list[Any]:  # None only where it is given
     """The tensors, contiguous and on 16-byte boundaries (else the kernel would be compiled once more for this one)."""
     return [
         x if x is None or (x.is_contiguous() and not (x.is_cuda and x.data_ptr() % 16)) else _copied(x) for x in tensors
@@ -118,7 +118,7 @@ _per_scan = lru_cache(maxsize=1024)
 
 def _constants(
     cell: Cell, plan: Plan, shape: tuple[int, int, int], dtype: torch.dtype, mask: torch.dtype | None, precision: str
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """The constexprs all kernels share. shape: K, H, reversed. mask: its type. precision: tl.dot's for float32."""
     groups, hidden, reversed = shape
     tiles = {"GROUPS": groups, "REVERSED": reversed, "H": hidden}
@@ -133,13 +133,13 @@ def _constants(
     return {**tiles, **layout, "PRECISION": precision, "FAST": fast, "PADDING": mask == torch.uint8}
 
 
-def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[str, Any]:
+def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[str, object]:
     """The constexprs of the plan's schedule alone."""
-    if plan.schedule == "resident":
-        return {"WARPS": plan.num_warps, "U_IN_REGISTERS": plan.u_in_registers}
-    constants: dict[str, Any] = {}
-    if plan.schedule == "grid":
+    constants: dict[str, object] = {}
+    if plan.schedule != "stepwise":
         constants |= {"WARPS": plan.num_warps, "U_IN_REGISTERS": plan.u_in_registers}
+    if plan.schedule == "resident":
+        return constants
     if backward:
         # Five numbers for each of the cell's segments (see `form`).
         flat = [(s.operand, s.first, s.count, int(s.apart), s.column) for s in cell.segments]
@@ -162,7 +162,7 @@ def _forward_constants(
     mask: torch.dtype | None,
     precision: str,
     save: str,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     constants = _constants(cell, plan, shape, dtype, mask, precision)
     constants |= {"SAVE": save != "none", "SAVED": cell.saved if save == "gates" else 0}
     constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
@@ -172,7 +172,7 @@ def _forward_constants(
 @_per_scan
 def _backward_constants(
     cell: Cell, plan: Plan, shape: tuple[int, int, int], dtype: torch.dtype, mask: torch.dtype | None, precision: str
-) -> dict[str, Any]:
+) -> dict[str, object]:
     constants = _constants(cell, plan, shape, dtype, mask, precision)
     constants |= {"STEP": cell.backward, "BACKWARD_2": cell.backward_2, "FINISH": cell.finish}
     return constants | _of_schedule(cell, plan, shape[1], True)
@@ -233,7 +233,7 @@ def _programs(plan: Plan, B: int, K: int, H: int) -> tuple[int, ...]:
 
 
 def _launch_grid(
-    kernel: Any,
+    kernel: object,
     arguments: dict[str, Any],
     phases: tuple[int, ...],
     programs: tuple[int, ...],
@@ -321,7 +321,7 @@ def forward(
                 h = [_rounded(sh.transpose(0, 1).contiguous()), gx.new_empty(B, K, H)]
         for t in range(T):
             for phase in phases:
-                varying: dict[str, Any] = {"t": t, "PHASE": phase, "BLOCK_K": plan.block_k}
+                varying: dict[str, object] = {"t": t, "PHASE": phase, "BLOCK_K": plan.block_k}
                 varying |= {"h_ptr": h[t % 2], "h_after_ptr": h[1 - t % 2]}
                 launch(Launch(stepwise.forward_kernel, programs, {**arguments, **varying}, plan))
     out.hn.copy_(sh)
@@ -451,7 +451,8 @@ def recompute(
         rows = slice(row, row := row + operand.products * H)
         for k in range(K):
             if n >= cell.level:
-                x = m[:, k].unflatten(1, (second, H))[:, n - cell.level]  # type: ignore[index]  # level 2 has m
+                assert m is not None
+                x = m[:, k].unflatten(1, (second, H))[:, n - cell.level]
             elif v is not None:
                 x = v[:, k].unflatten(1, (cell.level, H))[:, n]
             else:

@@ -22,7 +22,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import gcd
-from typing import Any
 
 import torch
 import triton
@@ -287,7 +286,7 @@ def _constants(
     input_precision: str,
     precision: str,
     save: str,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """What the kernel is compiled for."""
     size, saved = dtype.itemsize, save == "gates"
     # In one loop, rows of different alignment would both be loaded with the smaller one.

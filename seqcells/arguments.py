@@ -7,9 +7,8 @@ something traces.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import BuiltinFunctionType
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ FEW = 128  # up to this many values, checking a list is faster than checking a t
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
 
-def options(backend: Any, precision: Any, save: Any = "gates", cell: str | None = None) -> None:
+def options(backend: str | None, precision: str | None, save: str = "gates", cell: str | None = None) -> None:
     """Check the options of scans and modules. cell: a module's cell, which its backend must support.
 
     Whether the backend can run on this machine is checked at the call, since a module may be made on another machine.
@@ -44,7 +43,7 @@ def readable(*tensors: Tensor) -> bool:
     return all(t.device.type == "cpu" and type(t) is Tensor for t in tensors) and not backends.traced()
 
 
-def lengths(given: Any, shape: Sequence[int], device: torch.device, anywhere: bool = False) -> Tensor | None:
+def lengths(given: object, shape: Sequence[int], device: torch.device, anywhere: bool = False) -> Tensor | None:
     """lengths as a tensor of integers [B] on that device. anywhere: move a tensor from another device there.
 
     shape: T, B. ValueError for values outside 0..T, if they can be read (see `readable`).
@@ -52,26 +51,27 @@ def lengths(given: Any, shape: Sequence[int], device: torch.device, anywhere: bo
     if given is None:
         return None
     steps, batch = shape
-    listed = not isinstance(given, Tensor)
-    values = _whole_numbers(given) if listed else []
-    if not listed:
-        checks.tensor("lengths", given)
-        if given.dtype not in _INTEGERS:
-            raise TypeError(f"lengths must be a tensor of integers [B], got one of {given.dtype}")
-    got = [len(values)] if listed else list(given.shape)
+    found = given if isinstance(given, Tensor) else None
+    values = _whole_numbers(given) if found is None else []
+    if found is not None:
+        checks.tensor("lengths", found)
+        if found.dtype not in _INTEGERS:
+            raise TypeError(f"lengths must be a tensor of integers [B], got one of {found.dtype}")
+    got = [len(values)] if found is None else list(found.shape)
     if got != [batch]:
         raise RuntimeError(f"Expected lengths size {(batch,)}, got {got}")
-    if not listed and given.device != device and (given.is_meta or not anywhere):
-        raise RuntimeError(f"lengths must be on the input's device {device}, got {given.device}")
-    if not listed and readable(given):
-        values = [int(v) for v in given.aminmax()] if given.numel() else []
+    if found is not None and found.device != device and (found.is_meta or not anywhere):
+        raise RuntimeError(f"lengths must be on the input's device {device}, got {found.device}")
+    if found is not None and readable(found):
+        values = [int(v) for v in found.aminmax()] if found.numel() else []
     if values and not backends.traced() and (min(values) < 0 or max(values) > steps):
         raise ValueError(f"lengths must be between 0 and {steps}, got {min(values)} to {max(values)}")
-    found = torch.tensor(values, dtype=torch.int64, device="cpu") if listed else given
-    return found.to(device, non_blocking=True) if listed or anywhere else found
+    if found is None:
+        return torch.tensor(values, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+    return found.to(device, non_blocking=True) if anywhere else found
 
 
-def _whole_numbers(given: Any) -> list[int]:
+def _whole_numbers(given: object) -> list[int]:
     """The ints in a sequence that is not a tensor."""
     if isinstance(given, np.ndarray):
         given = given.tolist()
@@ -89,7 +89,7 @@ def _whole_numbers(given: Any) -> list[int]:
     return found
 
 
-def resets(given: Any, shape: Sequence[int], device: torch.device) -> Tensor | None:
+def resets(given: object, shape: Sequence[int], device: torch.device) -> Tensor | None:
     """resets as a bool tensor of that shape on that device; None is allowed.
 
     Accepts bool tensors, tensors of other real dtypes that hold 0 and 1, and nested lists or arrays of such numbers,
@@ -118,7 +118,7 @@ def resets(given: Any, shape: Sequence[int], device: torch.device) -> Tensor | N
 _FLAGS = "a tensor or nested list of bools, or of the numbers 0 and 1"
 
 
-def _listed(given: Any) -> Tensor:
+def _listed(given: object) -> Tensor:
     """resets that are no tensor."""
     if not isinstance(given, (list, tuple, np.ndarray)):
         raise checks.wrong("resets", _FLAGS, given)
@@ -134,7 +134,9 @@ def _listed(given: Any) -> Tensor:
 # Functions
 
 
-def types(x: Any, states: Any, weights: dict[str, Any], rank: int | None = 3, missing: Sequence[str] = ()) -> None:
+def types(
+    x: Tensor, states: object, weights: Mapping[str, object], rank: int | None = 3, missing: Sequence[str] = ()
+) -> None:
     """Check the types of x, states and weights (by name) of a scan, and the rank of x if one is given.
 
     missing: the weights that the cell lacks."""
@@ -185,7 +187,11 @@ def _fit_group(
 
 
 def hidden_size(
-    cell: Cell, weights: Sequence[Tensor | None], states: Sequence[Tensor | None], params: Any, inputs: Any
+    cell: Cell,
+    weights: Sequence[Tensor | None],
+    states: Sequence[Tensor | None],
+    params: Sequence[Mapping[str, Tensor] | None] | None,
+    inputs: Mapping[str, object] | None,
 ) -> int:
     """H, from w_ih, or, for a cell that reads no x, from the first tensor that has a size of H."""
     if cell.rows[0]:
@@ -252,6 +258,7 @@ def dtypes_differ(x: torch.dtype, weight: torch.dtype) -> str:
 # The functions of `reference`
 
 States = tuple[Tensor, ...]
+_Weights = Sequence["Tensor | None"]
 Step = Callable[..., States]  # (x, states, w_ih, w_hh, b_ih, b_hh), and params and inputs, if there are any
 
 
@@ -275,7 +282,7 @@ def explained(cell: Cell, step: Step, doc: str) -> Step:
     return call
 
 
-def _reference_step(cell: Cell, x: Any, states: Any, *weights: Any) -> None:
+def _reference_step(cell: Cell, x: Tensor, states: Sequence[Tensor], *weights: Tensor | None) -> None:
     count = len(cell.states)
     checks.tensors("states", states, f"a tuple of {count} tensor{'s' * (count > 1)}", count)
     types(x, None, dict(zip(NAMES, weights, strict=True)), rank=None)
@@ -286,7 +293,7 @@ def _reference_step(cell: Cell, x: Any, states: Any, *weights: Any) -> None:
     fit(x[None], states, [weights], cell.rows)
 
 
-def _reference_types(step: Any, x: Any, states: Any, weights: Sequence[Any], rank: int | None) -> None:
+def _reference_types(step: object, x: Tensor, states: object, weights: _Weights, rank: int | None) -> None:
     if not callable(step) or isinstance(step, (type, BuiltinFunctionType)):
         raise checks.wrong("step", "a function", step)
     missing = [name for name, n in zip(NAMES, _rows(step, weights), strict=True) if not n]
@@ -294,17 +301,23 @@ def _reference_types(step: Any, x: Any, states: Any, weights: Sequence[Any], ran
     checks.tensors("states", states, "a tuple of tensors")
 
 
-def _rows(step: Any, weights: Sequence[Any]) -> tuple[int, ...]:
+def _rows(step: object, weights: _Weights) -> tuple[int, ...]:
     """The number of blocks of H rows of each weight: the step's `rows`, or, if it has no such attribute, as in w_hh."""
-    if (known := getattr(step, "rows", None)) is not None:
-        return known
+    if (rows := getattr(step, "rows", None)) is not None:
+        return rows
     w_hh = weights[1]
-    H = w_hh.shape[-1] if isinstance(w_hh, Tensor) and w_hh.dim() else 0
-    return (w_hh.shape[0] // H if H else 1,) * 4
+    blocks = w_hh.shape[0] // H if isinstance(w_hh, Tensor) and w_hh.dim() and (H := w_hh.shape[-1]) else 1
+    return (blocks,) * 4
 
 
 def reference_scan(
-    step: Any, x: Any, states: Any, weights: Sequence[Any], params: Any, inputs: Any, reverse: Any
+    step: object,
+    x: Tensor,
+    states: Sequence[Tensor],
+    weights: _Weights,
+    params: Sequence[Tensor],
+    inputs: Sequence[Tensor],
+    reverse: bool,
 ) -> None:
     """Check the arguments of reference.scan_states except resets and lengths."""
     _reference_types(step, x, states, weights, rank=3)
@@ -318,11 +331,12 @@ def reference_scan(
                 raise RuntimeError(f"{name}[{i}] must have shape {tuple(expected)}, got {tuple(t.shape)}")
 
 
-def reference_groups(step: Any, x: Any, states: Any, weights: Sequence[Any], reversed: Any) -> None:
+def reference_groups(step: object, x: Tensor, states: Sequence[Tensor], weights: _Weights, reversed: int) -> None:
     """Check the arguments of reference.scan_groups that each group's scan does not check."""
     _reference_types(step, x, states, weights, rank=None)
     checks.integer("reversed", reversed, least=0)
     name, of = ("w_ih", weights[0]) if weights[1] is None else ("w_hh", weights[1])
+    assert of is not None
     if of.dim() not in (2, 3):
         raise RuntimeError(f"{name} must have 2 or 3 dimensions, got {of.dim()}")
     K, H = of.shape[0] if of.dim() == 3 else 1, states[0].shape[-1] if states else 0

@@ -6,9 +6,9 @@ First derivatives are the engine's. Second derivatives and forward mode differen
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from .products import places
 if TYPE_CHECKING:
     from .dispatch import Call, Case
 
+T = TypeVar("T")
 Tensors = tuple["Tensor | None", ...]
 
 
@@ -49,11 +50,11 @@ class Engine(NamedTuple):
     allocate(options, save, inputs) -> the results of scan, uninitialised
     """
 
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
-    scan: Callable[..., Any]
-    scan_backward: Callable[..., Any]
-    allocate: Callable[..., Any]
+    forward: Callable[..., tuple[tuple[Tensor, ...], Tensors]]
+    backward: Callable[..., Tensors]
+    scan: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]
+    scan_backward: Callable[..., Tensors]
+    allocate: Callable[..., tuple[Tensor, ...]]
 
 
 ENGINES: dict[str, Engine] = {}
@@ -78,13 +79,13 @@ class Options:
     states: bool = False
     single: str = ""
     traced: bool = False
-    notes: Any = field(default=None, compare=False)
+    notes: Any = field(default=None, compare=False)  # as that engine likes
 
 
 _NO_RANGE = nullcontext()
 
 
-def _range(options: Options, direction: str) -> Any:
+def _range(options: Options, direction: str) -> AbstractContextManager[object]:
     """A profiler range that names the scan, if a profiler is active."""
     if torch.compiler.is_compiling() or not torch.autograd._profiler_enabled():
         return _NO_RANGE
@@ -111,13 +112,17 @@ def reference_of(
         starts = [zero if h0 is None else h0]
         if S > 1:
             starts += [zero] * (S - 1) if c0 is None else c0.split(H, -1)
-        keywords: Any = {"resets": resets, "lengths": lengths, "reversed": options.reversed}
-        if params is not None:
-            keywords["params"] = params.split(H, -1)
-        if inputs is not None:
-            keywords["inputs"] = inputs.split(H, -1)
-        weights = (w_ih, w_hh, b_ih, b_hh)
-        every, final = reference.scan_groups(step, x, tuple(starts[at.output :]), *weights, **keywords)
+        every, final = reference.scan_groups(
+            step,
+            x,
+            tuple(starts[at.output :]),
+            *(w_ih, w_hh, b_ih, b_hh),
+            params=() if params is None else params.split(H, -1),
+            inputs=() if inputs is None else inputs.split(H, -1),
+            resets=resets,
+            lengths=lengths,
+            reversed=options.reversed,
+        )
         if options.single:
             final = tuple(s[0] for s in final)
         if S > 1:
@@ -159,13 +164,15 @@ def side_by_side(tensors: Sequence[Tensor], dim: int) -> Tensor:
     return tensors[0] if len(tensors) == 1 else torch.cat(tuple(tensors), dim)
 
 
-def vjp(run: Callable[..., Any], *primals: Any) -> tuple[Any, Any]:
-    """run's outputs, and the function from their gradients to those of primals."""
+def vjp(run: Callable[..., T], *primals: object) -> tuple[T, Callable[..., Any]]:
+    """run's outputs, and the function from their gradients to those of primals, nested as primals are."""
     found = torch.func.vjp(run, *primals)
     return found[0], found[1]
 
 
-def _gradients_of(run: Callable[..., Any], wanted: list[bool], given: list[bool]) -> Callable[..., tuple[Tensor, ...]]:
+def _gradients_of(
+    run: Callable[..., tuple[Tensor, ...]], wanted: list[bool], given: list[bool]
+) -> Callable[..., tuple[Tensor, ...]]:
     """The wanted gradients of run's inputs, as a function of its inputs and of its outputs' gradients.
 
     given: which of these are arguments; the others are zero.
@@ -180,7 +187,9 @@ def _gradients_of(run: Callable[..., Any], wanted: list[bool], given: list[bool]
     return first
 
 
-def _forward_mode(run: Callable[..., Any], primals: list[Tensor], tangents: list[Tensor | None]) -> tuple[Tensor, ...]:
+def _forward_mode(
+    run: Callable[..., tuple[Tensor, ...]], primals: list[Tensor], tangents: list[Tensor | None]
+) -> tuple[Tensor, ...]:
     """The derivative of run along tangents (None: zero), by applying backward mode twice. Backward is linear in the
     outputs' gradients, and its gradient with respect to them is the forward derivative."""
     out, back = vjp(run, *primals)
@@ -259,7 +268,7 @@ class _Gradients:
 
     def function(
         self, mask: Tensor | None, tensors: Tensors
-    ) -> tuple[Callable[..., Tensors], list[Tensor], list[bool]]:
+    ) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], list[bool]]:
         """The gradients as a function of the tensors (inputs and gradients) that are not None; these tensors; and which
         of the 9 gradients the function returns."""
         present = [t is not None for t in tensors[:9]]
@@ -296,11 +305,11 @@ class SeqcellsScanCompiled(torch.autograd.Function):
     """Applies a _Scan or its _Gradients, the first argument, to the tensors of its `run`."""
 
     @staticmethod
-    def forward(operation: Any, *tensors: Any) -> Any:
+    def forward(operation: _Scan | _Gradients, *tensors: Tensor | None) -> Tensors:
         return operation.run(*tensors)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensors) -> None:  # ctx has attributes of ours
         operation, *tensors = inputs
         saved, constant = operation.saved(tuple(tensors), output)
         ctx.mark_non_differentiable(*constant)
@@ -310,7 +319,7 @@ class SeqcellsScanCompiled(torch.autograd.Function):
         ctx.save_for_forward(*saved)  # the same list, since torch.func's vmap has one list of batch dims for both
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+    def backward(ctx: Any, *grads: Tensor | None) -> Tensors:  # ctx: as above
         return None, *ctx.operation.backward(ctx.saved_tensors, ctx.needs_input_grad[1:], grads)
 
 
@@ -320,7 +329,7 @@ class SeqcellsScan(SeqcellsScanCompiled):
     generate_vmap_rule = True
 
     @staticmethod
-    def jvp(ctx: Any, _: Any, *tangents: Tensor | None) -> Any:
+    def jvp(ctx: Any, _: object, *tangents: Tensor | None) -> Tensors:  # ctx: as above
         return ctx.operation.jvp(ctx.saved_tensors, tangents)
 
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["Cell", "CellError", "cell"]
 
 T = TypeVar("T")
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 _BY_KEY: dict[str, Cell] = {}
 _BY_NAME: dict[str, Cell] = {}  # the last one defined under each name
 # Names that a step's arguments cannot have, and why.
@@ -70,16 +70,16 @@ def constant_to_compilers(function: F) -> F:
 class _Found(Generic[T]):
     """An attribute of a cell that is computed when it is first read."""
 
-    def __init__(self, find: Callable[[Any], T]) -> None:
+    def __init__(self, find: Callable[[Cell], T]) -> None:
         self.find, self.name, self.__doc__ = find, find.__name__, find.__doc__
 
     @overload
-    def __get__(self, made: None, owner: Any) -> _Found[T]: ...
+    def __get__(self, made: None, owner: object) -> _Found[T]: ...
 
     @overload
-    def __get__(self, made: Cell, owner: Any = None) -> T: ...
+    def __get__(self, made: Cell, owner: object = None) -> T: ...
 
-    def __get__(self, made: Cell | None, owner: Any = None) -> Any:
+    def __get__(self, made: Cell | None, owner: object = None) -> _Found[T] | T:
         if made is None:
             return self
         if is_compiling():
@@ -97,7 +97,7 @@ class _Found(Generic[T]):
 
 
 @constant_to_compilers
-def _find(key: str, name: str) -> Any:
+def _find(key: str, name: str) -> Any:  # each fact has its own type
     made = _BY_KEY[key]
     if not made._facts[name]:
         made._facts[name].append(vars(Cell)[name].find(made))
@@ -131,7 +131,7 @@ class Cell:
     step: FunctionType = field(repr=False)
     base: Cell | None = field(default=None, repr=False)
     _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, init=False, repr=False)
-    # Each in a list of its own, empty until it is computed: Dynamo reads no list before that.
+    # Each, of its own type, in a list of its own, empty until it is computed: Dynamo reads no list before that.
     _facts: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in _FACTS}, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -251,11 +251,13 @@ class Cell:
             base._variants[numbers] = Cell(**{**facts, "key": key, "constants": values, "base": base})
         return base._variants[numbers]
 
-    def __call__(self, x: Any, U: Any, *arguments: Any) -> Any:
-        """Call the step with x, U, the states before it, the params and the inputs; the constants are the cell's."""
+    def __call__(self, x: object, U: object, *arguments: object) -> Any:
+        """Call the step with x, U, the states before it, the params and the inputs; the constants are the cell's.
+
+        Returns what the step returns."""
         return self.step(x, U, *arguments, *self.constants.values())
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> str | tuple[object, ...]:
         """Pickle and copy by reference, as functions are: the result is the same object."""
         return self.step.__qualname__ if self.base is None else (_with_constants, (self.base, dict(self.constants)))
 
@@ -296,10 +298,10 @@ def _gates_read(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int
 class _GateRecorder:
     """x or U of a step that records which attributes are read."""
 
-    def __init__(self, gates: tuple[str, ...], give: Callable[[str], Any]) -> None:
+    def __init__(self, gates: tuple[str, ...], give: Callable[[str], object]) -> None:
         self.gates, self.give, self.found = gates, give, dict[str, int]()
 
-    def __getattr__(self, name: str) -> Any:
+    def __getattr__(self, name: str) -> object:
         if name not in self.gates:
             raise AttributeError(name)
         self.found[name] = -1
@@ -339,7 +341,7 @@ def cell(
     constants: str = "",
     outputs: str = "",
     bias: str | None = None,
-) -> Callable[[Callable[..., Any]], Cell]:
+) -> Callable[[Callable[..., object]], Cell]:
     """Decorator that makes a cell of a step written in PyTorch.
 
     gates: the gates' names, in the order of the weights' rows. states: the states' names; the first is the output.
@@ -391,7 +393,7 @@ def cell(
     if output_names and output_names[0] in state_names:
         raise ValueError(f"outputs: {outputs!r} is a state; to output it put it first in states=, or give a new name")
 
-    def make(step: Callable[..., Any]) -> Cell:
+    def make(step: Callable[..., object]) -> Cell:
         if not isinstance(step, FunctionType):
             raise checks.wrong("step", "a function", step)
         name = step.__name__
@@ -416,7 +418,7 @@ def cell(
     return make
 
 
-def _names(argument: str, value: Any, none: bool = False) -> tuple[str, ...]:
+def _names(argument: str, value: str, none: bool = False) -> tuple[str, ...]:
     if not isinstance(value, str):
         raise checks.wrong(argument, "a string of names, as 'f n'", value)
     names = tuple(value.split())
@@ -427,7 +429,7 @@ def _names(argument: str, value: Any, none: bool = False) -> tuple[str, ...]:
     return names
 
 
-def _params(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _params(value: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The names of all params, and of those that are one number."""
     if not isinstance(value, str):
         raise checks.wrong("params", "a string of names, as 'p q alpha:1'", value)
@@ -440,7 +442,7 @@ def _params(value: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return _names("params", " ".join(p[0] for p in parts), none=True), tuple(p[0] for p in parts if p[1])
 
 
-def _constants(value: Any) -> dict[str, float]:
+def _constants(value: str) -> dict[str, float]:
     if not isinstance(value, str):
         raise checks.wrong("constants", "a string of names and numbers, as 'dt=0.042'", value)
     found: dict[str, float] = {}

@@ -5,6 +5,7 @@ The latter also subclass torch.nn's cells, for isinstance, but inherit no behavi
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -145,7 +146,7 @@ class RecurrentCell(modules.Module):
         """The shape of each parameter, by name."""
         return modules.shapes(self.cell, self.hidden_size, self.input_size, self.hidden_size, bool(self.bias))
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         nn.Module.__setstate__(self, state)
         # Modules pickled by earlier versions have the cell's name instead of the cell, or, if LSTMCells, no cell.
         self.__dict__["cell"] = get(self.__dict__.get("cell", "lstm"))
@@ -186,7 +187,7 @@ class RecurrentCell(modules.Module):
         names = self.cell.states
         if len(names) > 1 and state is not None and not isinstance(state, (tuple, list)):
             raise checks.wrong("state", f"a tuple of {len(names)} tensors ({', '.join(names)}) or None", state)
-        states: Any = (state,) if len(names) == 1 and state is not None else state
+        states: Any = (state,) if len(names) == 1 and state is not None else state  # checked after a failure
         labels = ("state",) if len(names) == 1 else tuple(f"state[{i}]" for i in range(len(names)))
         try:
             y, found = self._step(x, states, labels, inputs)
@@ -195,7 +196,7 @@ class RecurrentCell(modules.Module):
         after = found[0] if len(names) == 1 else found
         return (y, after) if self.cell.outputs else after
 
-    def _check(self, x: Any, states: Any, inputs: dict[str, Any] | None = None) -> None:
+    def _check(self, x: Tensor, states: Sequence[Tensor] | None, inputs: Mapping[str, Tensor] | None = None) -> None:
         """Check what `_step` does not check in a call."""
         layer_arguments.step(self, x, states, inputs or {}, self._shapes())
 

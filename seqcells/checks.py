@@ -8,30 +8,31 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-def kind(value: Any) -> str:
+def kind(value: object) -> str:
     """A description of a value: "None", "a list of 2", "an int", "the class LSTM"."""
     if value is None:
         return "None"
     if isinstance(value, type):
         return f"the class {value.__name__}"
     name = "tensor" if isinstance(value, Tensor) else type(value).__name__
-    count = f" of {len(value)}" if type(value) in (list, tuple, dict, set) else ""
+    count = ""
+    if isinstance(value, (list, tuple, dict, set)) and type(value) in (list, tuple, dict, set):
+        count = f" of {len(value)}"
     spoken = "AEFHILMNORSX" if name[:2].isupper() else "AEIOUaeiou"  # "an LSTM", letter by letter
     return f"{'an' if name[0] in spoken else 'a'} {name}{count}"
 
 
-def wrong(name: str, expected: str, value: Any) -> TypeError:
+def wrong(name: str, expected: str, value: object) -> TypeError:
     """The error for a value of the wrong type."""
     return TypeError(f"{name} must be {expected}, got {kind(value)}")
 
 
-def tensor(name: str, value: Any, optional: bool = False, expected: str = "a tensor") -> None:
+def tensor(name: str, value: object, optional: bool = False, expected: str = "a tensor") -> None:
     """Check that value is a dense tensor (or None, if optional)."""
     if value is None and optional:
         return
@@ -42,7 +43,7 @@ def tensor(name: str, value: Any, optional: bool = False, expected: str = "a ten
         raise RuntimeError(f"{name} must be a dense tensor, got {what}")
 
 
-def tensors(name: str, value: Any, expected: str, count: int | None = None, optional: bool = False) -> None:
+def tensors(name: str, value: object, expected: str, count: int | None = None, optional: bool = False) -> None:
     """Check that value is a tuple or list of tensors. count: how many; None: any number. optional: None is allowed
     instead of a tensor."""
     if not isinstance(value, (tuple, list)) or (count is not None and len(value) != count):
@@ -55,7 +56,7 @@ def tensors(name: str, value: Any, expected: str, count: int | None = None, opti
 FAILURES = (AttributeError, IndexError, RuntimeError, TypeError, ValueError)
 
 
-def clearer(error: Exception, check: Callable[..., Any], *arguments: Any) -> Exception:
+def clearer(error: Exception, check: Callable[..., object], *arguments: object) -> Exception:
     """The exception that check raises for these arguments; error itself if it raises none."""
     try:
         check(*arguments)
@@ -64,12 +65,12 @@ def clearer(error: Exception, check: Callable[..., Any], *arguments: Any) -> Exc
     return error
 
 
-def boolean(name: str, value: Any) -> None:
+def boolean(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} should be of type bool, got: {type(value).__name__}")
 
 
-def integer(name: str, value: Any, least: int | None = None, bools: bool = False) -> None:
+def integer(name: str, value: object, least: int | None = None, bools: bool = False) -> None:
     """Check that value is an int. least: the smallest allowed. bools: whether True and False count as ints, which is
     for arguments where torch.nn accepts them."""
     if not isinstance(value, int) or (isinstance(value, bool) and not bools):
@@ -79,12 +80,12 @@ def integer(name: str, value: Any, least: int | None = None, bools: bool = False
         raise ValueError(f"{name} {limit}, got {value}")
 
 
-def number(name: str, value: Any, optional: bool = False) -> None:
+def number(name: str, value: object, optional: bool = False) -> None:
     if not (value is None and optional) and (not isinstance(value, numbers.Real) or isinstance(value, bool)):
         raise wrong(name, "a number" + " or None" * optional, value)
 
 
-def one_of(name: str, value: Any, allowed: Iterable[str], optional: bool = False) -> None:
+def one_of(name: str, value: object, allowed: Iterable[str], optional: bool = False) -> None:
     """Check that value is one of the allowed strings (or None, if optional)."""
     if value is None and optional:
         return
@@ -94,12 +95,12 @@ def one_of(name: str, value: Any, allowed: Iterable[str], optional: bool = False
         raise ValueError(f"unknown {name} {value!r}: expected one of {', '.join(allowed)}")
 
 
-def dtype(value: Any, optional: bool = False) -> None:
+def dtype(value: object, optional: bool = False) -> None:
     if not (value is None and optional) and not isinstance(value, torch.dtype):
         raise wrong("dtype", "a torch.dtype" + " or None" * optional, value)
 
 
-def device(value: Any, optional: bool = False) -> None:
+def device(value: object, optional: bool = False) -> None:
     """Check that value is a torch.device, a string or an int. Their values are for torch to check."""
     taken = isinstance(value, (str, torch.device)) or (isinstance(value, int) and not isinstance(value, bool))
     if not taken and not (value is None and optional):

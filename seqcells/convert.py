@@ -201,7 +201,7 @@ def _swap_all(
     model: M,
     what: str,
     target: Callable[[nn.Module, type[nn.Module]], type[nn.Module] | str | None],
-    options: dict[str, Any],
+    options: Mapping[str, object],
     include: str | Iterable[str] | None,
     exclude: str | Iterable[str] | None,
     report: list[Change] | None,
@@ -327,7 +327,7 @@ def _matching(
     return found
 
 
-def _blank(module: nn.Module, cls: type[nn.Module], options: dict[str, Any]) -> nn.Module:
+def _blank(module: nn.Module, cls: type[nn.Module], options: Mapping[str, object]) -> nn.Module:
     """A module of that class with module's settings, on the meta device: no memory, no random numbers."""
     given = ["input_size", "hidden_size", "bias"]
     if issubclass(cls, (*LAYERS, *LAYERS.values())):
@@ -342,7 +342,9 @@ def _blank(module: nn.Module, cls: type[nn.Module], options: dict[str, Any]) -> 
     return blank
 
 
-def _plan(module: nn.Module, cls: type[nn.Module], new: type[nn.Module], options: dict[str, Any]) -> Callable[[], None]:
+def _plan(
+    module: nn.Module, cls: type[nn.Module], new: type[nn.Module], options: Mapping[str, object]
+) -> Callable[[], None]:
     """A function that changes module from class cls to class new; all else is computed here, before any module is
     changed. options: the settings that only seqcells' classes have."""
     state, base = module.__dict__, set(nn.Module().__dict__)
@@ -380,7 +382,7 @@ def _plan(module: nn.Module, cls: type[nn.Module], new: type[nn.Module], options
     return swap
 
 
-def _flat_weights(module: nn.Module, names: list[str]) -> dict[str, Any]:
+def _flat_weights(module: nn.Module, names: list[str]) -> dict[str, object]:
     """torch.nn.LSTM's list of its weights, and its weak references that show whether one was replaced."""
     found: list[Tensor | None] = []
     for name in names:

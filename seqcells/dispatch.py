@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,9 @@ from . import (
 )
 from .cell import Cell, constant_to_compilers
 from .engines import aten, reset_steps, triton
+
+if TYPE_CHECKING:
+    from .recurrent import Recurrent
 
 KERNEL_DEVICES = ("cuda",)  # where "auto" uses the kernels
 _TENSORS = (Tensor, torch.nn.Parameter)
@@ -206,7 +209,7 @@ def loop_pays(cell: str, size: tuple[int, int, int], grad: bool, onednn: bool, l
     return steps >= _INFERENCE and hidden >= 16 and torch.get_num_threads() == 1
 
 
-def own_layers(module: Any, x: Tensor, size: tuple[int, int], grad: bool) -> bool:
+def own_layers(module: Recurrent, x: Tensor, size: tuple[int, int], grad: bool) -> bool:
     """Whether torch's own runs all layers of a module: the first rule, asked before a Case is gathered.
 
     x, or a PackedSequence's data, has passed layer_arguments.plain; size: T, B. On the CPU, where nothing traces.
@@ -409,7 +412,8 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
     if choice.engine in ("triton", "loop"):
         return _differentiable(cell, call, options, case, choice)
     if choice.reset_steps:
-        found = reset_steps.scan(call.x, call.states, call.groups, call.mask, options.reverse)  # type: ignore[arg-type]  # there is a mask
+        assert call.mask is not None
+        found = reset_steps.scan(call.x, call.states, call.groups, call.mask, options.reverse)
         # None if a value is not finite, which reset steps cannot separate.
         return (*found, None) if found else _differentiable(cell, call, options, case, Choice("loop", "", choice.why))
     full = starts(call.x, call.states, call.groups, case.hidden_size)
@@ -418,14 +422,21 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
         return final[0][None], final, None
     if choice.engine == "aten":
         return *aten.scan(cell.key, call.x, full, call.groups, (options.lengths, options.reverse)), None
-    weights: Any
     weights, params = (call.groups[0], call.params) if len(call.groups) == 1 and not call.stacked else _stacked(call)
-    extra: Any = {"resets": options.resets, "lengths": options.lengths, "reversed": _bits(options.reverse)}
-    if params is not None:
-        extra["params"] = params.split(case.hidden_size, -1)
-    if call.inputs is not None:
-        extra["inputs"] = call.inputs.split(case.hidden_size, -1)
-    states, final = reference.scan_groups(reference.step_of(cell), call.x, full, *weights, **extra)
+    (w_ih, *others), H = weights, case.hidden_size
+    assert w_ih is not None
+    states, final = reference.scan_groups(
+        reference.step_of(cell),
+        call.x,
+        full,
+        w_ih,
+        *others,
+        params=() if params is None else params.split(H, -1),
+        inputs=() if call.inputs is None else call.inputs.split(H, -1),
+        resets=options.resets,
+        lengths=options.lengths,
+        reversed=_bits(options.reverse),
+    )
     return states[0], final, states[len(cell.outputs) :] if options.all_states else None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import textwrap
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -12,7 +11,7 @@ from . import arguments, backends, checks, dispatch, fallback, precisions
 from .cell import Cell, named
 from .dispatch import Case, Choice
 from .engines import aten
-from .kernels.devices import KNOWN, known
+from .kernels.devices import KNOWN, Device, known
 from .kernels.plan import Plan
 
 WIDTH = 80  # of a printed line
@@ -28,8 +27,8 @@ class Explanation:
 
     case: Case
     choice: Choice
-    plan: Any = None
-    backward: Any = None
+    plan: Plan | None = None
+    backward: Plan | None = None
 
     @property
     def backend(self) -> str:
@@ -125,16 +124,32 @@ def explain(
     choice = dispatch.choose(case)
     if choice.engine != "triton":
         return Explanation(case, choice)
+    forward, backward = (_planned(case, choice, (batch, groups), precision, elsewhere, back) for back in (False, True))
+    return Explanation(case, choice, forward, backward)
+
+
+def _planned(
+    case: Case,
+    choice: Choice,
+    size: tuple[int, int],
+    precision: str | None,
+    elsewhere: Device | None,
+    backward: bool,
+) -> Plan:
+    """The plan of forward or backward. Imports triton. size: batch and groups."""
     from .kernels import cells, plan, scan
 
-    facts = elsewhere or scan.device_facts(place)
-    options: Any = {"B": batch, "H": hidden_size, "groups": groups, "itemsize": dtype.itemsize, "device": facts}
-    options |= {
-        "schedule": choice.schedule.removeprefix("auto") or None,
-        "precision": precisions.of_products(precision, dtype, place),
-    }
-    forward, backward = (plan.plan(cells.get(cell), backward=b, **options) for b in (False, True))
-    return Explanation(case, choice, forward, backward)
+    return plan.plan(
+        cells.get(case.cell),
+        B=size[0],
+        H=case.hidden_size,
+        itemsize=case.dtype.itemsize,
+        device=elsewhere or scan.device_facts(case.device),
+        groups=size[1],
+        schedule=choice.schedule.removeprefix("auto") or None,
+        precision=precisions.of_products(precision, case.dtype, case.device),
+        backward=backward,
+    )
 
 
 def _place(device: str | torch.device) -> torch.device:

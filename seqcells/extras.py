@@ -6,15 +6,18 @@ Both functions check them and concatenate them into the one tensor that `autogra
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from . import checks, masks
 
+if TYPE_CHECKING:
+    from .cell import Cell
 
-def params(cell: Any, groups: Sequence[Any] | None, x: Tensor, H: int) -> Tensor | None:
+
+def params(cell: Cell, groups: Sequence[Mapping[str, object] | None] | None, x: Tensor, H: int) -> Tensor | None:
     """The trained vectors of all groups [K, P*H] in the cell's order; for one group [P*H]. None if the cell has none.
 
     groups: for each group a mapping from names to tensors [H], scalars [1]. TypeError, ValueError or RuntimeError for
@@ -36,7 +39,7 @@ def params(cell: Any, groups: Sequence[Any] | None, x: Tensor, H: int) -> Tensor
     return every[0] if len(every) == 1 else torch.stack(every)
 
 
-def inputs(cell: Any, given: Any, x: Tensor, H: int, lengths: Tensor | None) -> Tensor | None:
+def inputs(cell: Cell, given: Mapping[str, object] | None, x: Tensor, H: int, lengths: Tensor | None) -> Tensor | None:
     """The per-step inputs [T, B, N*H] in the cell's order. None if the cell has none.
 
     given: a mapping from names to tensors [T, B] or [T, B, H]. lengths: the padding beyond them may have any values,
@@ -65,18 +68,22 @@ def _fit(name: str, t: Tensor, x: Tensor) -> None:
         raise RuntimeError(f"{name} must be on the device of x, {x.device}, got {t.device}")
 
 
-def _by_name(argument: str, names: Sequence[str], given: Any, cell: str) -> dict[str, Tensor]:
+def _by_name(argument: str, names: Sequence[str], given: Mapping[str, object] | None, cell: str) -> dict[str, Tensor]:
     """The tensors of those names, in that order."""
     if given is None:
         given = {}
     if not isinstance(given, Mapping):
         raise checks.wrong(argument, "a mapping from names to tensors or None", given)
     expected = f"{argument} of {cell} must be {', '.join(names) if names else 'None, for it has none'}"
+    found: dict[str, Tensor] = {}
     for name in names:
         if name not in given:
             raise ValueError(f"{expected}: {name} is missing")
-        checks.tensor(f"{argument}[{name!r}]", given[name])
+        value = given[name]
+        checks.tensor(f"{argument}[{name!r}]", value)
+        assert isinstance(value, Tensor)
+        found[name] = value
     for name in given:
         if name not in names:
             raise ValueError(f"{expected}: got {name!r}")
-    return {name: given[name] for name in names}
+    return found

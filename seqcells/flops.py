@@ -21,21 +21,22 @@ def _layer(x: Shape, w_ih: Shape, w_hh: Shape | None) -> int:
     return 2 * x[0] * x[1] * (prod(w_ih) + prod(w_hh or (0,)))
 
 
-def _forward(x: Shape, h0: Any, c0: Any, w_ih: Shape, w_hh: Shape | None, *others: Any, **out: Any) -> int:
+def _forward(x: Shape, h0: object, c0: object, w_ih: Shape, w_hh: Shape | None, *_: object, **out: object) -> int:
     return _layer(x, w_ih, w_hh)
 
 
-def _onednn_backward(dy: Any, dh: Any, dc: Any, x: Shape, h0: Any, c0: Any, *weights: Any, **out: Any) -> int:
-    return 3 * _layer(x, weights[0], weights[1])  # it runs forward again
+def _onednn_backward(*arguments: Any, **out: object) -> int:  # shapes, and what is no tensor
+    x, w_ih, w_hh = arguments[3], *arguments[6:8]
+    return 3 * _layer(x, w_ih, w_hh)  # it runs forward again
 
 
-def _scan_backward(dy: Any, dhn: Any, dcn: Any, dcs: Any, x: Shape, h0: Any, c0: Any, *others: Any, **out: Any) -> int:
-    w_ih, w_hh, need = *others[:2], others[-2]
+def _scan_backward(*arguments: Any, **out: object) -> int:  # as above
+    x, w_ih, w_hh, need = arguments[4], *arguments[7:9], arguments[-2]
     of_x, of_h = (2 * x[0] * x[1] * prod(w or (0,)) for w in (w_ih, w_hh))
     return of_x * (need[0] + need[3]) + of_h * (1 + need[4])
 
 
-def _formulas() -> dict[Any, Callable[..., int]]:
+def _formulas() -> dict[object, Callable[..., int]]:
     ours, aten = torch.ops.seqcells, torch.ops.aten
     return {
         aten.mkldnn_rnn_layer: lambda x, w_ih, w_hh, *others, **out: _layer(x, w_ih, w_hh),

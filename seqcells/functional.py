@@ -81,13 +81,13 @@ def scan(
     *,
     params: Mapping[str, Tensor] | None = None,
     inputs: Mapping[str, Tensor] | None = None,
-    resets: Tensor | Sequence[Any] | None = None,
+    resets: Tensor | Sequence[object] | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     save: str = "gates",
     backend: str | None = None,
     precision: str | None = None,
     return_states: bool = False,
-) -> tuple[Any, ...]:
+) -> tuple[Any, ...]:  # as many as return_states asks for
     """Run a cell over all steps of x. Returns (y, final states [B, H]). For shapes see the module.
 
     cell: "lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu", or a custom cell (see `cell`), itself or by its name.
@@ -142,13 +142,13 @@ def scan_groups(
     reverse: Sequence[bool] = (),
     params: Mapping[str, Tensor] | None = None,
     inputs: Mapping[str, Tensor] | None = None,
-    resets: Tensor | Sequence[Any] | None = None,
+    resets: Tensor | Sequence[object] | None = None,
     lengths: Tensor | Sequence[int] | None = None,
     save: str = "gates",
     backend: str | None = None,
     precision: str | None = None,
     return_states: bool = False,
-) -> tuple[Any, ...]:
+) -> tuple[Any, ...]:  # as many as return_states asks for
     """Run K independent scans of one cell; on the triton backend, in one launch.
 
     Returns (y [T, B, K*H], final states [K, B, H]), and with return_states the states after each step, each
@@ -190,7 +190,7 @@ def scan_groups(
     masked = arguments.resets(resets, x.shape[:2], x.device), arguments.lengths(lengths, x.shape[:2], x.device)
     arguments.options(backend, precision, save)
     options = ScanOptions(*masked, flags, save, backend, precision, return_states)
-    own: Any = params
+    own: list[Mapping[str, Tensor]] | None = None
     if isinstance(params, Mapping):
         own = [{n: t[k] if isinstance(t, Tensor) else t for n, t in params.items()} for k in range(K)]
     elif params is not None:
@@ -216,8 +216,20 @@ def lstm(
     """
     if hx is not None:
         checks.tensors("hx", hx, "a tuple of two tensors (h0, c0) or None", 2, optional=True)
-    options: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
-    y, final = scan("lstm", x, hx, w_ih, w_hh, b_ih, b_hh, **options)
+    y, final = scan(
+        "lstm",
+        x,
+        hx,
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        resets=resets,
+        lengths=lengths,
+        save=save,
+        backend=backend,
+        precision=precision,
+    )
     return y, (final[0], final[1])
 
 
@@ -240,8 +252,20 @@ def gru(
     checks.boolean("reset_after", reset_after)
     checks.tensor("hx", hx, optional=True)
     cell = "gru" if reset_after else "gru_before"
-    options: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
-    y, final = scan(cell, x, (hx,), w_ih, w_hh, b_ih, b_hh, **options)
+    y, final = scan(
+        cell,
+        x,
+        (hx,),
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        resets=resets,
+        lengths=lengths,
+        save=save,
+        backend=backend,
+        precision=precision,
+    )
     return y, final[0]
 
 
@@ -261,8 +285,20 @@ def rnn(
         (torch.Size([5, 3, 20]), torch.Size([3, 20]))
     """
     checks.tensor("hx", hx, optional=True)
-    options: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
-    y, final = scan(rnn_cell_name(nonlinearity), x, (hx,), w_ih, w_hh, b_ih, b_hh, **options)
+    y, final = scan(
+        rnn_cell_name(nonlinearity),
+        x,
+        (hx,),
+        w_ih,
+        w_hh,
+        b_ih,
+        b_hh,
+        resets=resets,
+        lengths=lengths,
+        save=save,
+        backend=backend,
+        precision=precision,
+    )
     return y, final[0]
 
 

@@ -13,7 +13,6 @@ one layer and direction of an LSTM, GRU or RNN, of seqcells or torch.nn.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,7 +22,7 @@ from . import checks, weights
 from .cell import get
 from .kernels.registry import BUILT_IN
 
-Array = Any  # anything numpy.asarray takes, or a tensor
+Array = object  # anything numpy.asarray takes, or a tensor
 # For each of our cells, other libraries' name: lstm, gru or rnn.
 KINDS = {name: name.partition("_")[0] for name in BUILT_IN}
 # Our names of the gates in the other library's order.

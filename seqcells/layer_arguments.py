@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,8 +14,19 @@ from torch.nn.utils.rnn import PackedSequence
 from . import backends, checks
 from .arguments import dtypes_differ, lengths, readable, resets, together
 
+if TYPE_CHECKING:
+    from .cell_modules import RecurrentCell
+    from .recurrent import Recurrent
 
-def plain(module: Any, x: Any, states: Any, resets_: Any) -> tuple[list[Tensor], bool, tuple[int, int]] | None:
+State = Tensor | tuple[Tensor, ...] | None  # in the form of forward's argument
+Flags = Tensor | PackedSequence | None
+Input = Tensor | PackedSequence
+Inputs = Mapping[str, Input]
+Plain = tuple[list[Tensor], bool, tuple[int, int]]
+Call = tuple[Input, State, object, object, bool, Inputs]  # see `layer`
+
+
+def plain(module: Recurrent, x: Input, states: object, resets_: object) -> Plain | None:
     """A quick check of a Recurrent's call: its parameters, whether a tensor of the call requires gradients, and T, B.
 
     Returns None unless the call is quickly seen to be valid and all tensors are exactly torch.Tensor; then `layer` must
@@ -25,7 +36,7 @@ def plain(module: Any, x: Any, states: Any, resets_: Any) -> tuple[list[Tensor],
     if type(data) is not Tensor or data.layout is not torch.strided or data.is_nested or torch.compiler.is_compiling():
         return None
     dtype, device, H, on_cpu, shape = data.dtype, data.device, module.hidden_size, data.is_cpu, data.shape
-    if data is not x:
+    if type(x) is PackedSequence:
         if len(shape) != 2 or not on_cpu or resets_ is not None or not (B := _well_packed(x)):
             return None
         T = len(x.batch_sizes)
@@ -37,7 +48,8 @@ def plain(module: Any, x: Any, states: Any, resets_: Any) -> tuple[list[Tensor],
             return None
     if shape[-1] != module.input_size or not dtype.is_floating_point:
         return None
-    own, found, grad = module._parameters, [], data.requires_grad
+    found: list[Tensor] = []
+    own, grad = module._parameters, data.requires_grad
     for names in module._all_weights:
         for name in names:
             if (w := own.get(name)) is None:
@@ -58,7 +70,7 @@ def plain(module: Any, x: Any, states: Any, resets_: Any) -> tuple[list[Tensor],
     return found, grad, (T, B)
 
 
-def plain_weights(module: Any, weights: Sequence[Tensor], x: Tensor, parts: int | None = None) -> bool:
+def plain_weights(module: Recurrent, weights: Sequence[Tensor], x: Tensor, parts: int | None = None) -> bool:
     """Whether the parameters are as they should be: torch.Tensor itself, of their shapes, of x's dtype and device.
 
     parts: of each direction only so many are looked at.
@@ -79,24 +91,26 @@ def plain_weights(module: Any, weights: Sequence[Tensor], x: Tensor, parts: int 
 _TENSORS = (Tensor, torch.nn.Parameter)
 
 
-def _plain_flags(resets_: Any, shape: tuple[int, ...], device: torch.device) -> bool:
+def _plain_flags(resets_: object, shape: tuple[int, ...], device: torch.device) -> bool:
     """Whether resets are quickly seen to be valid."""
     return (
         type(resets_) is Tensor and resets_.dtype is torch.bool and resets_.shape == shape and resets_.device == device
     )
 
 
-def layer(module: Any, weights: Sequence[Tensor], call: tuple[Any, ...]) -> tuple[Any, Tensor | None]:
+def layer(module: Recurrent, weights: Sequence[Tensor], call: Call) -> tuple[Flags, Tensor | None]:
     """Check a Recurrent's call: x, state, resets, lengths, return_states, inputs by name. weights: its parameters.
 
     Returns resets and lengths as tensors, resets packed if they were given packed.
     """
     x, state, resets_, lengths_, states, inputs = call
     checks.boolean("return_cell_states" if _as_torch(module) else "return_states", states)
-    found: Any = None
+    found: Tensor | None = None
+    masked: Flags
     if isinstance(x, PackedSequence):
         given, masked = _packed(module, weights[0], x, state, resets_, lengths_)
-        more = _inputs(module, inputs, x, len(x.batch_sizes), packed_batch(x, given))
+        steps, batch = len(x.batch_sizes), packed_batch(x, given)
+        more = _inputs(module, inputs, x, (batch, steps) if module.batch_first else (steps, batch))
         x = x.data
     else:
         given, masked, found = _padded(module, weights[0], x, state, resets_, lengths_)
@@ -116,7 +130,7 @@ def layer(module: Any, weights: Sequence[Tensor], call: tuple[Any, ...]) -> tupl
     return masked, found
 
 
-def _as_torch(module: Any) -> bool:
+def _as_torch(module: Recurrent | RecurrentCell) -> bool:
     """Whether the module has torch.nn's argument names, and so its error messages."""
     return bool(module._hx == "hx")
 
@@ -125,7 +139,7 @@ _PAIR = "a tuple of two tensors (h_0, c_0) or None"
 
 
 def _padded(
-    module: Any, first: Tensor, x: Any, state: Any, resets_: Any, lengths_: Any
+    module: Recurrent, first: Tensor, x: Tensor, state: State, resets_: object, lengths_: object
 ) -> tuple[Sequence[Tensor], Tensor | None, Tensor | None]:
     """Check a call whose input is not packed. Returns the states, resets and lengths."""
     checks.tensor("input" if _as_torch(module) else "x", x, expected="a tensor or a PackedSequence")
@@ -149,7 +163,7 @@ def _padded(
     return states, masked, found
 
 
-def _hidden(module: Any, given: Any, rank: int | None) -> Sequence[Tensor]:
+def _hidden(module: Recurrent, given: State, rank: int | None) -> Sequence[Tensor]:
     """The states in the argument hx or state: one tensor, or several. rank: the expected rank; None: any."""
     if given is None:
         return ()
@@ -157,6 +171,7 @@ def _hidden(module: Any, given: Any, rank: int | None) -> Sequence[Tensor]:
     shape = "batched 3-D" if rank == 3 else "unbatched 2-D"
     if len(names) == 1:
         checks.tensor(name, given, expected="a tensor or None")
+        assert isinstance(given, Tensor)
         if rank is not None and given.dim() != rank:
             raise RuntimeError(f"For {shape} input, {name} should also be {rank}-D but got {given.dim()}-D tensor")
         return (given,)
@@ -180,7 +195,7 @@ def _hidden(module: Any, given: Any, rank: int | None) -> Sequence[Tensor]:
 
 
 def _fit_module(
-    module: Any,
+    module: Recurrent,
     weight: Tensor,
     x: Tensor,
     states: Sequence[Tensor],
@@ -213,7 +228,7 @@ def _fit_module(
             raise RuntimeError(f"Expected {name} size {expected}, got {shape}")
 
 
-def named(what: str, given: dict[str, Any], names: Sequence[str], cell: str) -> None:
+def named(what: str, given: Mapping[str, object], names: Sequence[str], cell: str) -> None:
     """TypeError unless the per-step inputs of a call are those of the cell."""
     missing, unknown = [n for n in names if n not in given], [n for n in given if n not in names]
     if missing or unknown:
@@ -223,15 +238,16 @@ def named(what: str, given: dict[str, Any], names: Sequence[str], cell: str) -> 
 
 
 def _inputs(
-    module: Any, given: dict[str, Any], x: Tensor | PackedSequence, steps: int = 0, batch: int = 0
+    module: Recurrent | RecurrentCell, given: Inputs, x: Tensor | PackedSequence, layout: tuple[int, ...] = ()
 ) -> dict[str, Tensor]:
-    """Check the shapes of a call's per-step inputs; returns their tensors. steps, batch: those of a packed x."""
+    """Check the shapes of a call's per-step inputs; returns their tensors. layout: T and B of a packed x, as padded."""
     named(type(module).__name__, given, module.cell.inputs, module.cell.name)
     found: dict[str, Tensor] = {}
     for name, value in given.items():
         H, of_x = module.hidden_size, x if isinstance(x, Tensor) else None
         if of_x is not None:
             checks.tensor(name, value)
+            assert isinstance(value, Tensor)
             shape, found[name] = tuple(of_x.shape[:-1]), value
         elif isinstance(value, PackedSequence):
             packed(name, value)
@@ -241,7 +257,7 @@ def _inputs(
             shape, found[name] = (x.data.shape[0],), value.data
         else:
             checks.tensor(name, value, expected="a tensor or a PackedSequence")
-            shape, found[name] = (batch, steps) if module.batch_first else (steps, batch), value
+            shape, found[name] = layout, value
         if tuple(found[name].shape) not in (shape, (*shape, H)):
             raise RuntimeError(f"Expected {name} size {shape} or {(*shape, H)}, got {list(found[name].shape)}")
     return found
@@ -251,7 +267,7 @@ def _inputs(
 
 
 def _packed(
-    module: Any, first: Tensor, x: PackedSequence, state: Any, resets_: Any, lengths_: Any
+    module: Recurrent, first: Tensor, x: PackedSequence, state: State, resets_: object, lengths_: object
 ) -> tuple[Sequence[Tensor], Tensor | PackedSequence | None]:
     """Check a call whose input is packed. Returns the states and resets."""
     if lengths_ is not None:
@@ -267,7 +283,8 @@ def _packed(
         packed("resets", resets_)
         _rows("resets", resets_)
         _same_order(x, resets_)
-        flags: Any = resets(resets_.data, data.shape[:1], data.device)
+        flags = resets(resets_.data, data.shape[:1], data.device)
+        assert flags is not None
         return states, resets_._replace(data=flags)
     steps = batch_sizes.shape[0]
     return states, resets(resets_, (batch, steps) if module.batch_first else (steps, batch), data.device)
@@ -324,18 +341,22 @@ def _rows(name: str, given: PackedSequence) -> None:
         raise RuntimeError(f"{name}.data must have the {expected} rows of {name}.batch_sizes, got {count}")
 
 
-def _packed_indices(name: str, order: Any, back: Any, batch: int | None, device: torch.device) -> None:
+def _packed_indices(
+    name: str, order: Tensor | None, back: Tensor | None, batch: int | None, device: torch.device
+) -> None:
     """Check sorted_indices and unsorted_indices: None, or a permutation and its inverse."""
     if order is None and back is None:
         return
     for field, of in (("sorted_indices", order), ("unsorted_indices", back)):
         checks.tensor(f"{name}.{field}", of, expected="a tensor, as the other one is,")
+        assert of is not None
         if of.dtype not in (torch.int64, torch.int32) or of.dim() != 1 or (batch is not None and len(of) != batch):
             size = "B" if batch is None else batch
             got = f"one of {of.dtype} {list(of.shape)}"
             raise RuntimeError(f"{name}.{field} must be a tensor of int64 [{size}], got {got}")
         if of.device != device:
             raise RuntimeError(f"{name}.{field} must be on the device of {name}.data, {device}, got {of.device}")
+    assert order is not None and back is not None
     if not readable(order, back):
         return
     there, again = order.tolist(), back.tolist()
@@ -370,7 +391,11 @@ def _few(values: list[int]) -> str:
 
 
 def step(
-    module: Any, x: Any, states: Sequence[Any] | None, inputs: dict[str, Any], weights: dict[str, tuple[int, ...]]
+    module: RecurrentCell,
+    x: Tensor,
+    states: Sequence[Tensor] | None,
+    inputs: Mapping[str, Tensor],
+    weights: dict[str, tuple[int, ...]],
 ) -> None:
     """Check a RecurrentCell's call, after a failure: checks before each step would cost time.
 
@@ -391,7 +416,7 @@ def step(
 # Constructors
 
 
-def rate(dropout: Any) -> float:
+def rate(dropout: float) -> float:
     """dropout as a float. Raises as float does, with a message that names dropout."""
     try:
         return float(dropout)
@@ -403,14 +428,14 @@ def rate(dropout: Any) -> float:
 _DROPOUT = "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
 
 
-def sizes(given: tuple[Any, ...], stacklevel: int) -> None:
+def sizes(given: tuple[int, int, int, bool, bool, float, bool, int], stacklevel: int) -> None:
     """torch.nn's checks, with its messages and in its order. Also checks bidirectional's type, which torch.nn's does
     not until the call.
 
     given: input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size.
     """
     input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size = given
-    if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):  # type: ignore[operator]  # float
+    if not isinstance(dropout, numbers.Number) or not 0 <= dropout <= 1 or isinstance(dropout, bool):
         raise ValueError(_DROPOUT)
     if dropout and isinstance(num_layers, int) and num_layers == 1:
         warnings.warn(

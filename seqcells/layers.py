@@ -20,14 +20,14 @@ from . import checks, functional
 from .cell import get
 from .recurrent import Recurrent
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F", bound=Callable[..., object])
 _Pair: TypeAlias = "tuple[Tensor, Tensor] | None"
-_Resets: TypeAlias = "Tensor | PackedSequence | Sequence[Any] | None"
+_Resets: TypeAlias = "Tensor | PackedSequence | Sequence[object] | None"
 _Lengths: TypeAlias = "Tensor | Sequence[int] | None"
 
 if TYPE_CHECKING:
 
-    def _typed_as(function: F) -> Callable[[Callable[..., Any]], F]:
+    def _typed_as(function: F) -> Callable[[Callable[..., object]], F]:
         """Type a module's __call__ as its forward."""
 
 
@@ -132,17 +132,17 @@ class LSTM(Recurrent):
     def forward(
         self, input: Tensor | PackedSequence, hx: _Pair = None, *, resets: _Resets = None, lengths: _Lengths = None,
         return_cell_states: bool = False,
-    ) -> Any: ...  # fmt: skip
+    ) -> Any: ...  # two results or three  # fmt: skip
 
     def forward(
         self,
         input: Tensor | PackedSequence,
         hx: tuple[Tensor, Tensor] | None = None,
         *,
-        resets: Tensor | PackedSequence | Sequence[Any] | None = None,
+        resets: Tensor | PackedSequence | Sequence[object] | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         return_cell_states: bool = False,
-    ) -> Any:
+    ) -> object:
         """Run all layers over a sequence.
 
         Args:
@@ -180,7 +180,7 @@ class LSTM(Recurrent):
     if TYPE_CHECKING:
 
         @_typed_as(forward)
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+        def __call__(self, *args: object, **kwargs: object) -> object: ...
 
 
 class _OneState(Recurrent):
@@ -202,9 +202,9 @@ class _OneState(Recurrent):
         input: Tensor | PackedSequence,
         hx: Tensor | None = None,
         *,
-        resets: Tensor | PackedSequence | Sequence[Any] | None = None,
+        resets: Tensor | PackedSequence | Sequence[object] | None = None,
         lengths: Tensor | Sequence[int] | None = None,
-    ) -> Any:
+    ) -> object:
         """Run all layers over a sequence.
 
         Args:
@@ -236,7 +236,7 @@ class _OneState(Recurrent):
     if TYPE_CHECKING:
 
         @_typed_as(forward)
-        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+        def __call__(self, *args: object, **kwargs: object) -> object: ...
 
 
 def _without_projection(init: F) -> F:
@@ -244,7 +244,7 @@ def _without_projection(init: F) -> F:
     place = list(inspect.signature(init).parameters).index("bidirectional")  # proj_size's position without self
 
     @wraps(init)
-    def checked(self: Any, *args: Any, **options: Any) -> None:
+    def checked(self: object, *args: object, **options: object) -> None:
         if "proj_size" in options or (len(args) > place and args[place]):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         init(self, *args[:place], *args[place + 1 :], **options)

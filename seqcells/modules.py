@@ -16,7 +16,7 @@ from .cell import Cell, named
 PARTS = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
 
-def cell_of(given: Any, constants: Mapping[str, Any]) -> Cell:
+def cell_of(given: Cell | str, constants: Mapping[str, float]) -> Cell:
     """The cell for a module. given: a cell or its name; constants: new values for its constants."""
     cell = named(given)
     for name, value in constants.items():
@@ -72,14 +72,14 @@ class Module(nn.Module):
         return spelled(cls).removesuffix(cls.__name__) + name if cls.__module__.startswith("seqcells.") else name
 
     @property
-    def qconfig(self) -> Any:
+    def qconfig(self) -> object:
         """Set by torch.ao.quantization on each module that it visits; absent before that."""
         if "qconfig" not in self.__dict__:
             raise AttributeError("qconfig")
         return self.__dict__["qconfig"]
 
     @qconfig.setter
-    def qconfig(self, value: Any) -> None:
+    def qconfig(self, value: object) -> None:
         # It replaces modules whose type is exactly torch.nn's, and silently skips all others, as it does torch.nn.RNN,
         # which it does not support.
         # It only supports LSTM, GRU and the cells.
@@ -98,7 +98,7 @@ class Module(nn.Module):
         if self.__dict__.pop("qconfig", self) is self:
             raise AttributeError("qconfig")
 
-    def _traced(self, input: Any, hx: Any, **options: Any) -> Any:
+    def _traced(self, input: Any, hx: Any, **options: Any) -> Any:  # a node stands for the result
         """The torch.fx node for this call, as for torch.nn's modules; None if no argument is a Proxy.
 
         Without it, fx would trace into forward: it treats only modules from torch.nn as one node.

@@ -51,11 +51,11 @@ class SeqcellsPadding(torch.autograd.Function):
         return rows.masked_fill(padding.reshape(*padding.shape, *(1,) * (x.dim() - 1)), 0)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Layout, bool], output: Tensor) -> None:  # ctx has our attributes
         _, ctx.where, ctx.pad = inputs
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # ctx: as above
         return _move(grad, ctx.where, not ctx.pad), None, None
 
 
@@ -65,7 +65,7 @@ class SeqcellsPaddingTransformed(SeqcellsPadding):
     generate_vmap_rule = True
 
     @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, *_: Any) -> Tensor:
+    def jvp(ctx: Any, tangent: Tensor, *_: object) -> Tensor:  # ctx: as above
         return _move(tangent, ctx.where, ctx.pad)
 
 

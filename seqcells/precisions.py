@@ -12,6 +12,8 @@ from torch.nn.utils.rnn import PackedSequence
 from .kernels.plan import PRECISIONS as PRECISIONS
 
 Groups = Sequence[Sequence["Tensor | None"]]
+Named = Mapping[str, Tensor | PackedSequence] | None
+Extra = tuple[Sequence[Named] | None, Named]
 
 
 def rnn_precision() -> str:
@@ -47,23 +49,23 @@ def autocast(
     x: Tensor,
     states: tuple[Tensor | None, ...],
     groups: Groups,
-    extra: tuple[Any, Any] = (None, None),
+    extra: Extra = (None, None),
     one_step: bool = False,
-) -> tuple[Tensor, tuple[Tensor | None, ...], Groups, tuple[Any, Any]]:
+) -> tuple[Tensor, tuple[Tensor | None, ...], Groups, tuple[Any, Any]]:  # of the types given
     """x, states, weights, and params and inputs (see `run`), cast to the dtype of the results of torch's own cell."""
     dtype, low = torch.get_autocast_dtype(x.device.type), (torch.float16, torch.bfloat16, torch.float32)
     if x.device.type == "cpu" and (cell in ("gru", "gru_before") or (cell == "lstm" and one_step)):
         # Here torch has no fused kernel to cast for: it rounds the products' operands, and states keep their dtype.
         dtype = torch.promote_types(dtype, next((s.dtype for s in states if s is not None), x.dtype))
 
-    def cast(tensors: Iterable[Any]) -> tuple[Any, ...]:
+    def cast(tensors: Iterable[Any]) -> tuple[Any, ...]:  # each as it was: a tensor, packed or None
         wide = (t.data if isinstance(t, PackedSequence) else t for t in tensors)
         found = (t.to(dtype) if isinstance(t, Tensor) and t.dtype in low else t for t in wide)
         return tuple(
             t._replace(data=f) if isinstance(t, PackedSequence) else f for t, f in zip(tensors, found, strict=True)
         )
 
-    def by_name(given: Any) -> Any:
+    def by_name(given: Named) -> Named:
         return dict(zip(given, cast(given.values()), strict=True)) if isinstance(given, Mapping) else given
 
     params, inputs = extra

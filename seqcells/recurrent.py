@@ -19,6 +19,7 @@ from . import arguments, backends, checks, dispatch, extras, layer_arguments, ma
 from .cell import Cell, get
 from .dispatch import ScanOptions
 from .engines import aten
+from .layer_arguments import Flags, Input, Inputs, Plain, State
 
 States = tuple["Tensor | None", ...]
 _OWN = (None, "auto", "aten")  # backends by which torch's own may run
@@ -190,7 +191,7 @@ class Recurrent(modules.Module):
         # Not part of the API, but libraries that handle torch.nn's RNNs read it.
         return [getattr(self, name) for name in self._flat_weights_names]
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, object]) -> None:
         nn.Module.__setstate__(self, state)
         # Modules pickled by earlier versions have the cell's name instead of the cell, or, if LSTMs, no cell at all.
         # The oldest have one layer and direction.
@@ -205,7 +206,13 @@ class Recurrent(modules.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
-        defaults: dict[str, Any] = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0}
+        defaults: dict[str, object] = {
+            "proj_size": 0,
+            "num_layers": 1,
+            "bias": True,
+            "batch_first": False,
+            "dropout": 0,
+        }
         defaults |= {"bidirectional": False, "reset_after": True, "nonlinearity": "tanh"}
         defaults |= {"backend": None, "save": "gates", "precision": None}
         for name, default in defaults.items():
@@ -219,11 +226,11 @@ class Recurrent(modules.Module):
         x: Tensor | PackedSequence,
         state: Tensor | tuple[Tensor, ...] | None = None,
         *,
-        resets: Tensor | PackedSequence | Sequence[Any] | None = None,
+        resets: Tensor | PackedSequence | Sequence[object] | None = None,
         lengths: Tensor | Sequence[int] | None = None,
         return_states: bool = False,
         **inputs: Tensor | PackedSequence,
-    ) -> Any:
+    ) -> Any:  # which tuple, the arguments say
         """Run all layers over a sequence.
 
         Args:
@@ -272,8 +279,8 @@ class Recurrent(modules.Module):
         return found
 
     def _check(
-        self, x: Any, state: Any, resets: Any, lengths: Any, states: Any, inputs: Any
-    ) -> tuple[list[Tensor], Any, Tensor | None]:
+        self, x: Input, state: State, resets: object, lengths: object, states: bool, inputs: Inputs
+    ) -> tuple[list[Tensor], Flags, Tensor | None]:
         """Check a call. Returns the parameters, and resets and lengths as tensors."""
         weights = self._weights()
         return weights, *layer_arguments.layer(self, weights, (x, state, resets, lengths, states, inputs))
@@ -281,16 +288,16 @@ class Recurrent(modules.Module):
     def _run(
         self,
         x: Tensor | PackedSequence,
-        state: Any,
-        resets: Any,
+        state: Any,  # a tensor, or a tuple where the cell has several
+        resets: Any,  # once checked, a tensor or a PackedSequence
         lengths: Tensor | Sequence[int] | None,
         states: bool = False,
-        inputs: Mapping[str, Any] | None = None,
-    ) -> tuple[Any, tuple[Tensor, ...], Any]:
+        inputs: Mapping[str, Any] | None = None,  # packed only if x is
+    ) -> tuple[Any, tuple[Tensor, ...], Any]:  # what `forward` returns
         """The output, the final states, and the last layer's states after every step (or None), in the layout of x."""
         cell = self.cell
         given = None if state is None else (state,) if len(cell.states) == 1 else state
-        plain = None
+        plain, ends = None, None
         if lengths is None and states is False and not (inputs or cell.inputs):
             plain = layer_arguments.plain(self, x, given, resets)
             if plain is not None:
@@ -299,7 +306,7 @@ class Recurrent(modules.Module):
                 if not layer_arguments.plain_weights(self, plain[0], x if isinstance(x, Tensor) else x.data):
                     plain = None
         if plain is None:
-            weights, resets, lengths = self._check(x, state, resets, lengths, states, inputs or {})
+            weights, resets, ends = self._check(x, state, resets, lengths, states, inputs or {})
         else:
             weights = plain[0]
         if not (self.save in _SAVES and self.precision in _PRECISIONS):
@@ -318,7 +325,7 @@ class Recurrent(modules.Module):
         elif self.batch_first:
             x, resets = x.transpose(0, 1), None if resets is None else resets.t()
             extra = {name: t.transpose(0, 1) for name, t in extra.items()}
-        y, final, every = self._scan(x, states_, (weights, plain), ScanOptions(resets, lengths, *own), extra)  # type: ignore[arg-type]  # checked
+        y, final, every = self._scan(x, states_, (weights, plain), ScanOptions(resets, ends, *own), extra)
         if not batched:
             return y[:, 0], tuple(s[:, 0] for s in final), None if every is None else tuple(s[:, 0] for s in every)
         if self.batch_first:
@@ -326,8 +333,8 @@ class Recurrent(modules.Module):
         return y, final, every
 
     def _own(
-        self, x: Any, states: States | None, resets: Tensor | None, plain: tuple[list[Tensor], bool, tuple[int, int]]
-    ) -> tuple[Any, tuple[Tensor, ...]] | None:
+        self, x: Input, states: States | None, resets: Tensor | None, plain: Plain
+    ) -> tuple[Input, tuple[Tensor, ...]] | None:
         """The output and the final states by torch's own, where that is the first rule's choice; else None."""
         weights, grad, size = plain
         sizes = order = back = None
@@ -345,7 +352,7 @@ class Recurrent(modules.Module):
             if True in flags[0] or [True] in flags:
                 states = masks.cleared(states, resets.view(-1, 1), (False, True) if self.bidirectional else (False,))
         if order is not None and states is not None:
-            states = tuple(s.index_select(1, order) for s in states)  # type: ignore[union-attr]  # none is None
+            states = tuple(None if s is None else s.index_select(1, order) for s in states)
         initial = (None,) * len(self.cell.states) if states is None else states
         try:
             y, final = aten.stack(self, data, sizes, initial, weights, size[1], grad)
@@ -361,9 +368,9 @@ class Recurrent(modules.Module):
         self,
         x: PackedSequence,
         states: States,
-        weights: tuple[Sequence[Tensor], Any],
+        weights: tuple[Sequence[Tensor], Plain | None],
         options: ScanOptions,
-        inputs: Mapping[str, Any],
+        inputs: Inputs,
     ) -> tuple[PackedSequence, tuple[Tensor, ...], tuple[PackedSequence, ...] | None]:
         """`_run` for a PackedSequence."""
         _, batch_sizes, order, back = x
@@ -380,9 +387,9 @@ class Recurrent(modules.Module):
         self,
         x: Tensor,
         states: States,
-        parameters: tuple[Sequence[Tensor], Any],
+        parameters: tuple[Sequence[Tensor], Plain | None],
         options: ScanOptions,
-        inputs: Mapping[str, Any],
+        inputs: Inputs,
         packed: PackedSequence | None = None,
     ) -> dispatch.Result:
         """Run all layers over x [T, B, I], or over the data of `packed`.
@@ -446,13 +453,13 @@ class Recurrent(modules.Module):
         """One layer's tensors, selected from those of all layers."""
         count = 2 if self.bidirectional else 1
         n, first = len(weights) // (count * self.num_layers), layer * count
-        groups: list[aten.Weights] = [weights[k * n : (k + 1) * n] for k in range(first, first + count)]
+        given = [weights[k * n : (k + 1) * n] for k in range(first, first + count)]
         own = tuple(None if s is None else s[first : first + count] for s in states)
         if self._parts == modules.PARTS:
-            return dispatch.Call(x, own, groups)
-        named = [dict(zip(self._parts, of, strict=True)) for of in groups]
+            return dispatch.Call(x, own, given)
+        named = [dict(zip(self._parts, of, strict=True)) for of in given]
         nothing = x.new_empty(0, x.shape[-1])  # weight_ih of a cell that reads no x
-        groups = [
+        groups: list[aten.Weights] = [
             (
                 of.get("weight_ih", nothing),
                 *(of.get(part) for part in modules.PARTS[1:]),

@@ -172,9 +172,10 @@ def scan_states(
     return tuple(torch.stack(s) for s in zip(*outputs, strict=True)), states
 
 
-def scan(step: Step, x: Tensor, states: States, *weights: Tensor | None, **options: Any) -> tuple[Tensor, States]:
-    """`scan_states`, but of all states only the output [T, B, H] (the first, or what step returns before it)."""
-    every, final = scan_states(step, x, states, *weights, **options)  # type: ignore[arg-type]  # checked there
+def scan(step: Step, x: Tensor, states: States, *weights: Any, **options: Any) -> tuple[Tensor, States]:
+    """`scan_states`, with its arguments, but of all states only the output [T, B, H] (the first, or what step returns
+    before it)."""
+    every, final = scan_states(step, x, states, *weights, **options)
     return every[0], final
 
 
@@ -231,7 +232,7 @@ def scan_groups(
     )
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> type[torch.nn.Module]:
     if name not in ("HandwrittenLSTMCell", "HandwrittenGRUCell"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     moved = "seqcells.tasks.handwritten"

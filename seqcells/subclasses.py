@@ -16,8 +16,6 @@ The cells always subclass torch.nn's, and torch.compile supports them. They are 
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import nn
 
 from . import layers
@@ -34,7 +32,7 @@ class _Parameters(nn.RNNBase):
     _apply = nn.Module._apply
     _replicate_for_data_parallel = nn.Module._replicate_for_data_parallel
 
-    def __getstate__(self) -> dict[str, Any]:
+    def __getstate__(self) -> dict[str, object]:
         return self.__dict__.copy()
 
     def _init_flat_weights(self) -> None: ...

@@ -156,7 +156,7 @@ def scan(cell: str | Cell, tensors: Sequence[Tensor], *, backend: str | None, **
     params, steps = ({n: given[n] for n in wanted} for wanted in (known.params, known.inputs))
     if backend is None:
         wide = (t if t.dim() == 3 else t[..., None].expand(*t.shape, states[0].shape[-1]) for t in steps.values())
-        rounded: Any = {n: options.get(n) for n in ("resets", "lengths")}
+        rounded: dict[str, object] = {n: options.get(n) for n in ("resets", "lengths")}
         rounded |= {"params": tuple(params.values()), "inputs": tuple(wide)}
         y, final = reference.scan(reference.step_of(known), given["x"], states, *weights, **rounded)
     else:
@@ -181,8 +181,7 @@ def run(
     backend: None is the reference with every operation rounded to the tensors' dtype.
     """
     leaves = [t.detach().requires_grad_() for t in tensors]
-    options: dict[str, Any] = {"resets": resets, "lengths": lengths, "save": save, "precision": precision}
-    found = scan(cell, leaves, backend=backend, **options)
+    found = scan(cell, leaves, backend=backend, resets=resets, lengths=lengths, save=save, precision=precision)
     generator = torch.Generator().manual_seed(seed)
     weights = [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in found]
     # The gradient of a tensor that no output depends on is zero; a backend may return None for it.
@@ -211,8 +210,8 @@ def errors(
     generator = torch.Generator().manual_seed(2)
     mask = torch.rand(shape.T, shape.B, generator=generator) < 0.3 if resets else None
     ends = torch.randint(1, shape.T + 1, (shape.B,), generator=generator) if lengths else None
-    given: Any = {name: None if t is None else t.to(device) for name, t in (("resets", mask), ("lengths", ends))}
-    got = run(cell, tensors, **given, backend=backend, save=save, precision=precision)
+    there = [None if t is None else t.to(device) for t in (mask, ends)]
+    got = run(cell, tensors, there[0], lengths=there[1], backend=backend, save=save, precision=precision)
     # The reference runs on the CPU, so that the GPU's matrix products are not tested against themselves.
     exact = run(cell, [t.cpu().double() for t in tensors], mask, lengths=ends, backend="reference")
     return {name: relative(got[name], exact[name]) for name in exact}
@@ -292,9 +291,16 @@ def _worst(cell: str | Cell, backend: str, kind: torch.dtype | str, device: str,
     worst: dict[str, float] = {}
     allowed, missing = 0.0, ""
     for shape in shapes:
-        size: dict[str, Any] = {"batch": shape.B, "hidden_size": shape.H, "dtype": dtype}
         try:
-            explanation.explain(cell, device=device, backend=backend, precision=precision, **size)
+            explanation.explain(
+                cell,
+                batch=shape.B,
+                hidden_size=shape.H,
+                dtype=dtype,
+                device=device,
+                backend=backend,
+                precision=precision,
+            )
         except ValueError as error:  # U does not fit on chip, so the schedule cannot run
             missing = str(error)
             if "schedule does not fit" not in missing:
@@ -302,8 +308,7 @@ def _worst(cell: str | Cell, backend: str, kind: torch.dtype | str, device: str,
             continue
         allowed = max(allowed, tolerance(cell, kind, shape))
         for save, masked in (("gates", {}), ("states", {"resets": True}), ("gates", {"resets": True, "lengths": True})):
-            options: dict[str, Any] = {"save": save, "precision": precision, **masked}
-            found = errors(cell, shape, dtype, device, backend=backend, **options)
+            found = errors(cell, shape, dtype, device, backend=backend, save=save, precision=precision, **masked)
             worst = {n: max(e, worst.get(n, 0.0)) for n, e in found.items()}
     return Result(named(cell).name, backend, str(kind).removeprefix("torch."), worst, allowed, "" if worst else missing)
 

@@ -4,7 +4,6 @@ interop."""
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -51,14 +50,17 @@ def suffix(module: nn.Module, layer: int, reverse: bool) -> str:
     return f"_l{layer}{'_reverse' if reverse else ''}"
 
 
-def shapes(module: Any, layer: int = 0) -> dict[str, tuple[int, ...]]:
+def shapes(module: nn.Module, layer: int = 0) -> dict[str, tuple[int, ...]]:
     """The shapes of that layer's parameters, by their names without suffix."""
     if isinstance(module, (recurrent.Recurrent, cell_modules.RecurrentCell)):
         return module._shapes(layer)
-    H, cell = module.hidden_size, cell_of(module, "", "")
-    outer = getattr(module, "proj_size", 0) or H
-    width = module.input_size if not layer else outer * (2 if module.bidirectional else 1)
-    return modules.shapes(cell, H, width, outer, bool(module.bias))
+    assert isinstance(module, (nn.RNNBase, nn.RNNCellBase))
+    H = outer = module.hidden_size
+    width = module.input_size
+    if isinstance(module, nn.RNNBase):
+        outer = module.proj_size or H
+        width = outer * (2 if module.bidirectional else 1) if layer else width
+    return modules.shapes(cell_of(module, "", ""), H, width, outer, bool(module.bias))
 
 
 def suffixes(module: nn.Module) -> Iterator[str]:

@@ -45,7 +45,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "derive": {"kernels.cells", "kernels.form", "kernels.math"},
     "cell": {"checks", "derive", "kernels.form", "kernels.registry"},
     "cells": {"cell"},
-    "layer_arguments": {"arguments", "backends", "checks"},
+    "layer_arguments": {"arguments", "backends", "checks", "cell_modules", "recurrent"},  # of the last two, types alone
     "masks": {"kernels.buffers"},
     "products": {"cell", "kernels.buffers", "kernels.form"},
     "autograd": {"backends", "dispatch", "masks", "products", "reference"},  # of dispatch its types alone
@@ -58,14 +58,15 @@ ARROWS = {  # room: the rooms of the project it may import
         *("autograd", "cell", "engines.loop", "engines.operators", "fallback", "kernels", "masks", "products"),
         *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "registry", "scan", "single")),
     },
-    "engines.aten": set(),
+    "engines.aten": {"recurrent"},  # its type alone
     "engines.reset_steps": {"engines.aten", "packing", "kernels.buffers"},
     "projection": {"dispatch"},  # its types alone
-    "extras": {"checks", "masks"},
+    "extras": {"cell", "checks", "masks"},  # of cell its type alone
     "dispatch": {
         *("autograd", "backends", "cell", "chosen", "fallback", "flops", "masks"),
         *("engines.aten", "engines.loop", "engines.reset_steps", "engines.triton"),
         *("precisions", "projection", "reference"),
+        "recurrent",  # its type alone
     },
     "functional": {
         *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "engines.operators", "extras"),

@@ -14,11 +14,12 @@ functions, and the form that describes them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import Any
+from types import FunctionType
+from typing import TYPE_CHECKING
 
 from . import emit
 from .errors import (
@@ -33,6 +34,9 @@ from .errors import (
 from .parts import Parts, arrange
 from .trace import Names, trace
 from .values import Value, ancestors
+
+if TYPE_CHECKING:
+    from ..kernels.cells import Cell
 
 __all__ = [
     "CapturedTensor",
@@ -59,8 +63,8 @@ class Derived:
         """The Triton functions."""
         return emit.triton_source(self.parts)
 
-    def kernels(self) -> Any:
-        """The `kernels.cells.Cell`. Imports triton."""
+    def kernels(self) -> Cell:
+        """The kernels' functions and their form. Imports triton."""
         from ..kernels.cells import Cell
 
         form = self.parts.form
@@ -150,7 +154,7 @@ class Derived:
         return [[name for name, values in reached if v in values] for v in parts.saved]
 
 
-def derive(name: str, step: Callable[..., Any], names: Names, constants: Mapping[str, float]) -> Derived:
+def derive(name: str, step: FunctionType, names: Names, constants: Mapping[str, float]) -> Derived:
     """Derive a step's kernels, which takes some hundredths of a second. CellError if that is not possible.
 
     Runs in a thread of its own, so that the caller's transforms, modes and autocast have no effect.

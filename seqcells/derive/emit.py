@@ -115,7 +115,7 @@ def tuple_of(parts: Sequence[str]) -> str:
     return f"({', '.join(parts)}{',' if len(parts) == 1 else ''})"
 
 
-def compiled(source: str, name: str, space: Mapping[str, Any]) -> dict[str, Any]:
+def compiled(source: str, name: str, space: Mapping[str, object]) -> dict[str, object]:
     """Compile a source in a namespace, and return it with the source's functions."""
     file, found = f"<seqcells {name} {next(_numbers)}>", dict(space)
     # For code without a file, Python looks up its lines here: for tracebacks and debuggers, and for Triton.
@@ -195,12 +195,12 @@ def backward_leaves(parts: Parts) -> dict[Value, str]:
     return {v: f"{name}[{n}]" for name, values in given for n, v in enumerate(values) if constant(v) is None}
 
 
-def triton_functions(source: str, name: str) -> dict[str, Any]:
+def triton_functions(source: str, name: str) -> dict[str, Any]:  # Triton's, without a type
     """The functions of a source as Triton functions, by name. This imports triton."""
     import triton.language as tl
 
     from ..kernels import math
 
-    jit: Any = type(math.sigmoid)  # not triton.jit, which decides anew whether kernels are interpreted
-    space: dict[str, Any] = {"__name__": __name__, "tl": tl, **{n: getattr(math, n) for n in FROM_MATH}}
+    jit: type = type(math.sigmoid)  # not triton.jit, which decides anew whether kernels are interpreted
+    space: dict[str, object] = {"__name__": __name__, "tl": tl, **{n: getattr(math, n) for n in FROM_MATH}}
     return {n: jit(f) for n, f in compiled(source, f"cell {name}", space).items() if n not in space and callable(f)}

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
 from .values import COMPARISONS, FUNCTIONS, Graph, Value, constant
 
 aten = torch.ops.aten
+Operation = Callable[..., "Value | None"]
 
 
-def spoken(target: Any) -> str:
+def spoken(target: object) -> str:
     return str(target).removeprefix("aten.").partition(".")[0]
 
 
@@ -50,11 +50,11 @@ def _larger(g: Graph, a: Value, b: Value, op: str = "lt") -> Value:
     return g.choice(g.make("ne", b, b), b, found) if constant(b) is None else found
 
 
-def _same(g: Graph, a: Value, **_: Any) -> Value:
+def _same(g: Graph, a: Value, **_: object) -> Value:
     return a
 
 
-def _cast(g: Graph, a: Value, dtype: Any = None, **_: Any) -> Value | None:
+def _cast(g: Graph, a: Value, dtype: object = None, **_: object) -> Value | None:
     """A boolean as a number; a number is returned as it is."""
     return g.as_number(a) if dtype in (torch.float64, None) else None
 
@@ -142,13 +142,13 @@ def _sign(g: Graph, a: Value) -> Value:
     return g.choice(g.compared("lt", a, zero), g.number(-1), above)
 
 
-def _both(operation: Any, value: Callable[..., Value | None]) -> dict[Any, Callable[..., Value | None]]:
+def _both(operation: torch._ops.OpOverloadPacket, value: Operation) -> dict[object, Operation]:
     """An operation whose second operand may be a number."""
     return {operation.Tensor: value, operation.Scalar: value}
 
 
 # A value, or a tuple of them; None for arguments that are not known.
-OPERATIONS: dict[Any, Callable[..., Any]] = {
+OPERATIONS: dict[object, Callable[..., Value | tuple[Value, ...] | None]] = {
     **_both(aten.add, lambda g, a, b, alpha=None: g.sum(a, _scaled(g, b, alpha))),
     **_both(aten.sub, lambda g, a, b, alpha=None: g.difference(a, _scaled(g, b, alpha))),
     **_both(aten.rsub, lambda g, a, b, alpha=None: g.difference(b, _scaled(g, a, alpha))),

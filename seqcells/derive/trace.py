@@ -8,10 +8,10 @@ which is one more result. Operands receive gradients from outside, as new states
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from types import CodeType, FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from .errors import (
 from .operations import OPERATIONS, aten, known, spoken
 from .values import COMPARISONS, Graph, Value, ancestors, constant
 
+Keywords = dict[str, object] | None
 SHAPE = (3, 5)  # rows and units of the tensors that a step is run on
 
 
@@ -133,7 +134,7 @@ class _Run:
             raise CellError(f"{of}.{name}: there is no gate {name!r}; gates= has {' '.join(self.gates)}", self.line())
         return self.gates.index(name)
 
-    def product(self, gate: int, v: Any) -> None:
+    def product(self, gate: int, v: object) -> None:
         """Record U.gate(v)."""
         line, name = self.line(), self.gates[gate]
         if not isinstance(v, Tensor) or v.shape != SHAPE or not v.is_floating_point():
@@ -195,7 +196,9 @@ class _Watch(TorchFunctionMode):
         self.run = run
         super().__init__()
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Callable[..., object], types: object, args: Sequence[object] = (), kwargs: Keywords = None
+    ) -> object:
         line, name, kwargs = self.run.line(), getattr(func, "__name__", str(func)), kwargs or {}
         if line is None:
             return func(*args, **kwargs)
@@ -220,7 +223,7 @@ class _Watch(TorchFunctionMode):
                 result.grad_fn.register_prehook(partial(self._enter, line))
         return out
 
-    def _enter(self, line: Line, *_: Any) -> None:
+    def _enter(self, line: Line, *_: object) -> None:
         self.run.at = line
 
 
@@ -229,7 +232,9 @@ class _Recorder:
 
     run: _Run
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Callable[..., object], types: object, args: Sequence[object] = (), kwargs: Keywords = None
+    ) -> object:
         run, line, kwargs = self.run, self.run.line(), kwargs or {}
         if func is aten._efficientzerotensor.default:
             func = aten.zeros.default  # whose result has an address
@@ -237,7 +242,9 @@ class _Recorder:
         results = [t for t in (out if isinstance(out, (tuple, list)) else [out]) if isinstance(t, Tensor)]
         if not results:
             return out  # a number, which `_Watch` refuses
-        if func is aten.lift_fresh.default and out.dim() == 0:  # torch.tensor(2.0) in the step
+        if (
+            func is aten.lift_fresh.default and isinstance(out, Tensor) and out.dim() == 0
+        ):  # torch.tensor(2.0) in the step
             run.note(out, run.graph.number(float(out)))
             return out
         shapes = {t.shape for t in results}
@@ -246,7 +253,7 @@ class _Recorder:
         if target not in OPERATIONS:
             raise _mixes(spoken(func), line) if line and shapes != {SHAPE} else self.unknown(func, line)
 
-        def operand(a: Any) -> Any:
+        def operand(a: object) -> Any:  # a Value, or what is neither a tensor nor a number
             if isinstance(a, Tensor):
                 if not run.knows(a):
                     raise _captured(line or run.at)
@@ -274,7 +281,7 @@ class _Recorder:
             run.note(t, v)
         return out
 
-    def unknown(self, func: Any, line: Line | None, how: str = "") -> UnknownOperation:
+    def unknown(self, func: object, line: Line | None, how: str = "") -> UnknownOperation:
         of = "this line" if self.run.at else "the step"
         whose = "the kernels have no" if line else f"the derivative of {of} needs what the kernels do not have:"
         return UnknownOperation(
@@ -290,7 +297,7 @@ class _Record(_Recorder, TorchDispatchMode):
         super().__init__()
 
 
-def _functional(func: Any) -> Any:
+def _functional(func: object) -> object:
     """The out-of-place version of an operation whose name ends in _; other operations are returned as they are."""
     _, name, overload = str(func).split(".")
     packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
@@ -314,7 +321,7 @@ def _captured(line: Line | None) -> CapturedTensor:
     )
 
 
-def trace(step: Callable[..., Any], names: Names, constants: Mapping[str, float]) -> Traced:
+def trace(step: FunctionType, names: Names, constants: Mapping[str, float]) -> Traced:
     """Run the step on small tensors. CellError, with the line, for what cannot be derived."""
     run = _Run(step.__code__, names.gates)
     make, first = run.graph.make, len(names.output.split())  # the output counts as a state that is never read
@@ -338,7 +345,7 @@ def trace(step: Callable[..., Any], names: Names, constants: Mapping[str, float]
         total = sum((t * run.tile(leaf)).sum() for t, leaf in results if t.requires_grad)
         parts = (x, inputs, hu, before, params)
         every = [t for part in parts for t in part]
-        gradients: Any = [None] * len(every)
+        gradients: Sequence[Tensor | None] = [None] * len(every)
         if isinstance(total, Tensor):
             run.note(total, run.graph.number(0))  # whatever it is: its gradient is one
             # With create_graph, autograd makes new sums instead of changing them. Its anomaly mode is not wanted here.
@@ -357,19 +364,20 @@ def trace(step: Callable[..., Any], names: Names, constants: Mapping[str, float]
     return Traced(run.graph, values, run.read, operands, run.products, levels, gradients, finish, called)
 
 
-def _results(found: Any, run: _Run, names: Names) -> list[Tensor]:
+def _results(found: object, run: _Run, names: Names) -> list[Tensor]:
     """The states after the step, preceded by an output that is not a state."""
-    new = list(found) if isinstance(found, (tuple, list)) else [found]
+    values, new = list(found) if isinstance(found, (tuple, list)) else [found], list[Tensor]()
     expected = (*names.states, *names.output.split())
     frame = run.frame
     where = run.start if frame is None else Line(run.code.co_filename, frame.f_lineno)
-    if len(new) != len(expected):
+    if len(values) != len(expected):
         what = f"the states {' '.join(names.states)}" + (f" and the output {names.output}" if names.output else "")
         raise CellError(
-            f"the step gives {len(new)} value{'s' * (len(new) != 1)} for {what}: return {len(expected)}, in this order",
+            f"the step gives {len(values)} value{'s' * (len(values) != 1)} for {what}: return {len(expected)}, "
+            "in this order",
             where,
         )
-    for name, value in zip(expected, new, strict=True):
+    for name, value in zip(expected, values, strict=True):
         if not isinstance(value, Tensor):
             raise CellError(
                 f"the new {name} must be a tensor, got {value!r}: for a number torch.full_like(h, 1.0)", where
@@ -382,6 +390,7 @@ def _results(found: Any, run: _Run, names: Names) -> list[Tensor]:
             )
         if not run.knows(value):
             raise _captured(where)
+        new.append(value)
     return [*new[len(names.states) :], *new[: len(names.states)]]
 
 

@@ -38,7 +38,7 @@ class Value:
 
     __slots__ = ("args", "gradient", "index", "op")
 
-    def __init__(self, op: str, args: tuple[object, ...], index: int) -> None:
+    def __init__(self, op: str, args: tuple[Argument, ...], index: int) -> None:
         self.op, self.args, self.index = op, args, index
         self.gradient: bool = op in OUTER or any(v.gradient for v in self.inputs)
 
@@ -55,6 +55,9 @@ class Value:
 
     def __repr__(self) -> str:
         return f"{self.op}({', '.join(map(repr, self.args))})"
+
+
+Argument = Value | float | str
 
 
 def constant(value: Value) -> float | None:
@@ -89,7 +92,7 @@ class Graph:
         self.fragile: set[Value] = set()
         self.orders: dict[Value, tuple[Value, Value]] = {}
 
-    def make(self, op: str, *args: object) -> Value:
+    def make(self, op: str, *args: Argument) -> Value:
         key = (op, *args)
         if key not in self._known:
             self._known[key] = Value(op, args, len(self._known))

@@ -5,20 +5,28 @@ torch.compile cannot trace torch.lstm: for it, oneDNN's LSTM is called through o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-_STEPS: dict[str, Any] = {
+if TYPE_CHECKING:
+    from ..recurrent import Recurrent
+
+_STEPS: dict[str, Callable[..., Any]] = {  # an LSTM's gives two tensors
     "lstm": torch.lstm_cell,
     "gru": torch.gru_cell,
     "rnn_tanh": torch.rnn_tanh_cell,
     "rnn_relu": torch.rnn_relu_cell,
 }
-LAYERS: dict[str, Any] = {"lstm": torch.lstm, "gru": torch.gru, "rnn_tanh": torch.rnn_tanh, "rnn_relu": torch.rnn_relu}
+LAYERS: dict[str, Callable[..., tuple[Tensor, ...]]] = {
+    "lstm": torch.lstm,
+    "gru": torch.gru,
+    "rnn_tanh": torch.rnn_tanh,
+    "rnn_relu": torch.rnn_relu,
+}
 # What oneDNN runs by its own operators. Found at import, because torch.compile cannot trace the question.
 ONEDNN = {("lstm", "cpu", torch.float32)} if torch.backends.mkldnn.is_available() else set()
 Weights = Sequence["Tensor | None"]  # w_ih, w_hh, b_ih, b_hh and, of an LSTM with a projection, w_hr
@@ -35,7 +43,7 @@ def _flat(weights: Weights) -> list[Tensor]:
 
 
 def stack(
-    module: Any,
+    module: Recurrent,
     x: Tensor,
     batch_sizes: Tensor | None,
     states: Sequence[Tensor | None],
@@ -48,7 +56,7 @@ def stack(
     states [layers * directions, B, .], None means zeros; weights: those of each layer and direction, in torch's order.
     """
     H, own, rows = module.hidden_size, LAYERS[module.cell.key], len(module._all_weights)
-    hx: Any = states if len(states) > 1 else states[0]
+    hx: object = states if len(states) > 1 else states[0]
     if states[0] is None:
         zero = x.new_zeros(rows, batch, module.proj_size or H)
         hx = (zero, x.new_zeros(rows, batch, H) if module.proj_size else zero) if len(states) > 1 else zero
@@ -83,10 +91,10 @@ def scan(
         assert order is not None and back is not None
         starts, flat = [s[:, order] for s in states], [t for weights in groups for t in _flat(weights)]
         own = (groups[0][2] is not None or groups[0][3] is not None, 1, 0.0, _trains(x, *starts, *flat), K == 2)
-        hx: Any = starts if cell == "lstm" else starts[0]
-        y, *final = LAYERS[cell](packed.data, packed.batch_sizes, hx, flat, *own)
+        hx: object = starts if cell == "lstm" else starts[0]
+        y, *last = LAYERS[cell](packed.data, packed.batch_sizes, hx, flat, *own)
         padded, _ = pad_packed_sequence(PackedSequence(y, packed.batch_sizes, order, back), total_length=x.shape[0])
-        return padded, tuple(s[:, back] for s in final)
+        return padded, tuple(s[:, back] for s in last)
     outputs, finals = [], []
     for k in range(K):
         mine = x if x.dim() == 3 else x[:, :, k]
@@ -120,7 +128,7 @@ def layer(
     compiled = torch.compiler.is_compiling() and not exporting
     if compiled and len(groups[0]) == 4 and x.numel() > 0 and onednn(cell, x.device, x.dtype):
         return _directions(x, states, groups)
-    hx: Any = list(states) if cell == "lstm" else states[0]
+    hx: object = list(states) if cell == "lstm" else states[0]
     options = (1, 0.0, _trains(x, *states, *flat), len(groups) == 2, False)
     y, *final = LAYERS[cell](x, hx, flat, biases, *options)
     return y, tuple(final)
@@ -157,8 +165,8 @@ def _directions(x: Tensor, states: Sequence[Tensor], groups: Sequence[Weights]) 
 
 
 _MODE = 2  # mkldnn_rnn_layer's number for an LSTM
-_forward: Any = torch.ops.aten.mkldnn_rnn_layer.default
-_backward: Any = torch.ops.aten.mkldnn_rnn_layer_backward.default
+_forward: Callable[..., tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.aten.mkldnn_rnn_layer.default
+_backward: Callable[..., tuple[Tensor, ...]] = torch.ops.aten.mkldnn_rnn_layer_backward.default
 
 
 def _call(
@@ -194,29 +202,29 @@ def _backward_op(
     *out, workspace = _call(x, h0, c0, w_ih, w_hh, b_ih, b_hh, reverse, True)
     x, *weights, h0, c0 = (t.contiguous() for t in (x, w_ih, w_hh, b_ih, b_hh, h0, c0))
     grads = [torch.zeros_like(o) if g is None else g.contiguous() for o, g in zip(out, (dy, dh, dc), strict=True)]
-    how: Any = (reverse, _MODE, h0.shape[-1], 1, True, True, False, [], False)
+    how: tuple[object, ...] = (reverse, _MODE, h0.shape[-1], 1, True, True, False, [], False)
     dx, dw_ih, dw_hh, db_ih, db_hh, dh0, dc0 = _backward(x, *weights, h0, c0, *out, *grads, *how, workspace)
     return dx, dh0.view(h0.shape), dc0.view(c0.shape), dw_ih, dw_hh, db_ih, db_hh.clone()
 
 
 @_forward_op.register_fake
-def _(x: Tensor, h0: Tensor, c0: Tensor, *others: Any) -> tuple[Tensor, ...]:
+def _(x: Tensor, h0: Tensor, c0: Tensor, *others: object) -> tuple[Tensor, ...]:
     return x.new_empty(*x.shape[:2], h0.shape[-1]), torch.empty_like(h0), torch.empty_like(c0)
 
 
 @_backward_op.register_fake
-def _(dy: Any, dh: Any, dc: Any, *inputs: Any) -> tuple[Tensor, ...]:
+def _(dy: object, dh: object, dc: object, *inputs: Any) -> tuple[Tensor, ...]:  # tensors, and reverse
     return tuple(t.new_empty(t.shape) for t in inputs[:7])
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+def _save(ctx: Any, inputs: Sequence[object], output: object) -> None:  # ctx has attributes of ours
     # Only oneDNN knows the workspace's size, so a compiler cannot pass it on: backward computes it again.
     *tensors, ctx.reverse = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*tensors)
 
 
-def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # ctx: as above
     return *_backward_op(*grads, *ctx.saved_tensors, ctx.reverse), None
 
 

@@ -7,13 +7,16 @@ missing tensor is None as an argument and an empty tensor [0] as a result.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..autograd import ENGINES, Options, grouped
+
+if TYPE_CHECKING:
+    from torch._functorch.autograd_function import VmapInfo
 
 
 @torch.library.custom_op("seqcells::scan_forward", mutates_args=())
@@ -42,7 +45,7 @@ def scan_forward(
 
 
 @scan_forward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:  # those of the operator
     engine, cell, save, reversed = arguments[10:14]
     return tuple(ENGINES[engine].allocate(Options(engine, cell, save, reversed), save, arguments[:9]))
 
@@ -95,14 +98,14 @@ def scan_backward(
     )  # type: ignore[return-value]  # nine
 
 
-def _shapes(tensors: Sequence[Tensor | None], samples: int) -> list[Any]:
+def _shapes(tensors: Sequence[Tensor | None], samples: int) -> list[tuple[int, ...]]:
     """The shapes of the gradients of the 9 inputs."""
-    every = [() if t is None else tuple(t.shape) for t in tensors]
+    every: list[tuple[int, ...]] = [() if t is None else tuple(t.shape) for t in tensors]
     return [(samples, *shape) if 3 <= n < 8 else shape for n, shape in enumerate(every)]
 
 
 @scan_backward.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
+def _(*arguments: Any) -> tuple[Tensor, ...]:  # those of the operator
     tensors, (need, samples) = arguments[4:13], arguments[22:24]
     each = zip(tensors, need, _shapes(tensors, samples), strict=True)
     return tuple(tensors[0].new_empty(s if n and t is not None else 0) for t, n, s in each)
@@ -113,14 +116,16 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:
 # groups: at most MOST in one launch if some are reversed.
 
 MOST = 62  # groups if some are reversed, because their bits are stored in one integer
+Axes = tuple[int | None, int | None]
+Batched = tuple[tuple[Tensor, ...], tuple[int | None, ...]]  # results, and the axis of each that vmap added
 # The axes (rows, groups) of each argument and result: of steps, of states, of weights, of the mask; None: not a tensor.
 STEPS, STATES, WEIGHTS, MASK = (1, 2), (1, 0), (None, 0), (1, None)
 SHARED = (1, None)  # an input shared by all groups: unchanged if vmap adds groups
 SAMPLES = (0, 1)  # the gradients of weights: vmap adds samples or groups
 INPUTS = (STEPS, STATES, STATES, *(WEIGHTS,) * 5, STEPS)
 GRADIENTS = (STEPS, STATES, STATES, *(SAMPLES,) * 5, STEPS)
-FORWARD = (*INPUTS, MASK, *(None,) * 6)
-BACKWARD = (STEPS, STATES, STATES, STEPS, *INPUTS, MASK, *(STEPS,) * 3, *(None,) * 7)
+FORWARD: tuple[Axes | None, ...] = (*INPUTS, MASK, *(None,) * 6)
+BACKWARD: tuple[Axes | None, ...] = (STEPS, STATES, STATES, STEPS, *INPUTS, MASK, *(STEPS,) * 3, *(None,) * 7)
 
 
 def _fold(t: Tensor | None, dim: int | None, axis: int | None, size: int) -> Tensor | None:
@@ -143,15 +148,15 @@ def _fold(t: Tensor | None, dim: int | None, axis: int | None, size: int) -> Ten
 
 
 def _batched(
-    op: Any,
-    kinds: Sequence[Any],
-    results: Sequence[Any],
+    op: Callable[..., tuple[Tensor, ...]],
+    kinds: Sequence[Axes | None],
+    results: Sequence[Axes],
     at_reversed: int,
     groups: bool,
     size: int,
     dims: Sequence[int | None],
-    arguments: Sequence[Any],
-) -> tuple[tuple[Tensor, ...], tuple[int | None, ...]]:
+    arguments: Sequence[Any],  # tensors, numbers and strings
+) -> Batched:
     """An operator's results for a batch of that size, and the axis of each that vmap added.
 
     kinds, results: of the arguments and results. at_reversed: the number of the argument `reversed`. groups: vmap adds
@@ -182,7 +187,7 @@ def _batched(
 
 
 def _expand_shared(
-    kinds: list[Any], arguments: list[Any], dims: list[int | None], first: int, need: Sequence[bool]
+    kinds: list[Axes | None], arguments: list[Any], dims: list[int | None], first: int, need: Sequence[bool]
 ) -> list[int]:
     """For vmap that adds groups: expand x and inputs, if shared, to one for each group. This is done if they are
     batched or if their gradients are needed, which otherwise would be summed over all groups.
@@ -207,7 +212,7 @@ def _expand_shared(
 
 
 @scan_forward.register_vmap
-def _(info: Any, in_dims: Sequence[int | None], *tensors: Any) -> Any:
+def _(info: VmapInfo, in_dims: Sequence[int | None], *tensors: Any) -> Batched:  # and numbers
     kinds, arguments, dims = list(FORWARD), list(tensors), list(in_dims)
     groups = any(d is not None for d in dims[3:8])  # the weights'
     if groups:
@@ -217,7 +222,7 @@ def _(info: Any, in_dims: Sequence[int | None], *tensors: Any) -> Any:
 
 
 @scan_backward.register_vmap
-def _(info: Any, in_dims: Sequence[int | None], *tensors: Any) -> Any:
+def _(info: VmapInfo, in_dims: Sequence[int | None], *tensors: Any) -> Batched:  # and numbers
     kinds, arguments, dims = list(BACKWARD), list(tensors), list(in_dims)
     # The kernels sum the gradients of trained vectors over rows, but not over groups.
     groups = any(d is not None for d in dims[7:12]) or (arguments[11] is not None and arguments[17] == "triton")

@@ -30,6 +30,8 @@ from ..products import Places, hidden_size, input_projection, places, recurrent,
 from . import loop
 from .operators import call_forward
 
+Forward = tuple[tuple[Tensor, ...], Tensors]  # outputs and buffers
+
 
 @lru_cache(maxsize=1 << 12)
 def plan_for(
@@ -46,10 +48,18 @@ def plan_for(
     Raises as `plan`."""
     (K, H), (dtype, device) = size, like
     facts = kernels.scan.device_facts(device)
-    options: Any = {"B": batch, "H": H, "groups": K, "itemsize": dtype.itemsize, "precision": precision}
-    avoid += kernels.scan.doubtful(facts, dtype)
-    options |= {"device": facts, "schedule": schedule or None, "avoid": avoid}
-    return plan(kernels.cells.get(cell), backward=backward, **options)
+    return plan(
+        kernels.cells.get(cell),
+        B=batch,
+        H=H,
+        itemsize=dtype.itemsize,
+        device=facts,
+        groups=K,
+        schedule=schedule or None,
+        precision=precision,
+        backward=backward,
+        avoid=(*avoid, *kernels.scan.doubtful(facts, dtype)),
+    )
 
 
 def _launch(launch: kernels.scan.Launch) -> None:
@@ -58,7 +68,8 @@ def _launch(launch: kernels.scan.Launch) -> None:
 
 
 def _attempts(planned: Callable[..., Plan], call: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """The schedules for `fallback.first_that_runs`, the best first. planned(avoid=...): the plan without those."""
+    """The schedules for `fallback.first_that_runs`, the best first, with what gives call's result or raises an error.
+    planned(avoid=...): the plan without those."""
     avoid: tuple[str, ...] = ()
     while True:
         try:
@@ -84,8 +95,14 @@ def scan(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> S
     H = hidden_size(at, w_ih, w_hh, h0, c0)
     gx, bias = input_projection(at, x, w_ih, b_ih, b_hh, H, extra)
     gx, u = gx.contiguous(), recurrent(at, w_hh, w_ih, H)  # vmap's rows and groups need not be contiguous
-    keywords: Any = {"save": save, "reversed": options.reversed, "precision": options.precision, "params": params}
-    call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **keywords)
+    call = partial(
+        kernels.scan.forward,
+        *(declared, gx, u, bias, h0, c0, mask),
+        save=save,
+        reversed=options.reversed,
+        precision=options.precision,
+        params=params,
+    )
     size = (gx.shape[2], H)
     planned = partial(
         plan_for, cell, gx.shape[1], size, (u.dtype, u.device), precision=options.precision, backward=False
@@ -164,8 +181,14 @@ def _gradients(
 ) -> Gradients | None:
     """kernels.scan.backward; None if the kernels failed."""
     cell, (dy, dhn, dcn, dcs), (y, c, saved) = options.cell, grads, buffers
-    keywords: Any = {"dcs": dcs, "reversed": options.reversed, "precision": options.precision, "params": params}
-    call = partial(kernels.scan.backward, kernels.cells.get(cell), dy, dhn, dcn, u, y, c, saved, mask, **keywords)
+    call = partial(
+        kernels.scan.backward,
+        *(kernels.cells.get(cell), dy, dhn, dcn, u, y, c, saved, mask),
+        dcs=dcs,
+        reversed=options.reversed,
+        precision=options.precision,
+        params=params,
+    )
     size = (u.shape[0], u.shape[2])
     planned = partial(plan_for, cell, y.shape[1], size, (u.dtype, u.device), precision=options.precision, backward=True)
     if options.schedule != "auto":
@@ -183,8 +206,13 @@ def _recomputed(
     gx, bias = input_projection(places(cell), x, w_ih, b_ih, b_hh, H, extra)
     schedule = "" if options.schedule == "auto" else options.schedule
     chosen = plan_for(cell, gx.shape[1], (u.shape[0], H), (u.dtype, u.device), schedule, options.precision, False)
-    keywords: Any = {"plan": chosen, "reversed": options.reversed, "params": params}
-    call = partial(kernels.scan.recompute, kernels.cells.get(cell), gx.contiguous(), u, bias, *states, mask, **keywords)
+    call = partial(
+        kernels.scan.recompute,
+        *(kernels.cells.get(cell), gx.contiguous(), u, bias, *states, mask),
+        plan=chosen,
+        reversed=options.reversed,
+        params=params,
+    )
     if options.schedule != "auto":
         return call()
     attempts = [("recompute", partial(call, launch=_launch))]
@@ -193,9 +221,16 @@ def _recomputed(
 
 def single_plan(cell: str, x: Tensor, H: int, precision: str, input_precision: str) -> Single:
     """The plan of one step of x [B, I]."""
-    options: Any = {"itemsize": x.element_size(), "device": kernels.scan.device_facts(x.device), "precision": precision}
-    options |= {"B": x.shape[0], "I": x.shape[1], "H": H, "input_precision": input_precision}
-    return plan_single(get(cell).form, **options)
+    return plan_single(
+        get(cell).form,
+        B=x.shape[0],
+        I=x.shape[1],
+        H=H,
+        itemsize=x.element_size(),
+        device=kernels.scan.device_facts(x.device),
+        precision=precision,
+        input_precision=input_precision,
+    )
 
 
 def one_launch(cell: str, x: Tensor, H: int, precision: str, input_precision: str) -> bool:
@@ -205,7 +240,7 @@ def one_launch(cell: str, x: Tensor, H: int, precision: str, input_precision: st
     return single_plan(cell, x, H, precision, input_precision).cheaper
 
 
-def forward(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> tuple[Tensors, Tensors]:
+def forward(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> Forward:
     """See autograd.Engine."""
     if options.single:
         return _step(options, save, inputs)
@@ -219,7 +254,7 @@ def forward(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -
     return (states[0].flatten(2), *_finals(at, *final), *(s.flatten(2) for s in states[1:])), (y, c, saved)
 
 
-def _step(options: Options, save: str, inputs: Tensors) -> tuple[Tensors, Tensors]:
+def _step(options: Options, save: str, inputs: Tensors) -> Forward:
     """`forward` of one step by kernels.single.forward; its final states have no axis of groups."""
     x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, _ = inputs
     assert x is not None and w_ih is not None
@@ -227,16 +262,22 @@ def _step(options: Options, save: str, inputs: Tensors) -> tuple[Tensors, Tensor
     cell, at = options.cell, places(options.cell)
     H = hidden_size(at, w_ih, w_hh, h0, c0)
     u = recurrent(at, None if w_hh is None else w_hh[None], w_ih[None], H)[0]
-    keywords: Any = {"save": save, "params": params, "precision": options.precision, "input_precision": options.single}
-    keywords["plan"] = single_plan(cell, x[0], H, options.precision, options.single)
-    tensors = (x[0], w_ih, u, *step_biases(at, b_ih, b_hh, H), h0, c0)
-    call = partial(kernels.single.forward, kernels.cells.get(cell), *tensors, **keywords)
+    chosen = single_plan(cell, x[0], H, options.precision, options.single)
+    call = partial(
+        kernels.single.forward,
+        *(kernels.cells.get(cell), x[0], w_ih, u, *step_biases(at, b_ih, b_hh, H), h0, c0),
+        plan=chosen,
+        save=save,
+        params=params,
+        precision=options.precision,
+        input_precision=options.single,
+    )
 
-    def by_kernel(launch: Callable[[kernels.scan.Launch], None]) -> tuple[Tensors, Tensors]:
+    def by_kernel(launch: Callable[[kernels.scan.Launch], None]) -> Forward:
         y, c, saved, *final = call(launch=launch)
         return (final[0][None], *_finals(at, *final)), (y, c, saved)
 
-    def by_scan() -> tuple[Tensors, Tensors]:
+    def by_scan() -> Forward:
         (y, *final), buffers = forward(replace(options, single=""), save, inputs, None)
         return (y, *(s[0] for s in final if s is not None)), buffers
 

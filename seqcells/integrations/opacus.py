@@ -20,11 +20,14 @@ from opacus.grad_sample.gsm_base import AbstractGradSampleHooks
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+from torch.utils.hooks import RemovableHandle
 
 from .. import cell_modules, recurrent
 from ..convert import CELLS as TORCH_CELLS
 from ..convert import LAYERS as TORCH_LAYERS
 
+# In this file, `module: Any` is one of seqcells' layers or cells, whose attributes nn.Module does not have,
+# `given` and `args` are a call's arguments, and ctx, torch's, has an attribute of ours.
 CELLS: tuple[type[nn.Module], ...] = (cell_modules.RecurrentCell, *TORCH_CELLS.values())
 CLASSES: tuple[type[nn.Module], ...] = (recurrent.Recurrent, *TORCH_LAYERS.values(), *CELLS)
 # Used between a layer's backward and opacus' call of the sampler, which follows immediately.
@@ -32,7 +35,7 @@ _FOUND: dict[nn.Module, dict[Tensor, Tensor]] = {}
 
 
 @register_grad_sampler(CLASSES)
-def grad_sampler(module: nn.Module, activations: Any, backprops: Any) -> dict[Tensor, Tensor]:
+def grad_sampler(module: nn.Module, activations: object, backprops: object) -> dict[Tensor, Tensor]:
     """The gradients [B, *shape] of each of module's parameters that requires one; called by opacus.
 
     A subclass of one of seqcells' classes that does not override forward works as it is. Register one whose forward
@@ -79,11 +82,11 @@ def per_sample_gradients(
     for name in {"resets", "lengths"} & set(mapped):  # these may be lists
         mapped[name] = torch.as_tensor(mapped[name], device=input.device)
 
-    def apart(value: Any, axis: int) -> Any:
+    def apart(value: object, axis: int) -> Any:  # of value's structure
         """A batch of one of each sample, and the axis along which these lie."""
         return tree_map(lambda t: t.unsqueeze(axis + 1), value)
 
-    def weighted(weights: dict[str, Tensor], x: Tensor, mapped: dict[str, Any], gradients: list[Tensor]) -> Tensor:
+    def weighted(weights: dict[str, Tensor], x: Tensor, mapped: dict[str, object], gradients: list[Tensor]) -> Tensor:
         named = {f"module.{name}": weight for name, weight in weights.items()}
         outputs = tree_flatten(torch.func.functional_call(_Bare(module), named, (x,), mapped | fixed))[0]
         return torch.stack([(y * g).sum() for y, g in zip(outputs, gradients, strict=True)]).sum()
@@ -105,11 +108,11 @@ class _Bare(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: object, **kwargs: object) -> object:
         return self.module.forward(*args, **kwargs)
 
 
-def _batch_axis(module: Any) -> int:
+def _batch_axis(module: nn.Module) -> int:
     return 0 if isinstance(module, CELLS) or module.batch_first else 1
 
 
@@ -118,12 +121,14 @@ def _watched(hook: Callable[..., None], module: nn.Module) -> bool:
     return _owner(hook).hooks_enabled and module.training and torch.is_grad_enabled()
 
 
-def _owner(hook: Callable[..., None]) -> Any:
+def _owner(hook: Callable[..., None]) -> Any:  # opacus is optional, and without types
     """The GradSampleModule that a hook of opacus is a method of; None for another hook."""
     return getattr(getattr(hook, "func", None), "__self__", None)
 
 
-def _enter(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _enter(
+    hook: Callable[..., None], module: Any, args: tuple[object, ...], kwargs: dict[str, object]
+) -> tuple[tuple[object, ...], dict[str, object]] | None:
     """A forward pre-hook. Raises for what opacus does not support; only the input stays a positional argument."""
     first = "input" if module._hx == "hx" else "x"
     if not args and first in kwargs:
@@ -145,7 +150,9 @@ def _enter(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs
     return (input,), kwargs | ({module._hx: states[0]} if states else {})
 
 
-def _leave(hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
+def _leave(
+    hook: Callable[..., None], module: Any, args: tuple[Any, ...], kwargs: dict[str, object], result: object
+) -> object:
     """A forward hook. Returns the same result, with a backward that has the call's arguments."""
     if not _watched(hook, module):
         return None
@@ -185,7 +192,7 @@ class _Outputs(torch.autograd.Function):
 class _Handle:
     """Removes several hooks."""
 
-    def __init__(self, *handles: Any) -> None:
+    def __init__(self, *handles: RemovableHandle) -> None:
         self.handles = handles
 
     def remove(self) -> None:
@@ -193,7 +200,7 @@ class _Handle:
             handle.remove()
 
 
-def _register(self: nn.Module, hook: Any, prepend: bool = False) -> Any:
+def _register(self: nn.Module, hook: Callable[..., None], prepend: bool = False) -> Any:  # torch's handle or ours
     """nn.Module.register_full_backward_hook, but for opacus' own hook."""
     owner = _owner(hook)
     if not isinstance(owner, AbstractGradSampleHooks):

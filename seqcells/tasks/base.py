@@ -39,7 +39,7 @@ class Case:
     seeds: tuple[int, ...] = (0, 1, 2)
 
 
-def recurrent(cell: str, input_size: int, hidden_size: int, **options: Any) -> nn.Module:
+def recurrent(cell: str, input_size: int, hidden_size: int, **options: Any) -> nn.Module:  # as the layer declares
     """The layer of a cell, [B, T, I] to [B, T, H]. options: the layer's. ValueError for an unknown cell."""
     if cell not in CELLS:
         raise ValueError(f"unknown cell {cell!r}: expected one of {', '.join(CELLS)}")

@@ -105,8 +105,8 @@ class Stateful(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.states is not None and self.states[0].shape[1] != len(x):
             raise ValueError(f"stateful: expected a batch of {self.states[0].shape[1]} rows as before, got {len(x)}")
-        hx: Any = self.states
-        if hx is not None and len(hx) == 1:
+        hx: Tensor | tuple[Tensor, ...] | None = self.states
+        if isinstance(hx, tuple) and len(hx) == 1:
             hx = hx[0]
         y, final = self.layer(x, hx)
         self.states = tuple(s.detach() for s in (final if isinstance(final, tuple) else (final,)))
@@ -215,7 +215,7 @@ class Echoing(Run):
         scores, asked = self._scores(rows)
         return self.update(nn.functional.cross_entropy(scores.flatten(0, 1), asked.flatten()), recipe.clip), len(rows)
 
-    def extra(self) -> dict[str, Any]:
+    def extra(self) -> dict[str, object]:
         if not self.recipe.stateful:
             return {}
         return {"windows": self.windows, "states": self.layer.states}

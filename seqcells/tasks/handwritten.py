@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -95,12 +94,12 @@ def _detached(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: t.detach().clone() for name, t in state.items()}
 
 
-def _sizes(input_size: Any, hidden_size: Any) -> None:
+def _sizes(input_size: int, hidden_size: int) -> None:
     checks.integer("input_size", input_size, least=1)
     checks.integer("hidden_size", hidden_size, least=1)
 
 
-def _check(x: Any, states: Sequence[Any], name: str, x_fc: nn.Linear, h_fc: nn.Linear) -> None:
+def _check(x: Tensor, states: Sequence[Tensor], name: str, x_fc: nn.Linear, h_fc: nn.Linear) -> None:
     """Raise unless x is [B, I] and the states are [B, H]. name: what the argument of the states is called."""
     checks.tensor("x", x)
     if name == "states":
@@ -117,7 +116,7 @@ def _check(x: Any, states: Sequence[Any], name: str, x_fc: nn.Linear, h_fc: nn.L
         arguments.together(x, states, weights)
 
 
-def _check_state(given: Any, own: dict[str, Tensor]) -> None:
+def _check_state(given: Mapping[str, Tensor], own: dict[str, Tensor]) -> None:
     """Raise unless given is a state_dict that fits own, the cell's."""
     if not isinstance(given, Mapping):
         raise checks.wrong("state", "a state_dict", given)

@@ -83,7 +83,7 @@ def _several(cases: dict[tuple[str, str], list[Outcome]], how: str) -> Figure:
         axes.remove()
     for axes in grid.flat[max(0, len(cases) - columns) : len(cases)]:  # those without a panel below
         axes.set_xlabel("sequences trained on")
-    handles: dict[str, Any] = {}
+    handles: dict[str, object] = {}
     for axes in figure.axes:
         handles |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     shown = sorted(handles, key=[*CELLS, SOLVED].index)
@@ -134,7 +134,7 @@ def plain_ticks(axes: Axes, which: str) -> None:
     axis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _pyplot() -> Any:
+def _pyplot() -> Any:  # a module
     try:
         import matplotlib
         from matplotlib import pyplot

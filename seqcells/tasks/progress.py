@@ -24,7 +24,7 @@ class _Silent:
         print(text)
 
 
-def bar(**options: Any) -> Any:
+def bar(**options: object) -> Any:  # tqdm's has no type
     """A tqdm bar, drawn only on a terminal."""
     try:
         from tqdm import tqdm

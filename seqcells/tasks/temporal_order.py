@@ -214,7 +214,7 @@ class Ordering(Run):
     def stop(self) -> bool:
         return self.recipe.model != "notebook" and self.streak.item() >= self.recipe.window
 
-    def extra(self) -> dict[str, Any]:
+    def extra(self) -> dict[str, object]:
         return {"streak": self.streak}
 
     def restore(self, extra: dict[str, Any]) -> None:

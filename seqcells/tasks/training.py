@@ -89,11 +89,11 @@ class Run:
         """Whether to stop before `steps`, by what training has measured."""
         return False
 
-    def extra(self) -> dict[str, Any]:
+    def extra(self) -> dict[str, object]:
         """Further state that decides how training continues: tensors, numbers, lists of them."""
         return {}
 
-    def restore(self, extra: dict[str, Any]) -> None:
+    def restore(self, extra: dict[str, Any]) -> None:  # each value has its own type
         """Restore what `extra` returned."""
 
     def verdict(self) -> Verdict:
@@ -113,7 +113,7 @@ class Run:
         self.optimizer.step()
         return loss.detach()
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, object]:
         """Everything that determines how the run continues. Tensors are not copied."""
         return {
             "identity": self.identity,
@@ -130,7 +130,7 @@ class Run:
             "extra": self.extra(),
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # each value has its own type
         """Restore what `state_dict` returned. If this fails, the run is left half restored; `load` undoes that."""
         rows = [Row(**r) for r in state["rows"]]
         self.model.load_state_dict(state["model"])
@@ -163,7 +163,7 @@ class Run:
             raise ValueError(_refused(path, "does not fit this run", error)) from error
 
 
-def read_checkpoint(path: Path, identity: dict[str, str | int]) -> dict[str, Any]:
+def read_checkpoint(path: Path, identity: dict[str, str | int]) -> dict[str, Any]:  # as torch.load gives it
     """The state in a checkpoint of the run with that identity.
 
     FileNotFoundError if there is no such file, OSError if it cannot be read, ValueError if it is not a complete

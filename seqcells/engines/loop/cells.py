@@ -41,7 +41,6 @@ and backward_weights.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,6 +49,9 @@ from .stretches import by_step
 
 Operands = Sequence[Tensor]
 Sizes = Sequence[int]
+Rest = Tensor | None  # c; None for a cell with one state
+After = tuple[Tensor, Rest]
+Grads = tuple[Sequence[Tensor], Tensor, "Sequence[Tensor] | None", Sequence[Tensor]]
 _sigmoid_backward: Callable[..., Tensor] = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_backward: Callable[..., Tensor] = torch.ops.aten.tanh_backward.grad_input
 _relu_backward: Callable[..., Tensor] = torch.ops.aten.threshold_backward.grad_input
@@ -67,6 +69,19 @@ class Tuned:
     zeroed: tuple[int, ...] = ()
     apart: tuple[int, ...] = ()
     apart_grads: tuple[int, ...] = ()
+    states: int
+    saved: int
+    width: int
+    gradient_width: int
+    param_grads: int
+    columns: tuple[int, ...]
+    grads: tuple[int, ...]
+    rows: tuple[int, ...]
+    activate: Callable[..., None]
+    forward: Callable[..., After]
+    coefficients: Callable[..., Operands]
+    backward: Callable[..., None]
+    save: Callable[[Tensor, Tensor, int], None]
 
     @staticmethod
     def forward_weights(u: Tensor) -> Operands:
@@ -77,7 +92,7 @@ class Tuned:
         return (u,)
 
     @staticmethod
-    def products(p: Tensor, others: Operands, h: Tensor, c: Any) -> list[tuple[Tensor, Tensor]]:
+    def products(p: Tensor, others: Operands, h: Tensor, c: Rest) -> list[tuple[Tensor, Tensor]]:
         return [(p, h)]
 
 
@@ -97,14 +112,16 @@ class LSTM(Tuned):
         return (last_first(u, u.shape[1]),)
 
     @staticmethod
-    def activate(x: Tensor, h: Tensor, c: Any, u: Operands) -> None:
+    def activate(x: Tensor, h: Tensor, c: Tensor, u: Operands) -> None:
         H = h.shape[1]
         x.addmm_(h, u[0])
         x[:, : 3 * H].sigmoid_()
         x[:, 3 * H :].tanh_()
 
     @staticmethod
-    def forward(sizes: Sizes, x: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, scratch: Tensor) -> Any:
+    def forward(
+        sizes: Sizes, x: Tensor, h: Tensor, c: Tensor, y: Tensor, cs: Tensor, u: Operands, scratch: Tensor
+    ) -> After:
         (operand,), rows = u, -1
         each = (x, x[:, : 3 * y.shape[1]], *x.chunk(4, 1), y, cs)
         for n, gates, sigmoids, o, i, f, g, out, after in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
@@ -119,7 +136,9 @@ class LSTM(Tuned):
         return h, c
 
     @staticmethod
-    def coefficients(p: Tensor, saved: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
+    def coefficients(
+        p: Tensor, saved: Tensor, h: Tensor, c: Tensor, y: Tensor, after: Tensor, params: Operands
+    ) -> Operands:
         (o, i, f, g), (of_o, of_i, of_f, of_g) = saved.chunk(4, 1), p.chunk(4, 1)
         tc = torch.tanh(after)
         _sigmoid_backward(tc, o, grad_input=of_o)
@@ -130,7 +149,7 @@ class LSTM(Tuned):
 
     @staticmethod
     def backward(
-        sizes: Sizes, p: Tensor, saved: Tensor, others: Operands, grads: Any, u: Operands, scratch: Tensor
+        sizes: Sizes, p: Tensor, saved: Tensor, others: Operands, grads: Grads, u: Operands, scratch: Tensor
     ) -> None:
         (operand,), (dh, dc, dcs, below) = u, grads
         H = dc.shape[1]
@@ -159,14 +178,16 @@ class GRU(Tuned):
     apart, apart_grads, rows = (3,), (3,), (0, 1, 2)
 
     @staticmethod
-    def activate(x: Tensor, h: Tensor, c: Any, u: Operands) -> None:
+    def activate(x: Tensor, h: Tensor, c: Rest, u: Operands) -> None:
         H = h.shape[1]
         x[:, H:].addmm_(h, u[0])
         x[:, H : 3 * H].sigmoid_()
         x[:, :H].addcmul_(x[:, H : 2 * H], x[:, 3 * H :]).tanh_()
 
     @staticmethod
-    def forward(sizes: Sizes, x: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, scratch: Tensor) -> Any:
+    def forward(
+        sizes: Sizes, x: Tensor, h: Tensor, c: Rest, y: Tensor, cs: Rest, u: Operands, scratch: Tensor
+    ) -> After:
         (operand,), H, rows = u, y.shape[1], -1
         each = (x[:, H:], x[:, H : 3 * H], *x.chunk(4, 1), y)
         for m, gates, sigmoids, n, r, z, q, out in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
@@ -179,7 +200,9 @@ class GRU(Tuned):
         return h, c
 
     @staticmethod
-    def coefficients(p: Tensor, saved: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
+    def coefficients(
+        p: Tensor, saved: Tensor, h: Tensor, c: Rest, y: Tensor, after: Rest, params: Operands
+    ) -> Operands:
         (n, r, z, q), (of_n, of_r, of_z, of_q) = saved.chunk(4, 1), p.chunk(4, 1)
         _tanh_backward(1 - z, n, grad_input=of_n)
         torch.mul(of_n, r, out=of_q)
@@ -189,7 +212,7 @@ class GRU(Tuned):
 
     @staticmethod
     def backward(
-        sizes: Sizes, p: Tensor, saved: Tensor, others: Operands, grads: Any, u: Operands, scratch: Tensor
+        sizes: Sizes, p: Tensor, saved: Tensor, others: Operands, grads: Grads, u: Operands, scratch: Tensor
     ) -> None:
         (operand,), (dh, _, _, below), H = u, grads, scratch.shape[2]
         each = (p[:, H:], p.unflatten(1, (4, H)), saved[:, 2 * H : 3 * H])
@@ -199,7 +222,7 @@ class GRU(Tuned):
             under.addcmul_(d, z).addmm_(gates, operand)
 
     @staticmethod
-    def products(p: Tensor, others: Operands, h: Tensor, c: Any) -> list[tuple[Tensor, Tensor]]:
+    def products(p: Tensor, others: Operands, h: Tensor, c: Rest) -> list[tuple[Tensor, Tensor]]:
         return [(p[:, h.shape[1] :], h)]
 
 
@@ -218,13 +241,15 @@ class GRUBefore(Tuned):
         return u.split((2 * u.shape[1], u.shape[1]))
 
     @staticmethod
-    def activate(x: Tensor, h: Tensor, c: Any, u: Operands) -> None:
+    def activate(x: Tensor, h: Tensor, c: Rest, u: Operands) -> None:
         H = h.shape[1]
         x[:, : 2 * H].addmm_(h, u[0]).sigmoid_()
         x[:, 2 * H :].addmm_(x[:, :H] * h, u[1]).tanh_()
 
     @staticmethod
-    def forward(sizes: Sizes, x: Tensor, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, scratch: Tensor) -> Any:
+    def forward(
+        sizes: Sizes, x: Tensor, h: Tensor, c: Rest, y: Tensor, cs: Rest, u: Operands, scratch: Tensor
+    ) -> After:
         (first, last), rows = u, -1
         each = (x[:, : 2 * y.shape[1]], *x.chunk(3, 1), y)
         for m, sigmoids, r, z, n, out in zip(sizes, *(by_step(t, sizes) for t in each), strict=True):
@@ -236,7 +261,9 @@ class GRUBefore(Tuned):
         return h, c
 
     @staticmethod
-    def coefficients(p: Tensor, saved: Tensor, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
+    def coefficients(
+        p: Tensor, saved: Tensor, h: Tensor, c: Rest, y: Tensor, after: Rest, params: Operands
+    ) -> Operands:
         (r, z, n), (of_r, of_z, of_n) = saved.chunk(3, 1), p.chunk(3, 1)
         _tanh_backward(1 - z, n, grad_input=of_n)
         _sigmoid_backward(h - n, z, grad_input=of_z)
@@ -245,7 +272,7 @@ class GRUBefore(Tuned):
 
     @staticmethod
     def backward(
-        sizes: Sizes, p: Tensor, saved: Tensor, others: Operands, grads: Any, u: Operands, scratch: Tensor
+        sizes: Sizes, p: Tensor, saved: Tensor, others: Operands, grads: Grads, u: Operands, scratch: Tensor
     ) -> None:
         (first, last), (dh, _, _, below), H = u, grads, scratch.shape[2]
         r, z = saved[:, : 2 * H].chunk(2, 1)
@@ -261,7 +288,7 @@ class GRUBefore(Tuned):
             under.addcmul_(d, z).addcmul_(of_second, r).addmm_(gates, first)
 
     @staticmethod
-    def products(p: Tensor, others: Operands, h: Tensor, c: Any) -> list[tuple[Tensor, Tensor]]:
+    def products(p: Tensor, others: Operands, h: Tensor, c: Rest) -> list[tuple[Tensor, Tensor]]:
         H = h.shape[1]
         return [(p[:, : 2 * H], h), (p[:, 2 * H :], others[0])]
 
@@ -274,7 +301,9 @@ class Tanh(Tuned):
     activation = torch.tanh_
 
     @classmethod
-    def forward(cls, sizes: Sizes, x: Any, h: Tensor, c: Any, y: Tensor, cs: Any, u: Operands, scratch: Tensor) -> Any:
+    def forward(
+        cls, sizes: Sizes, x: Tensor, h: Tensor, c: Rest, y: Tensor, cs: Rest, u: Operands, scratch: Tensor
+    ) -> After:
         (operand,), activation, rows = u, cls.activation, -1
         for m, out in zip(sizes, by_step(y, sizes), strict=True):
             if m != rows:
@@ -283,13 +312,15 @@ class Tanh(Tuned):
         return h, c
 
     @staticmethod
-    def coefficients(p: Tensor, saved: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
+    def coefficients(
+        p: Tensor, saved: Tensor | None, h: Tensor, c: Rest, y: Tensor, after: Rest, params: Operands
+    ) -> Operands:
         torch.addcmul(torch.ones((), dtype=y.dtype, device=y.device), y, y, value=-1, out=p)
         return ()
 
     @staticmethod
     def backward(
-        sizes: Sizes, p: Tensor, saved: Any, others: Operands, grads: Any, u: Operands, scratch: Tensor
+        sizes: Sizes, p: Tensor, saved: Tensor | None, others: Operands, grads: Grads, u: Operands, scratch: Tensor
     ) -> None:
         (operand,), (dh, _, _, below) = u, grads
         for gate, d, under in reversed(list(zip(by_step(p, sizes), dh, below, strict=True))):
@@ -303,12 +334,14 @@ class Relu(Tanh):
     activation = torch.relu_
 
     @staticmethod
-    def coefficients(p: Tensor, saved: Any, h: Tensor, c: Any, y: Tensor, after: Any, params: Operands) -> Operands:
+    def coefficients(
+        p: Tensor, saved: Tensor | None, h: Tensor, c: Rest, y: Tensor, after: Rest, params: Operands
+    ) -> Operands:
         return (y,)
 
     @staticmethod
     def backward(
-        sizes: Sizes, p: Tensor, saved: Any, others: Operands, grads: Any, u: Operands, scratch: Tensor
+        sizes: Sizes, p: Tensor, saved: Tensor | None, others: Operands, grads: Grads, u: Operands, scratch: Tensor
     ) -> None:
         (operand,), (dh, _, _, below) = u, grads
         steps = list(zip(by_step(p, sizes), by_step(others[0], sizes), dh, below, strict=True))
@@ -316,4 +349,4 @@ class Relu(Tanh):
             under.addmm_(_relu_backward(d, y, 0, grad_input=gate), operand)
 
 
-CELLS: dict[str, Any] = {"lstm": LSTM, "gru": GRU, "gru_before": GRUBefore, "rnn_tanh": Tanh, "rnn_relu": Relu}
+CELLS: dict[str, type[Tuned]] = {"lstm": LSTM, "gru": GRU, "gru_before": GRUBefore, "rnn_tanh": Tanh, "rnn_relu": Relu}

@@ -11,8 +11,7 @@ separate tensors (`others`): the loop backward only multiplies and adds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -21,13 +20,18 @@ from ...derive.emit import compiled
 from ...derive.parts import Parts
 from ...products import blocks
 from . import printed_backward, printed_forward
-from .cells import CELLS
+from .cells import CELLS, After, Operands, Tuned
 from .layout import Layout
 from .printing import SPACE
 
 
 class Generated(Layout):
     """found: the derived cell. source: the source of its functions."""
+
+    activate: Callable[..., None]
+    forward: Callable[..., After]
+    coefficients: Callable[..., Operands]
+    backward: Callable[..., None]
 
     def __init__(self, found: Parts) -> None:
         super().__init__(found)
@@ -68,10 +72,11 @@ class Generated(Layout):
         ]
 
 
+Part = type[Tuned] | Generated
 _FOUND: dict[str, Generated] = {}
 
 
-def get(key: str) -> Any:
+def get(key: str) -> Part:
     """The part for the cell of that key: hand-tuned, or derived from the cell's step at the first use."""
     if key in CELLS:
         return CELLS[key]

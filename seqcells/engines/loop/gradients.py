@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,9 +94,12 @@ def backward(
     return tuple(found)
 
 
-def _of_groups(each: Any, apart: bool) -> Any:
+def _of_groups(each: Sequence[Tensor | None], apart: bool) -> Tensor | None:
     """The gradient of the groups' input: concatenated if each has its own (apart), else their sum."""
-    return None if each[0] is None else torch.stack(each, 1) if apart else sum(each[1:], each[0])
+    given = [d for d in each if d is not None]  # of every group, or of none
+    if not given:
+        return None
+    return torch.stack(given, 1) if apart else sum(given[1:], given[0])
 
 
 class Sums:
@@ -114,7 +116,7 @@ class Sums:
         self.dtype = x.dtype
         self.samples, self.weights = samples, _WeightSums(group, self.w_back, need, samples)
 
-    def collect(self, a: int, b: int, p: Tensor, others: Any, h: Tensor, c: Any) -> None:
+    def collect(self, a: int, b: int, p: Tensor, others: Sequence[Tensor], h: Tensor, c: Tensor | None) -> None:
         """See steps.scan_backward."""
         group, H, w = self.group, self.group.H, self.w_back
         head = group.order.head

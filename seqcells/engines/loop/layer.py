@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +17,7 @@ from ...products import Places, blocks, hidden_size, places
 from ..operators import call_forward
 from . import steps
 from .cells import CELLS
-from .derived import get
+from .derived import Part, get
 from .layout import runs_of
 from .stretches import RowOrder, row_order
 
@@ -41,7 +40,7 @@ class ColumnOrder:
     the blocks of a gradient in that order, rearranged to the cell's order.
     """
 
-    def __init__(self, part: Any, at: Places) -> None:
+    def __init__(self, part: Part, at: Places) -> None:
         self.part, self.places, tiles = part, at, at.x
         self.w_ih = tuple(sorted(range(tiles), key=part.columns.__getitem__))
         self.runs, self.given = runs_of(part.columns[n] for n in self.w_ih), runs_of(part.columns[tiles:])
@@ -78,7 +77,7 @@ class Group:
     """
 
     columns: ColumnOrder
-    part: Any
+    part: Part
     order: RowOrder
     H: int
     x: Tensor
@@ -121,7 +120,7 @@ class Group:
         order, part, head = self.order, self.part, self.order.head
         operands = [*part.forward_weights(self.u), *self.params] if part.saved and gates is None else []
 
-        def of(a: int, b: int) -> tuple[Any, ...]:
+        def of(a: int, b: int) -> tuple[Tensor | None, ...]:
             h, saved = order.before(y, a, b), None
             before, after = (None, None) if c is None else (order.before(c, a, b), c[head + a : head + b])
             if part.saved and gates is not None:
@@ -219,7 +218,9 @@ def forward(options: Options, save: str, inputs: Inputs, mask: Tensor | None) ->
     return (outputs[0], *finals, *outputs[1:]), (states[0], c, x.new_empty(0) if gates is None else gates)
 
 
-def scan(options: Options, save: str, inputs: Inputs, mask: Tensor | None) -> tuple[Tensor, ...]:
+def scan(
+    options: Options, save: str, inputs: Inputs, mask: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`forward` with results in the order of time: y and c [T, B, K, .], saved [T, B, K, saved*H] and the final states;
     [0] for what is missing."""
     x, w_ih = inputs[0], inputs[3]

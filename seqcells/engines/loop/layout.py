@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from ...derive.parts import Parts
 from ...derive.values import BOOLEAN, LEAVES, Value, ancestors
@@ -100,7 +99,7 @@ class Layout:
                 if value.inputs[0] is tile and self.uses[tile] == 1:
                     self.activated[item] = value
 
-        def key(item: Item) -> Any:
+        def key(item: Item) -> tuple[bool, int, str, Item]:
             products = [n for n in range(form.products) if self.place(n) == item]
             operand = self.of_product[products[0]] if products else -1
             own = item[0] == "hu"
@@ -133,7 +132,7 @@ class Layout:
         adds = {t: self.of_product[n] for n, t in enumerate(form.adds) if t >= 0}
         items: list[Item] = [("gx", t) for t in range(form.gates)] + [("hu", n) for n in form.apart]
 
-        def key(item: Item) -> Any:
+        def key(item: Item) -> tuple[bool, int, Item]:
             operand = self.of_product[item[1]] if item[0] == "hu" else adds.get(item[1], -1)
             own = item[0] == "hu"
             return own, operand if own or operand < 0 else len(form.operands) - operand, item

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 
 from ...derive.emit import number, tuple_of
-from ...derive.values import BOOLEAN, Value, ancestors, constant
+from ...derive.values import BOOLEAN, Argument, Value, ancestors, constant
 from .stretches import by_step
 
 _NAMES = {"product": "mul", "times": "mul", "pair": "mul", "and": "logical_and", "or": "logical_or"}
@@ -124,7 +123,7 @@ class Code:
         for part in parts:
             if isinstance(part, Value):
                 self.name(part)
-        given = [self.names.get(p) if isinstance(p, Value) else p for p in parts]
+        given = [self.names[p] if isinstance(p, Value) else p for p in parts]
         for part in parts:
             if isinstance(part, Value):
                 self.drop(part)
@@ -140,7 +139,7 @@ class Code:
 
     # --- an operation -------------------------------------------------------------------------------------------------
 
-    def _call(self, call: str, parts: list[Any], extra: str) -> str:
+    def _call(self, call: str, parts: Sequence[Argument], extra: str) -> str:
         shown = [self.name(p) if isinstance(p, Value) else p if isinstance(p, str) else number(p) for p in parts]
         return f"{call}({', '.join(shown)}{extra})"
 
@@ -148,16 +147,16 @@ class Code:
         """Whether value is one of ops and used only once, so that it can be part of another operation."""
         return value.op in ops and self.uses[value] == 1 and value not in self.names and value not in self.places
 
-    def _parts(self, value: Value, fused: bool = True) -> tuple[str, list[Any], str]:
+    def _parts(self, value: Value, fused: bool = True) -> tuple[str, list[Argument], str]:
         """The function for a value, its arguments (values, numbers, names), and further arguments as text."""
         if fused and (found := self._fused(value)):
             return found
         op, args = value.op, value.args
         numbers = [constant(a) if isinstance(a, Value) else a for a in args]
-        parts: list[Any] = [a if x is None else x for a, x in zip(args, numbers, strict=True)]
+        parts: list[Argument] = [a if x is None else x for a, x in zip(args, numbers, strict=True)]
         if op in ("sigmoid_slope", "tanh_slope"):
             y = value.inputs[0]
-            first: Any = y if op == "sigmoid_slope" else self.number(1.0)
+            first: Argument = y if op == "sigmoid_slope" else self.number(1.0)
             self.uses[y] += 1 + (first is y)  # more uses than counted from the value itself
             return "torch.addcmul", [first, y, y], ", value=-1"
         if op == "where":
@@ -174,10 +173,10 @@ class Code:
         name = _NAMES.get(op, op)
         return f"torch.{name}" if hasattr(torch, name) else f"torch._C._nn.{name}"
 
-    def _tensor(self, part: Any) -> Any:
-        return part if isinstance(part, Value) else self.number(part)
+    def _tensor(self, part: Argument) -> Argument:
+        return self.number(part) if isinstance(part, (int, float)) else part
 
-    def _fused(self, value: Value) -> tuple[str, list[Any], str] | None:
+    def _fused(self, value: Value) -> tuple[str, list[Argument], str] | None:
         if value.op == "where":
             condition, a, b = value.inputs
             if condition.op == "lt" and constant(a) == 0 and condition.args == (b, a) and self.uses[condition] == 1:
@@ -210,7 +209,7 @@ class Code:
             return "torch.addcmul", [first, x, y], "" if sign == 1 else ", value=-1"
         return None
 
-    def _lerp(self, a: Value, b: Value) -> tuple[str, list[Any], str] | None:
+    def _lerp(self, a: Value, b: Value) -> tuple[str, list[Argument], str] | None:
         """f a + (1 - f) b, and b + f (a - b), if it is one of them."""
         for first, second in ((a, b), (b, a)):
             if not self.single(second, PRODUCTS) or constant(first) is not None:

@@ -8,7 +8,7 @@ would make y's error 2.7 times as large (tests/test_precision.py), and is slower
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 CHUNK = 1 << 16  # elements of a state in a piece: a buffer of all steps would not stay in the caches
 
 CopyRows = Callable[[Tensor, int, int], object]  # (into, a, b): copies rows a to b of a RowOrder
-States = Callable[[int, int], "tuple[Any, ...]"]
-Collect = Callable[[int, int, Tensor, Any, Tensor, Any], None]
+States = Callable[[int, int], "tuple[Tensor | None, ...]"]
+Collect = Callable[[int, int, Tensor, Sequence[Tensor], Tensor, "Tensor | None"], None]
 
 
 def most_rows(H: int, device: torch.device) -> int:
