@@ -9,7 +9,6 @@ from .layout import in_order
 from .math import INTERPRETED, operand, product
 from .tiles import first_product, gate_rows, split_gates
 
-
 _parts = triton.constexpr_function(plan.parts)
 
 

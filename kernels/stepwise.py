@@ -62,7 +62,7 @@ def _product(
     One product of all their rows, unit by unit: one operand of U for the compiler to pipeline, one accumulator.
     """
     PADDED: tl.constexpr = triton.next_power_of_2(TO - FROM)
-    at_m, valid_m = gate_rows(unit0, FROM, TO, H, BLOCK_H, PADDED)
+    at_m, valid_m = gate_rows(tl.arange(0, BLOCK_H * PADDED), unit0, FROM, TO, H, PADDED)
     k = tl.arange(0, BLOCK_K)
     at_u = at_m[:, None] + k[None, :]
     at_x = line[None, :] * (X * H) + k[:, None]
