@@ -2,11 +2,13 @@
 
 Imports neither torch nor triton: facts in, a frozen Plan out.
 
-The cost of a step is a floor, in microseconds, of what each schedule cannot avoid (`Floor`): reading U from where it
-is stored, the tensor cores' work, the activations, what programs exchange through L2, the barrier or the launch, and
-the latency of one step's chain of dependent operations. The rates are the vendors' data sheets and tuning guides; the
-latencies are rounded from published microbenchmarks (Luo et al., arXiv:2402.13499 for Hopper). None is fitted to
-this library: a floor ranks schedules, it does not promise a time. Facts about devices are in `devices`.
+The cost of a step is a model, in microseconds (`Cost`): reading U from where it is stored, the tensor cores' work, the
+activations, the step's own inputs and outputs, what programs exchange through L2, the barrier or the launch, and the
+latency of one step's chain of dependent operations. The rates are the vendors' data sheets and tuning guides. The
+latencies, and how fast a processor loads and stores, are measured on an H200 (benchmarks/results/gpu-h200.md) or
+fitted to the 78 kernels that were timed there: `resident` is then between .74 and 1.32 of its time, `grid` between .84
+and 1.25. Those were the kernels of commit 7ec6abe; of what changed since, the model knows how long the chains are. Facts
+about devices are in `devices`.
 """
 
 from __future__ import annotations
@@ -23,25 +25,26 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 @dataclass(frozen=True)
-class Floor:
-    """The parts of a step's floor, in microseconds."""
+class Cost:
+    """The parts of a step's time by the model, in microseconds."""
 
     u: float  # reading U from shared memory, L2 or memory
     tensor: float  # the products; beside reading U, not after it
     activations: float
+    memory: float  # the step's own inputs and outputs
     exchange: float  # states or gradients from other programs, through L2
     start: float  # a barrier or a launch
     chain: float  # latency of the dependent operations of a step
 
     @property
     def total(self) -> float:
-        return max(self.u, self.tensor) + self.activations + self.exchange + self.start + self.chain
+        return max(self.u, self.tensor) + self.activations + self.memory + self.exchange + self.start + self.chain
 
     def __str__(self) -> str:
-        parts = {"U": self.u, "tensor cores": self.tensor, "activations": self.activations, "exchange": self.exchange}
-        parts |= {"barrier or launch": self.start, "latency": self.chain}
+        parts = {"U": self.u, "tensor cores": self.tensor, "activations": self.activations, "memory": self.memory}
+        parts |= {"exchange": self.exchange, "barrier or launch": self.start, "latency": self.chain}
         shown = [f"{name} {us:.2f}" for name, us in parts.items() if us >= 0.005]
-        return f"at least {self.total:.2f} us a step ({', '.join(shown)})"
+        return f"about {self.total:.2f} us a step ({', '.join(shown)})"
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Plan:
 
     registers: the most a thread may take (left to itself, ptxas spills a few to make room for more programs on a
     processor, which a scan does not have). nvidia: PTX may be used (the one-instruction tanh of float16 and bfloat16).
-    programs: of one launch. microseconds: the model's floor for one step. u_in_registers (resident): each thread keeps
+    programs: of one launch. microseconds: the model's time of one step. u_in_registers (resident): each thread keeps
     its part of U. waits: programs wait for each other, so that all must be on the device at once.
     """
 
@@ -153,17 +156,21 @@ def _rate(itemsize: int, precision: str) -> float:
     return {"tf32": 1 / 2, "tf32x3": 1 / 6}.get(precision, 1 / 16)
 
 
-# Latencies in clocks. A step's chain: operand through shared memory, a product's pipeline, activations, a layout
-# conversion. A grid barrier: store, release, poll and load, each a trip to L2. A launch in microseconds: between a
-# graph's (about 2) and Python's (15 and more).
-CHAIN, TRIP, LAUNCH = 450, 280, 5.0
+# Clocks. CHAIN: what every step waits for beside its products: the operand's way through shared memory, activations, a
+# layout conversion (fitted). LINK: a product that adds to the one before (measured). BARRIER: of `grid`, from the store
+# to what the others load, and the step around it (fitted; a word and its flag alone take 1245 there, the load 273).
+CHAIN, LINK, BARRIER = 280, 26, 2400
+LAUNCH = 5.0  # microseconds: between a graph's (about 2) and Python's (15 and more)
+TRIP = 273  # clocks to L2 and back (measured)
 # Units a `grid` program owns. Fewer would leave the tensor cores' 16 rows half empty backward; more, U's slice of the
 # largest layers too large for one processor, and the registers (tried with the report: 32 spill).
 GRID_UNITS = 16
 # Units a `resident` program may have of a cell without a product, whose U sets no limit.
 SPREAD_UNITS = 256
 SHARED_RATE = 128  # bytes a clock
-ACTIVATION_RATE = 16  # one-instruction functions a clock; the exact ones take about four
+MEMORY_RATE = 32  # bytes a clock that a processor stores (measured); loads wait behind stores
+EXCHANGE_RATE = 16  # bytes a clock that a processor loads of what others stored just now (fitted)
+ACTIVATION_RATE = 16  # one-instruction functions a clock; the exact ones take about two
 
 
 class _Problem:
@@ -186,22 +193,43 @@ class _Problem:
         # Beyond the four of the built-in cells, plans leave more registers to them (likewise).
         self.heavy = self.tiles > 4
 
-    def floor(
-        self, u_bytes: int, u_rate: float, rows: int, units: int, columns: int, exchange: int, start: float
-    ) -> Floor:
-        """Of a program with that many rows and units, whose products' inner sums are columns long in all."""
-        d = self.device
+    def cost(
+        self, u_clocks: float, rows: int, units: int, columns: int, links: int, exchange: int, start: float
+    ) -> Cost:
+        """Of a program with that many rows and units, whose products' inner sums are columns long in all, and links in
+        the longest chain of products that wait for each other."""
+        d, cell = self.device, self.cell
         work = 2 * rows * units * columns / (d.tensor * _rate(self.itemsize, self.precision))
-        functions = rows * units * (1 if self.backward else max(self.cell.gates, self.products) + 1) / ACTIVATION_RATE
-        exact = 4 if self.itemsize > 2 else 1
-        return Floor(
-            u=d.microseconds(u_bytes / u_rate),
+        functions = rows * units * (max(cell.gates, self.products) + 1) / ACTIVATION_RATE
+        exact = 2 if self.itemsize > 2 and not self.backward else 1
+        # Forward as it trains: it may save less, which the plan is not told.
+        tiles = cell.gates + cell.states + cell.saved + (1 + len(cell.apart) if self.backward else 0)
+        return Cost(
+            u=d.microseconds(u_clocks),
             tensor=d.microseconds(work),
             activations=d.microseconds(functions * exact),
-            exchange=d.microseconds(exchange / d.l2),
+            memory=d.microseconds(rows * units * tiles * self.itemsize / MEMORY_RATE),
+            exchange=d.microseconds(exchange / EXCHANGE_RATE),
             start=start,
-            chain=d.microseconds(CHAIN * max(1, self.levels)),
+            chain=d.microseconds(CHAIN * max(1, self.levels) + LINK * links),
         )
+
+    def links(self, columns: int) -> int:
+        """Of a sum of so many products that one warp adds up in one chain. Without tensor cores it is no chain, but
+        work."""
+        if self.itemsize == 8 or (self.itemsize == 4 and self.precision == "ieee"):
+            return 0
+        return _ceil(columns, 16 if self.itemsize == 2 else 8)
+
+    def sharing(self, cost: Cost, programs: int, at_once: int) -> float:
+        """Microseconds of a step of programs that share processors, so many at once, the others after them: those at
+        once share its rates, and hide each other's latency."""
+
+        def of(n: int) -> float:
+            return max(cost.total, n * (cost.total - cost.chain)) if n else 0.0
+
+        turns, rest = divmod(_ceil(programs, self.device.processors), at_once)
+        return turns * of(at_once) + of(rest)
 
     def made(
         self, schedule: str, tile: tuple[int, int, int], warps: int, stages: int, programs: int, why: str, us: float
@@ -227,11 +255,22 @@ class _Problem:
         return None
 
     def resident(self) -> Plan:
+        return min(self._residents(), key=lambda found: found.microseconds)
+
+    def _residents(self) -> Iterator[Plan]:
+        """With as few rows a program as keep every program on its own processor: more rows only lengthen a step. And
+        with eight, if U is then in registers: several such programs share a processor for little more than one costs.
+        """
+        most = _power_of_2(_ceil(self.B * self.groups, self.device.processors), 8, 32 if self.H <= 128 else 8)
+        found = self._resident(most)
+        if found.block_b > 8 and (small := self._resident(8)).u_in_registers:
+            yield small
+        yield found
+
+    def _resident(self, block_b: int) -> Plan:
+        """With at most so many rows a program."""
         products, tiles, H, itemsize, device = self.products, self.tiles, self.H, self.itemsize, self.device
         block_h = _power_of_2(H, 16, 1 << 30)
-        # As few rows a program as keep every program on its own processor; more rows only lengthen a step.
-        share = _ceil(self.B * self.groups, device.processors)
-        block_b = _power_of_2(share, 8, 32 if block_h <= 128 else 8)
         # Three products a gate: beyond 16 units more rows spill (likewise), and cost as much as more programs.
         if itemsize == 4 and self.precision == "tf32x3" and block_h > 16:
             block_b = 8
@@ -260,15 +299,17 @@ class _Problem:
             num_warps = 8
         needed = resident_bytes(products, H, itemsize, block_b, self.precision)
         programs = _ceil(self.B, block_b) * self.groups
-        read = 0 if u_in_registers else u_bytes
-        floor = self.floor(read, SHARED_RATE, block_b, block_h, products * block_h, 0, 0.0)
-        # Programs that share a processor share its rates, and hide each other's latency.
-        together = _ceil(programs, device.processors)
-        us = max(floor.total, together * (floor.total - floor.chain))
+        shared = needed - in_registers * u_in_registers
+        at_once = max(1, min(65536 // (num_warps * 32 * 255), device.shared // max(1, shared)))
+        # Backward in 16 bits the products of all gates are one chain (see `math.is_one_chain`).
+        links = self.links(block_h * (products if self.backward and itemsize == 2 else max(1, self.levels)))
+        read = 0.0 if u_in_registers else u_bytes / SHARED_RATE
+        cost = self.cost(read, block_b, block_h, products * block_h, links, 0, 0.0)
+        us = self.sharing(cost, programs, at_once)
         why = (
             f"U ({products}x{H}x{H}, padded to {block_h}) takes {needed // KB} KB of the {device.shared // KB} KB of "
             f"shared memory, so one program keeps it{' in registers' * u_in_registers} and takes all steps for "
-            f"{block_b} rows; {floor}"
+            f"{block_b} rows; {cost}"
         )
         chosen = self.made("resident", (block_h, block_b, block_h), num_warps, 1, programs, why, us)
         return replace(chosen, u_in_registers=u_in_registers)
@@ -295,8 +336,8 @@ class _Problem:
             )
         return None
 
-    def _grids(self) -> Iterator[tuple[Floor, Plan, int]]:
-        """What fits: (floor, plan without its reason, bytes of shared memory)."""
+    def _grids(self) -> Iterator[tuple[Cost, Plan, int]]:
+        """What fits: (cost, plan without its reason, bytes of shared memory)."""
         device, interpreted = self.device, self.device is INTERPRETER
         blackwell = device.capability >= 100
         cut = slices(self.cell, self.H, GRID_UNITS, self.backward)
@@ -330,15 +371,15 @@ class _Problem:
                 u_bytes = columns * GRID_UNITS * self.itemsize
                 in_registers = self._u_in_registers(block_b, u_bytes)
                 exchange = sum(c for _, c in cut) * min(block_b, self.B) * self.itemsize
-                start = device.microseconds(4 * TRIP * self.levels)
-                floor = self.floor(
-                    0 if in_registers else u_bytes, SHARED_RATE, block_b, GRID_UNITS, columns, exchange, start
-                )
-                made = self.made("grid", tile, num_warps, 1, programs, "", floor.total)
+                links = self.links(max(sum(each) // parts(r, block_b, num_warps) for r, each in sizes) * self.levels)
+                start = device.microseconds(BARRIER * self.levels)
+                read = 0.0 if in_registers else u_bytes / SHARED_RATE
+                cost = self.cost(read, block_b, GRID_UNITS, columns, links, exchange, start)
+                made = self.made("grid", tile, num_warps, 1, programs, "", cost.total)
                 made = replace(made, u_in_registers=in_registers)
                 needed = grid_bytes(self.cell, self.H, self.itemsize, made, self.backward, self.precision)
                 if needed <= device.shared:
-                    yield floor, made, needed
+                    yield cost, made, needed
                     break
 
     def _u_in_registers(self, block_b: int, u_bytes: int) -> bool:
@@ -372,11 +413,11 @@ class _Problem:
     def grid(self) -> Plan:
         if not self.products:
             return self._spread()
-        floor, chosen, needed = min(self._grids(), key=lambda found: found[0].total)
+        cost, chosen, needed = min(self._grids(), key=lambda found: found[0].total)
         why = (
             f"U ({self.products}x{self.H}x{self.H}) is spread over {chosen.programs} programs of {GRID_UNITS} units "
             f"and {chosen.block_b} rows, {needed // KB} KB of {self.device.shared // KB} KB of shared memory each, "
-            f"with a barrier a step; {floor}"
+            f"with a barrier a step; {cost}"
         )
         return replace(chosen, why=why, waits=True)
 
@@ -392,24 +433,24 @@ class _Problem:
             block_h *= 2
         while block_b < min(32, self.B) and programs() > 16 * device.processors:
             block_b *= 2
-        floor = self.floor(0, SHARED_RATE, block_b, block_h, 0, 0, 0.0)
-        us = max(floor.total, _ceil(programs(), device.processors) * (floor.total - floor.chain))
+        num_warps = max(1, min(4, block_h * block_b // 128))
+        cost = self.cost(0.0, block_b, block_h, 0, 0, 0, 0.0)
+        us = self.sharing(cost, programs(), 65536 // (num_warps * 32 * 255))
         why = (
             f"without a product no unit needs another: {programs()} programs of {block_h} units and {block_b} rows "
-            f"take all steps by themselves; {floor}"
+            f"take all steps by themselves; {cost}"
         )
-        num_warps = max(1, min(4, block_h * block_b // 128))
         return self.made("grid", (block_h, block_b, 16), num_warps, 1, programs(), why, us)
 
     # stepwise
 
     def stepwise(self) -> Plan:
-        tile, num_warps, num_stages, programs, floor, us = min(self._tiles(), key=lambda found: found[-1])
-        why = f"every step is a launch of {programs} programs over tiles of {tile[0]} units and {tile[1]} rows; {floor}"
+        tile, num_warps, num_stages, programs, cost, us = min(self._tiles(), key=lambda found: found[-1])
+        why = f"every step is a launch of {programs} programs over tiles of {tile[0]} units and {tile[1]} rows; {cost}"
         return self.made("stepwise", tile, num_warps, num_stages, programs, why, us)
 
-    def _tiles(self) -> Iterator[tuple[tuple[int, int, int], int, int, int, Floor, float]]:
-        """Tiles of `stepwise`: (tile, warps, stages, programs, its floor, and that with what does not overlap)."""
+    def _tiles(self) -> Iterator[tuple[tuple[int, int, int], int, int, int, Cost, float]]:
+        """Tiles of `stepwise`: (tile, warps, stages, programs, its cost, and that with what does not overlap)."""
         cell, B, H, itemsize, device = self.cell, self.B, self.H, self.itemsize, self.device
         exact = itemsize == 8 or (itemsize == 4 and self.precision != "tf32")
         first = cell.first_products
@@ -430,15 +471,15 @@ class _Problem:
                 programs = _ceil(H, block_h) * _ceil(B, block_b) * self.groups
                 waves = _ceil(programs, device.processors)
                 num_stages = 3 if 3 * (rows + block_b) * block_k * itemsize <= device.shared - 2 * KB else 2
-                floor = self.floor(
-                    (rows + block_b) * columns * itemsize * waves, device.l2, block_b, block_h * waves,
-                    columns * (1 if self.backward else cell.products), 0, LAUNCH * launches,
+                cost = self.cost(
+                    (rows + block_b) * columns * itemsize * waves / device.l2, block_b, block_h * waves,
+                    columns * (1 if self.backward else cell.products), self.links(columns), 0, LAUNCH * launches,
                 )  # fmt: skip
                 # U streams from L2 if it stays there, else from memory.
                 u_bytes = cell.products * H * H * itemsize * self.groups
                 memory = u_bytes / device.memory / 1000 if u_bytes > 0.7 * device.cache else 0.0
-                us = floor.total + max(0.0, memory - max(floor.u, floor.tensor))
-                yield (block_h, block_b, block_k), num_warps, num_stages, programs, floor, us
+                us = cost.total + max(0.0, memory - max(cost.u, cost.tensor))
+                yield (block_h, block_b, block_k), num_warps, num_stages, programs, cost, us
 
     def _most_elements(self) -> int:
         """Elements of a stepwise tile. Blackwell's products come back from tensor memory all at once."""
@@ -463,7 +504,7 @@ def plan(
 ) -> Plan:
     """The plan of a scan: batch B, hidden size H, bytes an element of the data's type, the device's facts.
 
-    precision: what float32 products are done in. schedule: None takes the one with the lowest floor, of those not in
+    precision: what float32 products are done in. schedule: None takes the one that costs least, of those not in
     avoid; a name forces it.
     ValueError for an unknown name, for a schedule that does not fit, where none is left, and for a U of 2^31 elements
     or more.
@@ -483,8 +524,7 @@ def plan(
     # Interpreted, a barrier is a launch, so grid has no advantage.
     if schedule is None and device is INTERPRETER and len(found) > 1:
         found.pop("grid", None)
-    # Programs that wait for each other have more to lose against their floor than one that runs alone.
-    best = min(found.values(), key=lambda p: p.microseconds * (1.25 if p.waits else 1.0))
+    best = min(found.values(), key=lambda p: p.microseconds)
     others = [f"{p.schedule} would take {p.microseconds:.2f} us" for p in found.values() if p is not best]
     others += [f"no {name}: {why}" for name, why in unfit.items() if why and schedule is None]
     if not others:

@@ -1,10 +1,10 @@
 """Tiles of the `single` schedule (one step in one launch), and whether it is cheaper than a GEMM and a scan over one
-step: a pure function, as `plan` is, with its floors and the reason in numbers.
+step: a pure function, as `plan` is, with its model and the reason in numbers.
 
 Beside `plan`'s rates, what decides between a kernel of ours and the vendor's GEMM: a warp's own products (mma.sync)
 reach 62% of what Hopper's tensor cores do (Luo et al., arXiv:2402.13499; taken for every device), of float32 as it is
 half a loop's instructions are its multiply-adds (the report), and the GEMM is taken to reach all of either. `plan`'s
-floor for U is as optimistic, and the copies around a scan are not counted: the one speaks for the GEMM where batches
+time to read U is as optimistic, and the copies around a scan are not counted: the one speaks for the GEMM where batches
 are large, the other against it where they are small.
 """
 
@@ -16,7 +16,7 @@ from functools import cache
 
 from .devices import INTERPRETER, KB, Device
 from .form import Form
-from .plan import ACTIVATION_RATE, CHAIN, LAUNCH, TRIP, Floor, Plan, _ceil, _power_of_2, _rate, plan
+from .plan import ACTIVATION_RATE, CHAIN, LAUNCH, TRIP, Cost, Plan, _ceil, _power_of_2, _rate, plan
 
 WARP_PRODUCTS, MULTIPLY_ADDS = 0.62, 0.5  # of the rates of tensor cores, and of what is done without
 
@@ -26,7 +26,7 @@ class Single(Plan):
     """The plan of one step. cheaper: than the GEMM of the input projection and `plan`'s schedule for the rest."""
 
     cheaper: bool = True
-    elsewhere: float = 0.0  # the floor of those two, in microseconds
+    elsewhere: float = 0.0  # those two, by the model, in microseconds
 
 
 def slots(cell: Form) -> int:
@@ -91,8 +91,8 @@ class _Problem:
         d = self.device
         return bytes / d.memory / 1000 if self.bytes > 0.7 * d.cache else 0.0
 
-    def tiles(self) -> Iterator[tuple[tuple[int, int, int], int, int, int, Floor]]:
-        """(tile, warps, stages, programs, floor) of what fits."""
+    def tiles(self) -> Iterator[tuple[tuple[int, int, int], int, int, int, Cost]]:
+        """(tile, warps, stages, programs, cost) of what fits."""
         cell, B, I, H, itemsize, d = self.cell, self.B, self.I, self.H, self.itemsize, self.device  # noqa: E741
         per_unit = slots(cell)
         # Bytes of a row that a turn of the loop takes: a line, and half where registers are short.
@@ -126,16 +126,17 @@ class _Problem:
                     read += (cell.products * block_h + min(B, block_b)) * H
                 # A turn of the loop waits for its tiles, num_stages - 1 turns at a time.
                 trips = turns * TRIP / (num_stages - 1)
-                functions = block_b * block_h * (cell.gates + 1) * (4 if itemsize > 2 else 1) / ACTIVATION_RATE
-                floor = Floor(
+                functions = block_b * block_h * (cell.gates + 1) * (2 if itemsize > 2 else 1) / ACTIVATION_RATE
+                cost = Cost(
                     u=max(d.microseconds(max(read * itemsize * waves / d.l2, trips)), self._streamed(self.bytes)),
                     tensor=d.microseconds(work * waves),
                     activations=d.microseconds(functions * waves),
+                    memory=0.0,
                     exchange=0.0,
                     start=LAUNCH,
                     chain=d.microseconds(CHAIN),
                 )
-                yield (block_h, block_b, block_k), num_warps, num_stages, programs, floor
+                yield (block_h, block_b, block_k), num_warps, num_stages, programs, cost
 
     def exact(self) -> bool:
         """Whether some product is done without tensor cores, or with three for one."""
@@ -151,7 +152,7 @@ class _Problem:
         return 1024 if self.exact() else 8192 if rows >= 64 else 32 * rows
 
     def elsewhere(self) -> tuple[float, str]:
-        """The floor of the GEMM and of one step of `plan`'s schedule; the copies between them are not counted."""
+        """The time of the GEMM and of one step of `plan`'s schedule; the copies between them are not counted."""
         cell, B, I, H, d = self.cell, self.B, self.I, self.H, self.device  # noqa: E741
         size = {"B": B, "H": H, "itemsize": self.itemsize}
         there = plan(cell, **size, device=d, precision=self.precisions[1])
@@ -188,17 +189,17 @@ def plan_single(
         raise ValueError(f"the single schedule does not fit: {reason}")
     problem = _Problem(cell, B, I, H, itemsize, device, (input_precision or precision, precision))
     # Interpreted, programs run one after another, and each costs the same.
-    tile, num_warps, num_stages, programs, floor = min(
+    tile, num_warps, num_stages, programs, cost = min(
         problem.tiles(), key=lambda found: found[3] if device is INTERPRETER else found[4].total
     )
     us, other = problem.elsewhere()
-    cheaper = floor.total < us
+    cheaper = cost.total < us
     why = (
         f"one launch of {programs} programs over {tile[0]} units and {tile[1]} rows reads both matrices "
-        f"({problem.bytes // KB} KB) once for every {tile[1]} rows; {floor}; {'cheaper' if cheaper else 'dearer'} than "
+        f"({problem.bytes // KB} KB) once for every {tile[1]} rows; {cost}; {'cheaper' if cheaper else 'dearer'} than "
         f"{other}"
     )
     return Single(
-        "single", *tile, num_warps, num_stages, 255, device.capability > 0, why, programs, floor.total,
+        "single", *tile, num_warps, num_stages, 255, device.capability > 0, why, programs, cost.total,
         cheaper=cheaper, elsewhere=us,
     )  # fmt: skip

@@ -112,7 +112,7 @@ def test_what_the_plan_chooses():
     """The shapes the schedules were made for; and the numbers it explains itself with."""
     for backward in (False, True):
         large = planned(B=16, H=1024, backward=backward)
-        assert large.schedule == "grid" and large.programs <= 132 and 1 < large.microseconds < 3
+        assert large.schedule == "grid" and large.programs <= 132 and 1 < large.microseconds < 5
         assert planned("gru", B=64, H=512, backward=backward).schedule == "grid"
         assert planned(B=16, H=4096, backward=backward).schedule == "stepwise", "U is larger than all shared memory"
         assert planned(B=16, H=64, backward=backward).schedule == "resident"
