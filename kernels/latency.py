@@ -65,6 +65,9 @@ MATRIX = (6, 7, 8)
 FUNCTION = 8  # ptxas: between two functions; 16 results a cycle and processor by NVIDIA's programming guide
 QUEUE = 5  # instructions that wait for a unit before the scheduler does: Huerta et al., arXiv:2503.20481, on an A6000
 SCHEDULERS = 4
+# Of sm_80 to sm_90 the control bits are the same; the latencies are of sm_90. The tensor cores of sm_100 are driven by
+# other instructions, whose latencies were neither measured nor published.
+CAPABILITIES = (80, 89, 90)
 SETTINGS = (0, 1, 2)  # low, middle, high
 ITERATIONS = 8
 LONGEST = 100_000  # instructions of one path
@@ -100,6 +103,9 @@ class Cycles:
     middle: float
     high: float
     loop: bool
+
+    def __str__(self) -> str:
+        return f"{self.low:.0f}-{self.high:.0f}"
 
 
 @dataclass(frozen=True)
@@ -153,19 +159,22 @@ def bounds(code: Sequence[tuple[int, str]]) -> tuple[int, int] | None:
     return best if best[1] else None
 
 
-def path(code: list[Instruction], begin: int, end: int) -> list[Instruction]:
-    """What a warp issues from begin to end or the first unconditional EXIT: loops within once, and no conditional
-    branch forward taken. A loop within that reads with an acquire is a poll."""
+def path(code: list[Instruction], begin: int, end: int, trips: int = 1) -> list[Instruction]:
+    """What a warp issues from begin to end or the first unconditional EXIT: loops within `trips` times, and no
+    conditional branch forward taken. A loop within that reads with an acquire is a poll, and done once."""
     at = {i.address: n for n, i in enumerate(code)}
     inner = [(i.target, i.address) for i in code if i.target is not None and begin <= i.target < i.address < end]
     found: list[Instruction] = []
     returns: list[int] = []
+    left = {last: trips - 1 for _, last in inner}
     n = at[begin]
     while n < len(code) and len(found) < LONGEST:
         i = code[n]
         strong = i.op in ("ATOM", "ATOMG") or (i.unit == "load" and "STRONG" in i.name)
         poll = strong and any(first <= i.address <= last for first, last in inner)
         found.append(replace(i, poll=True) if poll else i)
+        if poll:
+            left |= {last: 0 for first, last in inner if first <= i.address <= last}
         if i.address == end or (i.op == "EXIT" and not i.conditional):
             break
         n += 1
@@ -176,6 +185,9 @@ def path(code: list[Instruction], begin: int, end: int) -> list[Instruction]:
         elif i.op == "RET" and returns:
             n = returns.pop()
         elif i.op == "BRA" and always and i.target in at and i.target > i.address:
+            n = at[i.target]
+        elif left.get(i.address, 0) > 0 and i.target is not None:
+            left[i.address] -= 1
             n = at[i.target]
     return found
 
@@ -206,15 +218,16 @@ class Processor:
 
     def run(self, iterations: int) -> list[float]:
         """When the slowest warp begins each iteration. Stops early once two take as long."""
-        heap = [(0.0, w.n) for w in self.warps]
+        # Of several that are ready, the one that is an iteration behind, then the oldest.
+        heap = [(0.0, 0, w.n) for w in self.warps]
         while heap:
-            t, n = heapq.heappop(heap)
+            t, _, n = heapq.heappop(heap)
             now = self._earliest(self.warps[n])
             if now > t:
-                heapq.heappush(heap, (now, n))
+                heapq.heappush(heap, (now, len(self.warps[n].starts), n))
                 continue
             for w in self._issue(self.warps[n], t):
-                heapq.heappush(heap, (w.ready, w.n))
+                heapq.heappush(heap, (w.ready, len(w.starts), w.n))
             if self.warps[n].at == 0 and self._settled(iterations):
                 break
         return [max(times) for times in zip(*(w.starts for w in self.warps), strict=False)]
@@ -337,13 +350,14 @@ class Processor:
         return done, read
 
 
-def cycles(sass: str, warps: int) -> Cycles | None:
-    """The interval of a compiled kernel: sass as `cuobjdump -sass` prints it. None where there is no code in it."""
+def cycles(sass: str, warps: int, trips: int = 1) -> Cycles | None:
+    """The interval of a compiled kernel: sass as `cuobjdump -sass` prints it. None where there is no code in it.
+    trips: how often loops within the loop run; those that poll run once."""
     code = decode(sass)
     if not code:
         return None
     loop = bounds([(i.address, i.text) for i in code])
-    body = path(code, *(loop or (code[0].address, code[-1].address)))
+    body = path(code, *(loop or (code[0].address, code[-1].address)), trips)
     found = []
     for setting in SETTINGS:
         starts = Processor(body, warps, setting).run(ITERATIONS if loop else 1)
