@@ -32,10 +32,11 @@ run.
 - tile: hidden units x batch rows of a program; regs: registers a thread, KB: shared memory (the larger of the
   directions); floor: the plan's model of what a step cannot take less than, in microseconds, at the smallest batch.
 - fp32 products are in TF32.
-{lacking}"""
+{note}"""
+OTHER = "- The latencies are an H200's; none was measured on this target.\n"
 NO_MODEL = """\
-- There is no model for this target: its tensor cores are driven by other instructions, whose latencies were neither
-  measured nor published. Instead of cycles, issue slots (instructions x warps / 4) of the loop's body.
+- There is no model for this target: none of its latencies was measured here, and its tensor cores have instructions of
+  their own. Instead of cycles, issue slots (instructions x warps / 4) of the loop's body.
 """
 
 
@@ -144,7 +145,8 @@ def document(target: str, content: dict[str, Any], more: str = "") -> str:
     rows = [r for r in content["rows"] if r["case"]["target"] == target and r["case"]["cell"] in CELLS]
     bad = sum(not r["good"] for r in rows)
     facts = {"target": target, "triton": content["triton"], "clock": devices.KNOWN[target].clock}
-    facts["lacking"] = "" if any(r.get("cycles") for r in rows) else NO_MODEL
+    modelled = any(r.get("cycles") for r in rows)
+    facts["note"] = NO_MODEL if not modelled else OTHER if target != peers_static.TARGET else ""
     parts = [f"# Static cost of the kernels on {target}", LEGEND.format(**facts)]
     parts.append(f"{len(rows)} kernels; {bad} spill in a loop or do not fit.")
     parts += ["## A step, 8 rows a program (cycles, barriers)", step_costs(rows)]

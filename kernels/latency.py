@@ -65,8 +65,8 @@ MATRIX = (6, 7, 8)
 FUNCTION = 8  # ptxas: between two functions; 16 results a cycle and processor by NVIDIA's programming guide
 QUEUE = 5  # instructions that wait for a unit before the scheduler does: Huerta et al., arXiv:2503.20481, on an A6000
 SCHEDULERS = 4
-# Of sm_80 to sm_90 the control bits are the same; the latencies are of sm_90. The tensor cores of sm_100 are driven by
-# other instructions, whose latencies were neither measured nor published.
+# The control bits are the same from sm_80 to sm_100; the latencies are of sm_90. sm_100 is left out: none of its
+# latencies was measured, and its tensor cores have instructions of their own.
 CAPABILITIES = (80, 89, 90)
 SETTINGS = (0, 1, 2)  # low, middle, high
 ITERATIONS = 8
