@@ -243,7 +243,7 @@ def static(table: Path, folder: Path) -> None:
     target = table.stem.removeprefix("static-")
     figure.suptitle(
         f"One step of the resident kernels on {target}, bfloat16, 8 rows a program: lower is better\n"
-        "predicted from the machine code, from the model's low bound to its high one; nothing was run",
+        "predicted from the machine code: bars from the model's low bound to its high one; nothing was run",
         fontsize=10,
     )
     names = dict.fromkeys(row[0] for row in rows)

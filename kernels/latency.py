@@ -15,9 +15,9 @@ What the model has beside latencies: stores take the load/store unit 32 bytes a 
 them, also an access of shared memory, waits; a program reads what others have just written more slowly than other
 data; a barrier over all programs is a fence, an atomic and a poll, and the slowest program decides.
 
-What it leaves out: bank conflicts of shared memory and registers, instruction fetch, whether an access is coalesced
-(each row of a tile is taken to be a piece of its own), warps of a program that branch differently, other programs on
-the same processor, clocks that drop.
+What it leaves out: the first-level cache for global data (unless `cached`), bank conflicts of shared memory and
+registers, instruction fetch, whether an access is coalesced (each row of a tile is taken to be a piece of its own),
+warps of a program that branch differently, other programs on the same processor, clocks that drop.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ LATENCY: dict[str, tuple[float, float, float]] = {
     "register": (20, 30, 50),  # guess: special registers
     "uniform": (8, 12, 16),  # guess: votes, and moves between the two kinds of registers
     "global": (273, 350, 650),  # H200: 273 from L2, one address; the farther half of L2, and memory, are guesses
+    "first level": (34, 34, 34),  # H200: 34.0, a load that the first-level cache answers
     "exchange": (315, 500, 700),  # guess: from L2, what another processor has just written; H200: 315 to acquire a word
     "acquire": (315, 315, 340),  # H200: 314.9, the load and the invalidation of the first-level cache
     "atomic": (500, 537, 600),  # H200: 537.2
@@ -58,6 +59,7 @@ LATENCY: dict[str, tuple[float, float, float]] = {
 SECTOR = (1, 2, 3)
 # Bytes a cycle from L2 (data sheets: 64 for one processor, 39 where all read), and of what other programs wrote and
 # all read at the same time (guess).
+FIRST_LEVEL_BYTES = 128  # NVIDIA's tuning guides
 L2_BYTES, EXCHANGE_BYTES = (64, 45, 32), (32, 18, 12)
 # Cycles between two matrix instructions of a scheduler. ptxas: 6; mma.sync reaches 0.62 of the rate of a warp group's
 # products by Luo et al., which is 6.4; 7 and 8 are guesses.
@@ -207,9 +209,12 @@ class _Warp:
 class Processor:
     """Issues `body` for all warps with the latencies of one setting."""
 
-    def __init__(self, body: list[Instruction], warps: int, setting: int) -> None:
+    def __init__(self, body: list[Instruction], warps: int, setting: int, cached: bool = False) -> None:
         self.body, self.setting = body, setting
         self.latency = {name: values[setting] for name, values in LATENCY.items()}
+        self.rate = L2_BYTES[setting]
+        if cached:
+            self.latency["global"], self.rate = self.latency["first level"], FIRST_LEVEL_BYTES
         self.warps = [_Warp(n) for n in range(warps)]
         self.free: dict[tuple[str, int], float] = defaultdict(float)  # when a scheduler's unit takes the next one
         self.shared = self.memory = self.l2 = 0.0  # when the processor's do
@@ -342,7 +347,7 @@ class Processor:
         if i.poll:
             return max(begin + self.latency["acquire" if i.unit == "load" else "atomic"], self.flag), read
         strong = "STRONG" in i.name
-        rate = (EXCHANGE_BYTES if strong else L2_BYTES)[self.setting]
+        rate = EXCHANGE_BYTES[self.setting] if strong else self.rate
         self.l2 = max(begin, self.l2) + 32 * sectors / rate
         done = self.l2 + self.latency["exchange" if strong else "global"]
         if i.op == "LDGSTS":
@@ -350,9 +355,10 @@ class Processor:
         return done, read
 
 
-def cycles(sass: str, warps: int, trips: int = 1) -> Cycles | None:
+def cycles(sass: str, warps: int, trips: int = 1, cached: bool = False) -> Cycles | None:
     """The interval of a compiled kernel: sass as `cuobjdump -sass` prints it. None where there is no code in it.
-    trips: how often loops within the loop run; those that poll run once."""
+    trips: how often loops within the loop run; those that poll run once. cached: some loads are of what the first-level
+    cache holds from earlier iterations, such as weights; the low bound takes all of them for such."""
     code = decode(sass)
     if not code:
         return None
@@ -360,6 +366,6 @@ def cycles(sass: str, warps: int, trips: int = 1) -> Cycles | None:
     body = path(code, *(loop or (code[0].address, code[-1].address)), trips)
     found = []
     for setting in SETTINGS:
-        starts = Processor(body, warps, setting).run(ITERATIONS if loop else 1)
+        starts = Processor(body, warps, setting, cached and setting == 0).run(ITERATIONS if loop else 1)
         found.append((starts[-1] - starts[-3]) / 2 if loop else starts[1] - starts[0])
     return Cycles(min(found), sorted(found)[1], max(found), loop is not None)

@@ -268,7 +268,7 @@ def whole(targets: list[str], names: list[str]) -> Iterator[Case]:
                         for direction in ("train", "backward"):
                             yield Case(name, direction, dtype, batch, hidden, target)
             for dtype in ("bf16", "fp32"):
-                for hidden in (32, 64, 128):
+                for hidden in (16, 32, 64, 128):
                     yield Case(name, "infer", dtype, 8, hidden, target)
     yield from quick(targets, names)
     yield from (case for target in targets for name in names for case in precise(target, name))

@@ -65,6 +65,7 @@ def test_a_load_costs_its_latency_only_where_it_is_waited_for_early():
     at_once, late = cycles(load, use, *work), cycles(load, *work, use)
     expected = 1 + 4 * 200 + 4 + BACK
     assert three(late) == (expected,) * 3
+    assert cycles(load, use, *work, cached=True).low == expected + 34
     for found, latencies in zip(three(at_once), latency.LATENCY["global"], strict=True):
         assert expected + latencies - 1 <= found < expected + latencies + 20
 
