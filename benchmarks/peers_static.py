@@ -230,8 +230,8 @@ def section(ours: Callable[[str, str, int], str], hidden: tuple[int, ...] = HIDD
         "a program; seqcells has 8 rows in each of two programs. Products of the input with its weights and "
         "rearrangements before and after a kernel are in no column. TorchRL's kernels have resets, and data in float32 "
         "with products in bf16: they compile for no other data. They load the weights in every step, from the "
-        "first-level cache where that holds them: the low bound is as if all loads came from there. FlashRNN's backward "
-        "computes tanh in bf16, which today's Triton refuses; here it does so in float32.",
+        "first-level cache where that holds them: the low bound is as if all loads came from there. FlashRNN's "
+        "backward computes tanh in bf16, which today's Triton refuses; here it does so in float32.",
         "",
         f"| cell | H | direction | seqcells | {' | '.join(NAMES[p] for p in present)} |",
         f"|{'---|' * (4 + len(present))}",
