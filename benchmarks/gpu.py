@@ -110,6 +110,8 @@ class Report:
                     "",
                 ]
                 lines += [compare.failures(found), ""]
+            elif name == "kernels" and "failed" not in found:
+                lines += [model_table(found), ""]
             elif isinstance(found, dict) and "out" in found:
                 lines += [f"`{found['command']}` ended with {found['code']} after {found['seconds']:.0f} s.", "", "```"]
                 lines += [(found["out"] or found["error"])[-8000:].strip(), "```", ""]
@@ -244,17 +246,28 @@ def kernels(device: str, dry: bool) -> Iterator[jobs.Job]:
                         yield {"do": "kernel", "cell": cell, "direction": direction, "dtype": dtype, "B": B, "H": H}
 
 
-def kernel_times(device: str, deadline: float, dry: bool) -> dict[str, str]:
-    """Of each kernel, microseconds a step, and what the plan's model says."""
+def kernel_times(device: str, deadline: float, dry: bool) -> dict[str, jobs.Job]:
+    """Of each kernel, microseconds a step: measured, by the latency model (low, middle, high), and the plan's floor."""
     asked = [{**job, "device": device, "seconds": 0.0 if dry else 0.15} for job in kernels(device, dry)]
-    lines = {}
-    for job, found in jobs.run(asked, 1, 40, deadline):
-        name = f"{job['cell']} {job['direction']} {job['dtype']} B={job['B']} H={job['H']}"
-        lines[name] = found.get("failed", "not reached")
-        if "us_a_step" in found:
-            model = f"the plan's model {found['predicted_us']:.3f}"
-            lines[name] = f"{found['us_a_step']:.3f} us a step, {model} ({found['plan']})"
-    return lines
+    return {
+        f"{job['cell']} {job['direction']} {job['dtype']} B={job['B']} H={job['H']}": found
+        for job, found in jobs.run(asked, 1, 40, deadline)
+    }
+
+
+def model_table(found: dict[str, jobs.Job]) -> str:
+    """Model against measured, a kernel a line."""
+    lines = ["| kernel, us a step | measured | model | times the middle | plan's floor | plan |"]
+    lines.append("|---|---:|---:|---:|---:|---|")
+    for name, row in found.items():
+        if "measured" not in row:
+            lines.append(f"| {name} | {row.get('failed', 'not reached')} | | | | |")
+            continue
+        model, times = "-", "-"
+        if row["model"] is not None:
+            model, times = "-".join(f"{v:.3f}" for v in row["model"]), f"{row['measured'] / row['model'][1]:.2f}"
+        lines.append(f"| {name} | {row['measured']:.3f} | {model} | {times} | {row['floor']:.3f} | {row['plan']} |")
+    return "\n".join(lines)
 
 
 def timed(

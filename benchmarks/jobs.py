@@ -43,8 +43,9 @@ def case(case: Job, device: str, seconds: float, providers: list[str], checked: 
 
 
 def kernel(cell: str, direction: str, dtype: str, B: int, H: int, device: str, seconds: float, T: int = 1000) -> Job:
-    """Microseconds a step of one kernel alone, or of its launches: "infer", "train" (forward, with and without saving)
-    or "backward". seconds: as for `case`."""
+    """Microseconds a step of one kernel alone, or of its launches, measured and by the latency model: "infer", "train"
+    (forward, with and without saving) or "backward". seconds: as for `case`."""
+    import predicted
     import torch
     from measure import interleaved
 
@@ -63,23 +64,30 @@ def kernel(cell: str, direction: str, dtype: str, B: int, H: int, device: str, s
     chosen = plan(known, backward=True, **size) if direction == "backward" else there
     save = "none" if direction == "infer" else "gates"
 
-    def forward() -> scan.Scanned:
-        return scan.forward(known, gx, u, bias, None, None, None, save=save, plan=there, precision=precision)
+    launches: list[scan.Launch] = []
 
-    run: Callable[[], object] = forward
+    def forward(**more: Any) -> scan.Scanned:
+        how: Job = {"save": save, "plan": there, "precision": precision} | more
+        return scan.forward(known, gx, u, bias, None, None, None, **how)
+
+    run: Callable[..., object] = forward
     if direction == "backward":
         out, dy = forward(), torch.randn(T, B, 1, H, device=place).to(kind)
 
-        def run() -> object:
+        def run(**more: Any) -> object:
             states = out.y, out.c, out.saved
-            return scan.backward(known, dy, None, None, u, *states, None, plan=chosen, precision=precision)
+            return scan.backward(known, dy, None, None, u, *states, None, plan=chosen, precision=precision, **more)
 
     run()
     if seconds < 0:
         return {}
     found = statistics.median(interleaved({"": run}, gx.device, seconds)[""])
+    run(launch=launches.append)  # collected, not launched
+    facts = scan.device_facts(place)
+    clock = getattr(torch.cuda.get_device_properties(place), "clock_rate", 0) / 1e6 if place.type == "cuda" else 0.0
+    model = predicted.model(launches, facts.capability, clock or facts.clock)
     plan_text = f"{chosen.schedule} {chosen.block_h}x{chosen.block_b}, {chosen.num_warps} warps"
-    return {"us_a_step": found / T * 1e6, "predicted_us": chosen.microseconds, "plan": plan_text}
+    return {"measured": found / T * 1e6, "model": model, "floor": chosen.microseconds, "plan": plan_text}
 
 
 def probe(name: str, device: str, dry: bool) -> Job:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,7 @@ def _of_family(name: str, axis: str, members: list[dict[str, Any]], where: str) 
 
 
 def static(table: Path, folder: Path) -> None:
-    """What a step costs by its machine code, from the first table of static.py's document: issue slots against H."""
+    """What a step costs by its machine code, from the first table of static.py's document: cycles against H."""
     lines = table.read_text().split("## A step")[1].split("##")[0].splitlines()
     head, _, *rows = ([part.strip() for part in line.strip("|").split("|")] for line in lines if line.startswith("|"))
     phases = [(k, title) for k, title in enumerate(head) if title.startswith("bf16")]
@@ -242,18 +243,25 @@ def static(table: Path, folder: Path) -> None:
     target = table.stem.removeprefix("static-")
     figure.suptitle(
         f"One step of the resident kernels on {target}, bfloat16, 8 rows a program: lower is better\n"
-        "counted in the compiled code; nothing was run",
+        "predicted from the machine code: bars from the model's low bound to its high one; nothing was run",
         fontsize=10,
     )
+    names = dict.fromkeys(row[0] for row in rows)
     for (k, title), axes in zip(phases, panels, strict=True):
-        for cell in dict.fromkeys(row[0] for row in rows):
-            points = [(int(row[1]), int(row[k].split(",")[0])) for row in rows if row[0] == cell and "," in row[k]]
+        for n, cell in enumerate(names):
+            found = [(int(row[1]), re.match(r"(\d+)-(\d+) ", row[k])) for row in rows if row[0] == cell]
+            points = [(h, float(m[1]), float(m[2])) for h, m in found if m]
+            if not points:
+                continue
+            aside = 2.0 * (n - (len(names) - 1) / 2)  # so that intervals do not lie on each other
+            middle = [(low + high) / 2 for _, low, high in points]
+            half = [(high - low) / 2 for _, low, high in points]
             name = CELLS[cell.replace("_", "-")] if k == phases[0][0] else None
-            axes.plot(*zip(*points, strict=True), marker="o", ms=3, label=name)
+            axes.errorbar([h + aside for h, *_ in points], middle, half, marker="o", ms=3, capsize=2, label=name)
         axes.set(xlabel="hidden size H", title=title.removeprefix("bf16 "))
-        axes.set_xticks([int(row[1]) for row in rows])
+        axes.set_xticks(list(dict.fromkeys(int(row[1]) for row in rows)))
         axes.grid(alpha=0.3)
-    panels[0].set(ylabel="issue slots (instructions x warps / 4)", ylim=(0, None))
+    panels[0].set(ylabel="cycles a step", ylim=(0, None))
     figure.legend(frameon=False, ncols=3, loc="outside lower center")
     save(figure, folder / f"{table.stem}.png")
 

@@ -1,33 +1,56 @@
 """The report's JSON as Markdown, a file a target: python benchmarks/static.py out/report.json benchmarks/results
 
-Static cost: what the compiled code shows without running. The floors are the plan's model, not measurements.
+Static cost: what the compiled code shows without running. Cycles are predicted (kernels/latency.py), and floors are the
+plan's model; neither is a measurement. In sm_90's file also FlashRNN's and TorchRL's kernels, where they are installed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a checkout without installing
+
+import peers_static
+
+from seqcells.kernels import devices
 
 CELLS = ("lstm", "gru", "gru_before")
 LEGEND = """\
 Made by `make report`: every kernel that the plan would launch, compiled for {target} with Triton {triton}; nothing was
 run.
 
-- slots: issue slots (instructions x warps / 4) of the loop's body; bar: barriers in it. The loop is a whole time step
-  for `resident` and `grid`. For `stepwise` it is one turn of the loop over U inside a step's launch (- where it was
-  unrolled), and says nothing of the pointwise step behind it.
+- cycles: what a step takes of a multiprocessor's cycles, as a model of latencies predicts it from the machine code
+  (kernels/latency.py), from its low bound to its high one; in brackets the same in microseconds at {clock} GHz; then
+  the number of barriers in the loop. The step is one iteration of the loop of `resident` and `grid`. For `stepwise` it
+  is one turn of the loop over U inside a step's launch (whole: all of the launch, where that loop was unrolled), and
+  says nothing of the pointwise step behind it. Of 78 kernels timed on an H200, with which the model was adjusted, 74
+  took a time within the interval (benchmarks/NOTES.md).
 - tile: hidden units x batch rows of a program; regs: registers a thread, KB: shared memory (the larger of the
   directions); floor: the plan's model of what a step cannot take less than, in microseconds, at the smallest batch.
 - fp32 products are in TF32.
+{note}"""
+OTHER = "- The latencies are an H200's; none was measured on this target.\n"
+NO_MODEL = """\
+- There is no model for this target: none of its latencies was measured here, and its tensor cores have instructions of
+  their own. Instead of cycles, issue slots (instructions x warps / 4) of the loop's body.
 """
 
 
 def cost(row: dict[str, Any]) -> str:
-    if not row["instructions"]:
-        return "-"
-    return f"{row['slots']:.0f}, {row['counts'].get('BAR', 0)}"
+    """Cycles and microseconds of a step, and its barriers; issue slots where there is no model."""
+    found, barriers = row.get("cycles"), row["counts"].get("BAR", 0)
+    if found is None:
+        return f"{row['slots']:.0f} slots, {barriers}" if row["instructions"] else "-"
+    return f"{interval(found, row['case']['target'])}, {barriers if found['loop'] else 'whole'}"
+
+
+def interval(found: dict[str, Any], target: str) -> str:
+    low, high = (devices.KNOWN[target].microseconds(found[end]) for end in ("low", "high"))
+    return f"{found['low']:.0f}-{found['high']:.0f} ({low:.2f}-{high:.2f})"
 
 
 def markdown_table(head: list[str], lines: list[list[str]]) -> str:
@@ -113,21 +136,39 @@ def all_shapes(rows: list[dict[str, Any]], cell: str, dtype: str) -> str:
             line.append("" if all(r["good"] for r in found) else "BAD")
             lines.append(line)
     head = ["H", "B"]
-    head += [f"{d} {c}" for d in ("forward", "backward") for c in ("schedule", "tile", "slots, bar", "floor")]
+    head += [f"{d} {c}" for d in ("forward", "backward") for c in ("schedule", "tile", "cycles, bar", "floor")]
     return markdown_table([*head, "regs", "KB", ""], lines)
 
 
-def document(target: str, content: dict[str, Any]) -> str:
+def document(target: str, content: dict[str, Any], more: str = "") -> str:
+    """Everything of one target; more: a section for the end."""
     rows = [r for r in content["rows"] if r["case"]["target"] == target and r["case"]["cell"] in CELLS]
     bad = sum(not r["good"] for r in rows)
-    parts = [f"# Static cost of the kernels on {target}", LEGEND.format(target=target, triton=content["triton"])]
+    facts = {"target": target, "triton": content["triton"], "clock": devices.KNOWN[target].clock}
+    modelled = any(r.get("cycles") for r in rows)
+    facts["note"] = NO_MODEL if not modelled else OTHER if target != peers_static.TARGET else ""
+    parts = [f"# Static cost of the kernels on {target}", LEGEND.format(**facts)]
     parts.append(f"{len(rows)} kernels; {bad} spill in a loop or do not fit.")
-    parts += ["## A step, 8 rows a program (slots, barriers)", step_costs(rows)]
-    parts += ["## What a mask adds (slots, barriers)", mask_costs(rows)]
+    parts += ["## A step, 8 rows a program (cycles, barriers)", step_costs(rows)]
+    parts += ["## What a mask adds (cycles, barriers)", mask_costs(rows)]
     for cell in CELLS:
         for dtype in ("bf16", "fp16", "fp32"):
             parts += [f"## {cell}, {dtype}", all_shapes(rows, cell, dtype)]
+    parts += [more] if more else []
     return "\n\n".join(parts) + "\n"
+
+
+def beside(rows: list[dict[str, Any]]) -> str:
+    """FlashRNN's and TorchRL's kernels beside seqcells', which have the same code with 8 rows as with 16."""
+
+    def ours(cell: str, direction: str, hidden: int) -> str:
+        for r in rows:
+            same = is_plain(r) and r["case"]["target"] == peers_static.TARGET and key(r) == (cell, "bf16", hidden)
+            if same and r["case"]["direction"] == direction and {8, 16} & set(r["batches"]) and r.get("cycles"):
+                return interval(r["cycles"], peers_static.TARGET)
+        return "-"
+
+    return peers_static.section(ours)
 
 
 def against(before: list[dict[str, Any]], after: list[dict[str, Any]]) -> str:
@@ -185,7 +226,8 @@ def main() -> None:
     for target in sorted({r["case"]["target"] for r in content["rows"]}):
         path = options.folder / f"static-{target}.md"
         temporary = path.with_name(path.name + ".tmp")
-        temporary.write_text(document(target, content))
+        peers = beside(content["rows"]) if target == peers_static.TARGET else ""
+        temporary.write_text(document(target, content, peers))
         temporary.replace(path)
         print(path)
 

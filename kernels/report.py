@@ -4,8 +4,9 @@
 
 For every kernel: registers, spills, shared memory against the limit, and for its loop (the time loop of `resident` and
 `grid`; where a step is a launch, the loop over U of `stepwise`, over W and U of `single`) the number of instructions,
-of issue slots (instructions x warps / 4: an SM issues from four schedulers) and of each kind that matters. Exit status
-1 if any kernel spills in its loop or does not fit.
+of issue slots (instructions x warps / 4: an SM issues from four schedulers) and of each kind that matters; and for
+sm_80 and sm_90 the cycles that one turn of it takes, or the whole launch where there is no loop, as `latency` predicts
+them. Exit status 1 if any kernel spills in its loop or does not fit.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cells, devices, plan, plan_single, registry, scan, single
+from . import cells, devices, latency, plan, plan_single, registry, scan, single
 
 KINDS = ("BAR", "HMMA", "HGMMA", "UTCHMMA", "LDS", "LDSM", "STS", "STSM", "LDG", "STG", "MUFU", "LDL", "STL")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -83,6 +84,7 @@ class Row:
     programs: int = 1
     microseconds: float = 0.0  # the plan's floor for a step
     batches: tuple[int, ...] = ()  # of the cases that this kernel serves
+    cycles: latency.Cycles | None = None  # predicted; None where there is no model of the target
 
     @property
     def good(self) -> bool:
@@ -203,20 +205,20 @@ def _tool(arguments: list[str], cubin: bytes) -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
-def instructions(cubin: bytes) -> list[tuple[int, str]]:
+def disassemble(cubin: bytes) -> str:
+    """The machine code with its encoding, as text."""
+    return _tool(["-sass"], cubin)
+
+
+def instructions(sass: str) -> list[tuple[int, str]]:
     """The machine code: (address, instruction)."""
-    text = _tool(["-sass"], cubin)
-    return [(int(a, 16), i) for a, i in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]*?)\s*;", text)]
+    return [(int(a, 16), i) for a, i in re.findall(r"/\*([0-9a-f]{4,})\*/\s+([^;/]*?)\s*;", sass)]
 
 
 def widest_loop(code: list[tuple[int, str]]) -> list[str]:
     """The instructions from the backward branch that spans the most to its target; none if nothing branches back."""
-    best = (0, 0)
-    for address, instruction in code:
-        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instruction)
-        if branch and (begin := int(branch.group(1), 16)) < address and address - begin > best[1] - best[0]:
-            best = (begin, address)
-    return [i for a, i in code if best[0] <= a <= best[1]] if best[1] else []
+    found = latency.bounds(code)
+    return [i for a, i in code if found[0] <= a <= found[1]] if found else []
 
 
 def _opcode(instruction: str) -> str:
@@ -233,7 +235,8 @@ def measure(case: Case) -> list[Row]:
         cubin = compiled.asm["cubin"]
         usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", _tool(["--dump-resource-usage"], cubin))
         assert usage is not None, "cuobjdump printed no resource usage"
-        code = instructions(cubin)
+        sass = disassemble(cubin)
+        code = instructions(sass)
         # An endless branch to itself ends every program; it is not a loop.
         body = widest_loop(code)
         everywhere = Counter(_opcode(i) for _, i in code)
@@ -261,6 +264,7 @@ def measure(case: Case) -> list[Row]:
                 counts={k: counts[k] for k in KINDS if counts[k]},
                 programs=p.programs,
                 microseconds=p.microseconds,
+                cycles=latency.cycles(sass, p.num_warps) if device.capability in latency.CAPABILITIES else None,
             )
         )
     return rows
@@ -284,7 +288,7 @@ def whole(targets: list[str], names: list[str]) -> Iterator[Case]:
                         for direction in ("train", "backward"):
                             yield Case(name, direction, dtype, batch, hidden, target)
             for dtype in ("bf16", "fp32"):
-                for hidden in (32, 64, 128):
+                for hidden in (16, 32, 64, 128):
                     yield Case(name, "infer", dtype, 8, hidden, target)
     yield from quick(targets, names)
     yield from (case for target in targets for name in names for case in precise(target, name))
@@ -373,7 +377,21 @@ def distinct(cases: Iterable[Case]) -> dict[Case, tuple[int, ...]]:
 def table(rows: list[Row]) -> str:
     """The rows as text, one line a kernel."""
     head: tuple[str, ...] = ("target", "cell", "direction", "dtype", "H", "B", "schedule", "phase", "tile", "warps")
-    head += ("regs", "spills", "shared KB", "code", "loop", "slots", "BAR", "MMA", "LDS/STS", "LDG/STG", "MUFU", "")
+    head += (
+        "regs",
+        "spills",
+        "shared KB",
+        "code",
+        "loop",
+        "slots",
+        "cycles",
+        "BAR",
+        "MMA",
+        "LDS/STS",
+        "LDG/STG",
+        "MUFU",
+        "",
+    )
     lines = [head]
     for r in rows:
         c, n = r.case, Counter(r.counts)
@@ -394,8 +412,8 @@ def table(rows: list[Row]) -> str:
             r.block,
             r.warps,
         )
-        shown += (r.registers, r.spills, shared, r.code, r.instructions, f"{r.slots:.0f}", n["BAR"], mma, moved)
-        shown += (f"{n['LDG']}/{n['STG']}", n["MUFU"], "" if r.good else "BAD")
+        shown += (r.registers, r.spills, shared, r.code, r.instructions, f"{r.slots:.0f}", r.cycles or "-", n["BAR"])
+        shown += (mma, moved, f"{n['LDG']}/{n['STG']}", n["MUFU"], "" if r.good else "BAD")
         lines.append(tuple(str(x) for x in shown))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)

@@ -121,6 +121,56 @@ def test_the_floor_is_the_products_of_the_rows_there_are(monkeypatch):
     assert measure.products(cases.Problem(cases.Case("gru", 7, 5, 3, 4, layers=2), "cpu")) is None
 
 
+def static_document():
+    """static.py's, of rows as the report has them."""
+    import static
+
+    rows = []
+    for hidden in (32, 64, 128):
+        for direction in ("infer", "train", "backward"):
+            case = {"cell": "lstm", "direction": direction, "dtype": "bf16", "batch": 8, "hidden": hidden}
+            case |= {"target": "sm_90", "schedule": None, "mask": "", "dcs": False, "precision": "tf32", "groups": 1}
+            cycles = {"low": 4.0 * hidden, "middle": 5.0 * hidden, "high": 8.0 * hidden, "loop": True}
+            row = {"case": case, "cycles": cycles, "schedule": "resident", "phase": "-", "block": f"{hidden}x8"}
+            row |= {"registers": 99, "shared": 1024, "instructions": 9, "slots": 9.0, "counts": {"BAR": 2}}
+            rows.append(row | {"batches": [8], "good": True, "microseconds": 0.3})
+    text = static.document("sm_90", {"triton": "3.7.1", "rows": rows}, "## The end")
+    assert "| lstm | 64 | 256-512 (0.14-0.28), 2 |" in text and text.endswith("## The end\n")
+    assert "36 slots, 2" in static.cost(rows[0] | {"cycles": None, "slots": 36.0})
+    return text
+
+
+def test_gpu_py_prints_the_model_beside_what_was_measured():
+    import gpu
+    import predicted
+
+    row = {"measured": 0.5, "model": [0.4, 0.6, 0.8], "floor": 0.3, "plan": "resident 64x8, 4 warps"}
+    found = {"lstm train bfloat16 B=8 H=64": row, "gru infer tf32 B=8 H=64": row | {"model": None}}
+    found["gru infer bfloat16 B=8 H=64"] = {"failed": "no result"}
+    lines = gpu.model_table(found).splitlines()[2:]
+    assert lines[0].startswith("| lstm train bfloat16 B=8 H=64 | 0.500 | 0.400-0.600-0.800 | 0.83 | 0.300 |")
+    assert "| 0.500 | - | - |" in lines[1] and "no result" in lines[2]
+    # What it writes is what predicted.py reads, and so are the sentences of earlier files.
+    smi = "driver_version, clocks.max.sm [MHz]\n580, 1980 MHz"
+    parts = {"device": {"nvidia-smi": smi}, "kernels": found}
+    timed = list(predicted.read({"parts": parts}, "sm_90"))
+    assert [(t.measured, t.clock) for t in timed] == [(0.5, 1.98)] * 2
+    old = {"kernels": {"lstm train tf32 B=8 H=64": "0.827 us a step, the plan's model 0.666", "x": "not reached"}}
+    (timed,) = predicted.read([old], "sm_90")
+    assert (timed.measured, timed.clock) == (0.827, 1.83)
+    inside, above = (predicted.Compared(timed, "grid", [0.5, 0.8, high]) for high in (0.9, 0.82))
+    assert inside.within and not above.within and inside.group == "grid forward"
+    assert "| grid forward | 2 | 1.03 | 1.03 | 1.03 | 1 |" in predicted.summary([inside, above])
+
+
+def test_peers_that_are_not_installed_are_left_out(monkeypatch, capsys):
+    import peers_static
+
+    monkeypatch.setattr(peers_static, "versions", dict)
+    assert "Neither FlashRNN nor TorchRL was installed" in peers_static.section(lambda *_: "-")
+    assert "FlashRNN and TorchRL: not installed" in capsys.readouterr().err
+
+
 def test_pictures_come_of_a_run(tmp_path):
     import plot
 
@@ -128,7 +178,8 @@ def test_pictures_come_of_a_run(tmp_path):
     rows = compare.sweep(chosen, DEVICE, 1.0, ["torch.nn", "auto", "reference"], dry=True)
     file = tmp_path / "run.json"
     file.write_text(json.dumps({"rows": rows}))
-    table = Path(plot.__file__).parent / "results" / "static-sm_90.md"
+    table = tmp_path / "static-sm_90.md"
+    table.write_text(static_document())
     assert plot.main([str(file), str(tmp_path), "--static", str(table)]) == 0
     assert {p.name for p in tmp_path.glob("*.png")} >= {"run-scaling-gru-H.png", "static-sm_90.png"}
 

@@ -197,6 +197,11 @@ def test_everything_compiles_without_spills_and_fits(target, tmp_path):
     for r in rows:
         case = report.Case(**r["case"])
         chosen = report.planned(case)
+        if target == "sm_100":
+            assert r["cycles"] is None
+        else:
+            assert 20 < r["cycles"]["low"] <= r["cycles"]["middle"] <= r["cycles"]["high"] < 200_000
+            assert r["cycles"]["loop"] == (r["instructions"] > 0)
         assert r["spills"] == 0 and r["registers"] <= 255
         if r["schedule"] == "recompute":
             continue
@@ -212,7 +217,9 @@ def test_everything_compiles_without_spills_and_fits(target, tmp_path):
             assert r["shared"] <= shared_bytes(*tile, itemsize, chosen.num_stages)
         elif r["schedule"] != "stepwise":
             assert r["instructions"] > 0 and r["slots"] == r["instructions"] * r["warps"] / 4
-    assert f"Static cost of the kernels on {target}" in static.document(target, content)
+    document = static.document(target, content)
+    assert f"Static cost of the kernels on {target}" in document
+    assert ("There is no model for this target" in document) == (target == "sm_100")
     if target == "sm_90":
         check_the_step(rows)
 
@@ -271,6 +278,8 @@ def test_a_bad_kernel_gives_a_bad_exit_status(monkeypatch):
     assert not report.Row(**fields, spills=1, shared=9).good
     assert not report.Row(**fields, spills=0, shared=10).good
     assert "BAD" in report.table([report.Row(**fields, spills=1, shared=9)])
+    cycles = report.latency.Cycles(100.4, 150, 200.0, True)
+    assert "100-200" in report.table([report.Row(**fields, spills=0, shared=9, cycles=cycles)])
 
 
 def test_the_loop_is_the_widest_backward_branch():

@@ -33,8 +33,9 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.plan_single": {f"kernels.{n}" for n in ("devices", "form", "plan")},
     "kernels.single": {f"kernels.{n}" for n in ("cells", "math", "plan", "plan_single", "scan", "tiles")},
     "kernels.report": {
-        f"kernels.{n}" for n in ("cells", "devices", "plan", "plan_single", "registry", "scan", "single")
+        f"kernels.{n}" for n in ("cells", "devices", "latency", "plan", "plan_single", "registry", "scan", "single")
     },
+    "kernels.latency": set(),
     "kernels": {"kernels.cells", "kernels.scan", "kernels.single"},
     "chosen": set(),
     "backends": {"chosen", "kernels.plan"},
