@@ -35,7 +35,7 @@ from seqcells.tasks.progress import bar
 
 
 def planned(problem: Problem) -> tuple[str, float | None]:
-    """The plan of the case's scan, in words, and the model's floor of a step, in microseconds (both directions)."""
+    """The plan of the case's scan, in words, and its model of a step, in microseconds (both directions)."""
     case = problem.case
     size = {"batch": case.B, "hidden_size": case.H, "dtype": problem.dtype, "groups": case.heads}
     try:

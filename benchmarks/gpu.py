@@ -97,7 +97,7 @@ class Report:
         for name, found in parts.items():
             lines += [f"## {name}", ""]
             if name == "grid" and isinstance(found, list):
-                lines += [compare.table(found), "", "### Against the model's floor", "", floors(found), ""]
+                lines += [compare.table(found), "", "### Against the plan's model", "", floors(found), ""]
                 lines += ["### Slower than torch.nn", "", slower(found), "", "### Saved for backward", ""]
                 lines += [
                     compare.memory(found),
@@ -121,8 +121,8 @@ class Report:
 
 
 def floors(rows: list[dict[str, Any]]) -> str:
-    """Microseconds a step of the kernels, the model's floor, and how far from it they are."""
-    lines = ["| case | us a step | floor | times | plan |", "|---|---:|---:|---:|---|"]
+    """Microseconds a step of the kernels, the plan's model, and how far from it they are."""
+    lines = ["| case | us a step | the plan's model | times | plan |", "|---|---:|---:|---:|---|"]
     for row in rows:
         floor = row.get("floor_us_a_step")
         if row.get("provider") == "triton" and "seconds" in row and floor:
@@ -247,7 +247,7 @@ def kernels(device: str, dry: bool) -> Iterator[jobs.Job]:
 
 
 def kernel_times(device: str, deadline: float, dry: bool) -> dict[str, jobs.Job]:
-    """Of each kernel, microseconds a step: measured, by the latency model (low, middle, high), and the plan's floor."""
+    """Of each kernel, microseconds a step: measured, by the latency model (low, middle, high), and the plan's model."""
     asked = [{**job, "device": device, "seconds": 0.0 if dry else 0.15} for job in kernels(device, dry)]
     return {
         f"{job['cell']} {job['direction']} {job['dtype']} B={job['B']} H={job['H']}": found
@@ -257,7 +257,7 @@ def kernel_times(device: str, deadline: float, dry: bool) -> dict[str, jobs.Job]
 
 def model_table(found: dict[str, jobs.Job]) -> str:
     """Model against measured, a kernel a line."""
-    lines = ["| kernel, us a step | measured | model | times the middle | plan's floor | plan |"]
+    lines = ["| kernel, us a step | measured | model | times the middle | the plan's model | plan |"]
     lines.append("|---|---:|---:|---:|---:|---|")
     for name, row in found.items():
         if "measured" not in row:

@@ -205,7 +205,7 @@ def scaling(timed: dict[str, dict[str, Any]], axis: str, path: Path, where: str)
         first = next(iter(placed[0][1].values()))
         floors = [(v, next(iter(rows.values())).get("floor_us_a_step")) for v, rows in placed]
         if all(floor for _, floor in floors):
-            label = "the matrix products alone" if first["device"] == "cpu" else "the plan's floor"
+            label = "the matrix products alone" if first["device"] == "cpu" else "the plan's model"
             times.plot(*zip(*floors, strict=True), ":", color=GREY, label=label)
         times.set(ylabel="microseconds a step", title="time of a step: lower is better")
         ours_name = LOOKS[ours][1] if ours else ""

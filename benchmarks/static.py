@@ -1,7 +1,8 @@
 """The report's JSON as Markdown, a file a target: python benchmarks/static.py out/report.json benchmarks/results
 
-Static cost: what the compiled code shows without running. Cycles are predicted (kernels/latency.py), and floors are the
-plan's model; neither is a measurement. In sm_90's file also FlashRNN's and TorchRL's kernels, where they are installed.
+Static cost: what the compiled code shows without running. Cycles are predicted (kernels/latency.py), and so are the
+plan's microseconds; neither is a measurement. In sm_90's file also FlashRNN's and TorchRL's kernels, where they are
+installed.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ run.
   says nothing of the pointwise step behind it. Of 78 kernels timed on an H200, with which the model was adjusted, 74
   took a time within the interval (benchmarks/NOTES.md).
 - tile: hidden units x batch rows of a program; regs: registers a thread, KB: shared memory (the larger of the
-  directions); floor: the plan's model of what a step cannot take less than, in microseconds, at the smallest batch.
+  directions); plan: its own model of a step, in microseconds, at the smallest batch.
 - fp32 products are in TF32.
 {note}"""
 OTHER = "- The latencies are an H200's; none was measured on this target.\n"
@@ -136,7 +137,7 @@ def all_shapes(rows: list[dict[str, Any]], cell: str, dtype: str) -> str:
             line.append("" if all(r["good"] for r in found) else "BAD")
             lines.append(line)
     head = ["H", "B"]
-    head += [f"{d} {c}" for d in ("forward", "backward") for c in ("schedule", "tile", "cycles, bar", "floor")]
+    head += [f"{d} {c}" for d in ("forward", "backward") for c in ("schedule", "tile", "cycles, bar", "plan")]
     return markdown_table([*head, "regs", "KB", ""], lines)
 
 

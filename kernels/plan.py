@@ -1,14 +1,7 @@
 """Which schedule, tiles and warps for a shape on a device: a pure function, and its reason in words and numbers.
 
-Imports neither torch nor triton: facts in, a frozen Plan out.
-
-The cost of a step is a model, in microseconds (`Cost`): reading U from where it is stored, the tensor cores' work, the
-activations, the step's own inputs and outputs, what programs exchange through L2, the barrier or the launch, and the
-latency of one step's chain of dependent operations. The rates are the vendors' data sheets and tuning guides. The
-latencies, and how fast a processor loads and stores, are measured on an H200 (benchmarks/results/gpu-h200.md) or
-fitted to the 78 kernels that were timed there: `resident` is then between .74 and 1.32 of its time, `grid` between .84
-and 1.25. Those were the kernels of commit 7ec6abe; of what changed since, the model knows how long the chains are. Facts
-about devices are in `devices`.
+Imports neither torch nor triton: facts in, a frozen Plan out. It is the one whose step costs least by the model of
+`cost`; facts about devices are in `devices`.
 """
 
 from __future__ import annotations
@@ -17,6 +10,18 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cache
 
+from .cost import (
+    ACTIVATION_RATE,
+    BARRIER,
+    CHAIN,
+    EXCHANGE_RATE,
+    LAUNCH,
+    LINK,
+    MEMORY_RATE,
+    SHARED_RATE,
+    Cost,
+    rate,
+)
 from .devices import INTERPRETER, KB, Device
 from .form import Form
 
@@ -25,36 +30,13 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 
 
 @dataclass(frozen=True)
-class Cost:
-    """The parts of a step's time by the model, in microseconds."""
-
-    u: float  # reading U from shared memory, L2 or memory
-    tensor: float  # the products; beside reading U, not after it
-    activations: float
-    memory: float  # the step's own inputs and outputs
-    exchange: float  # states or gradients from other programs, through L2
-    start: float  # a barrier or a launch
-    chain: float  # latency of the dependent operations of a step
-
-    @property
-    def total(self) -> float:
-        return max(self.u, self.tensor) + self.activations + self.memory + self.exchange + self.start + self.chain
-
-    def __str__(self) -> str:
-        parts = {"U": self.u, "tensor cores": self.tensor, "activations": self.activations, "memory": self.memory}
-        parts |= {"exchange": self.exchange, "barrier or launch": self.start, "latency": self.chain}
-        shown = [f"{name} {us:.2f}" for name, us in parts.items() if us >= 0.005]
-        return f"about {self.total:.2f} us a step ({', '.join(shown)})"
-
-
-@dataclass(frozen=True)
 class Plan:
     """How a scan runs.
 
     registers: the most a thread may take (left to itself, ptxas spills a few to make room for more programs on a
     processor, which a scan does not have). nvidia: PTX may be used (the one-instruction tanh of float16 and bfloat16).
-    programs: of one launch. microseconds: the model's time of one step. u_in_registers (resident): each thread keeps
-    its part of U. waits: programs wait for each other, so that all must be on the device at once.
+    programs: of one launch. microseconds: the model's time of one step. u_in_registers: each thread keeps its part
+    of U. waits: programs wait for each other, so that all must be on the device at once.
     """
 
     schedule: str
@@ -147,30 +129,11 @@ def grid_bytes(cell: Form, H: int, itemsize: int, chosen: Plan, backward: bool, 
     return of_u * (not chosen.u_in_registers) + passing + 4 * KB
 
 
-def _rate(itemsize: int, precision: str) -> float:
-    """Tensor-core operations relative to bf16: tf32 half, three products for tf32x3, none for ieee and float64."""
-    if itemsize == 2:
-        return 1.0
-    if itemsize == 8:
-        return 1 / 32
-    return {"tf32": 1 / 2, "tf32x3": 1 / 6}.get(precision, 1 / 16)
-
-
-# Clocks. CHAIN: what every step waits for beside its products: the operand's way through shared memory, activations, a
-# layout conversion (fitted). LINK: a product that adds to the one before (measured). BARRIER: of `grid`, from the store
-# to what the others load, and the step around it (fitted; a word and its flag alone take 1245 there, the load 273).
-CHAIN, LINK, BARRIER = 280, 26, 2400
-LAUNCH = 5.0  # microseconds: between a graph's (about 2) and Python's (15 and more)
-TRIP = 273  # clocks to L2 and back (measured)
 # Units a `grid` program owns. Fewer would leave the tensor cores' 16 rows half empty backward; more, U's slice of the
 # largest layers too large for one processor, and the registers (tried with the report: 32 spill).
 GRID_UNITS = 16
 # Units a `resident` program may have of a cell without a product, whose U sets no limit.
 SPREAD_UNITS = 256
-SHARED_RATE = 128  # bytes a clock
-MEMORY_RATE = 32  # bytes a clock that a processor stores (measured); loads wait behind stores
-EXCHANGE_RATE = 16  # bytes a clock that a processor loads of what others stored just now (fitted)
-ACTIVATION_RATE = 16  # one-instruction functions a clock; the exact ones take about two
 
 
 class _Problem:
@@ -199,7 +162,7 @@ class _Problem:
         """Of a program with that many rows and units, whose products' inner sums are columns long in all, and links in
         the longest chain of products that wait for each other."""
         d, cell = self.device, self.cell
-        work = 2 * rows * units * columns / (d.tensor * _rate(self.itemsize, self.precision))
+        work = 2 * rows * units * columns / (d.tensor * rate(self.itemsize, self.precision))
         functions = rows * units * (max(cell.gates, self.products) + 1) / ACTIVATION_RATE
         exact = 2 if self.itemsize > 2 and not self.backward else 1
         # Forward as it trains: it may save less, which the plan is not told.

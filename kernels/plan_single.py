@@ -14,9 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
+from .cost import ACTIVATION_RATE, CHAIN, LAUNCH, TRIP, Cost, rate
 from .devices import INTERPRETER, KB, Device
 from .form import Form
-from .plan import ACTIVATION_RATE, CHAIN, LAUNCH, TRIP, Cost, Plan, _ceil, _power_of_2, _rate, plan
+from .plan import Plan, _ceil, _power_of_2, plan
 
 WARP_PRODUCTS, MULTIPLY_ADDS = 0.62, 0.5  # of the rates of tensor cores, and of what is done without
 
@@ -84,7 +85,7 @@ class _Problem:
         share = 1.0
         if ours:
             share = MULTIPLY_ADDS if self.itemsize == 4 and precision == "ieee" else WARP_PRODUCTS
-        return 2 * rows * columns / (self.device.tensor * _rate(self.itemsize, precision) * share)
+        return 2 * rows * columns / (self.device.tensor * rate(self.itemsize, precision) * share)
 
     def _streamed(self, bytes: int) -> float:
         """Microseconds to bring weights from memory, where they do not stay in L2."""

@@ -82,7 +82,7 @@ class Row:
     slots: float
     counts: dict[str, int]
     programs: int = 1
-    microseconds: float = 0.0  # the plan's floor for a step
+    microseconds: float = 0.0  # the plan's model of a step
     batches: tuple[int, ...] = ()  # of the cases that this kernel serves
     cycles: latency.Cycles | None = None  # predicted; None where there is no model of the target
 
