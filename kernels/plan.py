@@ -320,7 +320,7 @@ class _Problem:
             # from the moment it is zeroed (likewise; Blackwell spills with one long chunk too).
             if not self.backward and block_b > 16 and (chunks(self.H, 16, most) != (self.H,) or blackwell):
                 most = 128 if self.H % 256 or (blackwell and len(cut) > 1) else 256
-            if self.backward and block_b > 32:
+            if self.backward and (block_b > 32 or (block_b == 16 and self.H > 1024)):
                 most //= 2
             # Of float32, 16 rows of a long chunk would spill beside the products of three gates or more (likewise).
             long = block_b == 16 and cut[0][0] > 32 and chunks(self.H, 64, most)[0] > 256
@@ -348,12 +348,13 @@ class _Problem:
     def _u_in_registers(self, block_b: int, u_bytes: int) -> bool:
         """Whether a `grid` program of so many rows keeps its slices of U, so many bytes, in registers.
 
-        Half of a thread's, so many beside the operand, the sums and the step that they do not spill (found with the
-        report). Eight warps would have twice as many, but a step of so few elements leaves half of their threads idle
+        Half of a thread's, and a quarter backward with 16 rows: so many beside the operand, the sums and the step that
+        they do not spill (found with the report). Eight warps would have twice as many, but a step of so few elements leaves half of their threads idle
         and costs six more block barriers (tried: slower where U fits shared memory, too).
         """
         tensor_cores = self.itemsize == 2 or (self.itemsize == 4 and self.precision == "tf32")
-        return tensor_cores and block_b <= 16 and not self.heavy and u_bytes <= 4 * 32 * 512
+        most = 4 * 32 * (256 if self.backward and block_b == 16 else 512)
+        return tensor_cores and block_b <= 16 and not self.heavy and u_bytes <= most
 
     def _most_rows(self) -> int:
         """Rows of a `grid` program beyond which some target spills registers (found with the report)."""

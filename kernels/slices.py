@@ -123,11 +123,11 @@ def _load_x(
     TYPE: tl.constexpr = x_ptr.dtype.element_ty
     if PARTS == 1:
         ks = (k0 + tl.arange(0, PART))[:, None]
-        at = tl.minimum(tl.arange(0, BLOCK_B), last)[None, :] * ROW + ks
+        at = x_ptr + tl.minimum(tl.arange(0, BLOCK_B), last)[None, :] * ROW + ks
         if WHOLE:
-            x = tl.load(x_ptr + at, cache_modifier=".cg")
+            x = tl.load(at, cache_modifier=".cg")
         else:
-            x = tl.load(x_ptr + at, mask=tl.broadcast_to(ks < K, at.shape), other=0.0, cache_modifier=".cg")
+            x = tl.load(at, mask=tl.broadcast_to(ks < K, at.shape), other=0.0, cache_modifier=".cg")
     else:
         RUN: tl.constexpr = _run(PART, TYPE)
         PAIR: tl.constexpr = _pair(TYPE)
@@ -141,12 +141,13 @@ def _load_x(
         row += tl.arange(0, 8)[None, None, None, None, :, None, None]
         lane = tl.arange(0, 4)[None, None, None, None, None, :, None]
         ks = k0 + part * PART + (turn * 4 + lane) * RUN + tl.arange(0, RUN)[None, None, None, None, None, None, :]
-        at = tl.minimum(row, last) * ROW + ks
+        # Rows before columns: what differs between a thread's addresses is then a constant, and takes no registers.
+        at = x_ptr + tl.minimum(row, last) * ROW + ks
         if WHOLE:
-            x = in_order(tl.load(x_ptr + in_order(at), cache_modifier=".cg"))
+            x = in_order(tl.load(in_order(at), cache_modifier=".cg"))
         else:
             mask = in_order(tl.broadcast_to(ks < K, at.shape))
-            x = in_order(tl.load(x_ptr + in_order(at), mask=mask, other=0.0, cache_modifier=".cg"))
+            x = in_order(tl.load(in_order(at), mask=mask, other=0.0, cache_modifier=".cg"))
         x = tl.reshape(x, [EACH, TURNS, BLOCK_B // 8, W, 8, 4, RUN // PAIR, PAIR])
         x = tl.reshape(tl.permute(x, [0, 3, 1, 6, 5, 7, 2, 4]), [PARTS, PART, BLOCK_B])
     return x
