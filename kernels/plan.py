@@ -349,8 +349,8 @@ class _Problem:
         """Whether a `grid` program of so many rows keeps its slices of U, so many bytes, in registers.
 
         Half of a thread's, and a quarter backward with 16 rows: so many beside the operand, the sums and the step that
-        they do not spill (found with the report). Eight warps would have twice as many, but a step of so few elements leaves half of their threads idle
-        and costs six more block barriers (tried: slower where U fits shared memory, too).
+        they do not spill (found with the report). Eight warps would have twice as many, but a step of so few elements
+        leaves half of their threads idle and costs six more block barriers (tried: slower where U fits shared memory).
         """
         tensor_cores = self.itemsize == 2 or (self.itemsize == 4 and self.precision == "tf32")
         most = 4 * 32 * (256 if self.backward and block_b == 16 else 512)
