@@ -4,7 +4,7 @@ The parts (`Cost`): reading U from where it is stored, the tensor cores' work, t
 and outputs, what programs exchange through L2, the barrier or the launch, and the latency of a step's chain of
 dependent operations. The rates are the vendors' data sheets and tuning guides. The latencies, and how fast a processor
 loads and stores, are measured on an H200 (benchmarks/results/gpu-h200.md) or fitted to the 78 kernels that were timed
-there: the model is then between .74 and 1.32 of their time for `resident`, .84 and 1.25 for `grid`. Those were the
+there: the model is then between .74 and 1.32 of their time for `resident`, .82 and 1.18 for `grid`. Those were the
 kernels of commit 7ec6abe; of what changed since, the model knows how long the chains are. `stepwise` was not timed.
 """
 
@@ -20,7 +20,7 @@ LAUNCH = 5.0  # microseconds: between a graph's (about 2) and Python's (15 and m
 TRIP = 273  # clocks to L2 and back (measured)
 SHARED_RATE = 128  # bytes a clock
 MEMORY_RATE = 32  # bytes a clock that a processor stores (measured); loads wait behind stores
-EXCHANGE_RATE = 16  # bytes a clock that a processor loads of what others stored just now (fitted)
+EXCHANGE_RATE = 18  # bytes a clock that a processor loads of what others stored just now (fitted)
 ACTIVATION_RATE = 16  # one-instruction functions a clock; the exact ones take about two
 
 
