@@ -216,20 +216,8 @@ def lstm(
     """
     if hx is not None:
         checks.tensors("hx", hx, "a tuple of two tensors (h0, c0) or None", 2, optional=True)
-    y, final = scan(
-        "lstm",
-        x,
-        hx,
-        w_ih,
-        w_hh,
-        b_ih,
-        b_hh,
-        resets=resets,
-        lengths=lengths,
-        save=save,
-        backend=backend,
-        precision=precision,
-    )
+    options: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
+    y, final = scan("lstm", x, hx, w_ih, w_hh, b_ih, b_hh, **options)
     return y, (final[0], final[1])
 
 
@@ -252,20 +240,8 @@ def gru(
     checks.boolean("reset_after", reset_after)
     checks.tensor("hx", hx, optional=True)
     cell = "gru" if reset_after else "gru_before"
-    y, final = scan(
-        cell,
-        x,
-        (hx,),
-        w_ih,
-        w_hh,
-        b_ih,
-        b_hh,
-        resets=resets,
-        lengths=lengths,
-        save=save,
-        backend=backend,
-        precision=precision,
-    )
+    options: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
+    y, final = scan(cell, x, (hx,), w_ih, w_hh, b_ih, b_hh, **options)
     return y, final[0]
 
 
@@ -285,20 +261,8 @@ def rnn(
         (torch.Size([5, 3, 20]), torch.Size([3, 20]))
     """
     checks.tensor("hx", hx, optional=True)
-    y, final = scan(
-        rnn_cell_name(nonlinearity),
-        x,
-        (hx,),
-        w_ih,
-        w_hh,
-        b_ih,
-        b_hh,
-        resets=resets,
-        lengths=lengths,
-        save=save,
-        backend=backend,
-        precision=precision,
-    )
+    options: Any = {"resets": resets, "lengths": lengths, "save": save, "backend": backend, "precision": precision}
+    y, final = scan(rnn_cell_name(nonlinearity), x, (hx,), w_ih, w_hh, b_ih, b_hh, **options)
     return y, final[0]
 
 

@@ -95,14 +95,8 @@ def scan(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> S
     H = hidden_size(at, w_ih, w_hh, h0, c0)
     gx, bias = input_projection(at, x, w_ih, b_ih, b_hh, H, extra)
     gx, u = gx.contiguous(), recurrent(at, w_hh, w_ih, H)  # vmap's rows and groups need not be contiguous
-    call = partial(
-        kernels.scan.forward,
-        *(declared, gx, u, bias, h0, c0, mask),
-        save=save,
-        reversed=options.reversed,
-        precision=options.precision,
-        params=params,
-    )
+    keywords: Any = {"save": save, "reversed": options.reversed, "precision": options.precision, "params": params}
+    call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **keywords)
     size = (gx.shape[2], H)
     planned = partial(
         plan_for, cell, gx.shape[1], size, (u.dtype, u.device), precision=options.precision, backward=False
@@ -181,14 +175,8 @@ def _gradients(
 ) -> Gradients | None:
     """kernels.scan.backward; None if the kernels failed."""
     cell, (dy, dhn, dcn, dcs), (y, c, saved) = options.cell, grads, buffers
-    call = partial(
-        kernels.scan.backward,
-        *(kernels.cells.get(cell), dy, dhn, dcn, u, y, c, saved, mask),
-        dcs=dcs,
-        reversed=options.reversed,
-        precision=options.precision,
-        params=params,
-    )
+    keywords: Any = {"dcs": dcs, "reversed": options.reversed, "precision": options.precision, "params": params}
+    call = partial(kernels.scan.backward, kernels.cells.get(cell), dy, dhn, dcn, u, y, c, saved, mask, **keywords)
     size = (u.shape[0], u.shape[2])
     planned = partial(plan_for, cell, y.shape[1], size, (u.dtype, u.device), precision=options.precision, backward=True)
     if options.schedule != "auto":
@@ -206,13 +194,8 @@ def _recomputed(
     gx, bias = input_projection(places(cell), x, w_ih, b_ih, b_hh, H, extra)
     schedule = "" if options.schedule == "auto" else options.schedule
     chosen = plan_for(cell, gx.shape[1], (u.shape[0], H), (u.dtype, u.device), schedule, options.precision, False)
-    call = partial(
-        kernels.scan.recompute,
-        *(kernels.cells.get(cell), gx.contiguous(), u, bias, *states, mask),
-        plan=chosen,
-        reversed=options.reversed,
-        params=params,
-    )
+    keywords: Any = {"plan": chosen, "reversed": options.reversed, "params": params}
+    call = partial(kernels.scan.recompute, kernels.cells.get(cell), gx.contiguous(), u, bias, *states, mask, **keywords)
     if options.schedule != "auto":
         return call()
     attempts = [("recompute", partial(call, launch=_launch))]
