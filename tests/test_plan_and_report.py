@@ -120,6 +120,9 @@ def test_what_the_plan_chooses():
         assert planned(B=16, H=512, device="MI300X", backward=backward).schedule == "stepwise"
         for precision in ("ieee", "tf32x3"):
             assert planned(H=65, itemsize=4, precision=precision, backward=backward).schedule != "resident"
+        # Programs of eight rows keep U in registers, so that two share a processor for little more than one costs.
+        assert planned(B=2112, H=64, backward=backward).block_b == 8
+    assert planned(B=2112, H=128, backward=True).block_b == 16, "eight warps have no room for a second program"
     assert (
         "barrier or launch" in large.why and "stepwise would take" in large.why and "no resident: U would" in large.why
     )
@@ -262,6 +265,11 @@ def check_the_step(rows):
         line = " | ".join(f"{r['slots']:.0f}, {r['counts']['BAR']}" for r in shown)
         if triton.__version__ == "3.7.1":  # constraints.txt's; another release compiles to other counts
             assert f"| LSTM {hidden} | {line} |" in (ROOT / "README.md").read_text(), line
+    # `grid`: neither U nor what the others computed passes through shared memory; a barrier is one of the sum's parts.
+    large = [r for r in rows if (r["schedule"], r["case"]["dtype"], r["case"]["hidden"]) == ("grid", "bf16", 512)]
+    large = [r for r in large if r["case"]["batch"] == 16 and r["case"]["groups"] == 1]
+    assert {"train", "backward"} <= {r["case"]["direction"] for r in large}
+    assert all(not r["counts"].get("LDSM") and r["counts"]["BAR"] <= 2 for r in large)
 
 
 def as_in_the_readme(case):
