@@ -421,7 +421,9 @@ class _Problem:
         gates = 1 if self.backward else _power_of_2(max(first, cell.products - first), 1, 1 << 10)
         columns = (cell.products if self.backward else 1) * H
         launches = max(1, self.levels) + (cell.published and not self.backward)
-        block_k = _power_of_2(H, 16, 128 if itemsize == 2 else 128 // itemsize)  # longer ones spill (likewise)
+        # Long turns wait less often; in other types and before Hopper they spill (found with the report).
+        most = 128 if itemsize == 2 and device.capability >= 90 else 128 // itemsize
+        block_k = _power_of_2(H, 16, most)
         for block_h in (16, 32, 64):
             for block_b in (8, 16, 32, 64, 128):
                 if (block_h > 16 and block_h >= 2 * H) or (block_b > 8 and block_b >= 2 * B):
