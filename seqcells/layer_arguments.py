@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, checks
-from .arguments import dtypes_differ, lengths, readable, resets, together
+from .arguments import FEW, dtypes_differ, lengths, readable, resets, together
 
 if TYPE_CHECKING:
     from .cell_modules import RecurrentCell
@@ -92,10 +92,14 @@ _TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def _plain_flags(resets_: object, shape: tuple[int, ...], device: torch.device) -> bool:
-    """Whether resets are quickly seen to be valid."""
-    return (
-        type(resets_) is Tensor and resets_.dtype is torch.bool and resets_.shape == shape and resets_.device == device
-    )
+    """Whether resets are quickly seen to be valid: bools, or a few zeros and ones of another type on the CPU."""
+    if type(resets_) is not Tensor or resets_.shape != shape or resets_.device != device:
+        return False
+    if resets_.dtype is torch.bool:
+        return True
+    if resets_.numel() > FEW or resets_.layout is not torch.strided or resets_.is_complex() or not readable(resets_):
+        return False
+    return all({*row} <= {0, 1} for row in resets_.tolist())
 
 
 def layer(module: Recurrent, weights: Sequence[Tensor], call: Call) -> tuple[Flags, Tensor | None]:

@@ -308,7 +308,7 @@ class Recurrent(modules.Module):
         if plain is None:
             weights, resets, ends = self._check(x, state, resets, lengths, states, inputs or {})
         else:
-            weights = plain[0]
+            weights, resets = plain[0], None if resets is None else resets.bool()
         if not (self.save in _SAVES and self.precision in _PRECISIONS):
             arguments.options(self.backend, self.precision, self.save)
         states_: States = (None,) * len(cell.states) if given is None else tuple(given)
@@ -348,9 +348,10 @@ class Recurrent(modules.Module):
         if sizes is None and self.cell.key == "lstm" and not layer_arguments.plain_weights(self, weights, data, 2):
             return None
         if resets is not None and states is not None:  # of one step: they zero the states before it
-            flags = resets.tolist() if size[1] <= arguments.FEW else [[True]]
-            if True in flags[0] or [True] in flags:
-                states = masks.cleared(states, resets.view(-1, 1), (False, True) if self.bidirectional else (False,))
+            values = resets.tolist() if size[1] <= arguments.FEW else [[True]]
+            if True in values[0] or [True] in values:
+                flags = resets.view(-1, 1).bool()
+                states = masks.cleared(states, flags, (False, True) if self.bidirectional else (False,))
         if order is not None and states is not None:
             states = tuple(None if s is None else s.index_select(1, order) for s in states)
         initial = (None,) * len(self.cell.states) if states is None else states
