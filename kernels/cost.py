@@ -3,9 +3,8 @@
 The parts (`Cost`): reading U from where it is stored, the tensor cores' work, the activations, the step's own inputs
 and outputs, what programs exchange through L2, the barrier or the launch, and the latency of a step's chain of
 dependent operations. The rates are the vendors' data sheets and tuning guides. The latencies, and how fast a processor
-loads and stores, are measured on an H200 (benchmarks/results/gpu-h200.md) or fitted to the 78 kernels that were timed
-there: the model is then between .74 and 1.32 of their time for `resident`, .82 and 1.18 for `grid`. Those were the
-kernels of commit 7ec6abe; of what changed since, the model knows how long the chains are. `stepwise` was not timed.
+loads and stores, are measured on an H200 (benchmarks/results/gpu-h200.md) or fitted by hand to the 78 kernels of
+`resident` and `grid` that were timed there, at commit 7ec6abe. `stepwise` was not timed.
 """
 
 from __future__ import annotations

@@ -220,8 +220,7 @@ def forward_kernel(
             else:
                 hu = operand_products(
                     U, y_ptr, last_row, not_reset(code_now, PADDING), start, GROUPS * H, GATES, 0, LEVEL,
-                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, mask_ptr is not None, WARPS,
-                    PRECISION,
+                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, mask_ptr is not None, WARPS, PRECISION,
                 )  # fmt: skip
         if PHASE == 2:
             hu = load_tiles(hu_first_ptr, at_first, mask, FIRST_PRODUCTS, H, ACC)

@@ -43,6 +43,16 @@ def test_parity_over_many_programs(cell, shape, dtype, save, resets, poison):
     assert max(found.values()) <= tolerance(cell, dtype, shape), found
 
 
+def test_parity_with_u_in_shared_memory():
+    """Beyond 512 units an LSTM's slices of U do not fit registers; the smaller shapes above have them there."""
+    shape = Shape(2, 2, 2, 520)
+    for backward in (False, True):
+        assert not planned("lstm", shape, torch.bfloat16, backward).u_in_registers
+        assert planned("lstm", Shape(2, 9, 2, 100), torch.bfloat16, backward).u_in_registers
+    found = errors("lstm", shape, torch.bfloat16, DEVICE, backend="triton:grid", resets=True)
+    assert max(found.values()) <= tolerance("lstm", torch.bfloat16, shape), found
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("H", [48, 160])
 @pytest.mark.parametrize("cell", CELLS)
