@@ -357,7 +357,11 @@ def apply(
     with _range(options, "forward"):
         if wanted:
             function = SeqcellsScanCompiled if case.compiling else SeqcellsScan
-            outputs = function.apply(_Scan(options), call.mask, *inputs)[:-3]
+            run = function.apply
+            if not (case.compiling or case.transforming):
+                # Function.apply without its search for default arguments, which takes longer than a step.
+                run = super(torch.autograd.Function, function).apply
+            outputs = run(_Scan(options), call.mask, *inputs)[:-3]
         else:
             save = "states" if options.states else "none"
             outputs, _ = ENGINES[options.engine].forward(options, save, inputs, call.mask)

@@ -92,14 +92,11 @@ _TENSORS = (Tensor, torch.nn.Parameter)
 
 
 def _plain_flags(resets_: object, shape: tuple[int, ...], device: torch.device) -> bool:
-    """Whether resets are quickly seen to be valid: bools, or a few zeros and ones of another type on the CPU."""
+    """Whether resets are quickly seen to be valid: bools, or a few numbers on the CPU whose values are yet to check."""
     if type(resets_) is not Tensor or resets_.shape != shape or resets_.device != device:
         return False
-    if resets_.dtype is torch.bool:
-        return True
-    if resets_.numel() > FEW or resets_.layout is not torch.strided or resets_.is_complex() or not readable(resets_):
-        return False
-    return all({*row} <= {0, 1} for row in resets_.tolist())
+    few = resets_.is_cpu and resets_.numel() <= FEW and resets_.layout is torch.strided and not resets_.is_complex()
+    return resets_.dtype is torch.bool or few
 
 
 def layer(module: Recurrent, weights: Sequence[Tensor], call: Call) -> tuple[Flags, Tensor | None]:

@@ -303,12 +303,13 @@ class Recurrent(modules.Module):
             if plain is not None:
                 if self.backend in _OWN and (found := self._own(x, given, resets, plain)) is not None:
                     return *found, None
-                if not layer_arguments.plain_weights(self, plain[0], x if isinstance(x, Tensor) else x.data):
+                data, bools = x if isinstance(x, Tensor) else x.data, resets is None or resets.dtype is torch.bool
+                if not (bools and layer_arguments.plain_weights(self, plain[0], data)):
                     plain = None
         if plain is None:
             weights, resets, ends = self._check(x, state, resets, lengths, states, inputs or {})
         else:
-            weights, resets = plain[0], None if resets is None else resets.bool()
+            weights = plain[0]
         if not (self.save in _SAVES and self.precision in _PRECISIONS):
             arguments.options(self.backend, self.precision, self.save)
         states_: States = (None,) * len(cell.states) if given is None else tuple(given)
@@ -347,11 +348,15 @@ class Recurrent(modules.Module):
         # oneDNN's LSTM reads on past the end of a weight that is too small. All else torch's own says.
         if sizes is None and self.cell.key == "lstm" and not layer_arguments.plain_weights(self, weights, data, 2):
             return None
-        if resets is not None and states is not None:  # of one step: they zero the states before it
-            values = resets.tolist() if size[1] <= arguments.FEW else [[True]]
-            if True in values[0] or [True] in values:
-                flags = resets.view(-1, 1).bool()
-                states = masks.cleared(states, flags, (False, True) if self.bidirectional else (False,))
+        if resets is not None and (states is not None or resets.dtype is not torch.bool):  # of one step
+            rows = resets.tolist() if size[1] <= arguments.FEW else [[True]]
+            values = rows[0] if len(rows) == 1 else [row[0] for row in rows]
+            if any(values):
+                if not {*values} <= {0, 1}:
+                    return None
+                if states is not None:  # they zero the states before it
+                    flags = resets.view(-1, 1).bool()
+                    states = masks.cleared(states, flags, (False, True) if self.bidirectional else (False,))
         if order is not None and states is not None:
             states = tuple(None if s is None else s.index_select(1, order) for s in states)
         initial = (None,) * len(self.cell.states) if states is None else states

@@ -225,6 +225,18 @@ def test_gradients_of_each_sample_are_one_launch(backend, calls):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_a_tensor_that_outlives_its_transform(backend):
+    kept = []
+    torch.func.grad(lambda t: (kept.append(t * 2), t.sum())[1])(x := torch.randn(3, 2, 4))
+    layer, twin = seqcells.GRU(4, 5, backend=backend), torch.nn.GRU(4, 5)
+    twin.load_state_dict(layer.state_dict())
+    for module, given in ((layer, kept[0]), (twin, 2 * x)):
+        module(given)[0].square().sum().backward()
+    for name, p in twin.named_parameters():
+        torch.testing.assert_close(getattr(layer, name).grad, p.grad)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_vmap_over_lengths_and_packed_rows(backend):
     module = seqcells.LSTM(3, 4, bidirectional=True, backend=backend, device=DEVICE, dtype=torch.float64)
     x, _ = batch(T=4, B=6)

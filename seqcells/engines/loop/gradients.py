@@ -72,7 +72,7 @@ def backward(
     dy, dcs = (None if d is None else d.flatten(0, 1) for d in (dy, dcs))
     each = []
     for k in range(K):
-        group = layer_group(columns, inputs, mask, k, is_reversed(k, options.reversed), orders)
+        group = layer_group(columns, inputs, mask, k, is_reversed(k, options.reversed), orders, buffers[2] is None)
         y, c, gates, *finals = (None if t is None or t.dim() == 1 else t[k] for t in (*buffers, dhn, dcn))
         rows = [None if d is None else d[:, k] for d in (dy, dcs)]
         sums = Sums(group, need, samples)
@@ -108,7 +108,9 @@ class Sums:
     def __init__(self, group: Group, need: Sequence[bool], samples: int) -> None:
         self.group, order, x = group, group.order, group.x
         rows = order.head + order.rows
-        self.w_back = blocks(group.w_ih, group.columns.w_ih_back, group.H, 0)
+        columns = group.columns
+        alike = columns.w_ih_back == columns.w_ih
+        self.w_back = group.w_columns if alike else blocks(group.w_ih, columns.w_ih_back, group.H, 0)
         self.dx = x.new_empty(rows, x.shape[1]) if need[0] else None
         self.dgiven = None
         if need[8] and group.given is not None:

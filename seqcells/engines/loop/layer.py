@@ -71,9 +71,9 @@ def column_order(key: str) -> ColumnOrder:
 class Group:
     """One of the groups of a layer. All but x and given have the dtype of the computation.
 
-    x [T*B, I]; w_ih in the cell's order; w_columns, bias: w_ih and the bias of its product, in the order of columns.
-    u [products*H, H] in the order of the products; params [H] each; apart: the biases of the products apart [., H].
-    given: the tiles of gx that are given [T*B, .*H]; bias_of_given: what is added to them.
+    x [T*B, I]; w_ih in the cell's order; w_columns: w_ih in the order of columns. u [products*H, H] in the order of the
+    products; params [H] each; given: the tiles of gx that are given [T*B, .*H]. Biases, for `project`: bias, that of
+    w_columns; apart [., H], those of the products apart; bias_of_given, what is added to given.
     """
 
     columns: ColumnOrder
@@ -83,11 +83,11 @@ class Group:
     x: Tensor
     w_ih: Tensor
     w_columns: Tensor
-    bias: Tensor | None
     u: Tensor
     params: Sequence[Tensor]
-    apart: Tensor | None
     given: Tensor | None
+    bias: Tensor | None
+    apart: Tensor | None
     bias_of_given: Tensor | None
 
     def rows(self, a: int, b: int) -> Tensor:
@@ -139,9 +139,18 @@ class Group:
 
 
 def layer_group(
-    columns: ColumnOrder, inputs: Inputs, mask: Tensor | None, k: int, reversed: bool, orders: dict[bool, RowOrder]
+    columns: ColumnOrder,
+    inputs: Inputs,
+    mask: Tensor | None,
+    k: int,
+    reversed: bool,
+    orders: dict[bool, RowOrder],
+    projects: bool = True,
 ) -> Group:
-    """Group k. orders: the RowOrders by direction, as far as they exist; one that is made here is added."""
+    """Group k. orders: the RowOrders by direction, as far as they exist; one that is made here is added.
+
+    projects: whether `project` will be called.
+    """
     x, h0, c0, *weights, given = inputs
     at = columns.places
     assert x is not None and weights[0] is not None
@@ -160,6 +169,17 @@ def layer_group(
         u = w_ih.new_empty(0, H)
     elif columns.u is not None:
         u = blocks(u, columns.u, H, 0)
+    vectors = () if params is None else params.split(H)
+    biases = _biases(columns, b_ih, b_hh, H) if projects else (None, None, None)
+    w_columns = blocks(w_ih, columns.w_ih, H, 0)
+    return Group(columns, columns.part, order, H, rows, w_ih, w_columns, u, vectors, given, *biases)
+
+
+def _biases(
+    columns: ColumnOrder, b_ih: Tensor | None, b_hh: Tensor | None, H: int
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """A Group's bias, apart and bias_of_given."""
+    at = columns.places
     bias = apart = bias_of_given = None
     if b_ih is not None and b_hh is not None and columns.one_bias:
         b_ih, b_hh = b_ih + b_hh, None
@@ -174,10 +194,7 @@ def layer_group(
             bias_of_given = added if bias_of_given is None else bias_of_given + added
         if at.apart:
             apart = blocks(b_hh, at.apart, H).view(-1, H)
-    vectors = () if params is None else params.split(H)
-    w_columns = blocks(w_ih, columns.w_ih, H, 0)
-    of_input = (rows, w_ih, w_columns, bias)
-    return Group(columns, columns.part, order, H, *of_input, u, vectors, apart, given, bias_of_given)
+    return bias, apart, bias_of_given
 
 
 def forward(options: Options, save: str, inputs: Inputs, mask: Tensor | None) -> tuple[tuple[Tensor, ...], Buffers]:
