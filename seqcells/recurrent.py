@@ -206,14 +206,8 @@ class Recurrent(modules.Module):
 
     def extra_repr(self) -> str:
         text = f"{self.input_size}, {self.hidden_size}"
-        defaults: dict[str, object] = {
-            "proj_size": 0,
-            "num_layers": 1,
-            "bias": True,
-            "batch_first": False,
-            "dropout": 0,
-        }
-        defaults |= {"bidirectional": False, "reset_after": True, "nonlinearity": "tanh"}
+        sizes: dict[str, object] = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0}
+        defaults = sizes | {"bidirectional": False, "reset_after": True, "nonlinearity": "tanh"}
         defaults |= {"backend": None, "save": "gates", "precision": None}
         for name, default in defaults.items():
             value = getattr(self, name, default)
@@ -349,12 +343,14 @@ class Recurrent(modules.Module):
         if sizes is None and self.cell.key == "lstm" and not layer_arguments.plain_weights(self, weights, data, 2):
             return None
         if resets is not None and (states is not None or resets.dtype is not torch.bool):  # of one step
-            rows = resets.tolist() if size[1] <= arguments.FEW else [[True]]
+            rows = resets.tolist() if size[1] <= arguments.FEW else [[True, False]]  # as if some are set
             values = rows[0] if len(rows) == 1 else [row[0] for row in rows]
             if any(values):
                 if not {*values} <= {0, 1}:
                     return None
-                if states is not None:  # they zero the states before it
+                if all(values) and not (self.bidirectional or torch.is_grad_enabled()):
+                    states = None
+                elif states is not None:  # they zero the states before it
                     flags = resets.view(-1, 1).bool()
                     states = masks.cleared(states, flags, (False, True) if self.bidirectional else (False,))
         if order is not None and states is not None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import seqcells
+from seqcells import arguments
 
 ROOT = Path(__file__).parents[1]
 specification = importlib.util.spec_from_file_location("overhead", ROOT / "benchmarks" / "overhead.py")
@@ -31,10 +32,20 @@ def test_the_architecture_page_shows_them():
     assert shown.split("\n") == [*found, ""]
 
 
+@pytest.mark.parametrize("ends", [[1, 0, 1], [1, 1], [0], [1, 0] * 70, [1] * 140], ids=len)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32, torch.uint8])
-def test_one_step_with_resets_is_checked_quickly(dtype, monkeypatch):
+@pytest.mark.parametrize("grad", [True, False])
+@pytest.mark.parametrize("batch_first, bidirectional", [(False, False), (True, False), (False, True)])
+def test_one_step_with_resets_is_checked_quickly(ends, dtype, grad, batch_first, bidirectional, monkeypatch):
     """As acting calls it, with zeros and ones of the environment's type: a state set to zero and a step of torch's."""
-    monkeypatch.setattr(seqcells.GRU, "_check", lambda *_: pytest.fail("the long check"))
-    layer, x, h = seqcells.GRU(4, 5), torch.randn(1, 3, 4), torch.randn(1, 3, 5)
-    ends = torch.tensor([[1, 0, 1]])
-    assert torch.equal(layer(x, h, resets=ends.to(dtype))[0], layer(x, h * (1 - ends)[..., None])[0])
+    if len(ends) <= arguments.FEW or dtype is torch.bool:
+        monkeypatch.setattr(seqcells.GRU, "_check", lambda *_: pytest.fail("the long check"))
+    layer = seqcells.GRU(4, 5, batch_first=batch_first, bidirectional=bidirectional)
+    B, ends = len(ends), torch.tensor([ends])
+    x, h = torch.randn((B, 1, 4) if batch_first else (1, B, 4)), torch.randn(1 + bidirectional, B, 5)
+    before = h.clone()
+    before[0] *= 1 - ends.T
+    with torch.set_grad_enabled(grad):
+        y, state = layer(x, h, resets=(ends.T if batch_first else ends).to(dtype))
+        expected = layer(x, before)
+    assert torch.equal(y, expected[0]) and torch.equal(state, expected[1])
