@@ -245,7 +245,9 @@ def test_two_groups_are_a_bidirectional_layer(backend):
     torch.testing.assert_close((y, hn, cn), (want, *final))
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize(
+    "schedule", ["grid", *(pytest.param(other, marks=pytest.mark.slow) for other in ("resident", "stepwise"))]
+)
 def test_groups_compile_and_differentiate_twice(schedule):
     """The ops' fakes know reversed groups, and double backward goes through them."""
     K, T, B, I, H = 2, 2, 2, 1, 2  # noqa: E741

@@ -55,12 +55,12 @@ def compare(kind, schedule, shape, mask, K, reversed, save, dtype=torch.float64,
 
 
 @pytest.mark.parametrize(
-    ("kind", "schedule", "shape", "how"),
-    spread(KINDS, SCHEDULES, SHAPES, list(product(MASKS, ["gates", "states"])), most=1),
+    ("kind", "schedule", "how"),
+    spread(KINDS, SCHEDULES, list(product(SHAPES, MASKS, ["gates", "states"])), most=2),
     ids=str,
 )
-def test_parity(kind, schedule, shape, how, poison):
-    mask, save = how
+def test_parity(kind, schedule, how, poison):
+    shape, mask, save = how
     groups, reversed = {"": (1, 0), "resets": (2, 2), "lengths": (2, 1)}[mask]
     compare(kind, schedule, shape, mask, groups, reversed, save)
 

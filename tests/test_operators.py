@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from conftest import DEVICE
-from shapes import CELLS
+from shapes import CELLS, spread
 from steps import STEPS, define
 
 from seqcells import autograd, masks
@@ -20,6 +20,11 @@ DERIVED = ["nobody", "with_output", "indrnn"]
 ENGINES = ["loop", "triton"]
 MASKS = ["plain", "resets", "lengths", "both"]
 NAMES = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "params", "inputs")
+
+
+def by_engine(names, last, kernels):
+    """The product of engines, names and the last axis, of which the kernels, interpreted, take `kernels` by default."""
+    return [*spread(["loop"], names, last, most=len(last)), *spread(["triton"], names, last, most=kernels)]
 
 
 @pytest.fixture(scope="module")
@@ -80,10 +85,8 @@ def operator_arguments(engine, key, save, K=1, kind="resets", need=(True,) * 9, 
     return given, (*grads, *inputs, mask, y, c, saved, *how)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("K", [1, 2])
-@pytest.mark.parametrize("name", [*CELLS, *DERIVED])
-def test_opcheck(name, K, engine, keys):
+@pytest.mark.parametrize(("engine", "name", "K"), by_engine([*CELLS, *DERIVED], [1, 2], kernels=1))
+def test_opcheck(engine, name, K, keys):
     """Schema, fakes and tracing; other ways to save, masks and needs, by which shapes differ, by the fakes alone."""
     given, back = operator_arguments(engine, keys[name], "gates", K)
     torch.library.opcheck(operators.scan_forward, given)
@@ -123,10 +126,8 @@ def run(options, save, inputs, mask, grads=None):
     return outputs, autograd._Gradients(options, (True,) * 9).run(mask, y, c, saved, *inputs, *grads), grads
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("kind", MASKS)
-@pytest.mark.parametrize("name", ["lstm", "gru", "rnn_tanh", *DERIVED])
-def test_traced_as_straight_away(name, kind, engine, keys, poison):
+@pytest.mark.parametrize(("engine", "name", "kind"), by_engine(["lstm", "gru", "rnn_tanh", *DERIVED], MASKS, kernels=2))
+def test_traced_as_straight_away(engine, name, kind, keys, poison):
     """Both ways, K of one and two, what was saved or recomputed; of one group also without an axis of groups."""
     for K, save in ((1, "gates"), (2, "states"), (2, "gates")):
         reversed = 2 if K > 1 else 0
@@ -187,10 +188,8 @@ BATCHED = {  # what vmap's dimension is in
 }
 
 
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("which", BATCHED)
-@pytest.mark.parametrize("name", ["lstm", "gru", *DERIVED])
-def test_vmap_as_one_after_another(name, which, engine, keys):
+@pytest.mark.parametrize(("engine", "name", "which"), by_engine(["lstm", "gru", *DERIVED], BATCHED, kernels=2))
+def test_vmap_as_one_after_another(engine, name, which, keys):
     """Of two groups, one reversed; with a mask of its own for each, too; every gradient of each."""
     V, key = 3, keys[name]
     options = Options(engine, key, reversed=2, states=get(key).form.states > 1, traced=True)
