@@ -12,6 +12,7 @@ BIN := .venv/bin
 .venv-integrations/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv-integrations
 	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations,test]'
+	.venv-integrations/bin/pip install --quiet --disable-pip-version-check --no-deps xlstm==2.0.6  # its sLSTM cell needs torch alone
 	.venv-integrations/bin/python -c "import torchaudio" 2>/dev/null || rm .venv-integrations/lib/python*/site-packages/torchaudio/lib/_torchaudio*
 	touch $@
 

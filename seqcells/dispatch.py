@@ -62,6 +62,7 @@ class Case(NamedTuple):
     exporting: to a program that can contain torch's own layers. observed: a TorchDispatchMode is active. traced: an
     engine must use its operators, because tensors have no values or because the operators are recorded. problem: why
     neither kernels nor a loop can be derived from the cell's step. refused: its kernels failed before (see `fallback`).
+    heads: a layer has several; hidden_size is that of each.
     """
 
     cell: str
@@ -92,6 +93,7 @@ class Case(NamedTuple):
     traced: bool = False
     problem: str = ""
     refused: bool = False
+    heads: bool = False
 
 
 class Choice(NamedTuple):
@@ -114,7 +116,7 @@ class Call(NamedTuple):
 
     x [T, B, I] or [T, B, K, I]; states [K, B, H], for one group also [B, H], None means zeros; groups: each group's
     w_ih, w_hh, b_ih, b_hh (and w_hr, for an LSTM with a projection); stacked: the same with an axis K, if such tensors
-    exist already; params [K, P*H], for one group [P*H]; inputs [T, B, N*H]; mask: see `masks`.
+    exist already; params [K, P*H], for one group [P*H]; inputs [T, B, N*H] or [T, B, K, N*H]; mask: see `masks`.
     """
 
     x: Tensor
@@ -147,6 +149,7 @@ def case_of(
     *,
     packed: tuple[int, int] | None = None,
     projected: bool = False,
+    heads: bool = False,
 ) -> Case:
     """The facts about a scan of x. found: see `survey`; packed: T and B of a PackedSequence whose data is x."""
     key, device, dtype, (grad, plain), backend = cell.key, x.device, x.dtype, found, options.backend
@@ -178,7 +181,7 @@ def case_of(
     size = (hidden_size, *((None, None) if compiling else (T, B)), grad and torch.is_grad_enabled())
     problem = "" if key in backends.ATEN_CELLS else cell.problem  # those have kernels
     refused = bool(fallback.refused_kernels) and fallback.refused(device, key, dtype, hidden_size, grad)
-    facts = (*size, *asked, options.one_step, B == 0, onednn, plain, *context, problem, refused)
+    facts = (*size, *asked, options.one_step, B == 0, onednn, plain, *context, problem, refused, heads)
     return Case(key, backend, device, dtype, *facts)
 
 
@@ -219,6 +222,8 @@ def own_layers(module: Recurrent, x: Tensor, size: tuple[int, int], grad: bool) 
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return False
+    if module.heads > 1:
+        return False
     backend = backend or chosen.of_context() or chosen.backend
     if backend not in ("auto", "aten") or torch._C._len_torch_dispatch_stack() > 0:
         return False
@@ -241,7 +246,7 @@ def _looped(case: Case, lengths: bool) -> bool:
 
 def _reset_steps_fit(case: Case) -> bool:
     """Whether oneDNN's LSTM can run a case with resets or lengths, by reset steps."""
-    if not case.onednn or case.all_states or case.projected or not case.plain:
+    if not case.onednn or case.all_states or case.projected or case.heads or not case.plain:
         return False
     if case.compiling or case.jit or case.transforming:
         return False
@@ -261,6 +266,8 @@ def aten_lacks(case: Case, reset_steps: bool = False) -> str:
     """Why aten cannot run a case; "" if it can."""
     if case.cell not in backends.ATEN_CELLS:
         return f"torch has no fused {case.cell}"
+    if case.heads:
+        return "torch's fused RNNs have no heads"
     if case.all_states:
         return "torch's fused RNNs do not give all cell states"
     if case.projected and case.onnx:
@@ -320,7 +327,7 @@ def choose(case: Case) -> Choice:
     # torch.compile cannot trace torch's own layers, but torch.export can.
     stack = case.packed or not (case.lengths or (case.compiling and not case.exporting))
     stack = stack and not (reset_steps or case.resets or case.one_step)
-    simple = case.cell in backends.ATEN_CELLS and not (case.resets or case.all_states or case.projected)
+    simple = case.cell in backends.ATEN_CELLS and not (case.resets or case.all_states or case.projected or case.heads)
     lacking = "" if simple else aten_lacks(case, reset_steps)
     if name == "aten":
         if lacking:

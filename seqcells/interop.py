@@ -1,4 +1,4 @@
-"""Weights from and to other libraries: Keras, haste, and hand-written cells of common forms.
+"""Weights from and to other libraries: Keras, haste, xlstm, and hand-written cells of common forms.
 
 The from_ functions take arrays and return a cell's state_dict with torch.nn's names: weight_ih [G*H, I], weight_hh
 [G*H, H], bias_ih and bias_hh [G*H]; without biases if there were none. load_ copies such a dict into a cell, or into
@@ -127,6 +127,38 @@ def from_haste(
     if recurrent_bias is not None:
         state["bias_hh"] = _reordered(_checked("recurrent_bias", recurrent_bias, shape), order, ours)
     return state
+
+
+def from_xlstm(
+    recurrent_kernel: Array, bias: Array, input_weights: Sequence[Array] | None = None
+) -> dict[str, Tensor]:
+    """Convert the weights of an sLSTM cell of the package xlstm (github.com/NX-AI/xlstm) to a state_dict for `load_`.
+
+    The module is ``seqcells.Recurrent("slstm", I, H, heads=N)``. recurrent_kernel [N, H/N, 4, H/N] and bias [N, 4, H/N]
+    are those of sLSTMCell, in the package's outer format: ``cell._recurrent_kernel_int2ext(cell._recurrent_kernel_)``
+    and ``cell._bias_int2ext(cell._bias_)``. input_weights: for the gates i, f, z and o the weights [N, H/N, I/N] of
+    their headwise linear layers, which must have the same input. Default: ``None``, for an input [., 4*H] of all four
+    gates, as sLSTMCell takes: weight_ih is the identity.
+    Raises ValueError for wrong shapes.
+
+        >>> state = seqcells.interop.from_xlstm(torch.randn(2, 5, 4, 5), torch.randn(2, 4, 5))
+        >>> layer = seqcells.interop.load_(seqcells.Recurrent("slstm", 40, 10, heads=2), state)
+    """
+    kernel = _checked("recurrent_kernel", recurrent_kernel, ("N", "H/N", 4, "H/N"))
+    N, D = kernel.shape[:2]
+    kernel, given = _checked("recurrent_kernel", kernel, (N, D, 4, D)), _checked("bias", bias, (N, 4, D))
+    w_ih = torch.eye(4 * N * D, dtype=kernel.dtype)
+    if input_weights is not None:
+        if not isinstance(input_weights, (tuple, list)):
+            raise checks.wrong("input_weights", "a list of four arrays, those of i, f, z and o, or None", input_weights)
+        if len(input_weights) != 4:
+            raise ValueError(f"input_weights must be four arrays, those of i, f, z and o, got {len(input_weights)}")
+        each = [_checked(f"input_weights[{n}]", w, (N, D, "I/N")) for n, w in enumerate(input_weights)]
+        each = [_checked(f"input_weights[{n}]", w, tuple(each[0].shape)) for n, w in enumerate(each)]
+        w_ih = torch.cat([torch.block_diag(*w) for w in each])
+    b_ih = given.transpose(0, 1).flatten()
+    w_hh = kernel.permute(2, 0, 3, 1).reshape(4 * N * D, D)
+    return {"weight_ih": w_ih, "weight_hh": w_hh, "bias_ih": b_ih, "bias_hh": torch.zeros_like(b_ih)}
 
 
 def from_handwritten_lstm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

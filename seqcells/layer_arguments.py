@@ -13,6 +13,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import backends, checks
 from .arguments import FEW, dtypes_differ, lengths, readable, resets, together
+from .engines import operators
 
 if TYPE_CHECKING:
     from .cell_modules import RecurrentCell
@@ -427,6 +428,16 @@ def rate(dropout: float) -> float:
 
 
 _DROPOUT = "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
+
+
+def heads(given: int, hidden_size: int, bidirectional: bool) -> int:
+    """Check the number of heads, and return it."""
+    checks.integer("heads", given, least=1)
+    if given > 1 and isinstance(hidden_size, int) and hidden_size % given:
+        raise ValueError(f"hidden_size must be divisible by heads, got {hidden_size} and {given}")
+    if bidirectional and 2 * given > operators.MOST:
+        raise ValueError(f"at most {operators.MOST // 2} heads if bidirectional, got {given}")
+    return given
 
 
 def sizes(given: tuple[int, int, int, bool, bool, float, bool, int], stacklevel: int) -> None:

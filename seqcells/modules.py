@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -53,6 +54,14 @@ def spelled(cls: type) -> str:
     return (
         f"torch.nn.{cls.__name__}" if cls.__module__ == nn.LSTM.__module__ else f"{cls.__module__}.{cls.__qualname__}"
     )
+
+
+def outside(module: nn.Module) -> int:
+    """The stacklevel with which a warning in a constructor's helper points at the line that makes the module."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_locals.get("self") is module and frame.f_back is not None:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 class Module(nn.Module):

@@ -5,7 +5,6 @@ Parameters are read at each call, so weight norm, parametrizations, pruning and 
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ from . import arguments, backends, checks, dispatch, extras, layer_arguments, ma
 from .cell import Cell, get
 from .dispatch import ScanOptions
 from .engines import aten
+from .heads import join_heads, split_heads
 from .layer_arguments import Flags, Input, Inputs, Plain, State
 
 States = tuple["Tensor | None", ...]
@@ -54,6 +54,8 @@ class Recurrent(modules.Module):
             in backward. Default: "gates"
         precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
             :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
+        heads: The number of heads: groups of H/heads hidden units whose recurrent products stay within the group.
+            Default: 1
         constants: New values for the cell's constants, by name. Default: the values in the cell's definition
 
     For inputs and outputs see :meth:`forward`.
@@ -61,8 +63,8 @@ class Recurrent(modules.Module):
     Attributes:
         weight_ih_l[k]: The input weights of layer k, [Gx*H, I], of the layers above the first [Gx*H, D*H]. Gx is the
             number of gates whose x the cell reads; they are in the order of the cell's ``gates``.
-        weight_hh_l[k]: The recurrent weights of layer k, [Gu*H, H], of the Gu gates whose U the cell uses, in the same
-            order. A cell without a recurrent product has none.
+        weight_hh_l[k]: The recurrent weights of layer k, [Gu*H, H/heads], of the Gu gates whose U the cell uses, in the
+            same order. A cell without a recurrent product has none.
         bias_ih_l[k], bias_hh_l[k]: The biases of layer k, for those gates that have one.
         [name]_l[k]: The cell's parameter of that name, [H], or [1] if it is a scalar.
 
@@ -102,6 +104,7 @@ class Recurrent(modules.Module):
 
     cell: Cell
     proj_size: int = 0
+    heads: int = 1
     _hx: str = "state"  # the name of forward's argument
 
     def __init__(
@@ -120,10 +123,11 @@ class Recurrent(modules.Module):
         backend: str | None = None,
         save: str = "gates",
         precision: str | None = None,
+        heads: int = 1,
         **constants: float,
     ) -> None:
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
-        self._set_up(modules.cell_of(cell, constants), sizes, device, dtype, backend, save, precision)
+        self._set_up(modules.cell_of(cell, constants), sizes, device, dtype, backend, save, precision, heads)
 
     def _set_up(
         self,
@@ -134,12 +138,13 @@ class Recurrent(modules.Module):
         backend: str | None,
         save: str,
         precision: str | None,
+        heads: int = 1,
     ) -> None:
         """The part that the constructors share. sizes: see layer_arguments.sizes."""
         nn.Module.__init__(self)  # not super(), which in `subclasses` is torch.nn.LSTM's
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size = sizes
         rate = layer_arguments.rate(dropout)  # first, as in torch.nn
-        layer_arguments.sizes(sizes, stacklevel=_outside(self))
+        layer_arguments.sizes(sizes, stacklevel=modules.outside(self))
         checks.device(device, optional=True)
         checks.dtype(dtype, optional=True)
         arguments.options(backend, precision, save, cell.key)
@@ -155,6 +160,7 @@ class Recurrent(modules.Module):
         self.backend = backend
         self.save = save
         self.precision = precision
+        self.heads = layer_arguments.heads(heads, hidden_size, bidirectional)
         self._all_weights: list[list[str]] = []
         self._all_shapes: list[tuple[tuple[int, ...], ...]] = []
         for layer in range(num_layers):
@@ -172,7 +178,7 @@ class Recurrent(modules.Module):
         out = self.proj_size or self.hidden_size
         width = out * (2 if self.bidirectional else 1) if layer else self.input_size
         projection = {"weight_hr": (self.proj_size, self.hidden_size)} if self.proj_size else {}
-        return modules.shapes(self.cell, self.hidden_size, width, out, self.bias) | projection
+        return modules.shapes(self.cell, self.hidden_size, width, out // self.heads, self.bias) | projection
 
     def flatten_parameters(self) -> None:
         """Do nothing: the kernels read each parameter where it is. For code that calls torch.nn's method."""
@@ -208,7 +214,7 @@ class Recurrent(modules.Module):
         text = f"{self.input_size}, {self.hidden_size}"
         sizes: dict[str, object] = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0}
         defaults = sizes | {"bidirectional": False, "reset_after": True, "nonlinearity": "tanh"}
-        defaults |= {"backend": None, "save": "gates", "precision": None}
+        defaults |= {"backend": None, "save": "gates", "precision": None, "heads": 1}
         for name, default in defaults.items():
             value = getattr(self, name, default)
             if value != default:
@@ -399,7 +405,7 @@ class Recurrent(modules.Module):
         states [layers * directions, B, .], in the order of `packed`. parameters: the parameters, and the result of
         layer_arguments.plain. Results have the layout of x: [T, B, .], or packed rows.
         """
-        cell, H, (weights, plain) = self.cell, self.hidden_size, parameters
+        cell, H, heads, (weights, plain) = self.cell, self.hidden_size, self.heads, parameters
         if torch._C._is_any_autocast_enabled() and backends.autocasting(x.device):
             x, states, groups, (_, inputs) = precisions.autocast(cell.key, x, states, [weights], (None, inputs))
             with torch.autocast(x.device.type, enabled=False):
@@ -413,7 +419,8 @@ class Recurrent(modules.Module):
             found = dispatch.survey(x, (*weights, *states, *beside))
         else:
             found = plain[1], True
-        case = dispatch.case_of(cell, x, found, options, H, packed=size, projected=self.proj_size > 0)
+        more = {"projected": self.proj_size > 0, "heads": heads > 1}
+        case = dispatch.case_of(cell, x, found, options, H // heads, packed=size, **more)
         choice = dispatch.choose(case)
         if packed is not None and size is not None and not choice.stack:
             where = packing.layout(packed.batch_sizes, size[1], x.shape[0], x.device)
@@ -429,14 +436,16 @@ class Recurrent(modules.Module):
             batch = x.shape[1] if size is None else size[1]
             return *aten.stack(self, x, sizes, states, weights, batch, case.grad), None
         extra = extras.inputs(cell, inputs, x, H, options.lengths) if inputs else None
+        options = options._replace(reverse=tuple(back for back in options.reverse for _ in range(heads)))
         finals, every = [], None
         for layer in range(self.num_layers):
             if layer:
                 x = self._dropped(x, where)
             call = self._call(layer, x, states, weights)._replace(inputs=extra, mask=mask)
+            call = call if heads == 1 else split_heads(call, heads, H)
             own = options if layer == self.num_layers - 1 else options._replace(all_states=False)
             x, final, every = dispatch.execute(cell, call, own, case, choice)
-            finals.append(final)
+            finals.append(final if heads == 1 else tuple(join_heads(s, heads) for s in final))
         joined = finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True))
         if where is None:
             return x, joined, every
@@ -470,7 +479,8 @@ class Recurrent(modules.Module):
             for of in named
         ]
         if self._parts[0] != "weight_ih":
-            own = dispatch.starts(x, own, groups, self.hidden_size)  # no weight has the hidden size, so states must
+            # No weight has the hidden size, so states must.
+            own = tuple(x.new_zeros(count, x.shape[1], self.hidden_size) if s is None else s for s in own)
         cell = self.cell
         vectors = [{name: of[name] for name in cell.params} for of in named]
         params = extras.params(cell, vectors, x, self.hidden_size) if cell.params else None
@@ -486,11 +496,3 @@ class Recurrent(modules.Module):
         given = given.transpose(0, 1) if self.batch_first else given
         given = given if x.sorted_indices is None else given.index_select(1, x.sorted_indices)
         return given.masked_fill(where.padding.reshape(*where.padding.shape, *(1,) * (given.dim() - 2)), 0)
-
-
-def _outside(module: nn.Module) -> int:
-    """The stacklevel with which a warning in a constructor's helper points at the line that makes the module."""
-    level, frame = 2, sys._getframe(1)
-    while frame.f_locals.get("self") is module and frame.f_back is not None:
-        level, frame = level + 1, frame.f_back
-    return level

@@ -197,7 +197,7 @@ def scan_groups(
     """Run K scans side by side. Returns all states after each step [T, B, K*H], and the final states [K, B, H].
 
     w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H], params [K, H], states [K, B, H] (with one group, K may be
-    left out); x [T, B, I] for all groups, or [T, B, K, I]; inputs [T, B, H] for all groups. Group k runs from the last
+    left out); x [T, B, I] for all groups, or [T, B, K, I]; inputs likewise [T, B, H]. Group k runs from the last
     step to the first if bit k of reversed is set. Half precision is computed in float32 and rounded at the end.
     """
     arguments.reference_groups(step, x, states, (w_ih, w_hh, b_ih, b_hh), reversed)
@@ -219,7 +219,7 @@ def scan_groups(
             group(w_ih, k),
             *(None if w is None else group(w, k) for w in (w_hh, b_ih, b_hh)),
             params=tuple(group(p, k) for p in params),
-            inputs=inputs,
+            inputs=tuple(t if t.dim() == 3 else t[:, :, k] for t in inputs),
             resets=resets,
             lengths=lengths,
             reverse=bool(reversed >> k & 1),

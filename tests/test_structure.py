@@ -47,7 +47,8 @@ ARROWS = {  # room: the rooms of the project it may import
     "derive": {"kernels.cells", "kernels.form", "kernels.math"},
     "cell": {"checks", "derive", "kernels.form", "kernels.registry"},
     "cells": {"cell"},
-    "layer_arguments": {"arguments", "backends", "checks", "cell_modules", "recurrent"},  # of the last two, types alone
+    # Of cell_modules and recurrent, types alone.
+    "layer_arguments": {"arguments", "backends", "checks", "cell_modules", "engines.operators", "recurrent"},
     "masks": {"kernels.buffers"},
     "products": {"cell", "kernels.buffers", "kernels.form"},
     "autograd": {"backends", "dispatch", "masks", "products", "reference"},  # of dispatch its types alone
@@ -85,8 +86,8 @@ ARROWS = {  # room: the rooms of the project it may import
         "modules",
     },
     "recurrent": {
-        *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "extras", "layer_arguments"),
-        *("masks", "modules", "packing", "precisions"),
+        *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "extras", "heads"),
+        *("layer_arguments", "masks", "modules", "packing", "precisions"),
     },
     "layers": {"cell", "checks", "functional", "recurrent"},
     "subclasses": {"cell_modules", "layers"},
@@ -95,6 +96,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "init": {"checks", "weights"},
     "interop": {"cell", "checks", "weights", "kernels.registry"},
     "testing": {"backends", "cell", "checks", "explanation", "functional", "reference", "kernels.registry"},
+    "heads": {"dispatch"},
     "tasks": {  # which nothing imports but __main__
         *("arguments", "backends", "cell", "checks", "explanation", "init", "layers", "precisions", "recurrent"),
         *("testing", "kernels.devices", "kernels.registry"),
