@@ -1,4 +1,4 @@
-"""xlstm: an sLSTM with its weights computes what its own implementation in PyTorch does, heads and gradients included."""
+"""xlstm: an sLSTM with its weights computes what its own implementation in PyTorch does, heads and gradients too."""
 
 import pytest
 import torch
