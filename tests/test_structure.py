@@ -178,7 +178,7 @@ def test_plan_is_pure(file):
 
 
 def test_no_file_is_longer_than_500_lines():
-    others = {".venv", ".venv-integrations", "build"}
+    others = {".venv", ".venv-docs", ".venv-integrations", "build"}
     files = [f for f in ROOT.rglob("*.py") if not others & set(f.parts)]
     long = {str(f): n for f in files if (n := len(f.read_text().splitlines())) > 500}
     assert files and not long
