@@ -27,10 +27,7 @@ ELSEWHERE = {
     "tests.md": "tests/README.md",
     "changelog.md": "CHANGELOG.md",
     "results/notes.md": "benchmarks/NOTES.md",
-    **{
-        f"results/{file.stem}.md": f"benchmarks/results/{file.name}"
-        for file in sorted((ROOT / "benchmarks/results").glob("*.md"))
-    },
+    **{f"results/{f.name}": f"benchmarks/results/{f.name}" for f in sorted((ROOT / "benchmarks/results").glob("*.md"))},
 }
 
 
@@ -54,7 +51,8 @@ def mismatches() -> str:
     """What is wrong between the gallery's sections and the cells; "" if nothing is."""
     written, cells = set(sections()) - {""}, set(families())
     if without := sorted(cells - written):
-        return f"docs/gallery.md has no section '## {without[0]}' for seqcells/cells/{without[0]}.py: write its equation and use"
+        cell = without[0]
+        return f"seqcells/cells/{cell}.py has no section '## {cell}' in docs/gallery.md: write its equation and its use"
     if gone := sorted(written - cells):
         return f"docs/gallery.md has a section '## {gone[0]}', but there is no seqcells/cells/{gone[0]}.py"
     return ""
@@ -84,8 +82,9 @@ def cell_page(name: str, cells: list[Any]) -> str:
     """A cell's page: the paper and its section in gallery.md; then its definition, its cost, and what was derived."""
     text = f"# {name}\n\n{inspect.getdoc(sys.modules[cells[0].__module__])}\n\n{sections()[name].strip()}\n"
     for cell in cells:
-        text += f"\n## `seqcells.cells.{cell.name}`\n\n```py\n{inspect.getsource(cell.step)}```\n\n| | |\n|---|---|\n"
-        text += "".join(f"| {what} | {value} |\n" for what, value in facts(cell))
+        text += f"\n## `seqcells.cells.{cell.name}`\n\n```py\n{inspect.getsource(cell.step)}```\n\n"
+        (first, *rest) = (f"| {what} | {value} |\n" for what, value in facts(cell))
+        text += f"{first}|---|---|\n{''.join(rest)}"
         given = "".join(f", {n}=torch.rand(5, 3)" for n in cell.inputs)
         text += f"\n```py\nlayer = seqcells.Recurrent(seqcells.cells.{cell.name}, 10, 20)\n"
         text += f"y, state = layer(torch.randn(5, 3, 10){given})\n```\n"
@@ -110,8 +109,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     if wrong := mismatches():
         raise PluginError(wrong)
     cells = ["gallery.md", *(f"gallery/{name}.md" for name in sorted(families()))]
-    results = [page for page in ELSEWHERE if page.startswith("results/")]
-    added: dict[str, list[Any]] = {"Gallery": ["gallery.md", *cells[1:]], "Performance": ["performance.md", *results]}
+    results = [{Path(page).stem: page} for page in ELSEWHERE if page.startswith("results/")]
+    added = {"Gallery": cells, "Performance": ["performance.md", *results]}
     config.nav = [
         {title: added.get(title, page) for title, page in entry.items()}
         for entry in config.nav  # type: ignore
