@@ -1,6 +1,7 @@
 """The book: the Python in its pages runs, the navigation names every page, and every cell has its section."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -20,9 +21,10 @@ def test_the_python_in_a_page_runs(page, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     text = (ROOT / page).read_text(encoding="utf-8")
     namespace = {"__name__": page}
-    for block in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL):
+    for block in re.finditer(r"^( *)```python\n(.*?)^\1```", text, re.MULTILINE | re.DOTALL):
         line = text[: block.start()].count("\n") + 1
-        exec(compile("\n" * line + block[1], page, "exec"), namespace)  # an error names the page's own line
+        code = "\n" * line + textwrap.dedent(block[2])
+        exec(compile(code, page, "exec"), namespace)  # an error names the page's own line
 
 
 def test_the_navigation_names_every_page():
