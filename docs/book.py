@@ -152,9 +152,21 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 class PlainText(griffe.Extension):
-    """Docstrings as mkdocstrings reads them: without Sphinx's roles and double colons."""
+    """Docstrings as Markdown: without Sphinx's roles and double colons, with a paragraph for each line that begins with
+    arguments' names and a colon, and with the asterisks of shapes, as in [G*H, I], as they are."""
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        if obj.docstring:
-            text = re.sub(r":\w+:`([^`]+)`", r"`\1`", obj.docstring.value)
-            obj.docstring.value = re.sub(r"::$", ":", text, flags=re.MULTILINE)
+        if not obj.docstring:
+            return
+        text = re.sub(r":\w+:`~?([^`]+)`", r"`\1`", obj.docstring.value)
+        text = re.sub(r"::$", ":", text, flags=re.MULTILINE)
+        text = re.sub(r"(?<=\w)\*(?=\w)", r"\*", text)
+        if obj.is_function:
+            names = {p.name for p in obj.parameters}
+
+            def paragraph(line: re.Match[str]) -> str:
+                own = line[1].split(", ")
+                return f"\n{', '.join(f'`{n}`' for n in own)}: " if names.issuperset(own) else line[0]
+
+            text = re.sub(r"^(\w+(?:, \w+)*): ", paragraph, text, flags=re.MULTILINE)
+        obj.docstring.value = text
