@@ -86,7 +86,7 @@ def cell_page(name: str, cells: list[Any]) -> str:
         (first, *rest) = (f"| {what} | {value} |\n" for what, value in facts(cell))
         text += f"{first}|---|---|\n{''.join(rest)}"
         given = "".join(f", {n}=torch.rand(5, 3)" for n in cell.inputs)
-        text += f"\n```py\nlayer = seqcells.Recurrent(seqcells.cells.{cell.name}, 10, 20)\n"
+        text += f"\n```py\nimport torch, seqcells\n\nlayer = seqcells.Recurrent(seqcells.cells.{cell.name}, 10, 20)\n"
         text += f"y, state = layer(torch.randn(5, 3, 10){given})\n```\n"
         text += f'\n??? note "What is derived: `seqcells.cells.{cell.name}.explain()`"\n\n    ```text\n'
         text += "".join(f"    {line}\n" for line in cell.explain().splitlines()) + "    ```\n"
@@ -111,10 +111,8 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
     cells = ["gallery.md", *(f"gallery/{name}.md" for name in sorted(families()))]
     results = [{Path(page).stem: page} for page in ELSEWHERE if page.startswith("results/")]
     added = {"Gallery": cells, "Performance": ["performance.md", *results]}
-    config.nav = [
-        {title: added.get(title, page) for title, page in entry.items()}
-        for entry in config.nav  # type: ignore
-    ]
+    written: Any = config.nav
+    config.nav = [{title: added.get(title, page) for title, page in entry.items()} for entry in written]
     return config
 
 
@@ -146,7 +144,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
             return f"{text}({posixpath.relpath(pages[path], posixpath.dirname(here))}{anchor or ''})"
         if not (ROOT / path).exists():
             return link[0]  # for mkdocs to look at
-        return text[1:-1]
+        return text.lstrip("![").rstrip("]")
 
     return re.sub(r"(!?\[[^\]\n]*\])\((?!https?:|#)([^)#\s]+)(#[^)\s]*)?\)", page_of, markdown)
 

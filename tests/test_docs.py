@@ -29,7 +29,7 @@ def test_the_python_in_a_page_runs(page, monkeypatch, capsys):
 
 def test_the_navigation_names_every_page():
     """Those that docs/book.py adds, which are no files in docs/, are found by `make docs`."""
-    named = re.findall(r"^ +- .*?([\w/-]+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
+    named = re.findall(r"^ +- (?:.*: )?([\w/-]+\.md)", (ROOT / "mkdocs.yml").read_text(encoding="utf-8"), re.MULTILINE)
     assert len(named) == len(set(named))
     assert {f"docs/{name}" for name in named} >= set(PAGES)
     nav = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
