@@ -2,7 +2,7 @@
 # the documentation one in .venv-docs.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo tasks test test-slow test-integrations lint report report-quick bench bench-quick bench-dry bench-results bench-integrations crossover pictures docs docs-check clean
+.PHONY: demo tasks test test-slow test-integrations lint report report-quick bench bench-quick bench-dry bench-results bench-integrations crossover gallery pictures docs docs-check clean
 
 .venv/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -70,6 +70,9 @@ bench-integrations: .venv-integrations/ready
 
 crossover: .venv/ready
 	$(BIN)/python benchmarks/crossover.py --table benchmarks/results/crossover-cpu.md
+
+gallery: .venv/ready
+	$(BIN)/python benchmarks/gallery.py --table benchmarks/results/gallery-cpu.md
 
 pictures: .venv/ready
 	$(BIN)/python benchmarks/plot.py benchmarks/results/cpu.json benchmarks/results --static benchmarks/results/static-sm_90.md

@@ -38,6 +38,7 @@ import compare
 import jobs
 from providers import PROVIDERS
 
+from seqcells import cells as seqcells_cells
 from seqcells import testing
 from seqcells.kernels.registry import BUILT_IN
 from seqcells.tasks import suite
@@ -153,7 +154,7 @@ def peaks(rows: list[dict[str, Any]]) -> str:
 
 
 FIRST = ("torch.nn", "triton", "triton, states")
-GALLERY = ("peephole_lstm", "cifg", "mgu", "ugrnn", "augru", "gru_d", "indrnn", "slstm")
+GALLERY = [name for name in seqcells_cells.__all__ if name not in BUILT_IN]
 
 
 def checks(device: str, dry: bool) -> Iterator[jobs.Job]:

@@ -40,6 +40,23 @@ def forget_bias_(module: M, value: float = 1.0) -> M:
     return _set(module, {"f": _filled(value)})
 
 
+def gate_bias_(module: M, **values: float) -> M:
+    """Set the biases of module's gates. The other gates' biases stay unchanged. values: one for each gate, by its name.
+
+    TypeError if no value is given, or if the cell has no bias for a gate of that name.
+
+        >>> layer = seqcells.init.gate_bias_(seqcells.Recurrent("cifg", 10, 20), f=4.0)
+        >>> layer.bias_ih_l0[:20].unique().item()
+        4.0
+    """
+    if not values:
+        raise TypeError("gate_bias_ takes a value for at least one gate, by its name, such as f=1.0")
+    for gate, value in values.items():
+        _gate(module, "gate_bias_", (gate,))
+        checks.number(gate, value)
+    return _set(module, {gate: _filled(value) for gate, value in values.items()})
+
+
 def chrono_(module: M, max_length: float, *, generator: torch.Generator | None = None) -> M:
     """Chrono initialization: the memory of each unit of module (LSTM, GRU) lasts between 1 and max_length steps.
 
@@ -97,8 +114,11 @@ def accumulator_(module: M, keep: float | None = None, add: float | None = None)
 def _gate(module: nn.Module, caller: str, wanted: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
     """The first of the wanted gates that the module's cell has, and all of its gates that have a bias. TypeError if the
     cell has none of them, or if module is not recurrent."""
-    kinds = " or ".join({"f": "LSTM or LSTMCell", "z": "GRU or GRUCell"}[gate] for gate in wanted)
-    expected = f"an {kinds} of seqcells or torch.nn, or of another cell with a gate {' or '.join(wanted)}"
+    known, of = {"f": "LSTM or LSTMCell", "z": "GRU or GRUCell"}, " or ".join(wanted)
+    kinds = " or ".join(known[gate] for gate in wanted if gate in known)
+    expected = f"an {kinds} of seqcells or torch.nn, or of another cell with a gate {of}"
+    if not kinds:
+        expected = f"a module of seqcells or torch.nn whose cell has a gate {of}"
     cell = weights.cell_of(module, caller, expected)
     gates = tuple(gate for gate in cell.gates if gate in cell.biased)
     for gate in wanted:

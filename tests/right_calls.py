@@ -152,10 +152,14 @@ def any_module(random, kinds=("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNC
 
 
 def initialiser(random):
-    name = random.choice(["forget_bias_", "chrono_", "accumulator_"])
-    kinds = ("LSTM", "LSTMCell") if name == "forget_bias_" else ("LSTM", "LSTMCell", "GRU", "GRUCell")
+    name = random.choice(["forget_bias_", "gate_bias_", "chrono_", "accumulator_"])
+    kinds = ("LSTM", "LSTMCell") if name in ("forget_bias_", "gate_bias_") else ("LSTM", "LSTMCell", "GRU", "GRUCell")
     module = any_module(random, kinds)
-    given = {"forget_bias_": {"value": 1.5}, "chrono_": {"max_length": 20, "generator": torch.Generator()}}
+    given = {
+        "forget_bias_": {"value": 1.5},
+        "gate_bias_": {"f": 1.5},
+        "chrono_": {"max_length": 20, "generator": torch.Generator()},
+    }
     given |= {"accumulator_": {"keep": 6.0} | ({"add": -3.0} if "LSTM" in type(module).__name__ else {})}
     return Call(f"init.{name}", getattr(init, name), {"module": module} | given[name], module)
 

@@ -106,6 +106,19 @@ def test_an_accumulator_adds(name):
     assert (one / at_once - 1).abs().median() < 0.2 and (three / one - 3).abs().median() < 0.2
 
 
+def test_gate_bias():
+    layer = seqcells.Recurrent("minimal_rnn", 3, 4, num_layers=2)  # gates z u v, of which u has b_hh alone
+    before = {n: p.detach().clone() for n, p in layer.named_parameters()}
+    assert init.gate_bias_(layer, u=4.0) is layer
+    for n, p in layer.named_parameters():
+        assert (p == 4).all() if n.startswith("bias_hh") else torch.equal(p, before[n])
+    one, two = seqcells.LSTM(3, 4), nn.LSTM(3, 4)
+    two.load_state_dict(one.state_dict())
+    init.forget_bias_(one, 2.0)
+    init.gate_bias_(two, f=2.0)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
 def test_initialisers_refuse():
     for call, words in (
         (
@@ -118,6 +131,10 @@ def test_initialisers_refuse():
             "chrono_: module must be an LSTM or LSTMCell or GRU or GRUCell .* got an RNN",
         ),
         (lambda: init.accumulator_(nn.RNNCell(1, 1)), "got an RNNCell"),
+        (lambda: init.gate_bias_(nn.GRU(1, 1), f=1.0), "gate_bias_: module must be .* gate f, got a GRU"),
+        (lambda: init.gate_bias_(seqcells.Recurrent("minimal_rnn", 1, 1), v=1.0), "a gate v, got a Recurrent, whose"),
+        (lambda: init.gate_bias_(nn.GRU(1, 1), z="1"), "z must be a number"),
+        (lambda: init.gate_bias_(nn.GRU(1, 1)), "at least one gate, by its name"),
     ):
         with pytest.raises(TypeError, match=words):
             call()

@@ -96,8 +96,8 @@ ARROWS = {  # room: the rooms of the project it may import
     "interop": {"cell", "checks", "weights", "kernels.registry"},
     "testing": {"backends", "cell", "checks", "explanation", "functional", "reference", "kernels.registry"},
     "tasks": {  # which nothing imports but __main__
-        *("arguments", "backends", "cell", "checks", "explanation", "init", "layers", "precisions", "testing"),
-        *("kernels.devices", "kernels.registry"),
+        *("arguments", "backends", "cell", "checks", "explanation", "init", "layers", "precisions", "recurrent"),
+        *("testing", "kernels.devices", "kernels.registry"),
     },
     "integrations": {"cell_modules", "convert", "recurrent"},
 }

@@ -56,7 +56,7 @@ def taking_turns():
     """Every task with every cell, its cases by turns; the other cases behind `slow`."""
     for task in TASKS:
         cases = list(TASKS[task].CASES)
-        for turn, cell in enumerate(CELLS):
+        for turn, cell in enumerate([*CELLS, "augru", "slstm"]):  # a per-step input, and four states
             for case in cases:
                 marks = () if case == cases[turn % len(cases)] else pytest.mark.slow
                 yield pytest.param(task, case, cell, marks=marks, id=f"{task}-{case}-{cell}".replace(" ", "-"))
@@ -361,9 +361,35 @@ def test_a_picture_of_many_cases_has_a_panel_for_each(tmp_path, monkeypatch):
     assert shown == ["lstm", "gru", "gru-before", "rnn", plots.SOLVED]
 
 
-def test_an_unknown_cell_is_named():
-    with pytest.raises(ValueError, match="unknown cell 'elman': expected one of lstm"):
-        begin("count-ones", next(iter(count_ones.CASES)), "elman")
+def test_an_unknown_cell_is_named(capsys):
+    with pytest.raises(ValueError, match="unknown cell 'no_such': expected one of agru"):
+        begin("count-ones", next(iter(count_ones.CASES)), "no_such")
+    with pytest.raises(SystemExit):
+        main(["run", "count-ones", "--cell", "no_such"])
+    error = capsys.readouterr().err
+    assert "--cell: unknown cell 'no_such': expected one of agru" in error
+    assert "or one of lstm, gru, gru-before" in error
+
+
+def test_cells_of_the_gallery_run_where_a_gru_does():
+    every = {(job.task.NAME, job.case) for job in suite.jobs(cells=["mgu", "cornn"])}
+    assert every == {(task, case) for task in TASKS for case, of in TASKS[task].CASES.items() if "gru" in of.cells}
+    assert suite.left_out("temporal-order", cells=["mgu"])[0].endswith("is for rnn, not for mgu")
+
+
+def test_a_cell_of_a_file_trains(tmp_path, capsys):
+    """Its name need not be a part of the library's; the curves have a colour for it."""
+    file = tmp_path / "own.py"
+    file.write_text(
+        "import torch\nimport seqcells\n\n\n@seqcells.cell(gates='n', states='h')\ndef leaky_of_a_file(x, U, h):\n"
+        "    return 0.5 * h + 0.5 * torch.tanh(x.n + U.n(h))\n"
+    )
+    plot = tmp_path / "curve.png"
+    command = ["run", "memorize", "--case", "1", "--cell", f"{file}:leaky_of_a_file", "cifg", "--device", "cpu"]
+    assert main([*command, "--plot", str(plot)]) in (0, 1)
+    shown = capsys.readouterr().out
+    assert "memorize, case 1, leaky_of_a_file" in shown and "memorize, case 1, cifg" in shown
+    assert plot.stat().st_size > 1000
 
 
 def test_check_command_starts_the_interpreter_itself():

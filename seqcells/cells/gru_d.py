@@ -5,10 +5,13 @@ import torch
 from ..cell import cell
 
 
-@cell(gates="d r z n", states="h")
-def gru_d(x, U, h):
-    """GRU-D's step (Che et al. 2018). x.d should depend on the time gaps in the input only."""
-    h = torch.exp(-torch.relu(x.d)) * h
+@cell(gates="r z n", states="h", params="decay shift", inputs="gap")
+def gru_d(x, U, h, decay, shift, gap):
+    """GRU-D's step (Che et al. 2018). gap: the time since the last observation, one for all units or one for each.
+
+    x has the imputed features and, beside them, their mask: its weights are then rows of weight_ih.
+    """
+    h = torch.exp(-torch.relu(decay * gap + shift)) * h
     r, z = torch.sigmoid(x.r + U.r(h)), torch.sigmoid(x.z + U.z(h))
     n = torch.tanh(x.n + U.n(r * h))
-    return z * h + (1 - z) * n
+    return h + z * (n - h)

@@ -20,7 +20,7 @@ from ..cell import Cell, named
 from ..kernels.devices import KNOWN
 from ..kernels.registry import BUILT_IN
 from . import TASKS, files, plots, suite
-from .base import CELLS
+from .base import CELLS, definition
 from .progress import bar
 
 # torch's names of dtypes (and of two precisions), and the aliases of each.
@@ -134,6 +134,16 @@ def _found(name: str) -> Cell:
     return made[name]
 
 
+def _of_task(text: str) -> str:
+    """The type of an option: what the tasks call a cell. One that is defined in a file is then known by its name."""
+    if (known := _cell(text)) in CELLS:
+        return known
+    try:
+        return _found(text if ":" in text else known).name
+    except (ValueError, OSError, ImportError) as error:
+        raise argparse.ArgumentTypeError(f"{error}; or one of {', '.join(CELLS)}") from None
+
+
 def explain(options: argparse.Namespace) -> int:
     """Which backend and plan a shape gets, and why."""
     found = explanation.explain(
@@ -209,7 +219,7 @@ def run(options: argparse.Namespace) -> int:
 def _check_backend(wanted: list[suite.Job], device: str, backend: str | None, dtype: torch.dtype | None) -> None:
     """Raise, before training, if the backend cannot run the cell of a job on the device."""
     for job in wanted:
-        cell, of = CELLS[job.cell], dtype or job.recipe.dtype
+        cell, of = definition(job.cell), dtype or job.recipe.dtype
         try:
             explanation.explain(cell, batch=1, hidden_size=1, dtype=of, device=device, backend=backend)
         except RuntimeError as error:
@@ -275,7 +285,8 @@ def _add_run(commands: Commands) -> None:
     p.add_argument("task", nargs="?", type=str.lower, choices=TASKS)
     p.add_argument("--all", action="store_true", help="every task, case and cell, and with --full every seed")
     p.add_argument("--case", action="append", metavar="K", help="only this case (may be repeated); see tasks")
-    p.add_argument("--cell", nargs="+", type=_cell, choices=CELLS, help="only cases that are for it; default: all")
+    more = f"{', '.join(CELLS)}, or any other as for check; only in cases that are for it; default: each case's"
+    p.add_argument("--cell", nargs="+", type=_of_task, metavar="CELL", help=more)
     p.add_argument("--backend", type=str.lower, help="auto, triton, aten, loop or reference")
     p.add_argument("--device", help="default: cuda if there is one")
     p.add_argument("--dtype", type=_dtype("float32", "float64"), help="default: the recipe's")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import init
-from .base import Case, Place, identity, recurrent
+from .base import Case, Place, alike, identity, recurrent
 from .training import Run, Verdict, stream
 
 NAME = "count-ones-regression"
@@ -231,10 +231,12 @@ def start(
     """A fresh run: the model, its optimizer and its data, seeded. dtype None: the recipe's."""
     dtype = dtype or recipe.dtype
     torch.manual_seed(seed)
-    steps, hidden = recipe.steps[cell], recipe.hidden[cell] if recipe.hidden else 2
-    lr = recipe.lr[cell] if recipe.lr else 1e-3
-    model = Counter(cell, hidden, _SCALE[cell] if recipe.goal else 1.0, backend, dtype)
-    if recipe.goal and cell != "rnn":
+    like = alike(cell)
+    steps, hidden = recipe.steps[like], recipe.hidden[like] if recipe.hidden else 2
+    lr = recipe.lr[like] if recipe.lr else 1e-3
+    accumulates = recipe.goal and cell in _SCALE
+    model = Counter(cell, hidden, _SCALE[cell] if accumulates else 1.0, backend, dtype)
+    if accumulates and cell != "rnn":
         init.accumulator_(model.layer)
     model = model.to(device)
     betas = (0.9, 0.99) if recipe.goal else (0.9, 0.999)

@@ -121,7 +121,7 @@ def _prepared(layer: nn.Module) -> nn.Module:
         elif name.startswith("weight_hh"):
             for gate in weight.split(weight.shape[1]):
                 nn.init.orthogonal_(gate)
-        else:
+        elif name.startswith("bias"):
             nn.init.zeros_(weight)
     return init.forget_bias_(layer) if getattr(layer, "mode", "") == "LSTM" else layer
 

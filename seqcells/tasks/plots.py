@@ -7,20 +7,23 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..cell import keys
 from . import TASKS, files
+from .base import definition
 from .suite import Outcome
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Color, marker and line width of each cell. Runs that agree overlap, so later ones are thinner.
+# Color, marker and line width of each cell. Runs that agree overlap, so later ones are thinner. Others take turns.
 CELLS = {
     "lstm": ("#1f77b4", "o", 3.0),
     "gru": ("#d95f02", "s", 1.6),
     "gru-before": ("#7b3294", "^", 1.2),
     "rnn": ("#2b8c4b", "D", 1.6),
 }
+OTHERS = [(f"C{n}", marker, 1.2) for marker in "vPX*" for n in range(10)]
 SOLVED = "counts as solved"
 DPI = 130
 HIGHEST = 1000 / DPI  # inches: the height of a screen
@@ -86,18 +89,24 @@ def _several(cases: dict[tuple[str, str], list[Outcome]], how: str) -> Figure:
     handles: dict[str, object] = {}
     for axes in figure.axes:
         handles |= {label: line for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    shown = sorted(handles, key=[*CELLS, SOLVED].index)
+    shown = sorted(handles, key=lambda cell: (cell == SOLVED, [*CELLS, cell].index(cell)))
     figure.legend([handles[s] for s in shown], shown, frameon=False, ncols=6, loc="outside lower center")
     return figure
+
+
+def _style(cell: str) -> tuple[str, str, float]:
+    if cell in CELLS:
+        return CELLS[cell]
+    return OTHERS[keys().index(definition(cell).key) % len(OTHERS)]
 
 
 def _curves(axes: Axes, outcomes: list[Outcome], measured: str) -> None:
     for o in outcomes:
         points = [(r.sequences, r.measured[measured]) for r in o.rows]
         first = o is next(other for other in outcomes if other.cell == o.cell)
-        color, marker, width = CELLS[o.cell]
+        color, marker, width = _style(o.cell)
         (drawn,) = axes.plot(*zip(*points, strict=True), color=color, marker=marker, linewidth=width, markersize=3)
-        drawn.set(zorder=2 + list(CELLS).index(o.cell), label=o.cell if first else None)
+        drawn.set(zorder=2 + [*CELLS, o.cell].index(o.cell), label=o.cell if first else None)
     if (needed := outcomes[0].needs.get(measured)) is not None:
         axes.axhline(needed, color="black", linestyle="--", linewidth=1, label=SOLVED, zorder=1)
         at = axes.annotate(f"{needed:.4g}", (1, needed), (3, 0), ("axes fraction", "data"), "offset points")

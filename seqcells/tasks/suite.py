@@ -16,7 +16,7 @@ from types import ModuleType
 import torch
 
 from . import TASKS, files
-from .base import AnyRecipe, Case, identity
+from .base import AnyRecipe, Case, identity, runs
 from .progress import bar
 from .training import Row, Run, read_checkpoint, train
 
@@ -72,7 +72,7 @@ def jobs(
     cells: Iterable[str] | None = None,
     seed: int | None = None,
 ) -> Iterator[Job]:
-    """The runs of a task, or of all tasks. cells: the cells to run, in the cases that have them; None: all cells.
+    """The runs of a task, or of all tasks. cells: the cells to run, in the cases that are for them; None: each case's.
 
     seed None: 0, or, if all tasks are run in full, every seed. ValueError for a case that the task lacks, and if no
     case has any of the cells.
@@ -80,7 +80,7 @@ def jobs(
     wanted, cases, found = tuple(cells or ()), None if cases is None else tuple(cases), False
     for module, name, case in _cases(task, cases):
         seeds = (seed,) if seed is not None else case.seeds if full and task is None else (0,)
-        for cell in [c for c in wanted or case.cells if c in case.cells]:
+        for cell in [c for c in wanted or case.cells if runs(case, c)]:
             found = True
             for s in seeds:
                 yield Job(module, name, cell, s, case.full if full else case.quick)
@@ -94,7 +94,7 @@ def left_out(
     """Which of the given cases and cells `jobs` leaves out, and why; one line for each case."""
     wanted, lines = tuple(cells or ()), []
     for module, name, case in _cases(task, cases):
-        if without := [cell for cell in wanted if cell not in case.cells]:
+        if without := [cell for cell in wanted if not runs(case, cell)]:
             lines.append(f"{module.NAME}, case {name}, is for {', '.join(case.cells)}, not for {', '.join(without)}")
     return lines
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import init
-from .base import Case, Place, identity, recurrent
+from .base import CELLS, LASTING, Case, Place, identity, recurrent
 from .training import Run, Verdict, stream
 
 NAME = "temporal-order"
@@ -173,6 +173,8 @@ def _layer(cell: str, hidden: int, backend: str | None, dtype: torch.dtype | Non
     layer = recurrent(cell, len(SYMBOLS), hidden, backend=backend, dtype=dtype, **more)
     if cell == "lstm":
         return init.accumulator_(layer, 6.0, -3.0)
+    if cell not in CELLS:
+        return init.gate_bias_(layer, **LASTING[cell]) if cell in LASTING else layer
     weight = layer.get_parameter("weight_hh_l0")
     if cell == "rnn":
         nn.init.eye_(weight)

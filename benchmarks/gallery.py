@@ -1,0 +1,105 @@
+"""Every cell of seqcells.cells on the CPU: which of the five stories it solves, and its time beside autograd's loop.
+
+    python benchmarks/gallery.py [--seconds 2] [--table FILE]      # make gallery
+
+Stories: quick recipes of one case of each task (see seqcells/tasks), seed 0. Cells other than the LSTM, the GRUs and
+the RNN take the GRU's recipes; per-step inputs are 1. Times: the reference's, which autograd differentiates step by
+step, divided by those of "auto", training / inference, medians of interleaved samples.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import measure
+
+import seqcells
+from seqcells import cells
+from seqcells.tasks import base, suite
+
+STORIES = {
+    "count-ones": "strings of 20",
+    "count-ones-regression": "goal",
+    "memorize": "6",
+    "temporal-order": "order",
+    "echo": "5-2",
+}
+T, B, I, H = 100, 16, 64, 64  # noqa: E741
+TEXT = """# The cells, on the CPU
+
+Written by `python benchmarks/gallery.py` {made}.
+
+Stories ({cases}): whether the quick
+recipe solved it, and if not, the accuracy at its end; a dash: not for this cell. The recipes are the GRU's, in
+"temporal-order" with gates biased so that the state lasts (seqcells/tasks/base.py). They were tuned for no other cell,
+so a "no" says little about a cell.
+
+Times: autograd's loop over the step, divided by "auto", training / inference, T=100 B=16 I=64 H=64.
+
+{lines}
+"""
+OWN = {of: name for name, of in base.CELLS.items()}  # what the tasks call a cell
+
+
+def story(task: str, case: str, cell: str) -> str:
+    """Whether a cell solves a case; if not, its accuracy. A dash if the case is not for it."""
+    if not base.runs(suite.TASKS[task].CASES[case], cell):
+        return "-"
+    (job,) = suite.jobs(task, cases=[case], cells=[cell])
+    outcome = suite.perform(job, backend=None, device="cpu", dtype=None, quiet=True)
+    return "yes" if outcome.solved else f"no ({outcome.rows[-1].measured['accuracy']:.2f})"
+
+
+def ratio(cell: str, training: bool, seconds: float) -> float:
+    """The time of autograd's loop divided by that of "auto"."""
+    torch.manual_seed(0)
+    x = torch.randn(T, B, I)
+    inputs = {name: torch.rand(T, B) for name in getattr(cells, cell).inputs}
+
+    def work(backend: str) -> Callable[[], object]:
+        layer = seqcells.Recurrent(cell, I, H, backend=backend)
+        parameters = list(layer.parameters())
+
+        def run() -> object:
+            with torch.set_grad_enabled(training):
+                y = layer(x, **inputs)[0]
+                return torch.autograd.grad(y, parameters, torch.ones_like(y)) if training else y
+
+        return run
+
+    runs = {backend: work(backend) for backend in ("reference", "auto")}
+    found = measure.interleaved(runs, x.device, seconds)
+    return median(found["reference"]) / median(found["auto"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each pair of times; 0: once")
+    parser.add_argument("--cell", nargs="+", choices=cells.__all__, default=cells.__all__)
+    parser.add_argument("--story", nargs="*", choices=STORIES, default=list(STORIES))
+    parser.add_argument("--table", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    lines = [f"| cell | {' | '.join(options.story)} | times |", f"|---|{'---|' * len(options.story)}---:|"]
+    for cell in options.cell:
+        times = " / ".join(f"{ratio(cell, training, options.seconds):.2f}" for training in (True, False))
+        told = [story(task, STORIES[task], OWN.get(cell, cell)) for task in options.story]
+        lines.append(f"| {cell} | {' | '.join([*told, times])} |")
+        print(lines[-1], flush=True)
+    if options.table:
+        cases = ", ".join(f"{task} {STORIES[task]!r}" for task in options.story)
+        made = f"on {time.strftime('%Y-%m-%d', time.gmtime())}: one thread, torch {torch.__version__}"
+        suite.write(options.table, TEXT.format(made=made, cases=cases, lines="\n".join(lines)))
+
+
+if __name__ == "__main__":
+    main()
