@@ -3,8 +3,9 @@
     python docs/check_pages.py out/docs [--pictures FOLDER]
 
 In light and dark, at the width of a desktop and of a phone: errors in the console, requests that fail or leave the
-site, pictures without content, links and anchors that lead nowhere, and pages wider than the window. --pictures keeps a
-picture of each. Chromium is the system's, the one that CHROMIUM names, or `playwright install chromium`'s.
+site, pictures without content, links and anchors that lead nowhere, pages wider than the window, and a search that
+finds nothing. --pictures keeps a picture of each page. Chromium is the one that CHROMIUM names, the system's, or that
+of `playwright install chromium`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page, TimeoutError, sync_playwright
 
 WIDTHS = {"desktop": (1280, 900), "phone": (390, 844)}
 READ = """() => ({
@@ -59,6 +60,19 @@ def look(page: Page, address: str, site: str, scheme: str) -> tuple[dict, list[s
     if (found["scheme"] == "slate") != (scheme == "dark"):
         wrong.append(f"not {scheme}, but {found['scheme']}")
     return found, wrong
+
+
+def searched(page: Page, site: str, word: str) -> list[str]:
+    """What is wrong with the search."""
+    page.goto(site + "index.html")
+    page.keyboard.press("s")  # opens it at any width, and loads the index
+    page.wait_for_timeout(1000)
+    page.keyboard.type(word)
+    try:
+        page.wait_for_selector(f".md-search-result__item >> text={word}", timeout=10_000, state="attached")
+    except TimeoutError:
+        return [f"the search does not find {word!r}"]
+    return []
 
 
 def broken(seen: dict[str, dict], site: str, folder: Path) -> list[str]:
@@ -107,6 +121,7 @@ def main() -> int:
                     if options.pictures:
                         path = options.pictures / f"{name.replace('/', '-').removesuffix('.html')}-{scheme}-{width}.png"
                         page.screenshot(path=path)
+                wrong += [f"{scheme}, {width}: {what}" for what in searched(page, site, "peephole")]
                 view.close()
         browser.close()
     wrong += broken(seen, site, options.folder)
