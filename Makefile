@@ -1,7 +1,8 @@
-# Every target prepares its own virtual environment in .venv; what needs other frameworks one in .venv-integrations.
+# Every target prepares its own virtual environment in .venv; what needs other frameworks one in .venv-integrations, and
+# the documentation one in .venv-docs.
 PYTHON ?= python3
 BIN := .venv/bin
-.PHONY: demo tasks test test-slow test-integrations lint report report-quick bench bench-quick bench-dry bench-results bench-integrations crossover gallery pictures clean
+.PHONY: demo tasks test test-slow test-integrations lint report report-quick bench bench-quick bench-dry bench-results bench-integrations crossover gallery pictures docs docs-check clean
 
 .venv/ready: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
@@ -14,6 +15,11 @@ BIN := .venv/bin
 	.venv-integrations/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[integrations,test]'
 	.venv-integrations/bin/pip install --quiet --disable-pip-version-check --no-deps xlstm==2.0.6  # its sLSTM cell needs torch alone
 	.venv-integrations/bin/python -c "import torchaudio" 2>/dev/null || rm .venv-integrations/lib/python*/site-packages/torchaudio/lib/_torchaudio*
+	touch $@
+
+.venv-docs/ready: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
 	touch $@
 
 demo: .venv/ready
@@ -72,5 +78,12 @@ gallery: .venv/ready
 pictures: .venv/ready
 	$(BIN)/python benchmarks/plot.py benchmarks/results/cpu.json benchmarks/results --static benchmarks/results/static-sm_90.md
 
+docs: .venv-docs/ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+	@echo out/docs/index.html
+
+docs-check: docs
+	.venv-docs/bin/python docs/check_pages.py out/docs
+
 clean:
-	rm -rf .venv .venv-integrations out build dist *.egg-info
+	rm -rf .venv .venv-docs .venv-integrations out build dist *.egg-info
