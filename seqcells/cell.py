@@ -116,6 +116,9 @@ class Cell:
 
     Attributes that are derived from the step (form, x_gates and the rest) are computed when they are first read. This
     raises CellError if no kernels can be derived from the step.
+
+        >>> seqcells.cells.mgu.gates, seqcells.cells.mgu.states, seqcells.cells.mgu.saved
+        (('f', 'n'), ('h',), ('f = sigmoid(x.f + U.f(h))', 'n = tanh(x.n + U.n(f * h))'))
     """
 
     name: str

@@ -49,7 +49,13 @@ Swap = tuple[nn.Module, Callable[[], None]]  # a module, and a function that mak
 @dataclass(frozen=True)
 class Change:
     """The change of one module. names: all its names in the model. before, after: its class. skipped: why it was left
-    unchanged, "" if it was changed."""
+    unchanged, "" if it was changed.
+
+        >>> changes = []
+        >>> model = seqcells.convert(torch.nn.Sequential(torch.nn.GRU(10, 20)), report=changes)
+        >>> changes[0].names, changes[0].skipped
+        (('0',), '')
+    """
 
     names: tuple[str, ...]
     before: str
@@ -101,6 +107,11 @@ def convert(
     Raises TypeError or ValueError, before anything is changed, if model is not a module, if backend, save or precision
     is unknown, if mapping has other classes, or if a pattern matches no recurrent module. If anything else raises, all
     changes are undone.
+
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 10), torch.nn.LSTM(10, 20))
+        >>> model = seqcells.convert(model)
+        >>> model[1]
+        seqcells.LSTM(10, 20)
     """
     arguments.options(backend, precision, save)
     checks.boolean("subclass", subclass)
@@ -138,6 +149,9 @@ def revert(
     include, exclude, report: as in convert.
     Raises TypeError or ValueError, before anything is changed, as convert, and for a module that torch.nn has no
     counterpart of (a GRU or GRUCell with reset_after=False, a Recurrent or RecurrentCell): exclude it.
+
+        >>> seqcells.revert(seqcells.LSTM(10, 20))
+        LSTM(10, 20)
     """
     theirs: dict[type[nn.Module], type[nn.Module]] = {}
     for cls, mine in _classes(mapping).items():

@@ -101,7 +101,7 @@ def scan(
     no state crosses from the step before it. (On a GPU, numbers other than 0 count as 1; on the CPU they raise.)
     lengths: int [B], or a list: the number of steps of each row. Outputs at padding are zero, and the final states are
     those after each row's last step. Padding may have any values.
-    save: what the triton backend saves for backward: "gates", or "states" (about a third of the memory, one more GEMM).
+    save: what the triton backend saves for backward: "gates", or "states" (LSTM: a third of the memory; one more GEMM).
     backend: see seqcells.backends. None: the context's backend, else "auto".
     precision: the precision of float32 recurrent products on the triton backend: "ieee" (full float32), "tf32"
     (operands rounded to nearest, to 11 bits), or "tf32x3" (three TF32 products for nearly float32's precision; NVIDIA
@@ -114,6 +114,11 @@ def scan(
     then raises.
 
     Raises RuntimeError, ValueError or TypeError, as torch.nn, for wrong shapes, dtypes and devices.
+
+        >>> x, w_ih, w_hh = torch.randn(5, 3, 10), torch.randn(4 * 20, 10), torch.randn(4 * 20, 20)
+        >>> y, (h_n, c_n) = seqcells.functional.scan("lstm", x, None, w_ih, w_hh, resets=torch.rand(5, 3) < 0.1)
+        >>> y.shape, c_n.shape
+        (torch.Size([5, 3, 20]), torch.Size([3, 20]))
     """
     spec = named(cell)
     weights = {"w_ih": w_ih, "w_hh": w_hh, "b_ih": b_ih, "b_hh": b_hh}
@@ -159,6 +164,11 @@ def scan_groups(
     w_ih [K, G*H, I], w_hh [K, G*H, H], b_ih, b_hh [K, G*H], params [K, H], scalars [K, 1], states [K, B, H]. reverse:
     for each group, whether it runs from the last step to the first. Default: (), none.
     cell, inputs, resets, lengths, save, backend, precision and errors: as in `scan`.
+
+        >>> x, w_ih, w_hh = torch.randn(5, 3, 10), torch.randn(2, 3 * 20, 10), torch.randn(2, 3 * 20, 20)
+        >>> y, (h_n,) = seqcells.functional.scan_groups("gru", x, None, w_ih, w_hh, reverse=(False, True))
+        >>> y.shape, h_n.shape
+        (torch.Size([5, 3, 40]), torch.Size([2, 3, 20]))
     """
     spec, weights = named(cell), (w_ih, w_hh, b_ih, b_hh)
     arguments.types(x, states, dict(zip(NAMES, weights, strict=True)), rank=None, missing=_missing(spec))

@@ -66,6 +66,10 @@ def chrono_(module: M, max_length: float, *, generator: torch.Generator | None =
     it is more than 2. generator: on the module's device.
 
     Tallec and Ollivier 2018, "Can recurrent neural networks warp time?", arXiv:1804.11188.
+
+        >>> lstm = seqcells.init.chrono_(seqcells.LSTM(10, 20), max_length=100)
+        >>> bool((lstm.bias_ih_l0[20:40] >= 0).all())
+        True
     """
     keeper, gates = _gate(module, "chrono_", ("f", "z"))
     checks.number("max_length", max_length)
@@ -98,6 +102,10 @@ def accumulator_(module: M, keep: float | None = None, add: float | None = None)
     models learn to count the ones in strings of 64, correct up to length 127: LSTM, 8 units, 14 and -9, output times
     1500; GRU, 16 units, 8, output times 300. To remember a symbol for a hundred steps: 6 and -3 (LSTM), 4 (GRU). See
     seqcells/tasks/count_ones_regression.py and temporal_order.py; results are in benchmarks/results/tasks-cpu.md.
+
+        >>> gru = seqcells.init.accumulator_(seqcells.GRU(10, 20), keep=4.0)
+        >>> gru.bias_ih_l0[20:40].unique().item()
+        4.0
     """
     keeper, gates = _gate(module, "accumulator_", ("f", "z"))
     checks.number("keep", keep, optional=True)

@@ -41,6 +41,10 @@ def from_keras(
     versions of Keras), in a SimpleRNN tanh or relu. get_weights() of a Bidirectional layer returns the forward weights,
     then the backward ones.
     Raises ValueError for an unknown cell and for wrong shapes.
+
+        >>> state = seqcells.interop.from_keras(torch.randn(10, 80), torch.randn(20, 80), torch.randn(80))
+        >>> torch.nn.LSTMCell(10, 20).load_state_dict(state)
+        <All keys matched successfully>
     """
     order = _order(KERAS, cell)
     checks.boolean("reset_after", reset_after)
@@ -62,6 +66,9 @@ def to_keras(module: nn.Module, layer: int = 0, reverse: bool = False) -> list[n
     module: a cell, or an LSTM, GRU or RNN, of which layer and reverse (the second direction) select the weights.
     Without biases: [kernel, recurrent_kernel]. If Keras has a single bias, it is bias_ih + bias_hh.
     Raises TypeError for another module, ValueError for a layer that does not exist and for proj_size.
+
+        >>> [array.shape for array in seqcells.interop.to_keras(seqcells.LSTM(10, 20))]
+        [(10, 80), (20, 80), (80,)]
     """
     cell = _kind(module, "to_keras")
     _no_projection(module, "Keras")
@@ -88,6 +95,9 @@ def load_keras_(module: nn.Module, arrays: Sequence[Array], layer: int = 0, reve
 
     module, layer, reverse: as in to_keras. arrays: [kernel, recurrent_kernel, bias], see from_keras. Raises as
     from_keras and load_ do.
+
+        >>> arrays = [torch.randn(10, 60), torch.randn(20, 60), torch.randn(2, 60)]
+        >>> gru = seqcells.interop.load_keras_(seqcells.GRU(10, 20), arrays)
     """
     cell = _kind(module, "load_keras_")
     if not isinstance(arrays, (tuple, list)):
@@ -112,6 +122,10 @@ def from_haste(
     kernel [I, G*H], recurrent_kernel [H, G*H], bias [G*H]; a GRU (with its reset gate after the product, as in torch)
     also has recurrent_bias [3*H]. cell: "lstm" or "gru". Zoneout and DropConnect are not weights and are not converted.
     Raises ValueError for an unknown cell and for wrong shapes.
+
+        >>> state = seqcells.interop.from_haste(torch.randn(10, 80), torch.randn(20, 80), torch.randn(80))
+        >>> state["weight_ih"].shape
+        torch.Size([80, 10])
     """
     order = _order(HASTE, cell)
     if cell == "lstm" and recurrent_bias is not None:
@@ -129,9 +143,7 @@ def from_haste(
     return state
 
 
-def from_xlstm(
-    recurrent_kernel: Array, bias: Array, input_weights: Sequence[Array] | None = None
-) -> dict[str, Tensor]:
+def from_xlstm(recurrent_kernel: Array, bias: Array, input_weights: Sequence[Array] | None = None) -> dict[str, Tensor]:
     """Convert the weights of an sLSTM cell of the package xlstm (github.com/NX-AI/xlstm) to a state_dict for `load_`.
 
     The module is ``seqcells.Recurrent("slstm", I, H, heads=N)``. recurrent_kernel [N, H/N, 4, H/N] and bias [N, 4, H/N]
@@ -166,6 +178,9 @@ def from_handwritten_lstm(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     state: as that of tasks.handwritten.HandwrittenLSTMCell: x_fc.weight [4*H, I], h_fc.weight [4*H, H], both with bias.
     Raises ValueError for wrong names and shapes.
+
+        >>> from seqcells.tasks.handwritten import HandwrittenLSTMCell
+        >>> state = seqcells.interop.from_handwritten_lstm(HandwrittenLSTMCell(10, 20).state_dict())
     """
     _names(state, [f"{x}_fc.{kind}" for x in "xh" for kind in ("weight", "bias")])
     found = {"weight_ih": "x_fc.weight", "weight_hh": "h_fc.weight", "bias_ih": "x_fc.bias", "bias_hh": "h_fc.bias"}
@@ -181,6 +196,10 @@ def from_handwritten_gru(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     state: as that of tasks.handwritten.HandwrittenGRUCell: the weight of each x_fc_ is [H, I], that of each h_fc_
     [H, H]. The reset gate comes before the product: load the result into a GRU with reset_after=False.
     Raises ValueError for wrong names and shapes.
+
+        >>> from seqcells.tasks.handwritten import HandwrittenGRUCell
+        >>> state = seqcells.interop.from_handwritten_gru(HandwrittenGRUCell(10, 20).state_dict())
+        >>> gru = seqcells.interop.load_(seqcells.GRU(10, 20, reset_after=False), state)
     """
     _names(state, [f"{x}_fc_{gate}.{kind}" for x in "xh" for gate in "rzn" for kind in ("weight", "bias")])
     H = _checked("h_fc_r.weight", state["h_fc_r.weight"], ("H", "H")).shape[1]
@@ -203,6 +222,9 @@ def load_(module: nn.Module, state: Mapping[str, Tensor], layer: int = 0, revers
     Values are converted to the module's dtype and device. If the module has biases and state has none, they become
     zero. Raises TypeError for another module; ValueError for a layer that does not exist, for proj_size, for biases
     that the module lacks, and for wrong names and shapes. If anything is wrong, nothing is copied.
+
+        >>> layer = seqcells.GRU(10, 20, num_layers=2, bidirectional=True)
+        >>> layer = seqcells.interop.load_(layer, torch.nn.GRUCell(10, 20).state_dict(), layer=0, reverse=True)
     """
     weights.cell_of(module, "load_", _OURS)
     _no_projection(module, "a cell")

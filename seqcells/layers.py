@@ -56,8 +56,8 @@ class LSTM(Recurrent):
         dtype: The dtype of the parameters. Default: ``None``, torch's default
         backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, the
             one set by :func:`seqcells.backend`, else "auto"
-        save: What is saved for backward: "gates" or "states". "states" takes about a third of the memory, and one more
-            matrix product in backward. Default: "gates"
+        save: What is saved for backward: "gates" or "states". "states" takes a third of the memory, and one more matrix
+            product in backward. Default: "gates"
         precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
             :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
 
@@ -277,8 +277,8 @@ class GRU(_OneState):
             (arXiv:1406.1078 v3). Default: ``True``
         backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, the
             one set by :func:`seqcells.backend`, else "auto"
-        save: What is saved for backward: "gates" or "states". "states" takes about a third of the memory, and one more
-            matrix product in backward. Default: "gates"
+        save: What is saved for backward: "gates" or "states". "states" takes a fifth of the memory, and one more matrix
+            product in backward. Default: "gates"
         precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
             :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
 
@@ -354,8 +354,8 @@ class RNN(_OneState):
         dtype: The dtype of the parameters. Default: ``None``, torch's default
         backend: "auto", "triton", "aten", "loop" or "reference", see :mod:`seqcells.backends`. Default: ``None``, the
             one set by :func:`seqcells.backend`, else "auto"
-        save: What is saved for backward: "gates" or "states". "states" takes about a third of the memory, and one more
-            matrix product in backward. Default: "gates"
+        save: What is saved for backward: "gates" or "states". An RNN has no gates to save, so both are the same.
+            Default: "gates"
         precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
             :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
 

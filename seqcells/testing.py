@@ -42,6 +42,9 @@ def tolerance(cell: str | Cell, dtype: torch.dtype | str, shape: Shape) -> float
 
     If rounding moves a pre-activation across zero, relu's derivative jumps, and the whole gradient of that element is
     wrong. This happens in any implementation, and more often in longer sequences.
+
+        >>> seqcells.testing.tolerance("lstm", torch.float32, seqcells.testing.Shape(T=5, B=3, I=10, H=20))
+        1e-05
     """
     _check_shape(cell, shape)
     if not isinstance(dtype, (str, torch.dtype)) or dtype not in TOLERANCE:
@@ -57,6 +60,8 @@ def tolerance(cell: str | Cell, dtype: torch.dtype | str, shape: Shape) -> float
 
 @dataclass(frozen=True)
 class Shape:
+    """The sizes of a check: steps, batch size, input size and hidden size."""
+
     T: int
     B: int
     I: int  # noqa: E741  (the letter the whole project uses)
@@ -203,7 +208,13 @@ def errors(
     lengths: bool = False,
     scale: float = 1.0,
 ) -> dict[str, float]:
-    """The relative error of each output and gradient of a backend against the reference in float64."""
+    """The relative error of each output and gradient of a backend against the reference in float64.
+
+    >>> shape = seqcells.testing.Shape(T=5, B=3, I=10, H=20)
+    >>> found = seqcells.testing.errors("gru", shape, torch.float32, "cpu", backend="loop")
+    >>> max(found.values()) < 1e-5
+    True
+    """
     tensors = inputs(cell, shape, dtype, device, scale)
     checks.boolean("resets", resets)
     checks.boolean("lengths", lengths)
@@ -218,7 +229,11 @@ def errors(
 
 
 def relative(got: Tensor, exact: Tensor) -> float:
-    """||got - exact|| / ||exact||; infinite if anything is not finite."""
+    """||got - exact|| / ||exact||; infinite if anything is not finite.
+
+    >>> seqcells.testing.relative(torch.tensor([1.5, 0.0]), torch.tensor([1.0, 0.0]))
+    0.5
+    """
     for name, t in (("got", got), ("exact", exact)):
         checks.tensor(name, t)
         if t.is_meta:
@@ -327,7 +342,12 @@ def table(results: Sequence[Result]) -> str:
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """A context in which uninitialized memory is NaN, to find what a kernel fails to write or reads too early."""
+    """A context in which uninitialized memory is NaN, to find what a kernel fails to write or reads too early.
+
+    >>> with seqcells.testing.poisoned():
+    ...     torch.empty(2)
+    tensor([nan, nan])
+    """
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings: Any = torch.utils.deterministic  # it has no type annotations
     filled = settings.fill_uninitialized_memory

@@ -19,7 +19,17 @@ class Line(NamedTuple):
 
 class CellError(ValueError):
     """No kernels can be derived from a step. what: what is wrong, and what to write instead. line: the line of the
-    step; None if it is not known."""
+    step; None if it is not known.
+
+        >>> @seqcells.cell(gates="n", states="h")
+        ... def sorts(x, U, h):
+        ...     return torch.sort(x.n + U.n(h), dim=1).values
+        >>> try:
+        ...     sorts.explain()
+        ... except seqcells.CellError as error:
+        ...     print(type(error).__name__)
+        UnknownOperation
+    """
 
     def __init__(self, what: str, line: Line | None = None) -> None:
         self.line = line

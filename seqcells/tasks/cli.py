@@ -147,7 +147,7 @@ def _of_task(text: str) -> str:
 def explain(options: argparse.Namespace) -> int:
     """Which backend and plan a shape gets, and why."""
     found = explanation.explain(
-        options.cell.replace("-", "_"),
+        _found(options.cell if ":" in options.cell else options.cell.lower()),
         batch=options.batch,
         hidden_size=options.hidden,
         dtype=getattr(torch, options.dtype),
@@ -264,7 +264,7 @@ def _add_check(commands: Commands) -> None:
 
 def _add_explain(commands: Commands) -> None:
     p = commands.add_parser("explain", help=explain.__doc__)
-    p.add_argument("cell", type=_cell, choices=[name.replace("_", "-") for name in BUILT_IN])
+    p.add_argument("cell", help="by its name or as FILE.py:NAME or MODULE:NAME")
     p.add_argument("--batch", type=int, required=True)
     p.add_argument("--hidden", type=int, required=True)
     dtype = _dtype("float64", "float32", "float16", "bfloat16")
