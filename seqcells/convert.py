@@ -148,7 +148,8 @@ def revert(
     mapping: as in convert, {Theirs: Mine}: modules of exactly the class Mine become Theirs.
     include, exclude, report: as in convert.
     Raises TypeError or ValueError, before anything is changed, as convert, and for a module that torch.nn has no
-    counterpart of (a GRU or GRUCell with reset_after=False, a Recurrent or RecurrentCell): exclude it.
+    counterpart of (a GRU or GRUCell with reset_after=False, a layer with weight_dropout, a Recurrent or RecurrentCell):
+    exclude it.
 
         >>> seqcells.revert(seqcells.LSTM(10, 20))
         LSTM(10, 20)
@@ -167,6 +168,8 @@ def revert(
             return _left(cls, f"mapping={{Yours: {spelled(cls)}}}, Yours a subclass of {spelled(THEIRS[_base(cls)])}")
         if not getattr(module, "reset_after", True):
             raise ValueError("torch.nn has no GRU with reset_after=False; name it in exclude= to leave it as it is")
+        if getattr(module, "weight_dropout", 0.0):
+            raise ValueError("torch.nn's layers have no weight_dropout; name it in exclude= to leave it as it is")
         return found
 
     return _swap_all(model, "revert", target, {}, include, exclude, report)

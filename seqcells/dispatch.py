@@ -222,7 +222,7 @@ def own_layers(module: Recurrent, x: Tensor, size: tuple[int, int], grad: bool) 
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return False
-    if module.heads > 1:
+    if module.heads > 1 or (module.weight_dropout and module.training):
         return False
     backend = backend or chosen.of_context() or chosen.backend
     if backend not in ("auto", "aten") or torch._C._len_torch_dispatch_stack() > 0:

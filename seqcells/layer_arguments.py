@@ -430,6 +430,14 @@ def rate(dropout: float) -> float:
 _DROPOUT = "dropout should be a number in range [0, 1] representing the probability of an element being zeroed"
 
 
+def probability(name: str, given: float) -> float:
+    """Check a probability of dropout, and return it as a float."""
+    checks.number(name, given)
+    if not 0 <= given <= 1:
+        raise ValueError(f"{name} must be a probability, from 0 to 1, got {given}")
+    return float(given)
+
+
 def heads(given: int, hidden_size: int, bidirectional: bool) -> int:
     """Check the number of heads, and return it."""
     checks.integer("heads", given, least=1)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import checks, functional
+from . import checks, functional, layer_arguments
 from .cell import get
 from .recurrent import Recurrent
 
@@ -60,6 +60,8 @@ class LSTM(Recurrent):
             product in backward. Default: "gates"
         precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
             :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
+        weight_dropout: The probability of dropout on the recurrent weights, in training. Each call draws one mask for
+            all of its steps (Merity et al. 2018, arXiv:1708.02182). Default: 0
 
     For inputs and outputs see :meth:`forward`.
 
@@ -104,9 +106,11 @@ class LSTM(Recurrent):
         backend: str | None = None,
         save: str = "gates",
         precision: str | None = None,
+        weight_dropout: float = 0.0,
     ) -> None:
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         self._set_up(get("lstm"), sizes, device, dtype, backend, save, precision)
+        self.weight_dropout = layer_arguments.probability("weight_dropout", weight_dropout)
 
     @overload  # type: ignore[override]  # torch.nn's names of the arguments
     def forward(
@@ -281,6 +285,8 @@ class GRU(_OneState):
             product in backward. Default: "gates"
         precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
             :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
+        weight_dropout: The probability of dropout on the recurrent weights, in training. Each call draws one mask for
+            all of its steps (Merity et al. 2018, arXiv:1708.02182). Default: 0
 
     For inputs and outputs see :meth:`forward`.
 
@@ -323,11 +329,13 @@ class GRU(_OneState):
         backend: str | None = None,
         save: str = "gates",
         precision: str | None = None,
+        weight_dropout: float = 0.0,
     ) -> None:
         checks.boolean("reset_after", reset_after)
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
         definition = get("gru" if reset_after else "gru_before")
         self._set_up(definition, sizes, device, dtype, backend, save, precision)
+        self.weight_dropout = layer_arguments.probability("weight_dropout", weight_dropout)
         self.reset_after = reset_after
 
 
@@ -358,6 +366,8 @@ class RNN(_OneState):
             Default: "gates"
         precision: The precision of the kernels' float32 matrix products: "ieee", "tf32" or "tf32x3", see
             :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
+        weight_dropout: The probability of dropout on the recurrent weights, in training. Each call draws one mask for
+            all of its steps (Merity et al. 2018, arXiv:1708.02182). Default: 0
 
     For inputs and outputs see :meth:`forward`.
 
@@ -402,8 +412,10 @@ class RNN(_OneState):
         backend: str | None = None,
         save: str = "gates",
         precision: str | None = None,
+        weight_dropout: float = 0.0,
     ) -> None:
         definition = get(functional.rnn_cell_name(nonlinearity))
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
         self._set_up(definition, sizes, device, dtype, backend, save, precision)
+        self.weight_dropout = layer_arguments.probability("weight_dropout", weight_dropout)
         self.nonlinearity = nonlinearity

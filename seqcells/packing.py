@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 
 @dataclass(frozen=True)
@@ -83,3 +84,15 @@ def pad(data: Tensor, where: Layout) -> Tensor:
 def pack(padded: Tensor, where: Layout) -> Tensor:
     """Convert [T, B, ...] to [N, ...]."""
     return _move(padded, where, False)
+
+
+def padded(given: Tensor | PackedSequence, x: PackedSequence, where: Layout, batch_first: bool) -> Tensor:
+    """resets or a per-step input for a packed x, as [T, B, ...] in the packed order, zero at padding.
+
+    given: packed like x, or padded in the original order, with batch_first [B, T, ...].
+    """
+    if isinstance(given, PackedSequence):
+        return pad(given.data, where)
+    given = given.transpose(0, 1) if batch_first else given
+    given = given if x.sorted_indices is None else given.index_select(1, x.sorted_indices)
+    return given.masked_fill(where.padding.reshape(*where.padding.shape, *(1,) * (given.dim() - 2)), 0)

@@ -56,6 +56,8 @@ class Recurrent(modules.Module):
             :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
         heads: The number of heads: groups of H/heads hidden units whose recurrent products stay within the group.
             Default: 1
+        weight_dropout: The probability of dropout on the recurrent weights, in training. Each call draws one mask for
+            all of its steps. Default: 0
         constants: New values for the cell's constants, by name. Default: the values in the cell's definition
 
     For inputs and outputs see :meth:`forward`.
@@ -105,6 +107,7 @@ class Recurrent(modules.Module):
     cell: Cell
     proj_size: int = 0
     heads: int = 1
+    weight_dropout: float = 0.0
     _hx: str = "state"  # the name of forward's argument
 
     def __init__(
@@ -124,10 +127,12 @@ class Recurrent(modules.Module):
         save: str = "gates",
         precision: str | None = None,
         heads: int = 1,
+        weight_dropout: float = 0.0,
         **constants: float,
     ) -> None:
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
         self._set_up(modules.cell_of(cell, constants), sizes, device, dtype, backend, save, precision, heads)
+        self.weight_dropout = layer_arguments.probability("weight_dropout", weight_dropout)
 
     def _set_up(
         self,
@@ -214,7 +219,7 @@ class Recurrent(modules.Module):
         text = f"{self.input_size}, {self.hidden_size}"
         sizes: dict[str, object] = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0}
         defaults = sizes | {"bidirectional": False, "reset_after": True, "nonlinearity": "tanh"}
-        defaults |= {"backend": None, "save": "gates", "precision": None, "heads": 1}
+        defaults |= {"backend": None, "save": "gates", "precision": None, "heads": 1, "weight_dropout": 0.0}
         for name, default in defaults.items():
             value = getattr(self, name, default)
             if value != default:
@@ -310,6 +315,8 @@ class Recurrent(modules.Module):
             weights, resets, ends = self._check(x, state, resets, lengths, states, inputs or {})
         else:
             weights = plain[0]
+        if self.weight_dropout and self.training:
+            weights = self._with_weight_dropout(weights)
         if not (self.save in _SAVES and self.precision in _PRECISIONS):
             arguments.options(self.backend, self.precision, self.save)
         states_: States = (None,) * len(cell.states) if given is None else tuple(given)
@@ -425,9 +432,9 @@ class Recurrent(modules.Module):
         if packed is not None and size is not None and not choice.stack:
             where = packing.layout(packed.batch_sizes, size[1], x.shape[0], x.device)
             x, flags = packing.pad(x, where), options.resets
-            flags = None if flags is None else self._padded(flags, packed, where)
+            flags = None if flags is None else packing.padded(flags, packed, where, self.batch_first)
             options = options._replace(resets=flags, lengths=where.lengths)
-            inputs = {name: self._padded(t, packed, where) for name, t in inputs.items()}
+            inputs = {name: packing.padded(t, packed, where, self.batch_first) for name, t in inputs.items()}
         mask = None
         if case.observed or options.resets is not None or options.lengths is not None:
             x, states, options, mask = dispatch.prepared(case, choice, x, states, options)
@@ -450,6 +457,11 @@ class Recurrent(modules.Module):
         if where is None:
             return x, joined, every
         return packing.pack(x, where), joined, None if every is None else tuple(packing.pack(s, where) for s in every)
+
+    def _with_weight_dropout(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """The parameters, the recurrent weights with dropout (Merity et al. 2018, arXiv:1708.02182)."""
+        recurrent = [part == "weight_hh" for _ in self._all_weights for part in self._parts]
+        return [dropout(w, self.weight_dropout) if of else w for w, of in zip(weights, recurrent, strict=True)]
 
     def _dropped(self, x: Tensor, where: packing.Layout | None) -> Tensor:
         """A layer's output as the next layer's input: with dropout in training. where: the rows of a packed input."""
@@ -485,14 +497,3 @@ class Recurrent(modules.Module):
         vectors = [{name: of[name] for name in cell.params} for of in named]
         params = extras.params(cell, vectors, x, self.hidden_size) if cell.params else None
         return dispatch.Call(x, own, groups, params=params)
-
-    def _padded(self, given: Tensor | PackedSequence, x: PackedSequence, where: packing.Layout) -> Tensor:
-        """resets or a per-step input for a packed x, as [T, B, ...] in the packed order, zero at padding.
-
-        given: packed like x, or padded in the original order.
-        """
-        if isinstance(given, PackedSequence):
-            return packing.pad(given.data, where)
-        given = given.transpose(0, 1) if self.batch_first else given
-        given = given if x.sorted_indices is None else given.index_select(1, x.sorted_indices)
-        return given.masked_fill(where.padding.reshape(*where.padding.shape, *(1,) * (given.dim() - 2)), 0)

@@ -89,7 +89,7 @@ ARROWS = {  # room: the rooms of the project it may import
         *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "extras", "heads"),
         *("layer_arguments", "masks", "modules", "packing", "precisions"),
     },
-    "layers": {"cell", "checks", "functional", "recurrent"},
+    "layers": {"cell", "checks", "functional", "layer_arguments", "recurrent"},
     "subclasses": {"cell_modules", "layers"},
     "convert": {"arguments", "cell_modules", "checks", "layers", "modules", "recurrent", "subclasses"},
     "weights": {"cell", "cell_modules", "checks", "functional", "modules", "recurrent"},
