@@ -1,10 +1,11 @@
-"""Initializers for gates. Like those of torch.nn.init, they work in place, without gradients, and return the module.
+"""Initializers. Like those of torch.nn.init, they work in place, without gradients, and return the module.
 
-They accept modules of seqcells and of torch.nn, and set every layer and direction. They set only the biases of certain
-gates: bias_ih to the value, and bias_hh to zero. Weights and other biases stay unchanged. A gate is found by its name
-in the cell: i f g o in an LSTM, r z n in a GRU. Modules of any cell with such a gate are accepted. (Whether a gate
-preserves the state at 1 or at 0 depends on the cell: with h + f * (n - h), a negative bias of f remembers.) All raise
-TypeError for other modules and for cells without such a gate, and ValueError for a module without biases. For a model:
+They accept modules of seqcells and of torch.nn, and set every layer and direction. orthogonal_ and indrnn_ set recurrent
+weights. The others set the biases of certain gates: bias_ih to the value, and bias_hh to zero. All else stays unchanged.
+A gate is found by its name in the cell: i f g o in an LSTM, r z n in a GRU. Modules of any cell with such a gate are
+accepted. (Whether a gate preserves the state at 1 or at 0 depends on the cell: with h + f * (n - h), a negative bias of
+f remembers.) All raise TypeError for other modules and for cells without such a gate, and ValueError for a module without
+biases. For a model:
 
     for module in model.modules():
         if isinstance(module, seqcells.LSTM):
@@ -73,8 +74,7 @@ def chrono_(module: M, max_length: float, *, generator: torch.Generator | None =
     """
     keeper, gates = _gate(module, "chrono_", ("f", "z"))
     checks.number("max_length", max_length)
-    if generator is not None and not isinstance(generator, torch.Generator):
-        raise checks.wrong("generator", "a torch.Generator or None", generator)
+    _generator(generator)
     if not 2 < max_length < math.inf:
         raise ValueError(f"max_length must be more than 2 and finite, for log(U(1, max_length - 1)), got {max_length}")
     drawn: list[Tensor] = []
@@ -117,6 +117,71 @@ def accumulator_(module: M, keep: float | None = None, add: float | None = None)
         kind = type(module).__name__
         raise ValueError(f"add is for an LSTM's input gate; a {kind} adds by 1 - {keeper}, which keep sets")
     return _set(module, {keeper: _filled(8.0 if keep is None else keep)})
+
+
+def orthogonal_(module: M, gain: float = 1.0, *, generator: torch.Generator | None = None) -> M:
+    """Set the recurrent weights of each gate of module to gain times a random orthogonal matrix; of each head, if there
+    are several. generator: on the module's device. TypeError for a module without recurrent weights.
+
+    Saxe et al. 2014, arXiv:1312.6120. The papers of Li-GRU, STAR and minimalRNN start so.
+
+        >>> layer = seqcells.init.orthogonal_(seqcells.Recurrent("ligru", 10, 20))
+        >>> w = layer.weight_hh_l0[:20].detach()
+        >>> torch.allclose(w @ w.T, torch.eye(20), atol=1e-5)
+        True
+    """
+    expected = "a recurrent module of seqcells or torch.nn with recurrent weights"
+    cell = weights.cell_of(module, "orthogonal_", expected)
+    if not cell.u_gates:
+        raise checks.wrong("orthogonal_: module", expected, module)
+    checks.number("gain", gain)
+    _generator(generator)
+    values: dict[str, Tensor] = {}
+    for suffix in weights.suffixes(module):
+        shape = weights.shapes(module)["weight_hh"]
+        old = checks.parameter(module, "weight_hh" + suffix, shape)
+        new = torch.empty(shape, dtype=torch.promote_types(old.dtype, torch.float32), device=old.device)
+        for block in new.split(shape[1]):
+            nn.init.orthogonal_(block, gain, generator=generator)
+        values["weight_hh" + suffix] = new.to(old.dtype)
+    weights.assign(module, values)
+    return module
+
+
+def indrnn_(module: M, max_length: float, *, last: bool = False, generator: torch.Generator | None = None) -> M:
+    """Set the recurrent weights u of module, a layer of the cell indrnn, to values from U(0, 2 ** (1 / max_length)).
+
+    Over max_length steps, a state then grows at most by a factor of 2. last: from U(2 ** (-1 / max_length), ...), so
+    that no unit forgets: the paper's choice for the last layer. max_length: the number of steps; ValueError unless it
+    is positive and finite. generator: on the module's device. TypeError for another module.
+
+    Li et al. 2018, arXiv:1803.04831.
+
+        >>> layer = seqcells.init.indrnn_(seqcells.Recurrent("indrnn", 10, 20), max_length=100, last=True)
+        >>> bool((layer.u_l0 > 0.99).all())
+        True
+    """
+    expected = "a Recurrent or RecurrentCell of the cell indrnn"
+    if weights.cell_of(module, "indrnn_", expected).name != "indrnn":
+        raise checks.wrong("indrnn_: module", expected, module)
+    checks.number("max_length", max_length)
+    checks.boolean("last", last)
+    _generator(generator)
+    if not 0 < max_length < math.inf:
+        raise ValueError(f"max_length must be positive and finite, got {max_length}")
+    values: dict[str, Tensor] = {}
+    for suffix in weights.suffixes(module):
+        old = checks.parameter(module, "u" + suffix, weights.shapes(module)["u"])
+        new = torch.empty_like(old, dtype=torch.promote_types(old.dtype, torch.float32))
+        least = 2 ** (-1 / max_length) if last else 0.0
+        values["u" + suffix] = new.uniform_(least, 2 ** (1 / max_length), generator=generator).to(old.dtype)
+    weights.assign(module, values)
+    return module
+
+
+def _generator(given: torch.Generator | None) -> None:
+    if given is not None and not isinstance(given, torch.Generator):
+        raise checks.wrong("generator", "a torch.Generator or None", given)
 
 
 def _gate(module: nn.Module, caller: str, wanted: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:

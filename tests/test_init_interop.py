@@ -1,5 +1,6 @@
 """Gate initialisers, tested by the gates' values, and weights of other libraries, by those libraries' formulas."""
 
+import copy
 import math
 
 import numpy as np
@@ -119,6 +120,31 @@ def test_gate_bias():
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("heads", [1, 3])
+def test_orthogonal(heads):
+    layer = seqcells.Recurrent("lem", 3, 12, num_layers=2, bidirectional=True, heads=heads, dtype=torch.bfloat16)
+    before = {n: p.detach().clone() for n, p in layer.named_parameters()}
+    one, two = (torch.Generator().manual_seed(0) for _ in range(2))
+    assert init.orthogonal_(layer, 2.0, generator=one) is layer
+    for n, p in layer.named_parameters():
+        if not n.startswith("weight_hh"):
+            assert torch.equal(p, before[n])
+            continue
+        for block in p.detach().double().split(12 // heads):
+            torch.testing.assert_close(block @ block.T, 4 * torch.eye(12 // heads).double(), rtol=0, atol=0.1)
+    again = init.orthogonal_(copy.deepcopy(layer), 2.0, generator=two)
+    assert all(torch.equal(a, b) for a, b in zip(layer.parameters(), again.parameters(), strict=True))
+    gru = init.orthogonal_(nn.GRU(3, 4))
+    torch.testing.assert_close(gru.weight_hh_l0[4:8] @ gru.weight_hh_l0[4:8].T, torch.eye(4))
+
+
+def test_indrnn():
+    layer = init.indrnn_(seqcells.Recurrent("indrnn", 3, 500, num_layers=2), 10)
+    assert 0 <= layer.u_l1.min() < 0.1 and 1.0 < layer.u_l1.max() <= 2**0.1
+    cell = init.indrnn_(seqcells.RecurrentCell("indrnn", 3, 500), 10, last=True)
+    assert cell.u.min() >= 2**-0.1 and cell.u.max() <= 2**0.1
+
+
 def test_initialisers_refuse():
     for call, words in (
         (
@@ -135,6 +161,11 @@ def test_initialisers_refuse():
         (lambda: init.gate_bias_(seqcells.Recurrent("minimal_rnn", 1, 1), v=1.0), "a gate v, got a Recurrent, whose"),
         (lambda: init.gate_bias_(nn.GRU(1, 1), z="1"), "z must be a number"),
         (lambda: init.gate_bias_(nn.GRU(1, 1)), "at least one gate, by its name"),
+        (lambda: init.orthogonal_(nn.Linear(1, 1)), "orthogonal_: module must be a recurrent module .* got a Linear"),
+        (lambda: init.orthogonal_(seqcells.Recurrent("indrnn", 1, 1)), "with recurrent weights, got a Recurrent"),
+        (lambda: init.orthogonal_(nn.GRU(1, 1), "1"), "gain must be a number"),
+        (lambda: init.orthogonal_(nn.GRU(1, 1), generator=0), "generator must be a torch.Generator or None"),
+        (lambda: init.indrnn_(nn.RNN(1, 1), 10), "indrnn_: module must be a Recurrent .* got an RNN"),
     ):
         with pytest.raises(TypeError, match=words):
             call()
@@ -143,6 +174,7 @@ def test_initialisers_refuse():
         (lambda: init.chrono_(nn.GRUCell(1, 1, bias=False), 10), "this GRUCell has no bias"),
         (lambda: init.chrono_(nn.GRU(1, 1), 2), "max_length must be more than 2"),
         (lambda: init.chrono_(nn.GRU(1, 1), math.nan), "max_length must be more than 2"),
+        (lambda: init.indrnn_(seqcells.Recurrent("indrnn", 1, 1), 0), "max_length must be positive and finite, got 0"),
         (lambda: init.accumulator_(seqcells.GRU(1, 1), add=-9.0), "add is for an LSTM's input gate"),
     ):
         with pytest.raises(ValueError, match=words):
