@@ -1,11 +1,11 @@
 """Initializers. Like those of torch.nn.init, they work in place, without gradients, and return the module.
 
-They accept modules of seqcells and of torch.nn, and set every layer and direction. orthogonal_ and indrnn_ set recurrent
-weights. The others set the biases of certain gates: bias_ih to the value, and bias_hh to zero. All else stays unchanged.
-A gate is found by its name in the cell: i f g o in an LSTM, r z n in a GRU. Modules of any cell with such a gate are
-accepted. (Whether a gate preserves the state at 1 or at 0 depends on the cell: with h + f * (n - h), a negative bias of
-f remembers.) All raise TypeError for other modules and for cells without such a gate, and ValueError for a module without
-biases. For a model:
+They accept modules of seqcells and of torch.nn, and set every layer and direction. orthogonal_ and indrnn_ set
+recurrent weights. The others set the biases of certain gates: bias_ih to the value, and bias_hh to zero. All else
+stays unchanged. A gate is found by its name in the cell: i f g o in an LSTM, r z n in a GRU. Modules of any cell with
+such a gate are accepted. (Whether a gate preserves the state at 1 or at 0 depends on the cell: with h + f * (n - h),
+a negative bias of f remembers.) All raise TypeError for other modules and for cells without such a gate, and
+ValueError for a module without biases. For a model:
 
     for module in model.modules():
         if isinstance(module, seqcells.LSTM):
