@@ -57,6 +57,36 @@ def test_slstm_is_stable_far_out(backend):
     assert testing.relative(y.detach(), expected.detach()) < 1e-4
 
 
+@pytest.mark.parametrize("backend", ["loop", pytest.param("triton:resident", marks=pytest.mark.slow)])
+def test_slstm_over_two_thousand_steps(backend):
+    """Gate inputs of up to +-60, against the paper's formula in float64, with exponentials that would overflow."""
+    T, B, H = 2000, 2, 4
+    generator = torch.Generator().manual_seed(0)
+    layer = seqcells.Recurrent("slstm", 4 * H, H, backend=backend, device=DEVICE)
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(torch.eye(4 * H))
+    x = (120 * torch.rand(T, B, 4 * H, generator=generator) - 60).to(DEVICE)
+    exact = {n: p.detach().double().requires_grad_() for n, p in layer.named_parameters()}
+    h = c = n = m = torch.zeros(B, H, dtype=torch.float64, device=DEVICE)
+    outputs = []
+    for t in range(T):
+        gates = x[t].double() @ exact["weight_ih_l0"].T + exact["bias_ih_l0"] + exact["bias_hh_l0"]
+        i, f, z, o = (gates + h @ exact["weight_hh_l0"].T).chunk(4, 1)
+        f = torch.nn.functional.logsigmoid(f) + m
+        m = torch.maximum(f, i) if t else i
+        c, n = torch.exp(f - m) * c + torch.exp(i - m) * torch.tanh(z), torch.exp(f - m) * n + torch.exp(i - m)
+        h = torch.sigmoid(o) * c / n
+        outputs.append(h)
+    expected = torch.stack(outputs)
+    y, _ = layer(x)
+    assert testing.relative(y.detach(), expected.detach()) < testing.TOLERANCE[torch.float32]
+    weights = torch.randn(T, B, H, generator=generator).to(DEVICE)
+    ours = torch.autograd.grad((y * weights).sum(), list(layer.parameters()))
+    theirs = torch.autograd.grad((expected * weights).sum(), list(exact.values()))
+    for a, b in zip(ours, theirs, strict=True):
+        assert testing.relative(a, b) < testing.tolerance("slstm", torch.float32, testing.Shape(T, B, 4 * H, H))
+
+
 @seqcells.cell(gates="n", states="h")
 def elman(x, U, h):
     return torch.tanh(x.n + U.n(h))
