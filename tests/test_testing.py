@@ -19,8 +19,19 @@ BACKENDS = [*(f"triton:{schedule}" for schedule in SCHEDULES), "loop"]
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 
 
-# float64 is in test_any_cell, at a smaller size.
-@pytest.mark.parametrize(("name", "how"), spread(GALLERY, list(product(BACKENDS, reversed(DTYPES))), most=1), ids=str)
+# The kernels in float64 are in test_any_cell, at a smaller size: their second derivatives take long here.
+HOW = list(product(BACKENDS, reversed(DTYPES)))
+LONG = [how for how in HOW if how[0] != "loop" and how[1] == "float64"]
+
+
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [
+        *spread(GALLERY, [how for how in HOW if how not in LONG], most=1),
+        *(pytest.param(name, how, marks=pytest.mark.slow) for name in GALLERY for how in LONG),
+    ],
+    ids=str,
+)
 def test_the_gallery(name, how):
     """At two shapes, of which one takes three programs a tile and two tiles in the grid schedule."""
     results = testing.check(getattr(cells, name), device=DEVICE, backends=[how[0]], dtypes=[how[1]])
