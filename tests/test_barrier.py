@@ -193,7 +193,7 @@ RIGHT = [
     (3, 1, 4, 1),
     (3, 1, 3, 2),
     (3, 2, 2, 1),
-    (3, 2, 2, 2),
+    pytest.param(3, 2, 2, 2, marks=pytest.mark.slow),
 ]
 
 

@@ -130,7 +130,9 @@ def test_errors_beside_torchs(cell, dtype, T, rounds_as_devices_do):
     assert_small(cell, dtype, T, measured(cell, dtype, T))
 
 
-@pytest.mark.parametrize(("cell", "dtype"), [("lstm", torch.bfloat16), ("gru", torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("cell", "dtype"), [pytest.param("lstm", torch.bfloat16, marks=pytest.mark.slow), ("gru", torch.float32)], ids=str
+)
 def test_errors_of_a_thousand_steps_forward(cell, dtype, rounds_as_devices_do):
     assert_small(cell, dtype, 1000, measured(cell, dtype, 1000, gradients=False))
 
