@@ -394,7 +394,7 @@ def test_a_cell_of_a_file_trains(tmp_path, capsys):
 
 def test_check_command_starts_the_interpreter_itself():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "seqcells", "check", "--device", "cpu", "--cell", "rnn_tanh"]
+    command = [sys.executable, "-m", "seqcells", "check", "--device", "cpu", "--cell", "indrnn"]
     command += ["--dtype", "float32"]
     result = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
