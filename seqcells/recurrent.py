@@ -362,7 +362,7 @@ class Recurrent(modules.Module):
                 if not {*values} <= {0, 1}:
                     return None
                 if all(values) and not (self.bidirectional or torch.is_grad_enabled()):
-                    states = None
+                    states = None  # none of them is read
                 elif states is not None:  # they zero the states before it
                     flags = resets.view(-1, 1).bool()
                     states = masks.cleared(states, flags, (False, True) if self.bidirectional else (False,))
@@ -426,8 +426,8 @@ class Recurrent(modules.Module):
             found = dispatch.survey(x, (*weights, *states, *beside))
         else:
             found = plain[1], True
-        more = {"projected": self.proj_size > 0, "heads": heads > 1}
-        case = dispatch.case_of(cell, x, found, options, H // heads, packed=size, **more)
+        kind = {"projected": self.proj_size > 0, "heads": heads > 1}
+        case = dispatch.case_of(cell, x, found, options, H // heads, packed=size, **kind)
         choice = dispatch.choose(case)
         if packed is not None and size is not None and not choice.stack:
             where = packing.layout(packed.batch_sizes, size[1], x.shape[0], x.device)
@@ -443,7 +443,8 @@ class Recurrent(modules.Module):
             batch = x.shape[1] if size is None else size[1]
             return *aten.stack(self, x, sizes, states, weights, batch, case.grad), None
         extra = extras.inputs(cell, inputs, x, H, options.lengths) if inputs else None
-        options = options._replace(reverse=tuple(back for back in options.reverse for _ in range(heads)))
+        if heads > 1:
+            options = options._replace(reverse=tuple(back for back in options.reverse for _ in range(heads)))
         finals, every = [], None
         for layer in range(self.num_layers):
             if layer:
