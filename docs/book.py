@@ -30,7 +30,7 @@ from nbconvert import MarkdownExporter
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # seqcells of this checkout
 
-STORIES = {f"stories/{f.stem}.md": f"examples/{f.name}" for f in sorted((ROOT / "examples").glob("memorize.py"))}
+STORIES = {f"stories/{f.stem}.md": f"examples/{f.name}" for f in sorted((ROOT / "examples").glob("*.py"))}
 # The page of the book: the file in the repository.
 ELSEWHERE = {
     "contributing.md": "CONTRIBUTING.md",
@@ -153,8 +153,8 @@ def add_story(files: Files, config: MkDocsConfig, page: str, source: str) -> Non
     )
     title, rest = text.lstrip().split("\n", 1)
     rest = rest.replace("![png]", f"![{title.lstrip('# ')}]")
-    links = f"[Download the notebook]({script.stem}.ipynb){{ download }}. The script is `{source}`, "
-    links += f"the task with all its cases `seqcells/tasks/{script.name}`; [their results](../results/tasks-cpu.md)."
+    links = f"[Download the notebook]({script.stem}.ipynb){{ download }}, or run `{source}`. All cases of the task are in "
+    links += f"`seqcells/tasks/{script.name}`, and their results in [tasks-cpu](../results/tasks-cpu.md)."
     files.append(File.generated(config, page, content=f"{title}\n\n{links}\n{rest}"))
     files.append(File.generated(config, f"stories/{script.stem}.ipynb", content=nbformat.writes(book)))
     for name, picture in resources["outputs"].items():
@@ -190,7 +190,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Links between files of the repository become links between pages; a file without a page is named only."""
     here = page.file.src_uri
     if here == "gallery.md":
-        return f"{sections()['']}\n{cell_table()}"
+        markdown = f"{sections()['']}\n{cell_table()}"
     source = "docs/gallery.md" if here.startswith("gallery/") else ELSEWHERE.get(here, f"docs/{here}")
     pages = {f"docs/{file.src_uri}": file.src_uri for file in files} | {s: p for p, s in (ELSEWHERE | STORIES).items()}
     pages |= {f"seqcells/cells/{name}.py": f"gallery/{name}.md" for name in families()}

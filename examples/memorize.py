@@ -5,9 +5,10 @@
 An LSTM and a GRU memorize thirty random letters, one letter and one step of Adam at a time, and then say them. It
 runs on CUDA if there is one, else on the CPU.
 
-The letters are one-hot, the batch is one string, and each cell has 32 units and a linear layer. In a notebook this
-failed after 1000 epochs, for two reasons. Its loss took the softmax of a softmax, so it could not fall below 2.32.
-And its graph spanned the whole epoch while the parameters changed in place, which torch refuses today.
+The letters are one-hot, the batch is one string, and each cell has 32 units and a linear layer. In the notebook that
+the task is from, this failed after 1000 epochs, for two reasons. Its loss took the softmax of a softmax, so it could
+not fall below 2.32. And its graph spanned the whole epoch while the parameters changed in place, which torch refuses
+today.
 
 Here the loss is on the scores, and the state's value is carried from letter to letter without its gradient.
 """
