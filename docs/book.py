@@ -140,6 +140,8 @@ def executed(script: Path) -> nbformat.NotebookNode:
     for cell in book.cells:
         cell.metadata.pop("execution", None)  # the times, which differ from build to build
     kept.parent.mkdir(parents=True, exist_ok=True)
+    for old in kept.parent.glob(f"{script.stem}-*.ipynb"):
+        old.unlink()
     nbformat.write(book, kept)
     return book
 
@@ -153,8 +155,8 @@ def add_story(files: Files, config: MkDocsConfig, page: str, source: str) -> Non
     )
     title, rest = text.lstrip().split("\n", 1)
     rest = rest.replace("![png]", f"![{title.lstrip('# ')}]")
-    links = f"[Download the notebook]({script.stem}.ipynb){{ download }}, or run `{source}`. All cases of the task are in "
-    links += f"`seqcells/tasks/{script.name}`, and their results in [tasks-cpu](../results/tasks-cpu.md)."
+    links = f"[Download the notebook]({script.stem}.ipynb){{ download }}, or run `{source}`. All cases of the task are "
+    links += f"in `seqcells/tasks/{script.name}`, and their results in [tasks-cpu](../results/tasks-cpu.md)."
     files.append(File.generated(config, page, content=f"{title}\n\n{links}\n{rest}"))
     files.append(File.generated(config, f"stories/{script.stem}.ipynb", content=nbformat.writes(book)))
     for name, picture in resources["outputs"].items():
