@@ -1,26 +1,36 @@
-"""What mkdocs builds that is no file in docs/: a page of each cell, and pages that stand elsewhere in the repository.
+"""What mkdocs builds that is no file in docs/: a page of each cell, the stories (examples/*.py, executed), and pages
+that stand elsewhere in the repository.
 
 mkdocs.yml names this file as a hook, so mkdocs calls the functions on_...; and as an extension of mkdocstrings.
 """
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import os
 import posixpath
 import re
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import griffe
+import jupytext
+import nbformat
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+from nbconvert import MarkdownExporter
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))  # seqcells of this checkout
 
+STORIES = {f"stories/{f.stem}.md": f"examples/{f.name}" for f in sorted((ROOT / "examples").glob("*.py"))}
 # The page of the book: the file in the repository.
 ELSEWHERE = {
     "contributing.md": "CONTRIBUTING.md",
@@ -104,6 +114,55 @@ def cell_table() -> str:
     return text
 
 
+def executed(script: Path) -> nbformat.NotebookNode:
+    """A script as a notebook with its outputs, kept in out/stories until the script, seqcells or a version changes."""
+    digest = hashlib.sha256(script.read_bytes())
+    for folder in "seqcells", "kernels":
+        for file in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(file.read_bytes())
+    digest.update((ROOT / "constraints.txt").read_bytes())
+    kept = ROOT / "out/stories" / f"{script.stem}-{digest.hexdigest()[:16]}.ipynb"
+    if kept.exists():
+        return nbformat.read(kept, as_version=4)
+    book = jupytext.read(script)
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    with tempfile.TemporaryDirectory() as folder:  # where the script leaves its picture
+        client = NotebookClient(
+            book,
+            timeout=300,
+            resources={"metadata": {"path": folder}},
+            extra_arguments=["--log-level=ERROR"],  # it warns of its port, which only this machine can reach
+        )
+        try:
+            client.execute(env={**os.environ, "PYTHONPATH": str(ROOT)})
+        except CellExecutionError as error:
+            raise PluginError(f"examples/{script.name}: {error}") from error
+    for cell in book.cells:
+        cell.metadata.pop("execution", None)  # the times, which differ from build to build
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    for old in kept.parent.glob(f"{script.stem}-*.ipynb"):
+        old.unlink()
+    nbformat.write(book, kept)
+    return book
+
+
+def add_story(files: Files, config: MkDocsConfig, page: str, source: str) -> None:
+    """A story's page, its pictures, and the notebook for download."""
+    script = ROOT / source
+    book = executed(script)
+    text, resources = MarkdownExporter().from_notebook_node(
+        book, resources={"unique_key": script.stem, "output_files_dir": "pictures"}
+    )
+    title, rest = text.lstrip().split("\n", 1)
+    rest = rest.replace("![png]", f"![{title.lstrip('# ')}]")
+    links = f"[Download the notebook]({script.stem}.ipynb){{ download }}, or run `{source}`. All cases of the task are "
+    links += f"in `seqcells/tasks/{script.name}`, and their results in [tasks-cpu](../results/tasks-cpu.md)."
+    files.append(File.generated(config, page, content=f"{title}\n\n{links}\n{rest}"))
+    files.append(File.generated(config, f"stories/{script.stem}.ipynb", content=nbformat.writes(book)))
+    for name, picture in resources["outputs"].items():
+        files.append(File.generated(config, f"stories/{name}", content=picture))
+
+
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
     """Put the generated pages into the navigation."""
     if wrong := mismatches():
@@ -122,6 +181,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, page, content=(ROOT / source).read_text(encoding="utf-8")))
     for name, cells in families().items():
         files.append(File.generated(config, f"gallery/{name}.md", content=cell_page(name, cells)))
+    for page, source in STORIES.items():
+        add_story(files, config, page, source)
     for picture in sorted((ROOT / "benchmarks/results").glob("*.png")):
         files.append(File.generated(config, f"results/{picture.name}", abs_src_path=str(picture)))
     return files
@@ -131,9 +192,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     """Links between files of the repository become links between pages; a file without a page is named only."""
     here = page.file.src_uri
     if here == "gallery.md":
-        return f"{sections()['']}\n{cell_table()}"
+        markdown = f"{sections()['']}\n{cell_table()}"
     source = "docs/gallery.md" if here.startswith("gallery/") else ELSEWHERE.get(here, f"docs/{here}")
-    pages = {f"docs/{file.src_uri}": file.src_uri for file in files} | {s: p for p, s in ELSEWHERE.items()}
+    pages = {f"docs/{file.src_uri}": file.src_uri for file in files} | {s: p for p, s in (ELSEWHERE | STORIES).items()}
     pages |= {f"seqcells/cells/{name}.py": f"gallery/{name}.md" for name in families()}
     pages |= {f"benchmarks/{file.src_uri}": file.src_uri for file in files if file.src_uri.endswith(".png")}
 

@@ -1,8 +1,14 @@
-"""Five random integers go in, then the first two come out: an encoder, its last state, a decoder. With LSTM and GRU.
+# %% [markdown]
+"""
+# Repeating a sequence
 
-On CUDA if there is one, else on the CPU.
+Five random integers go in, then the first two come out: an encoder, its last output, and a decoder. Both are LSTMs,
+or both GRUs. It runs on CUDA if there is one, else on the CPU.
+
+The integers are 0 to 98, one-hot. The decoder's input at each step is the encoder's last output.
 """
 
+# %%
 import sys
 
 import matplotlib.pyplot as plt
@@ -11,12 +17,18 @@ from torch import nn
 
 import seqcells
 
-steps = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
+steps = int(sys.argv[-1]) if sys.argv[-1].isdigit() else 800
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.set_num_threads(1)
 INTEGERS, HIDDEN, INPUTS, OUTPUTS = 99, 150, 5, 2
 
+# %% [markdown]
+"""
+Input weights are Glorot's, recurrent weights orthogonal, and the bias of the LSTM's forget gate is 1.
+"""
 
+
+# %%
 class EncoderDecoder(nn.Module):
     def __init__(self, kind):
         super().__init__()
@@ -37,7 +49,15 @@ class EncoderDecoder(nn.Module):
         return self.head(self.decoder(last.expand(-1, OUTPUTS, -1))[0])
 
 
+# %% [markdown]
+"""
+The gradient is clipped to norm 1. The learning rate is constant for 60% of the steps, by which time the integers are
+learnt, and then decays to 3%.
+"""
+
+# %%
 test = torch.randint(INTEGERS, (2_000, INPUTS), generator=torch.Generator().manual_seed(0)).to(device)
+curves = {}
 for name, kind in ("LSTM", seqcells.LSTM), ("GRU", seqcells.GRU):
     torch.manual_seed(1)
     model, seen, shares = EncoderDecoder(kind).to(device), [], []
@@ -61,7 +81,17 @@ for name, kind in ("LSTM", seqcells.LSTM), ("GRU", seqcells.GRU):
     print(f"{name}: {shares[-1]:.4f} of {len(test)} fresh sequences exact after {seen[-1]}")
     for integers, answer in zip(test[:3].tolist(), answers[:3].tolist(), strict=True):
         print(f"{integers}: expected {integers[:OUTPUTS]}, predicted {answer}")
-    plt.plot(seen, shares, label=name)
+    curves[name] = seen, shares
+
+# %%
+for name, curve in curves.items():
+    plt.plot(*curve, label=name)
 plt.gca().set(xlabel="sequences seen", ylabel="share of fresh sequences exact", title="the first two of five integers")
 plt.legend()
 plt.savefig("echo.png")
+
+# %% [markdown]
+"""
+The task's other cases repeat four or all five integers, a whole sequence as it comes, and a sequence in windows, with
+the state carried from one to the next. `python -m seqcells run echo --plot echo.png` runs them.
+"""

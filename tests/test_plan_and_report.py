@@ -158,7 +158,7 @@ def in_a_process_that_compiles(*arguments):
 
 
 def few():
-    """Cases of the LSTM with every schedule among them, and what the README shows."""
+    """Cases of the LSTM with every schedule among them, and what docs/performance.md shows."""
     case = report.Case("lstm", "train", "bf16", 8, 64, "sm_90")
     shown = [replace(case, hidden=h, direction=d) for h in (32, 64, 128) for d in ("infer", "train", "backward")]
     sizes = [("bf16", 512, 16), ("fp32", 512, 16), ("bf16", 1024, 1024)]
@@ -254,8 +254,8 @@ def test_cells_of_other_kinds_compile_without_spills(target):
 
 
 def check_the_step(rows):
-    """Issue slots and barriers a step, LSTM, bf16, 8 rows: what was asked for, and what the README shows."""
-    cost = {(r["case"]["hidden"], r["case"]["direction"]): r for r in rows if as_in_the_readme(r["case"])}
+    """Issue slots and barriers a step, LSTM, bf16, 8 rows: what was asked for, and what docs/performance.md shows."""
+    cost = {(r["case"]["hidden"], r["case"]["direction"]): r for r in rows if as_in_the_book(r["case"])}
     # Of backward: 1.8 times inference's slots before its input was loaded as whole words (66, 142, 320).
     for hidden, slots, barriers, back in ((32, 150, 6, 118), (64, 230, 8, 255), (128, 460, 8, 576)):
         shown = [cost[hidden, d] for d in ("infer", "train", "backward")]
@@ -264,7 +264,7 @@ def check_the_step(rows):
         assert shown[2]["slots"] <= back
         line = " | ".join(f"{r['slots']:.0f}, {r['counts']['BAR']}" for r in shown)
         if triton.__version__ == "3.7.1":  # constraints.txt's; another release compiles to other counts
-            assert f"| LSTM {hidden} | {line} |" in (ROOT / "README.md").read_text(), line
+            assert f"| LSTM {hidden} | {line} |" in (ROOT / "docs/performance.md").read_text(), line
     # `grid`: neither U nor what the others computed passes through shared memory; a barrier is one of the sum's parts.
     large = [r for r in rows if (r["schedule"], r["case"]["dtype"], r["case"]["hidden"]) == ("grid", "bf16", 512)]
     large = [r for r in large if r["case"]["batch"] == 16 and r["case"]["groups"] == 1]
@@ -272,7 +272,7 @@ def check_the_step(rows):
     assert all(not r["counts"].get("LDSM") and r["counts"]["BAR"] <= 2 for r in large)
 
 
-def as_in_the_readme(case):
+def as_in_the_book(case):
     usual = (case["mask"], case["dcs"], case["schedule"], case["groups"]) == ("", False, None, 1)
     return usual and (case["dtype"], case["batch"]) == ("bf16", 8)
 
