@@ -57,18 +57,21 @@ def scan_arguments(cell, shape, dtype=torch.float32, groups=1):
 
 
 @pytest.mark.parametrize(
-    ("cell", "schedule", "save", "shape_and_reversed"),
+    ("cell", "schedule", "how"),
     spread(
         CELLS,
         SCHEDULES,
-        ["gates", "states", "none"],
-        [(Shape(3, 1, 2, 1), 0), (Shape(2, 17, 2, 33), 0), (Shape(3, 9, 1, 16), 2)],
-        most=1,
+        [
+            (save, *shape)
+            for save in ("gates", "states", "none")
+            for shape in ((Shape(3, 1, 2, 1), 0), (Shape(2, 17, 2, 33), 0), (Shape(3, 9, 1, 16), 2))
+        ],
+        most=2,
     ),
     ids=str,
 )
-def test_nothing_outside_the_buffers_is_read_or_written(cell, schedule, save, shape_and_reversed, poison):
-    shape, reversed = shape_and_reversed
+def test_nothing_outside_the_buffers_is_read_or_written(cell, schedule, how, poison):
+    save, shape, reversed = how
     declared, (gx, *rest) = scan_arguments(cell, shape, groups=2 if reversed else 1)
     size = {"B": shape.B, "H": shape.H, "itemsize": 4, "device": scan.device_facts(gx.device)}
     there, back = (plan(declared, **size, schedule=schedule, backward=b) for b in (False, True))

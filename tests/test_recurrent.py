@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from own_cells import CELLS, LENGTHS, B, H, I, T, device, four, given_to, made, minimal  # noqa: F401
+from shapes import spread
 from steps import registries  # noqa: F401  (a fixture)
 from torch import nn
 from torch.nn.functional import dropout, linear
@@ -200,8 +201,9 @@ def test_one_value_for_all_units():
     assert torch.autograd.gradcheck(lambda w: layer(x, w=w)[0], w)
 
 
-@pytest.mark.parametrize("backend", ["triton:resident", "triton:grid", "triton:stepwise"])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("name", "backend"), spread(NAMES, ["triton:resident", "triton:grid", "triton:stepwise"], most=2)
+)
 def test_kernels(name, backend, cells):
     """Two directions of two layers, with all options; what the schedules do in more cases is for other tests."""
     cell = cells[name]

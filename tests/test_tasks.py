@@ -98,12 +98,10 @@ QUICK = {
     "count-ones-strings-of-20-lstm",
     "memorize-3-gru",
     "memorize-6-replay-lstm",
-    "memorize-7-notebook-lstm",
     "temporal-order-order-lstm",
     "temporal-order-notebook-rnn",
     "echo-whole-lstm",
     "echo-stateful-gru",
-    "echo-5-4-gru",
 }
 
 
