@@ -16,6 +16,7 @@ from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
 from . import backends, masks, products, reference
+from .cell import get
 from .products import places
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def reference_of(
 
     It is differentiable any number of times.
     """
-    at, step = places(options.cell), reference.step_of(options.cell)
+    at, step = places(options.cell), reference.step_of(get(options.cell))
     S = at.states
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -316,3 +316,22 @@ def test_one_compiled_function_takes_cells_that_differ():
     for cell in (seqcells.cells.mgu, seqcells.cells.indrnn, seqcells.cells.slstm, seqcells.cells.peephole_lstm):
         layer = seqcells.Recurrent(cell, I, H, backend="loop")
         torch.testing.assert_close(compiled(layer, x), layer(x)[0])
+
+
+@pytest.mark.parametrize("backend", ["loop", "triton"])
+def test_a_cell_whose_name_was_given_to_another(backend):
+    """Its key is the name, so that what looks a key up as a name finds the other: also in second derivatives."""
+    steps = {
+        "first": lambda x, U, h: torch.tanh(x.n + U.n(h)),
+        "second": lambda x, U, h: 0.5 * h + x.n * U.n(h),
+    }
+    cells = []
+    for step in steps.values():
+        step.__name__ = f"defined_twice_{backend}"
+        cells.append(seqcells.cell(gates="n", states="h")(step))
+    assert cells[0].key == f"defined_twice_{backend}" != cells[1].key
+    for cell in cells:
+        layer = seqcells.Recurrent(cell, 2, 2, backend=backend, dtype=torch.float64, device=DEVICE)
+        x = torch.randn(2, 2, 2, dtype=torch.float64, device=DEVICE, requires_grad=True)
+        assert torch.autograd.gradcheck(lambda x, layer=layer: layer(x)[0], x, fast_mode=True)
+        assert torch.autograd.gradgradcheck(lambda x, layer=layer: layer(x)[0], x, fast_mode=True)

@@ -51,7 +51,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "layer_arguments": {"arguments", "backends", "checks", "cell_modules", "engines.operators", "recurrent"},
     "masks": {"kernels.buffers"},
     "products": {"cell", "kernels.buffers", "kernels.form"},
-    "autograd": {"backends", "dispatch", "masks", "products", "reference"},  # of dispatch its types alone
+    "autograd": {"backends", "cell", "dispatch", "masks", "products", "reference"},  # of dispatch its types alone
     "fallback": set(),
     "flops": set(),
     "engines": set(),
