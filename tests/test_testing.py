@@ -19,9 +19,9 @@ BACKENDS = [*(f"triton:{schedule}" for schedule in SCHEDULES), "loop"]
 DTYPES = ["float64", "float32", "float16", "bfloat16"]
 
 
-# The kernels in float64 are in test_any_cell, at a smaller size: their second derivatives take long here.
+# The kernels in float64, with their second derivatives, and by grid take long here. Both are in test_any_cell, smaller.
 HOW = list(product(BACKENDS, reversed(DTYPES)))
-LONG = [how for how in HOW if how[0] != "loop" and how[1] == "float64"]
+LONG = [how for how in HOW if how[0] == "triton:grid" or (how[0] != "loop" and how[1] == "float64")]
 
 
 @pytest.mark.parametrize(
