@@ -43,7 +43,8 @@ class Form:
 
     adds: for each product the tile of gx to which it only adds, so that both have one gradient; -1: it is apart, has a
     gradient of its own (in dhu), and its bias is added in the kernel. late: tiles of gx whose gradient an operand's
-    gradient reaches (`finish`).
+    gradient reaches (`finish`). drawn: dropout masks, drawn in the kernel: for each whether it is drawn once for a
+    sequence, not at each step; those that are come first.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Form:
     adds: tuple[int, ...]
     params: int = 0
     late: tuple[int, ...] = ()
+    drawn: tuple[bool, ...] = ()
     # What follows from these, as plain attributes: every scan asks for it.
     products: int = field(init=False, repr=False, compare=False)  # row blocks of U
     first_products: int = field(init=False, repr=False, compare=False)  # products of level 1
@@ -121,6 +123,7 @@ class Form:
             (all(-1 <= tile < self.gates for tile in self.adds), "adds names tiles of gx, or -1"),
             (late <= set(range(self.gates)), "late names tiles of gx"),
             (not late or any(c and level == 1 for c, level in zip(computed, levels, strict=True)), "nothing is late"),
+            (list(self.drawn) == sorted(self.drawn, reverse=True), "masks drawn once come first"),
             (not late & set(self.adds), "a tile of gx that is late has no product's gradient: that product is apart"),
         )
         return [problem for fine, problem in checks if not fine]

@@ -40,6 +40,7 @@ Shapes are those of `resident`; scratch is that of `stepwise`, but
 import triton
 import triton.language as tl
 
+from .random import draw, load_draws
 from .slices import operand_products, operand_slices, segment_slices, through_u
 from .tiles import (
     active,
@@ -60,6 +61,7 @@ from .tiles import (
     nth_step,
     pack_tiles,
     replace_tile,
+    store_apart,
     store_tiles,
     unpack_tiles,
     zeros,
@@ -111,14 +113,15 @@ def _load_gx(
 
 @triton.jit(do_not_specialize=["first", "last", "T", "B"])
 def forward_kernel(
-    gx_ptr, u_ptr, bias_ptr, params_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, sh_ptr, sc_ptr, hu_first_ptr, m_ptr, v_ptr,
-    counter_ptr, first, last, T, B,
+    gx_ptr, u_ptr, bias_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, sh_ptr, sc_ptr, hu_first_ptr,
+    m_ptr, v_ptr, counter_ptr, first, last, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
     CHUNKS: tl.constexpr, ACC: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr,
     STATE_OF: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr,
     OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr, PADDING: tl.constexpr, PHASE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr, PTX: tl.constexpr,
+    DRAWN: tl.constexpr,
 ):  # fmt: skip
     """Steps first..last-1. PHASE -1: all of each. 0: the operands that are published. 1: the first products, and the
     step if they are all. 2: the second products and the step."""
@@ -180,7 +183,9 @@ def forward_kernel(
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), ADDS, H)
     if PARAMS > 0:
         params_ptr += group * (PARAMS * H)
-    params = load_params(params_ptr, units, PARAMS, H, ACC)
+    fixed = load_params(params_ptr, units, PARAMS, H, ACC)
+    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
+    fixed = fixed + draw(draws, at_h + line * H, DRAWN, True)
     states = load_tiles(sh_ptr, at_state, mask, 1, 0, ACC)
     if STATES > 1:
         states = states + load_tiles(sc_ptr, at_others, mask, STATES - 1, H, ACC)
@@ -193,6 +198,7 @@ def forward_kernel(
         code_now = code
         if mask_ptr is not None:
             states = keep_rows(states, not_reset(code, PADDING), STATES)
+        params = fixed + draw(draws, at_h + line * H + (step + sign * (i - first)) * per_step, DRAWN, False)
         if PUBLISHED and PHASE < 1:
             at_v = r[None, :] * (GROUPS * LEVEL * H) + units[:, None]
             v_now = v_ptr + (i % 2) * (per_step * LEVEL)
@@ -300,24 +306,16 @@ def _store_gx(
             tl.store(dgx_ptr + at_g + n * H, dgx[n].to(dgx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def _store_apart(dhu_ptr, at_i, mask, dhu, FROM: tl.constexpr, TO: tl.constexpr, ADDS: tl.constexpr, H: tl.constexpr):
-    """dhu[0] is product FROM's: those that are apart, to dhu."""
-    for n in tl.static_range(FROM, TO):
-        if ADDS[n] < 0:
-            tl.store(dhu_ptr + at_i + apart_before(ADDS, n) * H, dhu[n - FROM].to(dhu_ptr.dtype.element_ty), mask=mask)
-
-
 @triton.jit(do_not_specialize=["first", "last", "T", "B"])
 def backward_kernel(
-    dy_ptr, dcs_ptr, u_ptr, params_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, dgx_ptr, dhu_ptr, m_ptr, dparams_ptr,
-    dsh_ptr, dsc_ptr, counter_ptr, first, last, T, B,
+    dy_ptr, dcs_ptr, u_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, dgx_ptr, dhu_ptr, m_ptr,
+    dparams_ptr, dsh_ptr, dsc_ptr, counter_ptr, first, last, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
     CHUNKS: tl.constexpr, ACC: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr,
     STATE_OF: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, SEGMENTS: tl.constexpr, PACK: tl.constexpr, STEP: tl.constexpr,
     BACKWARD_2: tl.constexpr, FINISH: tl.constexpr, PADDING: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr,
-    FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr, PTX: tl.constexpr,
+    FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr, PTX: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """Steps T-1-first..T-last, back in time. PHASE -1: all of each. 0: up to the second products. 1: the pointwise
     step. 2: its gradients through U^T, and with FINISH what follows (for which it forms the step once more)."""
@@ -386,7 +384,9 @@ def backward_kernel(
     UT = segment_slices(u_ptr, unit0, H, BLOCK_H, BLOCK_B, SEGMENTS, CHUNKS, WARPS, U_IN_REGISTERS, PRECISION)
     if PARAMS > 0:
         params_ptr += group * (PARAMS * H)
-    params = load_params(params_ptr, units, PARAMS, H, ACC)
+    fixed = load_params(params_ptr, units, PARAMS, H, ACC)
+    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
+    fixed = fixed + draw(draws, at_h + line * H, DRAWN, True)
     sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)
     dstates = load_tiles(dsh_ptr, at_state, mask, 1, 0, ACC)
     after = load_tiles(y_ptr - advance, at_h, mask, 1, 0, ACC)
@@ -408,6 +408,7 @@ def backward_kernel(
             mask_ptr -= sign * B
         if (1 if SECOND > 0 else 2) > PHASE:
             dstates = add_outer(dstates, dy, dcs, code, PADDING)
+        params = fixed + draw(draws, at_h + line * H + (step - sign * (i - first)) * per_step, DRAWN, False)
         dm = ()
         if SECOND > 0:
             if PHASE < 1:
@@ -419,7 +420,7 @@ def backward_kernel(
                 for n in tl.static_range(FIRST_PRODUCTS, PRODUCTS):
                     if ADDS[n] >= 0:
                         tl.store(dgx_ptr + at_g + ADDS[n] * H, dhu_2[n - FIRST_PRODUCTS].to(TYPE), mask=mask)
-                _store_apart(dhu_ptr, at_i, mask, dhu_2, FIRST_PRODUCTS, PRODUCTS, ADDS, H)
+                store_apart(dhu_ptr, at_i, mask, dhu_2, FIRST_PRODUCTS, PRODUCTS, ADDS, H)
             if WAITS:
                 arrive(counter_ptr)
                 target = wait(counter_ptr, target, PTX)
@@ -436,7 +437,7 @@ def backward_kernel(
                 dstates = new
         if PHASE == -1 or PHASE == 1:
             _store_gx(dgx_ptr, at_g, mask, dgx, 1, G, ADDS, LATE, FIRST_PRODUCTS, H)
-            _store_apart(dhu_ptr, at_i, mask, dhu, 0, FIRST_PRODUCTS, ADDS, H)
+            store_apart(dhu_ptr, at_i, mask, dhu, 0, FIRST_PRODUCTS, ADDS, H)
             store_tiles(m_ptr, at_m, mask, operands, 0, FIRST_M, H)
         if WAITS:
             arrive(counter_ptr)

@@ -40,6 +40,8 @@ def unfit(cell: Form, I: int, H: int, inputs: int = 0) -> str | None:  # noqa: E
     inputs."""
     if inputs:
         return "its per-step inputs are not products of x"
+    if cell.drawn:
+        return "it draws dropout masks"
     if any(operand.level > 1 for operand in cell.operands):
         return "its second product needs the first gates of every unit, and a launch cannot wait for all its programs"
     if len(cell.operands) > 1 or any(operand.state is None for operand in cell.operands):

@@ -9,6 +9,7 @@ rest is pointwise. Shapes as in `resident`, with N = T*B rows and
 import triton
 import triton.language as tl
 
+from .random import draw, load_draws
 from .tiles import (
     apart_before,
     biases,
@@ -25,13 +26,13 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["N", "B"])
 def kernel(
-    gx_ptr, hu_ptr, bias_ptr, params_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, v_ptr, m_ptr, N, B,
+    gx_ptr, hu_ptr, bias_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, v_ptr, m_ptr, N, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
     PACK: tl.constexpr, STEP: tl.constexpr, OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr, PADDING: tl.constexpr,
-    PHASE: tl.constexpr, FAST: tl.constexpr,
+    PHASE: tl.constexpr, FAST: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """PHASE 0: the operands of level 1. 1: those of level 2, from the products of level 1. 2: the saved tiles."""
     units = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
@@ -56,6 +57,10 @@ def kernel(
     params = ()
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
+    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
+    at_once = (((row % B) * GROUPS + group) * H)[None, :] + units[:, None]
+    params = params + draw(draws, at_once, DRAWN, True)
+    params = params + draw(draws, (line * H)[None, :] + units[:, None], DRAWN, False)
     if PHASE == 0:
         v = OPERANDS_1(gx, states, params, FAST)
         store_tiles(v_ptr, (line * (LEVEL * H))[None, :] + units[:, None], mask, v, 0, LEVEL, H)

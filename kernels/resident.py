@@ -6,6 +6,7 @@ the states but the first side by side):
     saved  [T, B, K, W, H] the saved tiles in W words (see `tiles`)
     u      [K, products*H, H] weight_hh       bias [K, .*H]  b_hh of the products apart, or None
     params [K, P*H]        the trained vectors, or None
+    dropout                what masks are drawn from (see `random`), or None
     y, c   [T+1, B, K, H], [T+1, B, K, (S-1)*H]  states: row t+1 after step t, row 0 before the first (h0, c0: given).
                            With reversed groups [T+2, ...]: theirs start in row T+1. c [1, ...], the start, where
                            nothing is saved. Zero after a step of padding (but see `tiles.after_step`)
@@ -30,6 +31,7 @@ from .layout import (
     unit_order,
     write_tiles,
 )  # fmt: skip
+from .random import draw, load_draws
 from .tiles import (
     active,
     add_outer,
@@ -63,14 +65,14 @@ from .tiles import (
 
 @triton.jit(do_not_specialize=["T", "B"])
 def forward_kernel(
-    gx_ptr, u_ptr, bias_ptr, params_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, hn_ptr, cn_ptr, T, B,
+    gx_ptr, u_ptr, bias_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, hn_ptr, cn_ptr, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
     PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr,
     PADDING: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr,
-    U_IN_REGISTERS: tl.constexpr,
+    U_IN_REGISTERS: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
     units = unit_order(BLOCK_H, W)
@@ -123,9 +125,12 @@ def forward_kernel(
         U = load_tiles(u_ptr, square, (units[:, None] < H) & (units[None, :] < H), PRODUCTS, H * H, TYPE)
     U = operands(U, PRODUCTS, TYPE, PRECISION)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), ADDS, H)
-    params = ()
+    fixed = ()
     if PARAMS > 0:
-        params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
+        fixed = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
+    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
+    element = (r * (GROUPS * H))[None, :] + units[:, None] + line
+    fixed = fixed + draw(draws, element, DRAWN, True)
 
     states = read_tiles(y_ptr, from_h, readable, 1, 0)
     if STATES > 1:
@@ -154,6 +159,7 @@ def forward_kernel(
             mask_ptr += sign * B
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
             states = keep_rows(states, not_reset(code, PADDING), STATES)
+        params = fixed + draw(draws, element + (step + sign * t) * per_step, DRAWN, False)
         hu = ()
         if OPERANDS > 0:
             v = states
@@ -212,7 +218,7 @@ def _load_step(
 
 @triton.jit(do_not_specialize=["T", "B"])
 def backward_kernel(
-    dy_ptr, dcs_ptr, dhn_ptr, dcn_ptr, u_ptr, params_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr,
+    dy_ptr, dcs_ptr, dhn_ptr, dcn_ptr, u_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr,
     dgx_ptr, dhu_ptr, m_ptr, dparams_ptr, dh0_ptr, dc0_ptr, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
@@ -220,6 +226,7 @@ def backward_kernel(
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
     PACK: tl.constexpr, STEP: tl.constexpr, BACKWARD_2: tl.constexpr, FINISH: tl.constexpr, PADDING: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr,
+    DRAWN: tl.constexpr,
 ):  # fmt: skip
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
     units = unit_order(BLOCK_H, W)
@@ -286,9 +293,12 @@ def backward_kernel(
         transposed = units[None, :] * H + units[:, None]
         UT = load_tiles(u_ptr, transposed, (units[:, None] < H) & (units[None, :] < H), PRODUCTS, H * H, TYPE)
     UT = operands(UT, PRODUCTS, TYPE, PRECISION)
-    params = ()
+    fixed = ()
     if PARAMS > 0:
-        params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
+        fixed = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
+    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
+    element = (r * (GROUPS * H))[None, :] + units[:, None] + (row0 * GROUPS + group) * H
+    fixed = fixed + draw(draws, element, DRAWN, True)
     sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)  # of the trained vectors' gradients over the steps
     zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     dstates = (zero,)
@@ -333,6 +343,7 @@ def backward_kernel(
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
             entering = keep_rows(before, not_reset(code, PADDING), STATES)
         dstates = add_outer(dstates, dy, dcs, code, PADDING)
+        params = fixed + draw(draws, element + (step - sign * t) * per_step, DRAWN, False)
         dm = ()
         if LEVEL < OPERANDS:
             d_second, m = BACKWARD_2(dstates, saved, entering, after, params, FAST)

@@ -128,6 +128,7 @@ def _constants(
     layout = {"G": cell.gates, "GATES": tuple(o.products for o in cell.operands), "LEVEL": cell.level}
     layout |= {"STATE_OF": states, "ADDS": cell.adds, "LATE": cell.late, "PUBLISHED": cell.published}
     layout |= {"STATES": cell.states, "SAVED": cell.saved, "PARAMS": cell.params, "PACK": 8 // dtype.itemsize}
+    layout |= {"DRAWN": cell.drawn}
     fast = dtype in (torch.float16, torch.bfloat16) and plan.nvidia
     # Only a mask of codes can mark padding; kernels for resets alone do not pay for it.
     return {**tiles, **layout, "PRECISION": precision, "FAST": fast, "PADDING": mask == torch.uint8}
@@ -270,6 +271,7 @@ def forward(
     save: str,
     plan: Plan,
     params: Tensor | None = None,
+    dropout: Tensor | None = None,
     reversed: int = 0,
     precision: str = "ieee",
     launch: Callable[[Launch], None] = run,
@@ -277,8 +279,8 @@ def forward(
     """All steps forward.
 
     gx [T, B, K, G*H] (contiguous), u [K, products*H, H], bias (b_hh of the products apart) [K, apart*H], h0 [K, B, H],
-    c0 (the other states side by side) [K, B, (S-1)*H], mask [T, B] or None, params [K, P*H] or None. In padding
-    y and c are zero; a reversed group's are the states it starts from.
+    c0 (the other states side by side) [K, B, (S-1)*H], mask [T, B] or None, params [K, P*H] or None; dropout: see
+    `random`. In padding y and c are zero; a reversed group's are the states it starts from.
     save: "none"; "states" saves c beside y; "gates" saves all that backward needs.
     """
     T, B, K, H = *gx.shape[:3], u.shape[2]
@@ -286,11 +288,12 @@ def forward(
     _start(out.y, h0, reversed)
     if cell.states > 1 and (save != "none" or plan.schedule == "resident"):
         _start(out.c, c0, reversed if save != "none" else 0)
-    u, bias, params, mask = _aligned(u, bias, params, mask)
+    u, bias, params, dropout, mask = _aligned(u, bias, params, dropout, mask)
     mask_type = None if mask is None else mask.dtype
     constants = _forward_constants(cell, plan, (K, H, reversed), u.dtype, mask_type, precision, save)
     arguments = {
-        "gx_ptr": gx, "u_ptr": u, "bias_ptr": bias, "params_ptr": params, "y_ptr": out.y, "c_ptr": out.c,
+        "gx_ptr": gx, "u_ptr": u, "bias_ptr": bias, "params_ptr": params, "dropout_ptr": dropout, "y_ptr": out.y,
+        "c_ptr": out.c,
         "saved_ptr": out.saved, "mask_ptr": None if mask is None else mask.view(torch.uint8), "T": T, "B": B,
         **constants,
     }  # fmt: skip
@@ -356,6 +359,7 @@ def backward(
     *,
     plan: Plan,
     params: Tensor | None = None,
+    dropout: Tensor | None = None,
     dcs: Tensor | None = None,
     reversed: int = 0,
     precision: str = "ieee",
@@ -371,13 +375,13 @@ def backward(
     programs = _programs(plan, B, K, H)
     # A program adds for its own rows, in a fixed order: two runs give the same bits.
     shares = _scratch(y, -(-B // plan.block_b), *out.dparams.shape).zero_() if cell.params else None
-    dy, dhn, dcn, dcs, u, params, mask = _aligned(dy, dhn, dcn, dcs, u, params, mask)
+    dy, dhn, dcn, dcs, u, params, dropout, mask = _aligned(dy, dhn, dcn, dcs, u, params, dropout, mask)
     mask_type = None if mask is None else mask.dtype
     constants = _backward_constants(cell, plan, (K, H, reversed), u.dtype, mask_type, precision)
     arguments = {
-        "dy_ptr": dy, "dcs_ptr": dcs, "u_ptr": u, "params_ptr": params, "y_ptr": y, "c_ptr": c, "saved_ptr": saved,
-        "mask_ptr": None if mask is None else mask.view(torch.uint8), "dgx_ptr": out.dgx, "dhu_ptr": out.dhu,
-        "m_ptr": out.m, "dparams_ptr": shares, "T": T, "B": B, **constants,
+        "dy_ptr": dy, "dcs_ptr": dcs, "u_ptr": u, "params_ptr": params, "dropout_ptr": dropout, "y_ptr": y,
+        "c_ptr": c, "saved_ptr": saved, "mask_ptr": None if mask is None else mask.view(torch.uint8),
+        "dgx_ptr": out.dgx, "dhu_ptr": out.dhu, "m_ptr": out.m, "dparams_ptr": shares, "T": T, "B": B, **constants,
     }  # fmt: skip
     if plan.schedule == "resident":
         arguments |= {"dhn_ptr": dhn, "dcn_ptr": dcn, "dh0_ptr": out.dh0, "dc0_ptr": out.dc0}
@@ -414,6 +418,7 @@ def recompute(
     *,
     plan: Plan,
     params: Tensor | None = None,
+    dropout: Tensor | None = None,
     reversed: int = 0,
     launch: Callable[[Launch], None] = run,
 ) -> Tensor:
@@ -426,15 +431,16 @@ def recompute(
     hu = gx.new_empty(N, K, cell.products * H)
     v = gx.new_empty(N, K, cell.level * H) if cell.published else None
     m = gx.new_empty(N, K, second * H) if second else None
-    bias, params, mask = _aligned(bias, params, mask)
+    bias, params, dropout, mask = _aligned(bias, params, dropout, mask)
     constants = _constants(cell, plan, (K, H, reversed), u.dtype, None if mask is None else mask.dtype, "ieee")
     # Pointwise over T*B rows: any tile will do, and with this one loads are contiguous.
     constants |= {"BLOCK_H": min(128, triton.next_power_of_2(H)), "BLOCK_B": 8}
     constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
     del constants["PRECISION"]
     arguments = {
-        "gx_ptr": gx, "hu_ptr": hu, "bias_ptr": bias, "params_ptr": params, "y_ptr": y, "c_ptr": c, "saved_ptr": saved,
-        "mask_ptr": None if mask is None else mask.view(torch.uint8), "v_ptr": v, "m_ptr": m, "N": N, "B": B,
+        "gx_ptr": gx, "hu_ptr": hu, "bias_ptr": bias, "params_ptr": params, "dropout_ptr": dropout, "y_ptr": y,
+        "c_ptr": c, "saved_ptr": saved, "mask_ptr": None if mask is None else mask.view(torch.uint8),
+        "v_ptr": v, "m_ptr": m, "N": N, "B": B,
     }  # fmt: skip
     programs = (triton.cdiv(N, constants["BLOCK_B"]), triton.cdiv(H, constants["BLOCK_H"]), K)
     plan = replace(plan, waits=False)  # these programs do not, and there may be more than the device holds at once

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from .math import operand, product
+from .random import draw, load_draws
 from .tiles import (
     active,
     add_outer,
@@ -80,14 +81,14 @@ def _product(
 
 @triton.jit(do_not_specialize=["t", "T", "B"])
 def forward_kernel(
-    gx_ptr, u_ptr, bias_ptr, params_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, sh_ptr, sc_ptr, v_ptr, hu_first_ptr, m_ptr,
-    h_ptr, h_after_ptr, t, T, B,
+    gx_ptr, u_ptr, bias_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, sh_ptr, sc_ptr, v_ptr,
+    hu_first_ptr, m_ptr, h_ptr, h_after_ptr, t, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
     PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr,
-    PADDING: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr,
+    PADDING: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """Step t. PHASE 0: the operands of level 1. PHASE 1: their products, and the step if there is no level 2; else the
     operands of level 2. PHASE 2: their products, and the step."""
@@ -128,6 +129,8 @@ def forward_kernel(
     params = ()
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
+    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
+    params = params + draw(draws, at_h, DRAWN, True) + draw(draws, at_h + step * per_step, DRAWN, False)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), ADDS, H)
     at_first = (in_group * (FIRST * H))[None, :] + units[:, None]
     hu = ()
@@ -251,15 +254,15 @@ def _load_saved(
 
 @triton.jit(do_not_specialize=["t", "T", "B"])
 def backward_kernel(
-    dy_ptr, dcs_ptr, u_ptr, params_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, dgx_ptr, dhu_ptr, m_ptr, dparams_ptr,
-    dsh_ptr, dsc_ptr, t, T, B,
+    dy_ptr, dcs_ptr, u_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, dgx_ptr, dhu_ptr, m_ptr,
+    dparams_ptr, dsh_ptr, dsc_ptr, t, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
     SEGMENTS: tl.constexpr, PACK: tl.constexpr, STEP: tl.constexpr, BACKWARD_2: tl.constexpr, FINISH: tl.constexpr,
     PADDING: tl.constexpr, PHASE: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PRECISION: tl.constexpr,
-    FAST: tl.constexpr,
+    FAST: tl.constexpr, DRAWN: tl.constexpr,
 ):  # fmt: skip
     """Step t. PHASE 0, only with level 2: backward_2. PHASE 1: the step. The first of them starts with the rest of
     step t+1: its gradients through U^T and `finish` (not if FIRST, when there is no such step). LAST (t = -1) is that
@@ -303,6 +306,9 @@ def backward_kernel(
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
         dparams_ptr += (tl.program_id(1).to(tl.int64) * GROUPS + group) * (PARAMS * H)
+    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
+    fixed = params + draw(draws, at_h, DRAWN, True)
+    params = fixed + draw(draws, at_h + step * per_step, DRAWN, False)
     sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)
 
     dstates = load_tiles(dsh_ptr, at_state, mask, 1, 0, ACC)
@@ -333,9 +339,10 @@ def backward_kernel(
             next_saved = _load_saved(saved_ptr, line, units, mask, at, SAVED, PACK, H, TYPE, ACC)
             next_dgx = load_tiles(dgx_ptr + advance * G, at_g, mask, G, H, ACC)
             nothing = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)
+            next_params = fixed + draw(draws, at_h + at, DRAWN, False)
             next_dgx, dstates, dparams = finish_step(
-                FINISH, next_dgx, dstates, nothing, dv, next_saved, next_before, next_after, params, code_after, FAST,
-                PADDING,
+                FINISH, next_dgx, dstates, nothing, dv, next_saved, next_before, next_after, next_params, code_after,
+                FAST, PADDING,
             )  # fmt: skip
             if PARAMS > 0:
                 sums = add_params(sums, dparams, row_mask, code_after, PADDING)

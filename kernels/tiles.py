@@ -88,6 +88,14 @@ def store_tiles(ptr, offsets, mask, tiles, FROM: tl.constexpr, TO: tl.constexpr,
 
 
 @triton.jit
+def store_apart(dhu_ptr, at_i, mask, dhu, FROM: tl.constexpr, TO: tl.constexpr, ADDS: tl.constexpr, H: tl.constexpr):
+    """dhu[0] is product FROM's: those that are apart, to dhu."""
+    for n in tl.static_range(FROM, TO):
+        if ADDS[n] < 0:
+            tl.store(dhu_ptr + at_i + apart_before(ADDS, n) * H, dhu[n - FROM].to(dhu_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def operands(tiles, N: tl.constexpr, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """Each of the tiles as an operand of `product`."""
     out = ()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
 from torch.autograd import forward_ad
 
-from . import backends, masks, products, reference
+from . import backends, drawn, masks, products, reference
 from .cell import get
 from .products import places
 
@@ -32,14 +32,14 @@ class Engine(NamedTuple):
     `engines.operators`).
 
     forward(options, save, inputs, mask) -> outputs, buffers
-        save: "gates", "states" (backward recomputes the gates) or "none" (there is no backward). inputs, the 9 tensors:
-        x [T, B, I] or [T, B, K, I], h0 [K, B, H], c0 [K, B, (S-1)*H], w_ih [K, Gx*H, I], w_hh [K, Gu*H, H], b_ih and
-        b_hh [K, .], params [K, P*H], inputs [T, B, N*H]. With one group, K may be left out. None for a tensor that the
-        cell lacks, and for states that are zero. outputs: y [T, B, K*H]; the final first state [K, B, H] (not if the
-        cell's first state is an output that no step reads); the other final states [K, B, (S-1)*H], if there are any;
-        and, if options.states, the other states after each step [T, B, K*(S-1)*H]. buffers: three tensors that backward
-        needs; None for one that it recomputes.
-    backward(options, inputs, mask, buffers, grads, need) -> the gradients of the 9 inputs, perhaps in other shapes
+        save: "gates", "states" (backward recomputes the gates) or "none" (there is no backward). inputs, 10 tensors: x
+        [T, B, I] or [T, B, K, I], h0 [K, B, H], c0 [K, B, (S-1)*H], w_ih [K, Gx*H, I], w_hh [K, Gu*H, H], b_ih and b_hh
+        [K, .], params [K, P*H], inputs [T, B, N*H], dropout (see `drawn`). With one group, K may be left out. None for
+        a tensor that the cell lacks, and for states that are zero. outputs: y [T, B, K*H]; the final first state [K, B,
+        H] (not if the cell's first state is an output that no step reads); the other final states [K, B, (S-1)*H], if
+        there are any; and, if options.states, the other states after each step [T, B, K*(S-1)*H]. buffers: three
+        tensors that backward needs; None for one that it recomputes.
+    backward(options, inputs, mask, buffers, grads, need) -> the gradients of the first 9 inputs, in any shapes
         grads: those of y [T, B, K, H], of the final first state, of the other final states, and of the other states
         after each step [T, B, K, (S-1)*H]; None means zero. need: which gradients are wanted; the others may be None.
     scan, scan_backward, allocate: what the operators call. All tensors have the axis K, and the buffers' shapes do not
@@ -96,19 +96,22 @@ def _range(options: Options, direction: str) -> AbstractContextManager[object]:
 def reference_of(
     options: Options, present: list[bool], resets: Tensor | None, lengths: Tensor | None
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """The scan by the reference: a function from those of the 9 tensors that are not None to the outputs.
+    """The scan by the reference: a function from those of the 10 tensors that are not None to the outputs.
 
     It is differentiable any number of times.
     """
-    at, step = places(options.cell), reference.step_of(get(options.cell))
+    cell = get(options.cell)
+    at, step = places(options.cell), reference.step_of(drawn.explicit(cell) if cell.drawn else cell)
     S = at.states
 
     def run(*tensors: Tensor) -> tuple[Tensor, ...]:
         rest = iter(tensors)
-        x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs = (next(rest) if p else None for p in present)
+        x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs, dropout = (next(rest) if p else None for p in present)
         assert x is not None and w_ih is not None
         H = products.hidden_size(at, w_ih, w_hh, h0, c0)
         K = w_ih.shape[0] if w_ih.dim() == 3 else 1
+        if dropout is not None:
+            inputs = drawn.given(cell, inputs, dropout, (*x.shape[:2], K, H), x.dtype)
         zero = x.new_zeros(K, x.shape[1], H)
         starts = [zero if h0 is None else h0]
         if S > 1:
@@ -137,15 +140,15 @@ def reference_of(
 
 
 def grouped(inputs: Sequence[Tensor | None]) -> list[Tensor | None]:
-    """The 9 inputs with an axis of groups, which is added if it was left out: states [K, B, .] and weights [K, .]."""
-    x, h0, c0, *weights, extra = inputs
+    """The 10 inputs with an axis of groups, which is added if it was left out: states [K, B, .] and weights [K, .]."""
+    x, h0, c0, *weights, extra, dropout = inputs
     assert x is not None and weights[0] is not None
     if weights[0].dim() == 2:
         weights = [None if t is None else t[None] for t in weights]
     assert weights[0] is not None
     K, B = weights[0].shape[0], x.shape[1]
     h0, c0 = (s if s is None or s.dim() == 3 else s.reshape(K, B, s.shape[-1]) for s in (h0, c0))
-    return [x, h0, c0, *weights, extra]
+    return [x, h0, c0, *weights, extra, dropout]
 
 
 def of_outputs(options: Options, K: int, grads: Tensors) -> Tensors:
@@ -200,7 +203,7 @@ def _forward_mode(
 
 @dataclass(frozen=True)
 class _Scan:
-    """What the Function computes: the engine's outputs and buffers, from mask and the 9 inputs."""
+    """What the Function computes: the engine's outputs and buffers, from mask and the 10 inputs."""
 
     options: Options
 
@@ -231,7 +234,7 @@ class _Scan:
             return None, *first.run(*rest)
 
     def jvp(self, saved: Tensors, tangents: Tensors) -> Tensors:
-        mask, *inputs = saved[:10]
+        mask, *inputs = saved[:11]
         present = [t is not None for t in inputs]
         run = reference_of(self.options, present, *masks.decode(mask))
         pairs = [(t, d) for t, d in zip(inputs, tangents[1:], strict=True) if t is not None]
@@ -240,7 +243,7 @@ class _Scan:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """The gradients of a _Scan, from mask, buffers, the 9 inputs and the outputs' gradients. need: which of the 9.
+    """The gradients of a _Scan, from mask, buffers, the 10 inputs and the outputs' gradients. need: which of the 10.
 
     Their own derivatives are those of the reference.
     """
@@ -249,19 +252,19 @@ class _Gradients:
     need: tuple[bool, ...]
 
     def run(self, mask: Tensor | None, *tensors: Tensor | None) -> Tensors:
-        options, buffers, inputs = self.options, tensors[:3], tensors[3:12]
+        options, buffers, inputs = self.options, tensors[:3], tensors[3:13]
         w_ih = inputs[3]
         assert w_ih is not None
-        grads = of_outputs(options, 1 if w_ih.dim() == 2 else w_ih.shape[0], tensors[12:])
+        grads = of_outputs(options, 1 if w_ih.dim() == 2 else w_ih.shape[0], tensors[13:])
         if options.traced:
             facts = (options.engine, options.cell, options.reversed, options.schedule, options.precision)
             back = torch.ops.seqcells.scan_backward
-            gradients = back(*grads, *grouped(inputs), mask, *buffers, *facts, list(self.need), 1)
+            gradients = back(*grads, *grouped(inputs), mask, *buffers, *facts, list(self.need[:9]), 1)
         else:
             gradients = ENGINES[options.engine].backward(options, inputs, mask, buffers, grads, self.need)
         return tuple(
             d.reshape(t.shape) if n and d is not None and t is not None else None
-            for d, t, n in zip(gradients, inputs, self.need, strict=True)
+            for d, t, n in zip((*gradients, None), inputs, self.need, strict=True)
         )
 
     def saved(self, tensors: Tensors, output: Tensors) -> tuple[Tensors, Tensors]:
@@ -271,12 +274,12 @@ class _Gradients:
         self, mask: Tensor | None, tensors: Tensors
     ) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], list[bool]]:
         """The gradients as a function of the tensors (inputs and gradients) that are not None; these tensors; and which
-        of the 9 gradients the function returns."""
-        present = [t is not None for t in tensors[:9]]
+        of the 10 gradients the function returns."""
+        present = [t is not None for t in tensors[:10]]
         run = reference_of(self.options, present, *masks.decode(mask))
         wanted = [n for n, p in zip(self.need, present, strict=True) if p]
         found = [n and p for n, p in zip(self.need, present, strict=True)]
-        gradients = _gradients_of(run, wanted, [g is not None for g in tensors[9:]])
+        gradients = _gradients_of(run, wanted, [g is not None for g in tensors[10:]])
         return gradients, [t for t in tensors if t is not None], found
 
     def by_reference(self, tensors: Tensors) -> Tensors:
@@ -348,7 +351,7 @@ def apply(
         h0, c0 = states if S == 2 else (*states, None)
     else:
         h0, c0 = None if at.output else states[0], _joined(states[1 - at.output :])
-    inputs = (call.x, h0, c0, *weights, params, call.inputs)
+    inputs = (call.x, h0, c0, *weights, params, call.inputs, call.dropout)
     if case.jit:  # a trace can contain operators but no autograd.Function, so it has no gradients
         wanted = False
     elif case.transforming:  # under vmap requires_grad is not visible, and a tangent never is

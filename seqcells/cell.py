@@ -112,7 +112,8 @@ class Cell:
     name has a new key. gates, states, params, inputs: their names, in order. scalars: those params that are one number.
     constants: {name: number}. outputs: (), or the name of a result that is the output in place of the first state.
     biased: the gates that have biases. step: the function. base: the cell that this one is with other constants; None
-    if it is not.
+    if it is not. dropout: the name of the step's last argument, a dropout mask; "" if it has none. drawn: of a cell
+    made by `drawn.dropped`, the names of its masks, and whether one is drawn once for a sequence.
 
     Attributes that are derived from the step (form, x_gates and the rest) are computed when they are first read. This
     raises CellError if no kernels can be derived from the step.
@@ -133,6 +134,8 @@ class Cell:
     biased: tuple[str, ...]
     step: FunctionType = field(repr=False)
     base: Cell | None = field(default=None, repr=False)
+    dropout: str = field(default="", repr=False)
+    drawn: Mapping[str, bool] = field(default_factory=dict, repr=False)
     _variants: dict[tuple[float, ...], Cell] = field(default_factory=dict, init=False, repr=False)
     # Each, of its own type, in a list of its own, empty until it is computed: Dynamo reads no list before that.
     _facts: dict[str, list[Any]] = field(default_factory=lambda: {n: [] for n in _FACTS}, init=False, repr=False)
@@ -145,7 +148,7 @@ class Cell:
 
     @cached_property
     def _derived(self) -> Derived:
-        names = Names(self.gates, self.states, self.params, self.inputs, " ".join(self.outputs))
+        names = Names(self.gates, self.states, self.params, self.inputs, " ".join(self.outputs), dict(self.drawn))
         return derive(self.key, self.step, names, self.constants)
 
     @cached_property
@@ -255,7 +258,7 @@ class Cell:
         return base._variants[numbers]
 
     def __call__(self, x: object, U: object, *arguments: object) -> Any:
-        """Call the step with x, U, the states before it, the params and the inputs; the constants are the cell's.
+        """Call the step with x, U, the states before it, the params, the inputs and masks; constants are the cell's.
 
         Returns what the step returns."""
         return self.step(x, U, *arguments, *self.constants.values())
@@ -273,7 +276,7 @@ def _with_constants(base: Cell, constants: dict[str, float]) -> Cell:
 
 
 def _gates_read(cell: Cell) -> tuple[tuple[str, ...], tuple[str, ...], tuple[int, ...]] | None:
-    count = len(cell.states) + len(cell.params) + len(cell.inputs)
+    count = len(cell.states) + len(cell.params) + len(cell.inputs) + len(cell.drawn)
     given = [torch.ones(1, 1) for _ in range(count)]
     states = given[: len(cell.states)]
 
@@ -344,6 +347,7 @@ def cell(
     constants: str = "",
     outputs: str = "",
     bias: str | None = None,
+    dropout: str = "",
 ) -> Callable[[Callable[..., object]], Cell]:
     """Decorator that makes a cell of a step written in PyTorch.
 
@@ -359,6 +363,8 @@ def cell(
     params: trained vectors with one number for each unit, [H]; "alpha:1" is one number for all units.
     inputs: inputs of each step besides x, [B, H]; layers take them as [T, B] or [T, B, H].
     constants: numbers that a layer may set, such as "dt=0.042 gamma=2.7".
+    dropout: one mask, [B, H], by which the step multiplies what a layer's candidate_dropout drops: 0 with that
+    probability, else 1/(1-p), drawn anew at each step. Its default in the step must be 1, the value without dropout.
 
     outputs: the name of a further result, returned after the states, that is the output in place of the first state.
     bias: the names of the gates that have biases. Default: None, all gates
@@ -387,12 +393,15 @@ def cell(
     biased = gate_names if bias is None else _names("bias", bias, none=True)
     if unknown := [g for g in biased if g not in gate_names]:
         raise ValueError(f"bias= names {unknown[0]!r}, which is none of gates={gates!r}")
-    arguments = (*state_names, *param_names, *input_names, *numbers)
+    mask = _names("dropout", dropout, none=True)
+    if len(mask) > 1:
+        raise ValueError(f"dropout: a step has one mask, got {len(mask)}: {dropout}")
+    arguments = (*state_names, *param_names, *input_names, *numbers, *mask)
     for name in arguments:
         if name in _TAKEN:
-            raise ValueError(f"{name!r} cannot be the name of a state, param, input or constant: {_TAKEN[name]}")
+            raise ValueError(f"{name!r} cannot be the name of a state, param, input, constant or mask: {_TAKEN[name]}")
         if arguments.count(name) > 1:
-            raise ValueError(f"{name!r} is named twice among states, params, inputs and constants")
+            raise ValueError(f"{name!r} is named twice among states, params, inputs, constants and dropout")
     if output_names and output_names[0] in state_names:
         raise ValueError(f"outputs: {outputs!r} is a state; to output it put it first in states=, or give a new name")
 
@@ -409,13 +418,15 @@ def cell(
         if not plain or tuple(p.name for p in taken)[2:] != arguments or len(taken) < 2:
             expected = f"{name}({', '.join(('x', 'U', *arguments))})"
             raise TypeError(
-                "the step must take x, U, the states, and then params, inputs and constants: "
+                "the step must take x, U, the states, and then params, inputs, constants and the dropout mask: "
                 f"{expected}, got {name}{inspect.signature(step)}"
             )
+        if mask and taken[-1].default != 1:
+            raise TypeError(f"the dropout mask {mask[0]} of {name} must have the default 1: {mask[0]}=1")
         keys = (name, *(f"{name}#{n}" for n in range(2, len(_BY_KEY) + 2)))
         key = next(k for k in keys if k not in _BY_KEY)
         facts = (gate_names, state_names, param_names, scalars, input_names, numbers, output_names, biased)
-        _BY_NAME[name] = Cell(name, key, *facts, step)
+        _BY_NAME[name] = Cell(name, key, *facts, step, dropout=dropout)
         return _BY_NAME[name]
 
     return make

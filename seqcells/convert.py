@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from . import arguments, cell_modules, checks, layers, modules, recurrent, subclasses
+from . import arguments, cell_modules, checks, dropouts, layers, modules, recurrent, subclasses
 from .modules import spelled
 
 LOGGER = logging.getLogger("seqcells")
@@ -168,8 +168,8 @@ def revert(
             return _left(cls, f"mapping={{Yours: {spelled(cls)}}}, Yours a subclass of {spelled(THEIRS[_base(cls)])}")
         if not getattr(module, "reset_after", True):
             raise ValueError("torch.nn has no GRU with reset_after=False; name it in exclude= to leave it as it is")
-        if getattr(module, "weight_dropout", 0.0):
-            raise ValueError("torch.nn's layers have no weight_dropout; name it in exclude= to leave it as it is")
+        if more := dropouts.names(module):
+            raise ValueError(f"torch.nn's layers have no {more[0]}; name it in exclude= to leave it as it is")
         return found
 
     return _swap_all(model, "revert", target, {}, include, exclude, report)

@@ -18,6 +18,8 @@ from . import (
     autograd,
     backends,
     chosen,
+    drawn,
+    dropouts,
     fallback,
     flops,
     masks,
@@ -116,7 +118,8 @@ class Call(NamedTuple):
 
     x [T, B, I] or [T, B, K, I]; states [K, B, H], for one group also [B, H], None means zeros; groups: each group's
     w_ih, w_hh, b_ih, b_hh (and w_hr, for an LSTM with a projection); stacked: the same with an axis K, if such tensors
-    exist already; params [K, P*H], for one group [P*H]; inputs [T, B, N*H] or [T, B, K, N*H]; mask: see `masks`.
+    exist already; params [K, P*H], for one group [P*H]; inputs [T, B, N*H] or [T, B, K, N*H]; mask: see `masks`;
+    dropout: see `drawn`.
     """
 
     x: Tensor
@@ -126,6 +129,7 @@ class Call(NamedTuple):
     params: Tensor | None = None
     inputs: Tensor | None = None
     mask: Tensor | None = None
+    dropout: Tensor | None = None
 
 
 Result = tuple[Tensor, tuple[Tensor, ...], "tuple[Tensor, ...] | None"]
@@ -222,7 +226,7 @@ def own_layers(module: Recurrent, x: Tensor, size: tuple[int, int], grad: bool) 
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return False
-    if module.heads > 1 or (module.weight_dropout and module.training):
+    if module.heads > 1 or dropouts.active(module):
         return False
     backend = backend or chosen.of_context() or chosen.backend
     if backend not in ("auto", "aten") or torch._C._len_torch_dispatch_stack() > 0:
@@ -402,13 +406,8 @@ def prepared(
     if options.lengths is not None and not options.padded:
         past = masks.ended(options.lengths, x.shape[0])
         x = x.masked_fill(past.reshape(*past.shape, *(1,) * (x.dim() - 2)), 0)
-    mask = masks.encode(options.resets, options.lengths, x.shape[0], _bits(options.reverse))
+    mask = masks.encode(options.resets, options.lengths, x.shape[0], masks.bits(options.reverse))
     return x, states, options, mask
-
-
-def _bits(reverse: Sequence[bool]) -> int:
-    """An integer whose bit k is set if group k is reversed."""
-    return sum(1 << k for k, back in enumerate(reverse) if back)
 
 
 def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Choice) -> Result:
@@ -416,6 +415,8 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
     [T, B, K*H]."""
     if len(call.groups[0]) == 5 and choice.engine != "aten":
         return projection.scan(lambda call: execute(cell, call, options, case, choice), call, options)
+    if call.dropout is not None and choice.engine != "triton":  # which draws the masks itself
+        cell, call = drawn.as_inputs(cell, call, case.hidden_size)
     if choice.engine in ("triton", "loop"):
         return _differentiable(cell, call, options, case, choice)
     if choice.reset_steps:
@@ -442,7 +443,7 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
         inputs=() if call.inputs is None else call.inputs.split(H, -1),
         resets=options.resets,
         lengths=options.lengths,
-        reversed=_bits(options.reverse),
+        reversed=masks.bits(options.reverse),
     )
     return states[0], final, states[len(cell.outputs) :] if options.all_states else None
 
@@ -469,7 +470,7 @@ def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, ch
         choice.engine,
         cell.key,
         "gates" if single else options.save,
-        _bits(options.reverse) if True in options.reverse else 0,
+        masks.bits(options.reverse) if True in options.reverse else 0,
         schedule,
         precision,
         options.all_states and len(cell.states) + len(cell.outputs) > 1,

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
-from . import checks, functional, layer_arguments
+from . import checks, dropouts, functional
 from .cell import get
 from .recurrent import Recurrent
 
@@ -62,6 +62,13 @@ class LSTM(Recurrent):
             :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
         weight_dropout: The probability of dropout on the recurrent weights, in training. Each call draws one mask for
             all of its steps (Merity et al. 2018, arXiv:1708.02182). Default: 0
+        recurrent_dropout: The probability of dropout on what every recurrent product reads, in training, with one mask
+            for each sequence (Gal & Ghahramani 2016, arXiv:1512.05287). Default: 0
+        candidate_dropout: The probability of dropout on the candidate g, in training, with a new mask at each step
+            (Semeniuta et al. 2016, arXiv:1603.05118). Default: 0
+        zoneout: The probability that a unit keeps its state of the step before, in training (Krueger et al. 2017,
+            arXiv:1606.01305); outside training, the state is the mean of old and new. One number, or a tuple with
+            one for h and one for c. Default: 0
 
     For inputs and outputs see :meth:`forward`.
 
@@ -107,10 +114,13 @@ class LSTM(Recurrent):
         save: str = "gates",
         precision: str | None = None,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        candidate_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
     ) -> None:
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size)
         self._set_up(get("lstm"), sizes, device, dtype, backend, save, precision)
-        self.weight_dropout = layer_arguments.probability("weight_dropout", weight_dropout)
+        dropouts.set_up(self, weight_dropout, recurrent_dropout, zoneout, candidate_dropout)
 
     @overload  # type: ignore[override]  # torch.nn's names of the arguments
     def forward(
@@ -287,6 +297,12 @@ class GRU(_OneState):
             :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
         weight_dropout: The probability of dropout on the recurrent weights, in training. Each call draws one mask for
             all of its steps (Merity et al. 2018, arXiv:1708.02182). Default: 0
+        recurrent_dropout: The probability of dropout on what every recurrent product reads, in training, with one mask
+            for each sequence (Gal & Ghahramani 2016, arXiv:1512.05287). Default: 0
+        candidate_dropout: The probability of dropout on the candidate n, in training, with a new mask at each step
+            (Semeniuta et al. 2016, arXiv:1603.05118). Default: 0
+        zoneout: The probability that a unit keeps its state of the step before, in training (Krueger et al. 2017,
+            arXiv:1606.01305); outside training, the state is the mean of old and new. Default: 0
 
     For inputs and outputs see :meth:`forward`.
 
@@ -330,12 +346,15 @@ class GRU(_OneState):
         save: str = "gates",
         precision: str | None = None,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        candidate_dropout: float = 0.0,
+        zoneout: float = 0.0,
     ) -> None:
         checks.boolean("reset_after", reset_after)
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
         definition = get("gru" if reset_after else "gru_before")
         self._set_up(definition, sizes, device, dtype, backend, save, precision)
-        self.weight_dropout = layer_arguments.probability("weight_dropout", weight_dropout)
+        dropouts.set_up(self, weight_dropout, recurrent_dropout, zoneout, candidate_dropout)
         self.reset_after = reset_after
 
 
@@ -368,6 +387,10 @@ class RNN(_OneState):
             :func:`seqcells.functional.scan`. Default: ``None``, PyTorch's setting for its own RNNs
         weight_dropout: The probability of dropout on the recurrent weights, in training. Each call draws one mask for
             all of its steps (Merity et al. 2018, arXiv:1708.02182). Default: 0
+        recurrent_dropout: The probability of dropout on what every recurrent product reads, in training, with one mask
+            for each sequence (Gal & Ghahramani 2016, arXiv:1512.05287). Default: 0
+        zoneout: The probability that a unit keeps its state of the step before, in training (Krueger et al. 2017,
+            arXiv:1606.01305); outside training, the state is the mean of old and new. Default: 0
 
     For inputs and outputs see :meth:`forward`.
 
@@ -413,9 +436,11 @@ class RNN(_OneState):
         save: str = "gates",
         precision: str | None = None,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        zoneout: float = 0.0,
     ) -> None:
         definition = get(functional.rnn_cell_name(nonlinearity))
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
         self._set_up(definition, sizes, device, dtype, backend, save, precision)
-        self.weight_dropout = layer_arguments.probability("weight_dropout", weight_dropout)
+        dropouts.set_up(self, weight_dropout, recurrent_dropout, zoneout)
         self.nonlinearity = nonlinearity

@@ -37,6 +37,11 @@ def encode(resets: Tensor | None, lengths: Tensor | None, steps: int, reversed: 
     return codes[0] if len(codes) == 1 else torch.stack(codes).sum(0, dtype=torch.uint8)
 
 
+def bits(reverse: Sequence[bool]) -> int:
+    """An integer whose bit k is set if group k is reversed."""
+    return sum(1 << k for k, back in enumerate(reverse) if back)
+
+
 def cleared(states: Sequence[Tensor | None], begins: Tensor, reverse: Sequence[bool]) -> tuple[Tensor | None, ...]:
     """The states before one step, zero where there is a reset. begins: the resets [B, 1].
 

@@ -17,8 +17,9 @@ from torch.types import Device
 from . import arguments, backends, checks, dispatch, extras, layer_arguments, masks, modules, packing, precisions
 from .cell import Cell, get
 from .dispatch import ScanOptions
+from .dropouts import OPTIONS, of_call, of_weights, set_up
 from .engines import aten
-from .heads import join_heads, split_heads
+from .heads import join_heads, layer_call, split_heads
 from .layer_arguments import Flags, Input, Inputs, Plain, State
 
 States = tuple["Tensor | None", ...]
@@ -57,7 +58,15 @@ class Recurrent(modules.Module):
         heads: The number of heads: groups of H/heads hidden units whose recurrent products stay within the group.
             Default: 1
         weight_dropout: The probability of dropout on the recurrent weights, in training. Each call draws one mask for
-            all of its steps. Default: 0
+            all of its steps (Merity et al. 2018, arXiv:1708.02182). Default: 0
+        recurrent_dropout: The probability of dropout on what every recurrent product reads, in training, with one mask
+            for each sequence (Gal & Ghahramani 2016, arXiv:1512.05287). Default: 0
+        candidate_dropout: The probability of dropout on the new values that a step adds to its state, in training, with
+            a new mask at each step (Semeniuta et al. 2016, arXiv:1603.05118). Only for cells with such a mask, see
+            ``dropout`` of :func:`seqcells.cell`. Default: 0
+        zoneout: The probability that a unit keeps its state of the step before, in training (Krueger et al. 2017,
+            arXiv:1606.01305); outside training, each state is the mean of old and new. One number, or a tuple with
+            one for each state. Default: 0
         constants: New values for the cell's constants, by name. Default: the values in the cell's definition
 
     For inputs and outputs see :meth:`forward`.
@@ -108,6 +117,9 @@ class Recurrent(modules.Module):
     proj_size: int = 0
     heads: int = 1
     weight_dropout: float = 0.0
+    recurrent_dropout: float = 0.0
+    candidate_dropout: float = 0.0
+    zoneout: float | tuple[float, ...] = 0.0
     _hx: str = "state"  # the name of forward's argument
 
     def __init__(
@@ -128,11 +140,14 @@ class Recurrent(modules.Module):
         precision: str | None = None,
         heads: int = 1,
         weight_dropout: float = 0.0,
+        recurrent_dropout: float = 0.0,
+        candidate_dropout: float = 0.0,
+        zoneout: float | Sequence[float] = 0.0,
         **constants: float,
     ) -> None:
         sizes = (input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, 0)
         self._set_up(modules.cell_of(cell, constants), sizes, device, dtype, backend, save, precision, heads)
-        self.weight_dropout = layer_arguments.probability("weight_dropout", weight_dropout)
+        set_up(self, weight_dropout, recurrent_dropout, zoneout, candidate_dropout)
 
     def _set_up(
         self,
@@ -219,7 +234,8 @@ class Recurrent(modules.Module):
         text = f"{self.input_size}, {self.hidden_size}"
         sizes: dict[str, object] = {"proj_size": 0, "num_layers": 1, "bias": True, "batch_first": False, "dropout": 0}
         defaults = sizes | {"bidirectional": False, "reset_after": True, "nonlinearity": "tanh"}
-        defaults |= {"backend": None, "save": "gates", "precision": None, "heads": 1, "weight_dropout": 0.0}
+        defaults |= {"backend": None, "save": "gates", "precision": None, "heads": 1}
+        defaults |= dict.fromkeys(OPTIONS, 0.0)
         for name, default in defaults.items():
             value = getattr(self, name, default)
             if value != default:
@@ -316,7 +332,7 @@ class Recurrent(modules.Module):
         else:
             weights = plain[0]
         if self.weight_dropout and self.training:
-            weights = self._with_weight_dropout(weights)
+            weights = of_weights(self, weights)
         if not (self.save in _SAVES and self.precision in _PRECISIONS):
             arguments.options(self.backend, self.precision, self.save)
         states_: States = (None,) * len(cell.states) if given is None else tuple(given)
@@ -412,11 +428,12 @@ class Recurrent(modules.Module):
         states [layers * directions, B, .], in the order of `packed`. parameters: the parameters, and the result of
         layer_arguments.plain. Results have the layout of x: [T, B, .], or packed rows.
         """
-        cell, H, heads, (weights, plain) = self.cell, self.hidden_size, self.heads, parameters
+        H, heads, (weights, plain) = self.hidden_size, self.heads, parameters
         if torch._C._is_any_autocast_enabled() and backends.autocasting(x.device):
-            x, states, groups, (_, inputs) = precisions.autocast(cell.key, x, states, [weights], (None, inputs))
+            x, states, groups, (_, inputs) = precisions.autocast(self.cell.key, x, states, [weights], (None, inputs))
             with torch.autocast(x.device.type, enabled=False):
                 return self._scan(x, states, (groups[0], None), options, inputs, packed)  # type: ignore[arg-type]  # none is None
+        cell, drops = of_call(self, x)
         size, where = None, None
         if packed is not None:
             size = len(packed.batch_sizes), layer_arguments.packed_batch(packed, states)
@@ -449,7 +466,8 @@ class Recurrent(modules.Module):
         for layer in range(self.num_layers):
             if layer:
                 x = self._dropped(x, where)
-            call = self._call(layer, x, states, weights)._replace(inputs=extra, mask=mask)
+            call = layer_call(self, layer, x, states, weights)._replace(inputs=extra, mask=mask)
+            call = call if drops is None else call._replace(dropout=drops[layer])
             call = call if heads == 1 else split_heads(call, heads, H)
             own = options if layer == self.num_layers - 1 else options._replace(all_states=False)
             x, final, every = dispatch.execute(cell, call, own, case, choice)
@@ -459,11 +477,6 @@ class Recurrent(modules.Module):
             return x, joined, every
         return packing.pack(x, where), joined, None if every is None else tuple(packing.pack(s, where) for s in every)
 
-    def _with_weight_dropout(self, weights: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters, the recurrent weights with dropout (Merity et al. 2018, arXiv:1708.02182)."""
-        recurrent = [part == "weight_hh" for _ in self._all_weights for part in self._parts]
-        return [dropout(w, self.weight_dropout) if of else w for w, of in zip(weights, recurrent, strict=True)]
-
     def _dropped(self, x: Tensor, where: packing.Layout | None) -> Tensor:
         """A layer's output as the next layer's input: with dropout in training. where: the rows of a packed input."""
         if not self.dropout or not self.training:
@@ -472,29 +485,3 @@ class Recurrent(modules.Module):
             return dropout(x, self.dropout)
         # Of a packed input, only its rows, so that as many random numbers are drawn as in torch.nn.
         return packing.pad(dropout(packing.pack(x, where), self.dropout), where)
-
-    def _call(self, layer: int, x: Tensor, states: States, weights: Sequence[Tensor]) -> dispatch.Call:
-        """One layer's tensors, selected from those of all layers."""
-        count = 2 if self.bidirectional else 1
-        n, first = len(weights) // (count * self.num_layers), layer * count
-        given = [weights[k * n : (k + 1) * n] for k in range(first, first + count)]
-        own = tuple(None if s is None else s[first : first + count] for s in states)
-        if self._parts == modules.PARTS:
-            return dispatch.Call(x, own, given)
-        named = [dict(zip(self._parts, of, strict=True)) for of in given]
-        nothing = x.new_empty(0, x.shape[-1])  # weight_ih of a cell that reads no x
-        groups: list[aten.Weights] = [
-            (
-                of.get("weight_ih", nothing),
-                *(of.get(part) for part in modules.PARTS[1:]),
-                *[of[part] for part in of if part == "weight_hr"],
-            )
-            for of in named
-        ]
-        if self._parts[0] != "weight_ih":
-            # No weight has the hidden size, so states must.
-            own = tuple(x.new_zeros(count, x.shape[1], self.hidden_size) if s is None else s for s in own)
-        cell = self.cell
-        vectors = [{name: of[name] for name in cell.params} for of in named]
-        params = extras.params(cell, vectors, x, self.hidden_size) if cell.params else None
-        return dispatch.Call(x, own, groups, params=params)

@@ -5,10 +5,10 @@ import torch
 from ..cell import cell
 
 
-@cell(gates="f g o", states="h c")
-def cifg(x, U, h, c):
+@cell(gates="f g o", states="h c", dropout="d")
+def cifg(x, U, h, c, d=1):
     """LSTM with coupled input and forget gates (Greff et al. 2017, "CIFG")."""
     f, o = torch.sigmoid(x.f + U.f(h)), torch.sigmoid(x.o + U.o(h))
-    g = torch.tanh(x.g + U.g(h))
+    g = d * torch.tanh(x.g + U.g(h))
     c = f * c + (1 - f) * g
     return o * torch.tanh(c), c

@@ -5,8 +5,9 @@ import torch
 from ..cell import cell
 
 
-@cell(gates="f g", states="h", constants="beta=1")
-def janet(x, U, h, beta):
+@cell(gates="f g", states="h", constants="beta=1", dropout="d")
+def janet(x, U, h, beta, d=1):
     """JANET (van der Westhuizen & Lasenby 2018). The paper initializes it by seqcells.init.chrono_."""
     s = x.f + U.f(h)
-    return torch.sigmoid(s) * h + (1 - torch.sigmoid(s - beta)) * torch.tanh(x.g + U.g(h))
+    g = d * torch.tanh(x.g + U.g(h))
+    return torch.sigmoid(s) * h + (1 - torch.sigmoid(s - beta)) * g

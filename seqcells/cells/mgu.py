@@ -5,9 +5,9 @@ import torch
 from ..cell import cell
 
 
-@cell(gates="f n", states="h")
-def mgu(x, U, h):
+@cell(gates="f n", states="h", dropout="d")
+def mgu(x, U, h, d=1):
     """Minimal gated unit (Zhou et al. 2016)."""
     f = torch.sigmoid(x.f + U.f(h))
-    n = torch.tanh(x.n + U.n(f * h))
+    n = d * torch.tanh(x.n + U.n(f * h))
     return h + f * (n - h)

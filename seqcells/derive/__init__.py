@@ -83,7 +83,11 @@ class Derived:
         names = parts.names
         output = names.output or names.states[0]
         lines = [f"gates {' '.join(names.gates)}; states {' '.join(names.states)}; the output is {output}"]
-        for what, found in (("trained vectors", names.params), ("per-step inputs", names.inputs)):
+        for what, found in (
+            ("trained vectors", names.params),
+            ("per-step inputs", names.inputs),
+            ("masks", names.drawn),
+        ):
             if found:
                 lines.append(f"{what} {' '.join(found)}")
         for what, having in (("recurrent", parts.u_gates), ("input", parts.x_gates)):
@@ -114,9 +118,9 @@ class Derived:
         parts = self.parts
         tiles = [*(f"x.{g}" for g in parts.x_gates), *parts.names.inputs]
         words = dict(zip(parts.gx, tiles, strict=True))
-        words |= dict(zip(parts.before, parts.states, strict=True)) | dict(
-            zip(parts.params, parts.names.params, strict=True)
-        )
+        words |= dict(zip(parts.before, parts.states, strict=True))
+        words |= dict(zip(parts.params, parts.names.params, strict=True))
+        words |= dict(zip(parts.drawn, parts.names.drawn, strict=True))
         for n, (value, gate) in enumerate(zip(parts.hu, parts.products, strict=True)):
             words[value] = f"U.{gate}({self._described(parts.operands[parts.of_product[n]], words, short=True)})"
         return words

@@ -182,7 +182,8 @@ def _gradient_names(parts: Parts, totals: Totals, dhu: list[Value]) -> dict[Valu
 
 def forward_leaves(parts: Parts) -> dict[Value, str]:
     """The names of the arguments' values in functions of forward."""
-    given = (("gx", parts.gx), ("hu", parts.hu), ("states", parts.before), ("params", parts.params))
+    params = [*parts.params, *parts.drawn]
+    given = (("gx", parts.gx), ("hu", parts.hu), ("states", parts.before), ("params", params))
     return {v: f"{name}[{n}]" for name, values in given for n, v in enumerate(values)}
 
 
@@ -191,7 +192,7 @@ def backward_leaves(parts: Parts) -> dict[Value, str]:
     dstates = [parts.graph.make("dstate", n) for n in range(len(parts.new))]
     given = [("dstates", dstates), ("dm", parts.dm), ("dv", parts.dv), ("dgx", parts.given.dgx)]
     given += [("dbefore", parts.given.dbefore), ("dparams", parts.given.dparams)]
-    given += [("after", parts.new), ("before", parts.before), ("params", parts.params)]
+    given += [("after", parts.new), ("before", parts.before), ("params", [*parts.params, *parts.drawn])]
     return {v: f"{name}[{n}]" for name, values in given for n, v in enumerate(values) if constant(v) is None}
 
 

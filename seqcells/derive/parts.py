@@ -31,7 +31,8 @@ class Totals:
 @dataclass(frozen=True)
 class Parts:
     """x_gates, u_gates: the gates that have an input product, and a recurrent one, in the order of gates=. order:
-    product n is u_gates[order[n]]. gx, hu, before, params: leaves. new, operands, saved, dhu and the rest: values.
+    product n is u_gates[order[n]]. gx, hu, before, params,
+    drawn: leaves. new, operands, saved, dhu and the rest: values.
 
     totals: gradients. early: those without the part through computed operands of level 1. given: leaves, the arguments
     of `finish`; finished: its results.
@@ -47,6 +48,7 @@ class Parts:
     hu: list[Value]
     before: list[Value]
     params: list[Value]
+    drawn: list[Value]
     new: list[Value]
     operands: list[Value]
     saved: list[Value]
@@ -77,7 +79,7 @@ class Parts:
     @property
     def free(self) -> list[Value]:
         """The values that backward has without saving them."""
-        return [*self.before, *self.params, *self.new]
+        return [*self.before, *self.params, *self.drawn, *self.new]
 
     @property
     def operations(self) -> frozenset[str]:
@@ -100,6 +102,7 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
 
     gx = [*leaves("gx", read), *leaves("input", range(len(names.inputs)))]
     before, params = leaves("before", range(states)), leaves("param", range(len(names.params)))
+    drawn = leaves("drawn", range(len(names.drawn)))
 
     gates = sorted(found.products)  # that have a recurrent product, in the order of gates=
     adds = {gate: _tile(found, gate, read) for gate in gates}
@@ -117,7 +120,8 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
     second = [n for n in ordered if found.levels[n] == 2]
 
     stored = [v for v, o in zip(operands, described, strict=True) if o.state is None]
-    saved = _saved(graph, [*early.every, *dhu, *through.every], stored, [*before, *params, *found.new])
+    free = [*before, *params, *drawn, *found.new]
+    saved = _saved(graph, [*early.every, *dhu, *through.every], stored, free)
     form = Form(
         name,
         gates=len(gx),
@@ -127,6 +131,7 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
         adds=tuple(adds[g] for g in kernel),
         params=len(params),
         late=tuple(n for n, v in enumerate(through.dgx) if v is not graph.number(0)),
+        drawn=tuple(names.drawn.values()),
     )
     return Parts(
         graph,
@@ -139,6 +144,7 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
         leaves("hu", kernel),
         before,
         params,
+        drawn,
         found.new,
         operands,
         saved,

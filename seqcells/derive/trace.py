@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from types import CodeType, FrameType, FunctionType
 from typing import Any
@@ -39,13 +39,15 @@ SHAPE = (3, 5)  # rows and units of the tensors that a step is run on
 @dataclass(frozen=True)
 class Names:
     """The names of the step's arguments. output: the name of a result that is the output without being a state; "" if
-    the first state is the output."""
+    the first state is the output. drawn: the dropout masks, and for each whether it is
+    drawn once for a sequence."""
 
     gates: tuple[str, ...]
     states: tuple[str, ...]
     params: tuple[str, ...] = ()
     inputs: tuple[str, ...] = ()
     output: str = ""
+    drawn: Mapping[str, bool] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ class _Run:
         """A tensor that stands for a leaf."""
         found = torch.full(SHAPE, 0.5, dtype=torch.float64, device="cpu")
         self.note(found, leaf)
-        return found if leaf.gradient else found.requires_grad_()
+        return found if leaf.gradient or leaf.op == "drawn" else found.requires_grad_()
 
     def note(self, t: Tensor, value: Value) -> None:
         self.tensors.append(t)
@@ -332,8 +334,9 @@ def trace(step: FunctionType, names: Names, constants: Mapping[str, float]) -> T
     G = len(names.gates)
     x, inputs, hu = tiles("gx", G), tiles("input", len(names.inputs)), tiles("hu", G)
     before, params = tiles("before", len(names.states), first), tiles("param", len(names.params))
+    drawn = tiles("drawn", len(names.drawn))
     with _Record(run), _Watch(run):
-        found = step(_Inputs(run, x), _Products(run, hu), *before, *params, *inputs, *constants.values())
+        found = step(_Inputs(run, x), _Products(run, hu), *before, *params, *inputs, *drawn, *constants.values())
     new = _results(found, run, names)
     variables = {} if run.frame is None else dict(run.frame.f_locals)
     run.frame = None

@@ -16,11 +16,11 @@ from itertools import combinations
 
 import torch
 
-# A leaf's only argument is its number. Backward lacks the first three and has the next two. The others are gradients:
+# A leaf's only argument is its number. Backward lacks the first three and has the next three. The others are gradients:
 # of the states after a step, of operands, and (for `finish`) those that are not complete yet.
 FORWARD = ("gx", "input", "hu")
 OUTER = ("dstate", "dm", "dv", "dgx", "dinput", "dbefore", "dparam")
-LEAVES = (*FORWARD, "before", "param", *OUTER)
+LEAVES = (*FORWARD, "before", "param", "drawn", *OUTER)
 COMPARISONS = {"lt": "<", "le": "<=", "gt": ">", "ge": ">=", "eq": "==", "ne": "!="}
 # Functions of one number: those of triton.language and of kernels.math, where the first two take FAST.
 FROM_TRITON = ("exp", "exp2", "log", "log2", "sqrt", "abs", "sin", "cos", "erf")

@@ -30,6 +30,7 @@ def scan_forward(
     b_hh: Tensor | None,
     params: Tensor | None,
     inputs: Tensor | None,
+    dropout: Tensor | None,
     mask: Tensor | None,
     engine: str,
     cell: str,
@@ -40,14 +41,14 @@ def scan_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """See autograd.Engine, `scan`."""
     options = Options(engine, cell, save, reversed, schedule, precision)
-    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs)
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs, dropout)
     return ENGINES[engine].scan(options, save, tensors, mask)
 
 
 @scan_forward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:  # those of the operator
-    engine, cell, save, reversed = arguments[10:14]
-    return tuple(ENGINES[engine].allocate(Options(engine, cell, save, reversed), save, arguments[:9]))
+    engine, cell, save, reversed = arguments[11:15]
+    return tuple(ENGINES[engine].allocate(Options(engine, cell, save, reversed), save, arguments[:10]))
 
 
 def call_forward(
@@ -73,6 +74,7 @@ def scan_backward(
     b_hh: Tensor | None,
     params: Tensor | None,
     inputs: Tensor | None,
+    dropout: Tensor | None,
     mask: Tensor | None,
     y: Tensor,
     c: Tensor,
@@ -85,29 +87,29 @@ def scan_backward(
     need: Sequence[bool],
     samples: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Returns the needed gradients of the 9 inputs; those of weights and params are [samples, K, .], where each sample
-    is an equal part of the rows B."""
+    """Returns the needed gradients of the first 9 inputs; those of weights and params are [samples, K, .], where each
+    sample is an equal part of the rows B."""
     options = Options(engine, cell, "gates", reversed, schedule, precision)
-    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs)
+    tensors = (x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs, dropout)
     back = ENGINES[engine].scan_backward
     found = back(options, tensors, mask, (y, c, saved), (dy, dhn, dcn, dcs), need, samples)
     # No two of them may share memory.
     return tuple(
         x.new_empty(0) if d is None or t is None or not n else d.reshape(s).clone() if i in (5, 6, 7) else d.reshape(s)
-        for i, (d, t, n, s) in enumerate(zip(found, tensors, need, _shapes(tensors, samples), strict=True))
+        for i, (d, t, n, s) in enumerate(zip(found, tensors[:9], need, _shapes(tensors, samples), strict=True))
     )  # type: ignore[return-value]  # nine
 
 
 def _shapes(tensors: Sequence[Tensor | None], samples: int) -> list[tuple[int, ...]]:
-    """The shapes of the gradients of the 9 inputs."""
-    every: list[tuple[int, ...]] = [() if t is None else tuple(t.shape) for t in tensors]
+    """The shapes of the gradients of the first 9 inputs."""
+    every: list[tuple[int, ...]] = [() if t is None else tuple(t.shape) for t in tensors[:9]]
     return [(samples, *shape) if 3 <= n < 8 else shape for n, shape in enumerate(every)]
 
 
 @scan_backward.register_fake
 def _(*arguments: Any) -> tuple[Tensor, ...]:  # those of the operator
-    tensors, (need, samples) = arguments[4:13], arguments[22:24]
-    each = zip(tensors, need, _shapes(tensors, samples), strict=True)
+    tensors, (need, samples) = arguments[4:14], arguments[23:25]
+    each = zip(tensors[:9], need, _shapes(tensors, samples), strict=True)
     return tuple(tensors[0].new_empty(s if n and t is not None else 0) for t, n, s in each)
 
 
@@ -118,14 +120,14 @@ def _(*arguments: Any) -> tuple[Tensor, ...]:  # those of the operator
 MOST = 62  # groups if some are reversed, because their bits are stored in one integer
 Axes = tuple[int | None, int | None]
 Batched = tuple[tuple[Tensor, ...], tuple[int | None, ...]]  # results, and the axis of each that vmap added
-# The axes (rows, groups) of each argument and result: of steps, of states, of weights, of the mask; None: not a tensor.
-STEPS, STATES, WEIGHTS, MASK = (1, 2), (1, 0), (None, 0), (1, None)
+# The axes (rows, groups) of each argument and result: steps, states, weights, mask, dropout; None: not a tensor.
+STEPS, STATES, WEIGHTS, MASK, DROPOUT = (1, 2), (1, 0), (None, 0), (1, None), (None, None)
 SHARED = (1, None)  # an input shared by all groups: unchanged if vmap adds groups
 SAMPLES = (0, 1)  # the gradients of weights: vmap adds samples or groups
 INPUTS = (STEPS, STATES, STATES, *(WEIGHTS,) * 5, STEPS)
 GRADIENTS = (STEPS, STATES, STATES, *(SAMPLES,) * 5, STEPS)
-FORWARD: tuple[Axes | None, ...] = (*INPUTS, MASK, *(None,) * 6)
-BACKWARD: tuple[Axes | None, ...] = (STEPS, STATES, STATES, STEPS, *INPUTS, MASK, *(STEPS,) * 3, *(None,) * 7)
+FORWARD: tuple[Axes | None, ...] = (*INPUTS, DROPOUT, MASK, *(None,) * 6)
+BACKWARD: tuple[Axes | None, ...] = (STEPS, STATES, STATES, STEPS, *INPUTS, DROPOUT, MASK, *(STEPS,) * 3, *(None,) * 7)
 
 
 def _fold(t: Tensor | None, dim: int | None, axis: int | None, size: int) -> Tensor | None:
@@ -165,7 +167,8 @@ def _batched(
     every, which, most = list(zip(arguments, dims, kinds, strict=True)), int(groups), size
     w_ih, dim = next((t, d) for t, d, k in every if k is WEIGHTS and t is not None)
     K = w_ih.shape[0] if dim is None else w_ih.select(dim, 0).shape[0]
-    if groups and any(k is MASK and d is not None for _, d, k in every):
+    drawn = any(k is DROPOUT and t is not None for t, _, k in every)  # by the number of the row and the group
+    if drawn or (groups and any(k is MASK and d is not None for _, d, k in every)):
         most = 1  # a mask has rows but no groups: one call after another
     elif groups and arguments[at_reversed]:
         most = max(1, MOST // K)
@@ -214,23 +217,25 @@ def _expand_shared(
 @scan_forward.register_vmap
 def _(info: VmapInfo, in_dims: Sequence[int | None], *tensors: Any) -> Batched:  # and numbers
     kinds, arguments, dims = list(FORWARD), list(tensors), list(in_dims)
-    groups = any(d is not None for d in dims[3:8])  # the weights'
+    # Those of the weights. Dropout masks are drawn for one call after another, see `_batched`.
+    groups = any(d is not None for d in dims[3:8]) or tensors[9] is not None
     if groups:
         _expand_shared(kinds, arguments, dims, 0, (False,) * 9)
     results = (STEPS, STEPS, STEPS, STATES, STATES)
-    return _batched(scan_forward, kinds, results, 13, groups, info.batch_size, dims, arguments)
+    return _batched(scan_forward, kinds, results, 14, groups, info.batch_size, dims, arguments)
 
 
 @scan_backward.register_vmap
 def _(info: VmapInfo, in_dims: Sequence[int | None], *tensors: Any) -> Batched:  # and numbers
     kinds, arguments, dims = list(BACKWARD), list(tensors), list(in_dims)
     # The kernels sum the gradients of trained vectors over rows, but not over groups.
-    groups = any(d is not None for d in dims[7:12]) or (arguments[11] is not None and arguments[17] == "triton")
+    groups = any(d is not None for d in dims[7:12]) or arguments[13] is not None
+    groups = groups or (arguments[11] is not None and arguments[18] == "triton")
     expanded = []
     if groups:
-        expanded = _expand_shared(kinds, arguments, dims, 4, arguments[22])
+        expanded = _expand_shared(kinds, arguments, dims, 4, arguments[23])
     else:
-        arguments[23] *= info.batch_size
-    found, added = _batched(scan_backward, kinds, GRADIENTS, 19, groups, info.batch_size, dims, arguments)
+        arguments[24] *= info.batch_size
+    found, added = _batched(scan_backward, kinds, GRADIENTS, 20, groups, info.batch_size, dims, arguments)
     each = enumerate(zip(found, added, strict=True))
     return tuple(t if n not in expanded or d is None else t.sum(d + 1) for n, (t, d) in each), added

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import fallback, kernels, masks, products
+from .. import drawn, fallback, kernels, masks, products
 from ..autograd import ENGINES, Engine, Options, Tensors, grouped
 from ..cell import get
 from ..kernels import registry
@@ -88,14 +88,15 @@ def _kernel(cell: str, direction: str, like: Tensor, u: Tensor) -> fallback.Kern
 
 def scan(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> Scanned:
     """See autograd.Engine, and kernels.scan.forward."""
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, extra = tensors = grouped(inputs)
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, extra, dropout = tensors = grouped(inputs)
     cell, at = options.cell, places(options.cell)
     assert x is not None and w_ih is not None
     declared = registry.REGISTERED.get(cell) or kernels.cells.get(cell)
     H = hidden_size(at, w_ih, w_hh, h0, c0)
     gx, bias = input_projection(at, x, w_ih, b_ih, b_hh, H, extra)
     gx, u = gx.contiguous(), recurrent(at, w_hh, w_ih, H)  # vmap's rows and groups need not be contiguous
-    keywords: Any = {"save": save, "reversed": options.reversed, "precision": options.precision, "params": params}
+    keywords: Any = {"save": save, "reversed": options.reversed, "precision": options.precision}
+    keywords |= {"params": params, "dropout": dropout}
     call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **keywords)
     size = (gx.shape[2], H)
     planned = partial(
@@ -107,13 +108,25 @@ def scan(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> S
     def by_loop() -> Scanned:
         """In the kernels' buffers, for their shapes. Backward does not read them: it runs the loop again."""
         out = kernels.scan.allocate(declared, gx, save, options.reversed)
-        y, c, _, hn, cn = loop.scan(options, "none" if save == "none" else "states", tensors, mask)
+        own, given = _explicit(options, tensors, H)
+        y, c, _, hn, cn = loop.scan(own, "none" if save == "none" else "states", given, mask)
         outputs(out.y, options.reversed).copy_(y)
         if c.dim() > 1:
             outputs(out.c, options.reversed).copy_(c)
         return out._replace(hn=hn if hn.dim() > 1 else out.hn, cn=cn)
 
     return fallback.first_that_runs(_kernel(cell, "forward", gx, u), _attempts(planned, call), by_loop)
+
+
+def _explicit(options: Options, tensors: Sequence[Tensor | None], H: int) -> tuple[Options, list[Tensor | None]]:
+    """The options and inputs for the loop engine, which takes dropout masks as per-step inputs."""
+    *others, extra, dropout = tensors
+    x, w_ih = others[0], others[3]
+    if dropout is None or x is None or w_ih is None:
+        return options, list(tensors)
+    cell = get(options.cell)
+    given = drawn.given(cell, extra, dropout, (*x.shape[:2], w_ih.shape[0], H), x.dtype)
+    return replace(options, cell=drawn.explicit(cell).key), [*others, given, None]
 
 
 def allocate(options: Options, save: str, inputs: Tensors) -> Scanned:
@@ -136,7 +149,7 @@ def scan_backward(
 ) -> Tensors:
     """See autograd.Engine, and kernels.scan.backward."""
     tensors = grouped(inputs)
-    x, _, _, w_ih, w_hh, _, _, params, extra = tensors
+    x, _, _, w_ih, w_hh, _, _, params, extra, dropout = tensors
     assert x is not None and w_ih is not None and buffers[0] is not None and buffers[1] is not None
     y, c, saved = buffers[0].contiguous(), buffers[1].contiguous(), buffers[2]
     at, (K, H) = places(options.cell), y.shape[2:]
@@ -145,11 +158,16 @@ def scan_backward(
         saved = _recomputed(options, tensors, mask, u, (y, c))
     found = None
     if saved is not None:
-        found = _gradients(options, grads, u, (y, c, saved.contiguous()), mask, params)
+        found = _gradients(options, grads, u, (y, c, saved.contiguous()), mask, (params, dropout))
     if found is None:  # the kernels failed: the loop, from its own forward
-        options = replace(options, traced=False, single="", notes={})
-        _, again = loop.forward(options, "gates", tensors, mask)
-        return loop.backward(options, tensors, mask, again, grads, need, samples)
+        options, given = _explicit(replace(options, traced=False, single="", notes={}), tensors, H)
+        _, again = loop.forward(options, "gates", given, mask)
+        *of_weights, extra_grad = loop.backward(options, given, mask, again, grads, need, samples)
+        if dropout is not None and extra_grad is not None:  # of the masks, too
+            extra_grad = None if extra is None else extra_grad[..., : extra.shape[-1]]
+            if extra is not None and extra_grad is not None and extra.dim() < extra_grad.dim():
+                extra_grad = extra_grad.sum(2)
+        return *of_weights, extra_grad
     dgx, dhu, m, dh0, dc0, dparams = found
     dx, dw_ih = products.input_gradients(dgx, x, w_ih, (need[0], need[3]), samples)
     dw_hh = db_ih = db_hh = dinputs = None
@@ -171,11 +189,12 @@ def _gradients(
     u: Tensor,
     buffers: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
-    params: Tensor | None,
+    vectors: tuple[Tensor | None, Tensor | None],
 ) -> Gradients | None:
-    """kernels.scan.backward; None if the kernels failed."""
+    """kernels.scan.backward; None if the kernels failed. vectors: params and dropout."""
     cell, (dy, dhn, dcn, dcs), (y, c, saved) = options.cell, grads, buffers
-    keywords: Any = {"dcs": dcs, "reversed": options.reversed, "precision": options.precision, "params": params}
+    keywords: Any = {"dcs": dcs, "reversed": options.reversed, "precision": options.precision}
+    keywords |= dict(zip(("params", "dropout"), vectors, strict=True))
     call = partial(kernels.scan.backward, kernels.cells.get(cell), dy, dhn, dcn, u, y, c, saved, mask, **keywords)
     size = (u.shape[0], u.shape[2])
     planned = partial(plan_for, cell, y.shape[1], size, (u.dtype, u.device), precision=options.precision, backward=True)
@@ -188,13 +207,13 @@ def _recomputed(
     options: Options, inputs: Sequence[Tensor | None], mask: Tensor | None, u: Tensor, states: tuple[Tensor, Tensor]
 ) -> Tensor | None:
     """kernels.scan.recompute; None if its kernel failed."""
-    x, _, _, w_ih, _, b_ih, b_hh, params, extra = inputs
+    x, _, _, w_ih, _, b_ih, b_hh, params, extra, dropout = inputs
     cell, H = options.cell, u.shape[2]
     assert x is not None and w_ih is not None
     gx, bias = input_projection(places(cell), x, w_ih, b_ih, b_hh, H, extra)
     schedule = "" if options.schedule == "auto" else options.schedule
     chosen = plan_for(cell, gx.shape[1], (u.shape[0], H), (u.dtype, u.device), schedule, options.precision, False)
-    keywords: Any = {"plan": chosen, "reversed": options.reversed, "params": params}
+    keywords: Any = {"plan": chosen, "reversed": options.reversed, "params": params, "dropout": dropout}
     call = partial(kernels.scan.recompute, kernels.cells.get(cell), gx.contiguous(), u, bias, *states, mask, **keywords)
     if options.schedule != "auto":
         return call()
@@ -239,7 +258,7 @@ def forward(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -
 
 def _step(options: Options, save: str, inputs: Tensors) -> Forward:
     """`forward` of one step by kernels.single.forward; its final states have no axis of groups."""
-    x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, _ = inputs
+    x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, *_ = inputs
     assert x is not None and w_ih is not None
     h0, c0 = (None if s is None else s.reshape(s.shape[-2:]) for s in (h0, c0))
     cell, at = options.cell, places(options.cell)

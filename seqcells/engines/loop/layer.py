@@ -21,7 +21,7 @@ from .derived import Part, get
 from .layout import runs_of
 from .stretches import RowOrder, row_order
 
-Inputs = Sequence["Tensor | None"]  # x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs
+Inputs = Sequence["Tensor | None"]  # x, h0, c0, w_ih, w_hh, b_ih, b_hh, params, inputs; dropout masks are inputs
 Buffers = tuple[Tensor, Tensor, Tensor]
 
 
@@ -151,7 +151,7 @@ def layer_group(
 
     projects: whether `project` will be called.
     """
-    x, h0, c0, *weights, given = inputs
+    x, h0, c0, *weights, given, _ = inputs
     at = columns.places
     assert x is not None and weights[0] is not None
     exact = torch.float32 if x.dtype.itemsize < 4 else x.dtype

@@ -1,0 +1,130 @@
+"""Cells with dropout masks, and the masks' numbers.
+
+Such a cell is a cell of its own, whose step multiplies by its masks, so that its kernels and gradients are derived like
+any other's. The kernels draw the masks themselves (`kernels.random`), in forward and again in backward. Other engines
+take them as per-step inputs, with the same numbers.
+
+The tensor `dropout`, float32 or, for float64 data, float64 [2 + 2*M], for M masks: two seeds, integers below 2^24; then
+for each mask the probability that an element is kept, and the value of those that are. The others are zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .cell import Cell
+
+if TYPE_CHECKING:
+    from .dispatch import Call
+
+RECURRENT, CANDIDATE, ZONEOUT = "recurrent", "candidate", "zoneout"
+
+
+@cache
+def dropped(cell: Cell, kinds: tuple[str, ...]) -> Cell:
+    """The cell with a mask for each of the kinds, in that order: RECURRENT, CANDIDATE, ZONEOUT with a state's name."""
+    rest = len(cell.states) + len(cell.params) + len(cell.inputs)
+
+    def step(x: object, U: Any, *arguments: Tensor) -> tuple[Tensor, ...]:  # U: one of the types that cells take
+        masks = dict(zip(kinds, arguments[rest:], strict=True))
+        if RECURRENT in masks:
+            U = _Dropped(U, masks[RECURRENT])
+        own = (masks[CANDIDATE],) if CANDIDATE in masks else ()
+        found = cell.step(x, U, *arguments[:rest], *cell.constants.values(), *own)
+        results = list(found) if isinstance(found, (tuple, list)) else [found]
+        for n, name in enumerate(cell.states):
+            if (mask := masks.get(f"{ZONEOUT} {name}")) is not None:
+                results[n] = mask * results[n] + (1 - mask) * arguments[n]
+        return tuple(results)
+
+    key = f"{cell.key}({', '.join(kinds)})"
+    masks = {kind: kind == RECURRENT for kind in kinds}
+    return replace(cell, key=key, constants={}, base=None, dropout="", drawn=masks, step=step)  # type: ignore[arg-type]
+
+
+class _Dropped:
+    """A step's U, of operands multiplied by a mask."""
+
+    def __init__(self, U: Any, mask: Tensor) -> None:
+        self._products, self._mask = U, mask
+        self._last: tuple[object, Tensor] = (None, mask)  # an operand, and what became of it
+
+    def __getattr__(self, gate: str) -> Callable[[Tensor], Tensor]:
+        product = getattr(self._products, gate)
+
+        def times(v: Tensor) -> Tensor:
+            if self._last[0] is not v:
+                self._last = v, v * self._mask
+            return product(self._last[1])
+
+        return times
+
+
+@cache
+def explicit(cell: Cell) -> Cell:
+    """A cell made by `dropped` with its masks as per-step inputs, the last ones."""
+    return replace(cell, key=f"{cell.key} explicit", inputs=(*cell.inputs, *cell.drawn), drawn={})
+
+
+def as_inputs(cell: Cell, call: Call, H: int) -> tuple[Cell, Call]:
+    """`explicit` of the cell, and its call."""
+    assert call.dropout is not None
+    size = (*call.x.shape[:2], len(call.groups), H)
+    return explicit(cell), call._replace(
+        inputs=given(cell, call.inputs, call.dropout, size, call.x.dtype), dropout=None
+    )
+
+
+def given(
+    cell: Cell, inputs: Tensor | None, dropout: Tensor, size: tuple[int, int, int, int], dtype: torch.dtype
+) -> Tensor:
+    """The per-step inputs of `explicit`: [T, B, (N+M)*H], or with several groups [T, B, K, (N+M)*H].
+
+    inputs: those of the cell itself [T, B, N*H] or [T, B, K, N*H]. size: T, B, K and H.
+    """
+    T, B, K, H = size
+    counters = torch.arange(T * B * K * H, device=dropout.device).view(T, B, K, H)
+    seeds = dropout[:2].to(torch.int64)
+    parts = []
+    if inputs is not None:
+        parts.append((inputs if inputs.dim() == 4 else inputs[:, :, None]).expand(T, B, K, -1))
+    for n, once in enumerate(cell.drawn.values()):
+        bits = _squares(counters[:1] if once else counters, _mixed(seeds[0] + (seeds[1] << 24), n))
+        keep, value = (dropout[2 + 2 * n] * (1 << 24)).to(torch.int64), dropout[3 + 2 * n]
+        parts.append(torch.where(bits < keep, value, 0.0).to(dtype).expand(T, B, K, H))
+    found = torch.cat(parts, 3) if len(parts) > 1 else parts[0]
+    return found[:, :, 0] if K == 1 else found
+
+
+def _shifted(x: Tensor, n: int) -> Tensor:
+    """x >> n of the bits as an unsigned number."""
+    return (x >> n) & ((1 << (64 - n)) - 1)
+
+
+def _mixed(seed: Tensor, n: int) -> Tensor:
+    """The n-th key, as in kernels.random."""
+    golden, first, second = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+    key = seed + (golden * (n + 1) + (1 << 63)) % (1 << 64) - (1 << 63)
+    key = (key ^ _shifted(key, 30)) * first
+    key = (key ^ _shifted(key, 27)) * second
+    return (key ^ _shifted(key, 31)) | 1
+
+
+def _squares(counters: Tensor, key: Tensor) -> Tensor:
+    """The first 24 of the 32 bits that Squares gives for each counter, as in kernels.random."""
+
+    def swapped(x: Tensor) -> Tensor:
+        return _shifted(x, 32) | (x << 32)
+
+    y = counters * key
+    z = y + key
+    x = swapped(y * y + y)
+    x = swapped(x * x + z)
+    x = swapped(x * x + y)
+    return _shifted(x * x + z, 40)
