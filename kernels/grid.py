@@ -40,7 +40,7 @@ Shapes are those of `resident`; scratch is that of `stepwise`, but
 import triton
 import triton.language as tl
 
-from .random import draw, load_draws
+from .random import draw
 from .slices import operand_products, operand_slices, segment_slices, through_u
 from .tiles import (
     active,
@@ -184,8 +184,7 @@ def forward_kernel(
     if PARAMS > 0:
         params_ptr += group * (PARAMS * H)
     fixed = load_params(params_ptr, units, PARAMS, H, ACC)
-    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
-    fixed = fixed + draw(draws, at_h + line * H, DRAWN, True)
+    fixed = fixed + draw(dropout_ptr, at_h + line * H, DRAWN, True, ACC)
     states = load_tiles(sh_ptr, at_state, mask, 1, 0, ACC)
     if STATES > 1:
         states = states + load_tiles(sc_ptr, at_others, mask, STATES - 1, H, ACC)
@@ -198,7 +197,7 @@ def forward_kernel(
         code_now = code
         if mask_ptr is not None:
             states = keep_rows(states, not_reset(code, PADDING), STATES)
-        params = fixed + draw(draws, at_h + line * H + (step + sign * (i - first)) * per_step, DRAWN, False)
+        params = fixed + draw(dropout_ptr, at_h + line * H + (step + sign * (i - first)) * per_step, DRAWN, False, ACC)
         if PUBLISHED and PHASE < 1:
             at_v = r[None, :] * (GROUPS * LEVEL * H) + units[:, None]
             v_now = v_ptr + (i % 2) * (per_step * LEVEL)
@@ -385,8 +384,7 @@ def backward_kernel(
     if PARAMS > 0:
         params_ptr += group * (PARAMS * H)
     fixed = load_params(params_ptr, units, PARAMS, H, ACC)
-    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
-    fixed = fixed + draw(draws, at_h + line * H, DRAWN, True)
+    fixed = fixed + draw(dropout_ptr, at_h + line * H, DRAWN, True, ACC)
     sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)
     dstates = load_tiles(dsh_ptr, at_state, mask, 1, 0, ACC)
     after = load_tiles(y_ptr - advance, at_h, mask, 1, 0, ACC)
@@ -408,7 +406,7 @@ def backward_kernel(
             mask_ptr -= sign * B
         if (1 if SECOND > 0 else 2) > PHASE:
             dstates = add_outer(dstates, dy, dcs, code, PADDING)
-        params = fixed + draw(draws, at_h + line * H + (step - sign * (i - first)) * per_step, DRAWN, False)
+        params = fixed + draw(dropout_ptr, at_h + line * H + (step - sign * (i - first)) * per_step, DRAWN, False, ACC)
         dm = ()
         if SECOND > 0:
             if PHASE < 1:

@@ -152,7 +152,7 @@ class _Problem:
         tiles += max(0, len(cell.operands) - 1)
         # And backward a trained vector's gradient: all along where one program takes all steps, else only for a moment.
         params = cell.params if backward else 0
-        self.tiles, self.step_tiles = tiles + params, tiles + params // 2
+        self.tiles, self.step_tiles = tiles + params + len(cell.drawn), tiles + params // 2
         # Beyond the four of the built-in cells, plans leave more registers to them (likewise).
         self.heavy = self.tiles > 4
 
@@ -449,6 +449,8 @@ class _Problem:
 
     def _most_elements(self) -> int:
         """Elements of a stepwise tile. Blackwell's products come back from tensor memory all at once."""
+        if self.cell.drawn:
+            return 4096 // self.itemsize
         if not self.backward or self.cell.params:
             return 4096
         return 8192 if self.itemsize == 2 and self.device.capability < 100 else 4096

@@ -19,29 +19,26 @@ def _nth_seed(n):
 
 
 @triton.jit
-def load_draws(dropout_ptr, M: tl.constexpr, ACC: tl.constexpr):
-    """For each mask its key, the number of 2^24 below which an element is kept, and its value."""
-    out = ()
-    if M > 0:
-        seed = tl.load(dropout_ptr).to(tl.uint64) + (tl.load(dropout_ptr + 1).to(tl.uint64) << 24)
-        for n in tl.static_range(M):
-            # Keys must have irregular digits: the n-th number of splitmix64 (Steele et al. 2014), made odd.
-            key = seed + _nth_seed(n)
-            key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9
-            key = (key ^ (key >> 27)) * 0x94D049BB133111EB
-            key = (key ^ (key >> 31)) | 1
-            keep = (tl.load(dropout_ptr + 2 + 2 * n) * 16777216.0).to(tl.int32)
-            out = out + ((key, keep, tl.load(dropout_ptr + 3 + 2 * n).to(ACC)),)
-    return out
+def _key(dropout_ptr, n: tl.constexpr):
+    """The key of the n-th mask. Keys must have irregular digits: this is splitmix64 (Steele et al. 2014), made odd."""
+    key = tl.load(dropout_ptr).to(tl.uint64) + (tl.load(dropout_ptr + 1).to(tl.uint64) << 24) + _nth_seed(n)
+    key = (key ^ (key >> 30)) * 0xBF58476D1CE4E5B9
+    key = (key ^ (key >> 27)) * 0x94D049BB133111EB
+    return (key ^ (key >> 31)) | 1
 
 
 @triton.jit
-def draw(draws, counters, DRAWN: tl.constexpr, ONCE: tl.constexpr):
-    """The masks that are drawn once, or else those of a step, as tiles. counters: of the tile's elements."""
+def draw(dropout_ptr, counters, DRAWN: tl.constexpr, ONCE: tl.constexpr, ACC: tl.constexpr):
+    """The masks that are drawn once, or else those of a step, as tiles. counters: of the tile's elements.
+
+    The seeds are read at each step: kept, they would take registers.
+    """
     out = ()
     for n in tl.static_range(len(DRAWN)):
         if DRAWN[n] == ONCE:
-            key, keep, value = draws[n]
+            key = _key(dropout_ptr, n)
+            keep = (tl.load(dropout_ptr + 2 + 2 * n) * 16777216.0).to(tl.int32)
+            value = tl.load(dropout_ptr + 3 + 2 * n).to(ACC)
             y = counters.to(tl.uint64) * key
             z = y + key
             x = y * y + y
@@ -52,3 +49,10 @@ def draw(draws, counters, DRAWN: tl.constexpr, ONCE: tl.constexpr):
             x = (x >> 32) | (x << 32)
             out = out + (tl.where(((x * x + z) >> 40).to(tl.int32) < keep, value, 0.0),)
     return out
+
+
+@triton.jit
+def draw_all(dropout_ptr, counters, step, DRAWN: tl.constexpr, ACC: tl.constexpr):
+    """All masks of a step. counters: of those drawn once. step: what to add for the others."""
+    once = draw(dropout_ptr, counters, DRAWN, True, ACC)
+    return once + draw(dropout_ptr, counters + step, DRAWN, False, ACC)

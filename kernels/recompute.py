@@ -9,7 +9,7 @@ rest is pointwise. Shapes as in `resident`, with N = T*B rows and
 import triton
 import triton.language as tl
 
-from .random import draw, load_draws
+from .random import draw
 from .tiles import (
     apart_before,
     biases,
@@ -57,10 +57,9 @@ def kernel(
     params = ()
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
-    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
     at_once = (((row % B) * GROUPS + group) * H)[None, :] + units[:, None]
-    params = params + draw(draws, at_once, DRAWN, True)
-    params = params + draw(draws, (line * H)[None, :] + units[:, None], DRAWN, False)
+    params = params + draw(dropout_ptr, at_once, DRAWN, True, ACC)
+    params = params + draw(dropout_ptr, (line * H)[None, :] + units[:, None], DRAWN, False, ACC)
     if PHASE == 0:
         v = OPERANDS_1(gx, states, params, FAST)
         store_tiles(v_ptr, (line * (LEVEL * H))[None, :] + units[:, None], mask, v, 0, LEVEL, H)

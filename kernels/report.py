@@ -146,7 +146,8 @@ def launches(case: Case) -> list[scan.Launch]:
     others = empty(K, B, (cell.states - 1) * H) if cell.states > 1 else None
     back = 2 if K == 2 else 0  # two groups: a layer's directions
     options: dict[str, Any] = {"plan": chosen, "precision": case.precision, "launch": note, "reversed": back}
-    options["params"] = params
+    wide = torch.promote_types(dtype, torch.float32)
+    vectors = {"params": params, "dropout": empty(2 + 2 * len(cell.drawn), like=wide) if cell.drawn else None}
     if case.direction in STEPS:
         assert isinstance(chosen, plan_single.Single)
         x, w, b = empty(B, inputs(case)), empty(cell.gates * H, inputs(case)), empty(cell.gates * H)
@@ -163,14 +164,14 @@ def launches(case: Case) -> list[scan.Launch]:
         )
     elif case.direction == "recompute":
         saved = scan.allocate(cell, gx, "gates")
-        scan.recompute(cell, gx, u, bias, saved.y, saved.c, mask, plan=chosen, params=params, launch=note)
+        scan.recompute(cell, gx, u, bias, saved.y, saved.c, mask, plan=chosen, launch=note, **vectors)
     elif case.direction == "backward":
         saved = scan.allocate(cell, gx, "gates", back)
         options["dcs"] = saved.c[1:] if case.dcs else None
-        scan.backward(cell, gx[..., :H], state, others, u, saved.y, saved.c, saved.saved, mask, **options)
+        scan.backward(cell, gx[..., :H], state, others, u, saved.y, saved.c, saved.saved, mask, **vectors, **options)
     else:
         save = "gates" if case.direction == "train" else "none"
-        scan.forward(cell, gx, u, bias, state, others, mask, save=save, **options)
+        scan.forward(cell, gx, u, bias, state, others, mask, save=save, **vectors, **options)
     return list(found.values())
 
 

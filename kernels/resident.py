@@ -31,7 +31,7 @@ from .layout import (
     unit_order,
     write_tiles,
 )  # fmt: skip
-from .random import draw, load_draws
+from .random import draw
 from .tiles import (
     active,
     add_outer,
@@ -128,9 +128,8 @@ def forward_kernel(
     fixed = ()
     if PARAMS > 0:
         fixed = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
-    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
     element = (r * (GROUPS * H))[None, :] + units[:, None] + line
-    fixed = fixed + draw(draws, element, DRAWN, True)
+    fixed = fixed + draw(dropout_ptr, element, DRAWN, True, ACC)
 
     states = read_tiles(y_ptr, from_h, readable, 1, 0)
     if STATES > 1:
@@ -159,7 +158,7 @@ def forward_kernel(
             mask_ptr += sign * B
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
             states = keep_rows(states, not_reset(code, PADDING), STATES)
-        params = fixed + draw(draws, element + (step + sign * t) * per_step, DRAWN, False)
+        params = fixed + draw(dropout_ptr, element + (step + sign * t) * per_step, DRAWN, False, ACC)
         hu = ()
         if OPERANDS > 0:
             v = states
@@ -296,9 +295,8 @@ def backward_kernel(
     fixed = ()
     if PARAMS > 0:
         fixed = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
-    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
     element = (r * (GROUPS * H))[None, :] + units[:, None] + (row0 * GROUPS + group) * H
-    fixed = fixed + draw(draws, element, DRAWN, True)
+    fixed = fixed + draw(dropout_ptr, element, DRAWN, True, ACC)
     sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)  # of the trained vectors' gradients over the steps
     zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     dstates = (zero,)
@@ -343,7 +341,7 @@ def backward_kernel(
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
             entering = keep_rows(before, not_reset(code, PADDING), STATES)
         dstates = add_outer(dstates, dy, dcs, code, PADDING)
-        params = fixed + draw(draws, element + (step - sign * t) * per_step, DRAWN, False)
+        params = fixed + draw(dropout_ptr, element + (step - sign * t) * per_step, DRAWN, False, ACC)
         dm = ()
         if LEVEL < OPERANDS:
             d_second, m = BACKWARD_2(dstates, saved, entering, after, params, FAST)

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from .math import operand, product
-from .random import draw, load_draws
+from .random import draw_all
 from .tiles import (
     active,
     add_outer,
@@ -129,8 +129,6 @@ def forward_kernel(
     params = ()
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
-    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
-    params = params + draw(draws, at_h, DRAWN, True) + draw(draws, at_h + step * per_step, DRAWN, False)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), ADDS, H)
     at_first = (in_group * (FIRST * H))[None, :] + units[:, None]
     hu = ()
@@ -164,6 +162,8 @@ def forward_kernel(
         for n in tl.static_range(PRODUCTS - FIRST):
             hu = hu + (second[n] + start[FIRST + n],)
 
+    # After the products, which leave no registers for them.
+    params = params + draw_all(dropout_ptr, at_h, step * per_step, DRAWN, ACC)
     if PHASE == 0:
         v = operands(OPERANDS_1(gx, states, params, FAST), LEVEL, v_ptr.dtype.element_ty, PRECISION)
         store_tiles(v_ptr, (line * (LEVEL * H))[None, :] + units[:, None], mask, v, 0, LEVEL, H)
@@ -306,9 +306,6 @@ def backward_kernel(
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
         dparams_ptr += (tl.program_id(1).to(tl.int64) * GROUPS + group) * (PARAMS * H)
-    draws = load_draws(dropout_ptr, len(DRAWN), ACC)
-    fixed = params + draw(draws, at_h, DRAWN, True)
-    params = fixed + draw(draws, at_h + step * per_step, DRAWN, False)
     sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)
 
     dstates = load_tiles(dsh_ptr, at_state, mask, 1, 0, ACC)
@@ -339,7 +336,7 @@ def backward_kernel(
             next_saved = _load_saved(saved_ptr, line, units, mask, at, SAVED, PACK, H, TYPE, ACC)
             next_dgx = load_tiles(dgx_ptr + advance * G, at_g, mask, G, H, ACC)
             nothing = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)
-            next_params = fixed + draw(draws, at_h + at, DRAWN, False)
+            next_params = params + draw_all(dropout_ptr, at_h, at, DRAWN, ACC)
             next_dgx, dstates, dparams = finish_step(
                 FINISH, next_dgx, dstates, nothing, dv, next_saved, next_before, next_after, next_params, code_after,
                 FAST, PADDING,
@@ -382,6 +379,7 @@ def backward_kernel(
         dstates = add_outer(dstates, dy, dcs, code, PADDING)
 
         if PHASE == 0:
+            params = params + draw_all(dropout_ptr, at_h, step * per_step, DRAWN, ACC)
             d_second, m = BACKWARD_2(dstates, saved, before, after, params, FAST)
             if PADDING:
                 d_second = keep_rows(d_second, active(code), PRODUCTS - FIRST_PRODUCTS)
@@ -405,6 +403,7 @@ def backward_kernel(
                     line, row_mask, H, BLOCK_K, PRECISION,
                 )  # fmt: skip
                 dm = dm + (d,)
+            params = params + draw_all(dropout_ptr, at_h, step * per_step, DRAWN, ACC)
             dgx, dhu, new, dparams, computed = STEP(dstates, dm, saved, before, after, params, FAST)
             dgx, dhu, dstates, computed = before_step(dgx, dhu, new, computed, dstates, code, PADDING)
             if PARAMS > 0:

@@ -36,12 +36,13 @@ def run(
     stacked: Weights | None = None,
     params: Sequence[Mapping[str, Tensor] | None] | None = None,
     inputs: Mapping[str, Tensor] | None = None,
+    dropout: Tensor | None = None,
 ) -> dispatch.Result:
     """A scan of one layer: y [T, B, K*H], final states [K, B, H], and, if options.all_states, the states after each
     step [T, B, K*H].
 
     x [T, B, I] or [T, B, K, I]; states [K, B, H], of one group also [B, H]; groups, stacked: see `dispatch.Call`;
-    params: of each group; inputs: see `scan`.
+    params: of each group; inputs, dropout: see `scan`.
     """
     given = (None,) * len(cell.states) if states is None else tuple(states)
     if len(given) != len(cell.states):
@@ -52,7 +53,10 @@ def run(
     if torch._C._is_any_autocast_enabled() and backends.autocasting(x.device):
         x, given, groups, (params, inputs) = autocast(cell.key, x, given, groups, (params, inputs), options.one_step)
         with torch.autocast(x.device.type, enabled=False):
-            return run(cell, x, given, groups, options, None, params, inputs)
+            return run(cell, x, given, groups, options, None, params, inputs, dropout)
+    if (dropout is not None or cell.drawn) and (dropout is None or dropout.shape != (2 + 2 * len(cell.drawn),)):
+        shape = None if dropout is None else tuple(dropout.shape)
+        raise RuntimeError(f"dropout of {cell.key} must have the shape {(2 + 2 * len(cell.drawn),)}, got {shape}")
     arguments.fit(x, given, groups, cell.rows)
     H = arguments.hidden_size(cell, groups[0], given, params, inputs)
     if not cell.rows[0]:
@@ -66,7 +70,7 @@ def run(
     )
     x, given, options, mask = dispatch.prepared(case, choice, x, given, options)
     return dispatch.execute(
-        cell, dispatch.Call(x, given, groups, stacked, vectors, beside, mask), options, case, choice
+        cell, dispatch.Call(x, given, groups, stacked, vectors, beside, mask, dropout), options, case, choice
     )
 
 
@@ -87,6 +91,7 @@ def scan(
     backend: str | None = None,
     precision: str | None = None,
     return_states: bool = False,
+    dropout: Tensor | None = None,
 ) -> tuple[Any, ...]:  # as many as return_states asks for
     """Run a cell over all steps of x. Returns (y, final states [B, H]). For shapes see the module.
 
@@ -108,6 +113,7 @@ def scan(
     only). None: "tf32" or "ieee", by PyTorch's settings for RNNs on CUDA. Other dtypes and backends ignore it. So do
     the large products outside the recurrence, which follow PyTorch's settings for matrix products.
     return_states: also return, as a third result, the states after each step, each [T, B, H].
+    dropout: what a cell with dropout masks draws them from (see `seqcells.drawn`). Layers make both.
 
     Under autocast, tensors are cast to the dtype of torch.nn's results: autocast's dtype, or, for a GRU and for one
     step of an LSTM on the CPU, the dtype of the state. Do not change y in place before backward has used it; backward
@@ -130,7 +136,7 @@ def scan(
     arguments.options(backend, precision, save)
     options = ScanOptions(*masked, save=save, backend=backend, precision=precision, all_states=return_states)
     vectors = None if params is None else [params]
-    y, final, every = run(spec, x, states, [(w_ih, w_hh, b_ih, b_hh)], options, None, vectors, inputs)
+    y, final, every = run(spec, x, states, [(w_ih, w_hh, b_ih, b_hh)], options, None, vectors, inputs, dropout)
     final = tuple(s[0] for s in final)
     return (y, final, every) if return_states else (y, final)
 

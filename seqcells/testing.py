@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends, checks, explanation, functional, reference
+from . import backends, checks, drawn, explanation, functional, reference
 from .cell import Cell, named
 from .kernels.registry import BUILT_IN
 
@@ -159,13 +159,21 @@ def scan(cell: str | Cell, tensors: Sequence[Tensor], *, backend: str | None, **
     states = tuple(given[f"{state}0"] for state in known.states)
     weights = w_ih, w_hh, b_ih, b_hh = [given.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
     params, steps = ({n: given[n] for n in wanted} for wanted in (known.params, known.inputs))
+    dropout = None
+    if known.drawn:  # two seeds, and of each mask the probability that an element is kept, and its value
+        dropout = given["x"].new_tensor([5.0, 7.0, *(0.75, 1.25) * len(known.drawn)]).to(torch.promote_types(given["x"].dtype, torch.float32))
     if backend is None:
         wide = (t if t.dim() == 3 else t[..., None].expand(*t.shape, states[0].shape[-1]) for t in steps.values())
         rounded: dict[str, object] = {n: options.get(n) for n in ("resets", "lengths")}
-        rounded |= {"params": tuple(params.values()), "inputs": tuple(wide)}
+        beside = tuple(wide)
+        if dropout is not None:
+            (T, B, _), H = given["x"].shape, states[0].shape[-1]
+            masks = drawn.given(known, None, dropout, (T, B, 1, H), given["x"].dtype)
+            known, beside = drawn.explicit(known), (*beside, *masks.split(H, -1))
+        rounded |= {"params": tuple(params.values()), "inputs": beside}
         y, final = reference.scan(reference.step_of(known), given["x"], states, *weights, **rounded)
     else:
-        options |= {"params": params, "inputs": steps, "backend": backend}
+        options |= {"params": params, "inputs": steps, "backend": backend, "dropout": dropout}
         y, final = functional.scan(known, given["x"], states, w_ih, w_hh, b_ih, b_hh, **options)
     return y, *final
 
