@@ -320,17 +320,7 @@ _ADVICE = {
         "it mixes units, and only U.k(v) takes something from other units",
     ),
     **dict.fromkeys(
-        [
-            "bernoulli",
-            "bernoulli_",
-            "native_dropout",
-            "rand",
-            "rand_like",
-            "randn",
-            "randn_like",
-            "normal_",
-            "uniform_",
-        ],
+        ["bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like", "normal_", "uniform_"],
         "a step draws no random numbers: draw them before the call, and take them as an input of each step, inputs=",
     ),
     "lift_fresh": "for a tensor that is made in the step: take a number, or a trained vector, params=, or an input of "
