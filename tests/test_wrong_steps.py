@@ -233,6 +233,13 @@ def test_a_wrong_step_names_its_line(step, gates, error, says, line):
             asked()
 
 
+def test_a_layer_refuses_numpy():
+    """It ran by the reference, and the gradient was lost without a word."""
+    layer = seqcells.Recurrent(define(by_numpy, "a"), 3, 4)
+    with pytest.raises(CellError, match="use torch's functions"):
+        layer(torch.randn(2, 1, 3))
+
+
 def lstm(x, U, h):
     return h
 
