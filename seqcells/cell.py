@@ -321,7 +321,11 @@ def get(key: str | Cell) -> Cell:
     """
     if isinstance(key, Cell):
         return key
-    checks.one_of("cell", key, _BY_KEY)
+    if isinstance(key, FunctionType):
+        how = f"decorate {key.__name__} with @seqcells.cell(gates=..., states=...)"
+        raise TypeError(f"cell must be a cell or its name, got a function: {how}")
+    if not isinstance(key, str) or key not in _BY_KEY:
+        checks.one_of("cell", key, _BY_NAME)
     return _BY_KEY[key]
 
 

@@ -91,7 +91,8 @@ def explain(
         >>> print(seqcells.explain("gru", batch=16, hidden_size=64, device="cpu"))
         loop: the tensors are on the CPU, and it is faster than torch's own fused gru
     """
-    cell = named(cell).key
+    made = named(cell)
+    cell = made.key
     arguments.options(backend, precision)
     for name, size in (("batch", batch), ("hidden_size", hidden_size), ("groups", groups), ("steps", steps)):
         if size is not None or name != "steps":
@@ -119,6 +120,7 @@ def explain(
         resets=resets and steps != 1,  # for one step, resets just zero the states before it
         lengths=lengths,
         onednn=aten.onednn(cell, place, dtype),
+        problem="" if cell in backends.ATEN_CELLS else made.problem,
         refused=not elsewhere and fallback.refused(place, cell, dtype, hidden_size, grad),
     )
     choice = dispatch.choose(case)

@@ -271,18 +271,20 @@ class Result:
         return all(e <= self.tolerance for e in self.errors.values())
 
 
-def kinds(device: str, dtypes: list[str] | None = None) -> list[torch.dtype | str]:
-    """The dtypes and precisions that `sweep` tests, as keys of TOLERANCE. dtypes: their names; None: all.
+def kinds(device: str, dtypes: Sequence[str | torch.dtype] | None = None) -> list[torch.dtype | str]:
+    """The dtypes and precisions that `sweep` tests, as keys of TOLERANCE. dtypes: which, or their names; None: all.
 
     ValueError if none is left: tf32 and tf32x3 exist on CUDA only.
     """
     checks.device(device)
-    if dtypes is not None and (not isinstance(dtypes, (tuple, list)) or not all(isinstance(n, str) for n in dtypes)):
-        raise checks.wrong("dtypes", "a list of names or None", dtypes)
+    listed = dtypes is None or isinstance(dtypes, (tuple, list))
+    if not listed or not all(isinstance(d, (str, torch.dtype)) for d in dtypes or ()):
+        raise checks.wrong("dtypes", "a list of dtypes or their names, as 'float32', or None", dtypes)
+    names = [str(d).removeprefix("torch.") for d in dtypes or ()]
     every = [kind for kind in TOLERANCE if torch.device(device).type == "cuda" or not isinstance(kind, str)]
-    chosen = [kind for kind in every if dtypes is None or str(kind).removeprefix("torch.") in dtypes]
+    chosen = [kind for kind in every if dtypes is None or str(kind).removeprefix("torch.") in names]
     if not chosen:
-        raise ValueError(f"dtypes must be some that {device} has, got {', '.join(dtypes or ())}")
+        raise ValueError(f"dtypes must be some that {device} has, got {', '.join(names)}")
     return chosen
 
 
@@ -292,7 +294,7 @@ BACKENDS = (*(f"triton:{schedule}" for schedule in backends.SCHEDULES), "loop")
 def sweep(
     device: str,
     cells: Sequence[str | Cell] | None = None,
-    dtypes: list[str] | None = None,
+    dtypes: Sequence[str | torch.dtype] | None = None,
     backends: Sequence[str] = BACKENDS,
     shapes: Sequence[Shape] | None = None,
 ) -> Iterator[Result]:
@@ -373,7 +375,7 @@ def check(
     *,
     device: str | None = None,
     backends: Sequence[str] = BACKENDS,
-    dtypes: list[str] | None = None,
+    dtypes: Sequence[str | torch.dtype] | None = None,
 ) -> list[Result]:
     """Check every backend of a cell against its step, differentiated by autograd in float64.
 
@@ -383,8 +385,8 @@ def check(
     minutes if kernels are interpreted.
 
     cell: a Cell, or its name. device: None means "cuda" if available, else "cpu". On the CPU, kernels need Triton's
-    interpreter: set TRITON_INTERPRET=1 before Python starts. backends, dtypes: which to check, such as "triton:grid"
-    and "float32"; None means all.
+    interpreter: set TRITON_INTERPRET=1 before Python starts. backends: which to check, such as "triton:grid". dtypes:
+    which, or their names, such as "float32"; None means all.
 
     Returns the results, which `table` shows. Raises AssertionError with that table if an error is too large,
     RuntimeError if the kernels cannot run, CellError if no kernels can be derived from the step.

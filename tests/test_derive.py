@@ -311,10 +311,14 @@ def test_a_name_defined_again():
         assert cell_module.get(c.key) is cell_module.named(c) is c
         assert f"* {factor}" in c.source and cells.get(c.key).name == c.key
     assert cell_module.named("again#2") is made[1] and {"again", "again#2"} <= set(cell_module.keys())
-    with pytest.raises(ValueError, match="unknown cell 'no_cell': expected one of"):
+    with pytest.raises(ValueError, match=r"unknown cell 'no_cell': expected one of .*ugrnn.*again") as raised:
         cell_module.named("no_cell")
-    with pytest.raises(TypeError, match="cell must be"):
-        cell_module.get(3)
+    assert "again#2" not in str(raised.value)
+    with pytest.raises(TypeError, match=r"got a function: decorate again with @seqcells\.cell\(gates="):
+        seqcells.Recurrent(made[0].step, 3, 4)
+    for wrong in (3, [3]):
+        with pytest.raises(TypeError, match="cell must be"):
+            cell_module.get(wrong)
 
 
 def test_constants(registered):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import DEVICE
 from shapes import CELLS, SAVES
+from steps import registries  # noqa: F401  (a fixture)
 
 import seqcells
 from seqcells import autograd, backends, dispatch, functional, precisions, testing
@@ -137,6 +138,17 @@ def test_explain_says_why():
             seqcells.explain("gru", batch=8, hidden_size=64, device=unknown)
     with pytest.raises(ValueError, match="batch must be greater than zero, got 0"):
         seqcells.explain("gru", batch=0, hidden_size=64)
+
+
+@pytest.mark.usefixtures("registered")
+def test_explain_says_what_runs_a_step_without_kernels():
+    @seqcells.cell(gates="a", states="h")
+    def over_units(x, U, h):
+        return torch.softmax(x.a + U.a(h), -1)
+
+    for device in ("cpu", "H100"):
+        found = seqcells.explain(over_units, batch=2, hidden_size=4, device=device)
+        assert found.backend == "reference" and "no _softmax; it mixes units" in found.why
 
 
 @pytest.mark.parametrize(

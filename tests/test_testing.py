@@ -170,7 +170,8 @@ def test_the_command_takes_a_cell_of_a_file(tmp_path, monkeypatch, capsys):
     ("where", "said"),
     [
         ("empty.py:mine", "there is no cell 'mine' in empty.py"),
-        ("nothing", "unknown cell"),
+        ("nothing", "unknown cell 'nothing': expected one of agru"),
+        ("empty.py", "or one of your own, as FILE.py:NAME"),
         ("no_such:mine", "no_such"),
     ],
 )
@@ -178,7 +179,15 @@ def test_the_command_says_what_there_is_not(where, said, tmp_path, monkeypatch, 
     (tmp_path / "empty.py").write_text("")
     monkeypatch.chdir(tmp_path)
     assert cli.main(["check", "--device", DEVICE, "--cell", where]) != 0
-    assert said in capsys.readouterr().err
+    out, err = capsys.readouterr()
+    assert said in err and not out  # not the head of a table
+
+
+def test_dtypes_are_dtypes_or_their_names():
+    assert testing.kinds("cpu", [torch.float32, "float64"]) == testing.kinds("cpu", ["float64", "float32"])
+    for wrong in (torch.float32, "float32", [32]):
+        with pytest.raises(TypeError, match="a list of dtypes or their names, as 'float32'"):
+            testing.kinds("cpu", wrong)
 
 
 def test_all_that_a_backend_gets_is_on_the_device(monkeypatch):

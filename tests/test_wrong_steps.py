@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy as np
 import pytest
 import torch
 from steps import define, mgu, registries  # noqa: F401  (a fixture)
@@ -69,6 +70,32 @@ def captured_by_a_product(x, U, h):
 
 
 TENSOR = torch.ones(3, 5, dtype=torch.float64)
+OF_A_LAYER = torch.ones(4)
+
+
+def captured_of_a_layers_size(x, U, h):
+    return (x.a + U.a(h)) * OF_A_LAYER
+
+
+def made_in_the_step(x, U, h):
+    return (x.a + U.a(h)) * torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0])
+
+
+def by_numpy(x, U, h):
+    return torch.from_numpy(np.tanh((x.a + U.a(h)).detach().numpy()))
+
+
+def by_a_numpy_function(x, U, h):
+    return np.tanh(x.a + U.a(h))
+
+
+def product_without_a_call(x, U, h):
+    a = x.a
+    return a + U.a * h
+
+
+def for_one_size(x, U, h):
+    return torch.nn.functional.layer_norm(x.a + U.a(h), (4,))
 
 
 def no_such_gate(x, U, h):
@@ -164,7 +191,7 @@ WRONG = [
     (in_place_method, "a", derive.InPlaceChange, "relu_", 1),
     (an_element, "a", derive.InPlaceChange, r"torch\.where for a\[i\] = b", 2),
     (over_units, "a", derive.MixesUnits, r"only U\.k\(v\) takes something from other units", 2),
-    (softmax, "a", derive.UnknownOperation, "no _?softmax", 1),
+    (softmax, "a", derive.UnknownOperation, "no _?softmax; it mixes units", 1),
     (transposed, "a", derive.MixesUnits, "one value for each row and unit", 1),
     (joined, "a", derive.MixesUnits, "cat gives no tensor of the states' shape", 1),
     (of_units, "a", derive.MixesUnits, "mean gives no tensor of the states' shape", 1),
@@ -172,11 +199,17 @@ WRONG = [
     (third_level, "a b c", derive.TooManyProducts, r"computed from U\.b.* third.* hand the result", 3),
     (captured, "a", derive.CapturedTensor, r"params= .* inputs= .* float\(t\)", 1),
     (captured_by_a_product, "a", derive.CapturedTensor, r"params= .* inputs= .* float\(t\)", 1),
+    (captured_of_a_layers_size, "a", derive.CapturedTensor, r"params= .* inputs= .* float\(t\)", 1),
+    (made_in_the_step, "a", derive.UnknownOperation, "made in the step: take a number, or a trained vector", 1),
+    (by_numpy, "a", CellError, r"numpy makes a NumPy array.*: use torch's functions", 1),
+    (by_a_numpy_function, "a", CellError, r"makes a NumPy array.*torch\.tanh for np\.tanh", 1),
+    (product_without_a_call, "a", CellError, r"TypeError: .*; it may use x\.k and U\.k\(v\)", 2),
+    (for_one_size, "a", CellError, r"with tensors of shape \[3, 5\]: RuntimeError: .*normalized_shape", 1),
     (no_such_gate, "a", CellError, "no gate 'q'; gates= has a", 1),
     (two_operands, "a", CellError, "one recurrent product: name another gate", 1),
     (another_dtype, "a", CellError, r"float32, whatever the states' dtype is.*\.to\(h.dtype\)", 1),
     (a_boolean, "a", CellError, r"float32, whatever the states' dtype is.*\.to\(h.dtype\)", 2),
-    (a_random_number, "a", derive.UnknownOperation, "no .*dropout|no bernoulli", 1),
+    (a_random_number, "a", derive.UnknownOperation, "(no .*dropout|no bernoulli_?); a step draws no random", 1),
     (a_number_for_a_state, "a", CellError, r"new h must be a tensor, got 0\.0: for a number torch\.full_like", 2),
     (a_boolean_for_a_state, "a", CellError, r"new h is of torch\.bool: .*\.to\(h\.dtype\)", 1),
     (too_few, "a", CellError, "gives 1 value for the states h c: return 2, in this order", 2),
@@ -198,6 +231,13 @@ def test_a_wrong_step_names_its_line(step, gates, error, says, line):
     for asked in (lambda: made.form, lambda: registry.get(made.key)):  # and where anything else is wanted
         with pytest.raises(error):
             asked()
+
+
+def test_a_layer_refuses_numpy():
+    """It ran by the reference, and the gradient was lost without a word."""
+    layer = seqcells.Recurrent(define(by_numpy, "a"), 3, 4)
+    with pytest.raises(CellError, match="use torch's functions"):
+        layer(torch.randn(2, 1, 3))
 
 
 def lstm(x, U, h):

@@ -188,6 +188,7 @@ class _Products:
 
 
 _ASKS = ("__bool__", "__float__", "__int__", "__index__", "item", "tolist", "any", "all", "equal", "allclose")
+_LEAVES = ("numpy", "__array__")
 _CHANGES = ("__setitem__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__ipow__")
 
 
@@ -210,12 +211,25 @@ class _Watch(TorchFunctionMode):
                 "with torch.where(condition, a, b)",
                 line,
             )
+        if name in _LEAVES:
+            raise CellError(
+                f"{name} makes a NumPy array of a tensor, of which neither autograd nor the kernels know: use torch's "
+                "functions, as torch.tanh for np.tanh",
+                line,
+            )
         if name in _CHANGES or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
             raise InPlaceChange(
                 f"{name} changes a tensor in place: make a new one, a = a + b for a += b, torch.where for a[i] = b",
                 line,
             )
-        out = func(*args, **kwargs)
+        try:
+            out = func(*args, **kwargs)
+        except CellError:
+            raise
+        except Exception:  # it may be of another size than the tensors of the trace
+            if any(isinstance(a, Tensor) and not self.run.knows(a) for a in (*args, *kwargs.values())):
+                raise _captured(line) from None
+            raise
         for result in out if isinstance(out, (tuple, list)) else [out]:
             if not isinstance(result, Tensor):
                 continue
@@ -253,7 +267,8 @@ class _Recorder:
         # Autograd itself changes a tensor in place: the result replaces its value.
         target = func if func in OPERATIONS else _functional(func)
         if target not in OPERATIONS:
-            raise _mixes(spoken(func), line) if line and shapes != {SHAPE} else self.unknown(func, line)
+            mixes = line and shapes != {SHAPE} and spoken(func) not in _ADVICE
+            raise _mixes(spoken(func), line) if mixes else self.unknown(func, line)
 
         def operand(a: object) -> Any:  # a Value, or what is neither a tensor nor a number
             if isinstance(a, Tensor):
@@ -286,8 +301,9 @@ class _Recorder:
     def unknown(self, func: object, line: Line | None, how: str = "") -> UnknownOperation:
         of = "this line" if self.run.at else "the step"
         whose = "the kernels have no" if line else f"the derivative of {of} needs what the kernels do not have:"
+        advice = _ADVICE.get(spoken(func)) or f"write it with what they have: {known()}"
         return UnknownOperation(
-            f"{whose} {spoken(func)}{how}; write it with what they have: {known()}",
+            f"{whose} {spoken(func)}{how}; {advice}",
             line or self.run.at or self.run.start,
         )
 
@@ -297,6 +313,21 @@ class _Record(_Recorder, TorchDispatchMode):
     def __init__(self, run: _Run) -> None:
         self.run = run
         super().__init__()
+
+
+# What to do without some operations, where no other operation would help.
+_ADVICE = {
+    **dict.fromkeys(
+        ["_softmax", "_log_softmax", "native_layer_norm", "cumsum", "cumprod", "logcumsumexp", "roll", "flip", "sort"],
+        "it mixes units, and only U.k(v) takes something from other units",
+    ),
+    **dict.fromkeys(
+        ["bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like", "normal_", "uniform_"],
+        "a step draws no random numbers: draw them before the call, and take them as an input of each step, inputs=",
+    ),
+    "lift_fresh": "for a tensor that is made in the step: take a number, or a trained vector, params=, or an input of "
+    "each step, inputs=",
+}
 
 
 def _functional(func: object) -> object:
@@ -336,7 +367,12 @@ def trace(step: FunctionType, names: Names, constants: Mapping[str, float]) -> T
     before, params = tiles("before", len(names.states), first), tiles("param", len(names.params))
     drawn = tiles("drawn", len(names.drawn))
     with _Record(run), _Watch(run):
-        found = step(_Inputs(run, x), _Products(run, hu), *before, *params, *inputs, *drawn, *constants.values())
+        try:
+            found = step(_Inputs(run, x), _Products(run, hu), *before, *params, *inputs, *drawn, *constants.values())
+        except CellError:
+            raise
+        except Exception as error:
+            raise _fails(error, run) from error
     new = _results(found, run, names)
     variables = {} if run.frame is None else dict(run.frame.f_locals)
     run.frame = None
@@ -365,6 +401,20 @@ def trace(step: FunctionType, names: Names, constants: Mapping[str, float]) -> T
     operands = [v for _, v, _ in run.operands]
     values = [run.value(t) for t in new]
     return Traced(run.graph, values, run.read, operands, run.products, levels, gradients, finish, called)
+
+
+def _fails(error: Exception, run: _Run) -> CellError:
+    """The error for a step that does not run."""
+    at, line = error.__traceback__, run.start
+    while at is not None:
+        if at.tb_frame.f_code is run.code:
+            line = Line(run.code.co_filename, at.tb_lineno)
+        at = at.tb_next
+    return CellError(
+        f"the step fails when it is traced, with tensors of shape {list(SHAPE)}: {type(error).__name__}: {error}; it "
+        "may use x.k and U.k(v) of a gate k, its other arguments, elementwise torch functions and numbers",
+        line,
+    )
 
 
 def _results(found: object, run: _Run, names: Names) -> list[Tensor]:

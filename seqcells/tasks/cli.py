@@ -104,11 +104,13 @@ def check(options: argparse.Namespace) -> int:
         command += [a for dtype in options.dtype or [] for a in ("--dtype", dtype)]
         sys.stdout.flush()
         os.execve(sys.executable, command, os.environ | {"TRITON_INTERPRET": "1"})
-    where = torch.cuda.get_device_name(device) if torch.device(device).type == "cuda" else "Triton's interpreter, CPU"
+    where = "Triton's interpreter, CPU: up to two minutes a cell"
+    if torch.device(device).type == "cuda":
+        where = torch.cuda.get_device_name(device)
     kinds = testing.kinds(device, options.dtype)
+    cells = [_found(name) for name in options.cell or BUILT_IN]
     print(f"largest relative errors against the float64 reference ({where}):\n")
     results = []
-    cells = [_found(name) for name in options.cell or BUILT_IN]
     with bar(total=len(cells) * len(testing.BACKENDS) * len(kinds), desc="check") as progress, testing.poisoned():
         for result in testing.sweep(device, cells, options.dtype):
             results.append(result)
@@ -127,7 +129,10 @@ def _found(name: str) -> Cell:
     """The cell of that name; of FILE.py:NAME or MODULE:NAME, the one defined there."""
     where, _, name = name.rpartition(":")
     if not where:
-        return named(name.replace("-", "_"))
+        try:
+            return named(name.replace("-", "_"))
+        except ValueError as error:
+            raise ValueError(f"{error}; or one of your own, as FILE.py:NAME") from None
     made = runpy.run_path(where) if where.endswith(".py") else vars(importlib.import_module(where))
     if not isinstance(made.get(name), Cell):
         raise ValueError(f"--cell {where}:{name}: there is no cell {name!r} in {where}")
@@ -266,7 +271,7 @@ def _add_explain(commands: Commands) -> None:
     p = commands.add_parser("explain", help=explain.__doc__)
     p.add_argument("cell", help="by its name or as FILE.py:NAME or MODULE:NAME")
     p.add_argument("--batch", type=int, required=True)
-    p.add_argument("--hidden", type=int, required=True)
+    p.add_argument("--hidden", "--hidden-size", type=int, required=True)
     dtype = _dtype("float64", "float32", "float16", "bfloat16")
     p.add_argument("--dtype", type=dtype, default="float32", help="default: float32; short names too, as bf16")
     p.add_argument("--device", help=f"cpu, cuda, or one that need not be present: {', '.join(KNOWN)}")
