@@ -433,6 +433,8 @@ class _Problem:
                 tile = block_h * block_b
                 if tile > (512 if exact or self.step_tiles > 4 else self._most_elements()) or rows * block_b > 16384:
                     continue
+                if cell.drawn and tile > 2048 // itemsize:  # a mask's 64-bit numbers take registers, too (likewise)
+                    continue
                 num_warps = 8 if rows * block_b > 4096 or tile > 2048 else 4
                 programs = _ceil(H, block_h) * _ceil(B, block_b) * self.groups
                 waves = _ceil(programs, device.processors)
@@ -449,8 +451,6 @@ class _Problem:
 
     def _most_elements(self) -> int:
         """Elements of a stepwise tile. Blackwell's products come back from tensor memory all at once."""
-        if self.cell.drawn:
-            return 4096 // self.itemsize
         if not self.backward or self.cell.params:
             return 4096
         return 8192 if self.itemsize == 2 and self.device.capability < 100 else 4096

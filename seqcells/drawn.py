@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cell import Cell
+from .cell import Cell, constant_to_compilers, get
 
 if TYPE_CHECKING:
     from .dispatch import Call
@@ -72,11 +72,16 @@ def explicit(cell: Cell) -> Cell:
     return replace(cell, key=f"{cell.key} explicit", inputs=(*cell.inputs, *cell.drawn), drawn={})
 
 
+@constant_to_compilers
+def _explicit_key(cell: str) -> str:
+    return explicit(get(cell)).key
+
+
 def as_inputs(cell: Cell, call: Call, H: int) -> tuple[Cell, Call]:
     """`explicit` of the cell, and its call."""
     assert call.dropout is not None
     size = (*call.x.shape[:2], len(call.groups), H)
-    return explicit(cell), call._replace(
+    return get(_explicit_key(cell.key)), call._replace(
         inputs=given(cell, call.inputs, call.dropout, size, call.x.dtype), dropout=None
     )
 

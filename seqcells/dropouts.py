@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .cell import Cell, constant_to_compilers, get
-from .drawn import CANDIDATE, RECURRENT, ZONEOUT, dropped
+from .drawn import CANDIDATE, RECURRENT, ZONEOUT, dropped, explicit
 from .layer_arguments import probability
 
 if TYPE_CHECKING:
@@ -31,7 +31,9 @@ OPTIONS = ("weight_dropout", "recurrent_dropout", "candidate_dropout", "zoneout"
 
 @constant_to_compilers
 def _key(cell: str, kinds: tuple[str, ...]) -> str:
-    return dropped(get(cell), kinds).key
+    made = dropped(get(cell), kinds)
+    explicit(made)  # for the engines that need it: Dynamo, which calls this, would not see one that is made later
+    return made.key
 
 
 def draws(module: Recurrent) -> dict[str, tuple[float, float]]:

@@ -161,7 +161,11 @@ def scan(cell: str | Cell, tensors: Sequence[Tensor], *, backend: str | None, **
     params, steps = ({n: given[n] for n in wanted} for wanted in (known.params, known.inputs))
     dropout = None
     if known.drawn:  # two seeds, and of each mask the probability that an element is kept, and its value
-        dropout = given["x"].new_tensor([5.0, 7.0, *(0.75, 1.25) * len(known.drawn)]).to(torch.promote_types(given["x"].dtype, torch.float32))
+        dropout = (
+            given["x"]
+            .new_tensor([5.0, 7.0, *(0.75, 1.25) * len(known.drawn)])
+            .to(torch.promote_types(given["x"].dtype, torch.float32))
+        )
     if backend is None:
         wide = (t if t.dim() == 3 else t[..., None].expand(*t.shape, states[0].shape[-1]) for t in steps.values())
         rounded: dict[str, object] = {n: options.get(n) for n in ("resets", "lengths")}

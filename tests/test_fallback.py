@@ -107,6 +107,19 @@ def close(found, expected):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_the_loop_draws_the_same_dropout_masks(direction, monkeypatch):
+    options = {"recurrent_dropout": 0.4, "candidate_dropout": 0.3, "zoneout": 0.3, "bidirectional": True}
+    module, exact, x = pair("gru_before", **options)
+    torch.manual_seed(7)
+    expected = trained(exact, x)
+    Broken(monkeypatch, ERRORS["registers"], kernels=[direction])
+    torch.manual_seed(7)
+    found, said = told(trained, module, x)
+    assert len(said) == 1
+    close(found, expected)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 @pytest.mark.parametrize("error", ERRORS)
 def test_the_next_schedule_runs(error, direction, monkeypatch):
     module, exact, x = pair()
