@@ -147,7 +147,10 @@ def launches(case: Case) -> list[scan.Launch]:
     back = 2 if K == 2 else 0  # two groups: a layer's directions
     options: dict[str, Any] = {"plan": chosen, "precision": case.precision, "launch": note, "reversed": back}
     wide = torch.promote_types(dtype, torch.float32)
-    vectors = {"params": params, "dropout": empty(2 + 2 * len(cell.drawn), like=wide) if cell.drawn else None}
+    vectors: dict[str, Any] = {
+        "params": params,
+        "dropout": empty(2 + 2 * len(cell.drawn), like=wide) if cell.drawn else None,
+    }
     if case.direction in STEPS:
         assert isinstance(chosen, plan_single.Single)
         x, w, b = empty(B, inputs(case)), empty(cell.gates * H, inputs(case)), empty(cell.gates * H)

@@ -338,7 +338,12 @@ class SeqcellsScan(SeqcellsScanCompiled):
 
 
 def apply(
-    options: Options, case: Case, call: Call, weights: Sequence[Tensor | None], params: Tensor | None
+    options: Options,
+    case: Case,
+    call: Call,
+    weights: Sequence[Tensor | None],
+    params: Tensor | None,
+    dropout: Tensor | None,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
     """y [T, B, K*H], the final states [K, B, H] and, if options.states, the states after each step [T, B, K*H].
 
@@ -351,7 +356,7 @@ def apply(
         h0, c0 = states if S == 2 else (*states, None)
     else:
         h0, c0 = None if at.output else states[0], _joined(states[1 - at.output :])
-    inputs = (call.x, h0, c0, *weights, params, call.inputs, call.dropout)
+    inputs = (call.x, h0, c0, *weights, params, call.inputs, dropout)
     if case.jit:  # a trace can contain operators but no autograd.Function, so it has no gradients
         wanted = False
     elif case.transforming:  # under vmap requires_grad is not visible, and a tangent never is

@@ -19,7 +19,6 @@ from . import (
     backends,
     chosen,
     drawn,
-    dropouts,
     fallback,
     flops,
     masks,
@@ -42,7 +41,7 @@ class ScanOptions(NamedTuple):
 
     reverse: for each group, whether it runs from the last step to the first. all_states: also return the states after
     each step. padded: x is already zero at padding, as after packing and in the layers above the first. one_step: a
-    cell's call, x [1, B, I], for which aten and triton have kernels of their own.
+    cell's call, x [1, B, I], for which aten and triton have kernels of their own. dropout: see `drawn`.
     """
 
     resets: Tensor | None = None
@@ -54,6 +53,7 @@ class ScanOptions(NamedTuple):
     all_states: bool = False
     padded: bool = False
     one_step: bool = False
+    dropout: Tensor | None = None
 
 
 class Case(NamedTuple):
@@ -118,8 +118,7 @@ class Call(NamedTuple):
 
     x [T, B, I] or [T, B, K, I]; states [K, B, H], for one group also [B, H], None means zeros; groups: each group's
     w_ih, w_hh, b_ih, b_hh (and w_hr, for an LSTM with a projection); stacked: the same with an axis K, if such tensors
-    exist already; params [K, P*H], for one group [P*H]; inputs [T, B, N*H] or [T, B, K, N*H]; mask: see `masks`;
-    dropout: see `drawn`.
+    exist already; params [K, P*H], for one group [P*H]; inputs [T, B, N*H] or [T, B, K, N*H]; mask: see `masks`.
     """
 
     x: Tensor
@@ -129,7 +128,6 @@ class Call(NamedTuple):
     params: Tensor | None = None
     inputs: Tensor | None = None
     mask: Tensor | None = None
-    dropout: Tensor | None = None
 
 
 Result = tuple[Tensor, tuple[Tensor, ...], "tuple[Tensor, ...] | None"]
@@ -226,7 +224,8 @@ def own_layers(module: Recurrent, x: Tensor, size: tuple[int, int], grad: bool) 
         return False
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return False
-    if module.heads > 1 or dropouts.active(module):
+    drops = module.weight_dropout or module.recurrent_dropout or module.candidate_dropout
+    if module.heads > 1 or module.zoneout or (drops and module.training):
         return False
     backend = backend or chosen.of_context() or chosen.backend
     if backend not in ("auto", "aten") or torch._C._len_torch_dispatch_stack() > 0:
@@ -415,8 +414,8 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
     [T, B, K*H]."""
     if len(call.groups[0]) == 5 and choice.engine != "aten":
         return projection.scan(lambda call: execute(cell, call, options, case, choice), call, options)
-    if call.dropout is not None and choice.engine != "triton":  # which draws the masks itself
-        cell, call = drawn.as_inputs(cell, call, case.hidden_size)
+    if options.dropout is not None and choice.engine != "triton":  # which draws the masks itself
+        cell, call = drawn.as_inputs(cell, call, options.dropout, case.hidden_size)
     if choice.engine in ("triton", "loop"):
         return _differentiable(cell, call, options, case, choice)
     if choice.reset_steps:
@@ -454,14 +453,11 @@ def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, ch
     schedule, single, precision = choice.schedule, "", "ieee"
     if case.dtype == torch.float32 and choice.engine == "triton" and (options.precision or case.device.type == "cuda"):
         precision = precisions.of_products(options.precision, case.dtype, case.device)
-    if schedule in backends.SCHEDULES:
-        # If the scan does not fit, raise before anything runs. (Not under a compiler, where the operator raises.)
-        if not case.compiling:
-            size = (len(call.groups), case.hidden_size)
-            for backward in (False, True):
-                triton.plan_for(
-                    cell.key, call.x.shape[1], size, (call.x.dtype, call.x.device), schedule, precision, backward
-                )
+    if schedule in backends.SCHEDULES and not case.compiling:  # under a compiler, the operator raises
+        # If the scan does not fit, raise before anything runs.
+        size, like = (len(call.groups), case.hidden_size), (call.x.dtype, call.x.device)
+        for backward in (False, True):
+            triton.plan_for(cell.key, call.x.shape[1], size, like, schedule, precision, backward)
     elif options.one_step and choice.engine == "triton" and call.inputs is None and not case.traced:
         through = precisions.of_inputs(case.dtype, case.device)
         if triton.one_launch(cell.key, call.x[0], case.hidden_size, precision, through):
@@ -478,7 +474,8 @@ def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, ch
         case.traced,
         None if case.traced else {},
     )
-    y, final, every = autograd.apply(scan_options, case, call, weights, params)
+    dropout = options.dropout if choice.engine == "triton" else None
+    y, final, every = autograd.apply(scan_options, case, call, weights, params, dropout)
     return y, final, (y,) if options.all_states and every is None else every
 
 

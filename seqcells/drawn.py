@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from . import checks
 from .cell import Cell, constant_to_compilers, get
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def dropped(cell: Cell, kinds: tuple[str, ...]) -> Cell:
 
     key = f"{cell.key}({', '.join(kinds)})"
     masks = {kind: kind == RECURRENT for kind in kinds}
-    return replace(cell, key=key, constants={}, base=None, dropout="", drawn=masks, step=step)  # type: ignore[arg-type]
+    return replace(cell, key=key, constants={}, base=None, dropout="", drawn=masks, step=step)  # type: ignore[arg-type]  # a function
 
 
 class _Dropped:
@@ -77,13 +78,19 @@ def _explicit_key(cell: str) -> str:
     return explicit(get(cell)).key
 
 
-def as_inputs(cell: Cell, call: Call, H: int) -> tuple[Cell, Call]:
+def as_inputs(cell: Cell, call: Call, dropout: Tensor, H: int) -> tuple[Cell, Call]:
     """`explicit` of the cell, and its call."""
-    assert call.dropout is not None
     size = (*call.x.shape[:2], len(call.groups), H)
-    return get(_explicit_key(cell.key)), call._replace(
-        inputs=given(cell, call.inputs, call.dropout, size, call.x.dtype), dropout=None
-    )
+    return get(_explicit_key(cell.key)), call._replace(inputs=given(cell, call.inputs, dropout, size, call.x.dtype))
+
+
+def checked(cell: Cell, dropout: Tensor | None) -> Tensor:
+    """The tensor dropout of a cell. TypeError or RuntimeError if it is not one."""
+    checks.tensor("dropout", dropout)
+    assert dropout is not None
+    if dropout.shape != (size := (2 + 2 * len(cell.drawn),)):
+        raise RuntimeError(f"dropout of {cell.key} must have shape {size}, got {tuple(dropout.shape)}")
+    return dropout
 
 
 def given(

@@ -51,13 +51,6 @@ def draws(module: Recurrent) -> dict[str, tuple[float, float]]:
     return found
 
 
-def active(module: Recurrent) -> bool:
-    """Whether a layer's next call has dropout inside the recurrence."""
-    if module.zoneout:
-        return True
-    return module.training and bool(module.weight_dropout or module.recurrent_dropout or module.candidate_dropout)
-
-
 def of_call(module: Recurrent, x: Tensor) -> tuple[Cell, Tensor | None]:
     """The cell that a layer's call runs, and the tensor dropout of each layer [L, 2 + 2*M]; None without masks.
 

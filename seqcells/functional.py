@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, backends, checks, dispatch, extras
+from . import arguments, backends, checks, dispatch, drawn, extras
 from .arguments import NAMES
 from .cell import Cell, named
 from .dispatch import ScanOptions
@@ -36,13 +36,12 @@ def run(
     stacked: Weights | None = None,
     params: Sequence[Mapping[str, Tensor] | None] | None = None,
     inputs: Mapping[str, Tensor] | None = None,
-    dropout: Tensor | None = None,
 ) -> dispatch.Result:
     """A scan of one layer: y [T, B, K*H], final states [K, B, H], and, if options.all_states, the states after each
     step [T, B, K*H].
 
     x [T, B, I] or [T, B, K, I]; states [K, B, H], of one group also [B, H]; groups, stacked: see `dispatch.Call`;
-    params: of each group; inputs, dropout: see `scan`.
+    params: of each group; inputs: see `scan`.
     """
     given = (None,) * len(cell.states) if states is None else tuple(states)
     if len(given) != len(cell.states):
@@ -53,10 +52,7 @@ def run(
     if torch._C._is_any_autocast_enabled() and backends.autocasting(x.device):
         x, given, groups, (params, inputs) = autocast(cell.key, x, given, groups, (params, inputs), options.one_step)
         with torch.autocast(x.device.type, enabled=False):
-            return run(cell, x, given, groups, options, None, params, inputs, dropout)
-    if (dropout is not None or cell.drawn) and (dropout is None or dropout.shape != (2 + 2 * len(cell.drawn),)):
-        shape = None if dropout is None else tuple(dropout.shape)
-        raise RuntimeError(f"dropout of {cell.key} must have the shape {(2 + 2 * len(cell.drawn),)}, got {shape}")
+            return run(cell, x, given, groups, options, None, params, inputs)
     arguments.fit(x, given, groups, cell.rows)
     H = arguments.hidden_size(cell, groups[0], given, params, inputs)
     if not cell.rows[0]:
@@ -70,7 +66,7 @@ def run(
     )
     x, given, options, mask = dispatch.prepared(case, choice, x, given, options)
     return dispatch.execute(
-        cell, dispatch.Call(x, given, groups, stacked, vectors, beside, mask, dropout), options, case, choice
+        cell, dispatch.Call(x, given, groups, stacked, vectors, beside, mask), options, case, choice
     )
 
 
@@ -135,8 +131,10 @@ def scan(
         masked = arguments.resets(resets, x.shape[:2], x.device), arguments.lengths(lengths, x.shape[:2], x.device)
     arguments.options(backend, precision, save)
     options = ScanOptions(*masked, save=save, backend=backend, precision=precision, all_states=return_states)
+    if dropout is not None or spec.drawn:
+        options = options._replace(dropout=drawn.checked(spec, dropout))
     vectors = None if params is None else [params]
-    y, final, every = run(spec, x, states, [(w_ih, w_hh, b_ih, b_hh)], options, None, vectors, inputs, dropout)
+    y, final, every = run(spec, x, states, [(w_ih, w_hh, b_ih, b_hh)], options, None, vectors, inputs)
     final = tuple(s[0] for s in final)
     return (y, final, every) if return_states else (y, final)
 

@@ -1,5 +1,4 @@
-"""One layer's call, selected from the tensors of all layers; and heads: hidden units in groups whose recurrent products
-stay within the group (a block-diagonal recurrence).
+"""Heads: hidden units in groups whose recurrent products stay within the group (a block-diagonal recurrence).
 
 For an engine, each head of each direction is one group of a scan. A layer's tensors have all heads side by side within
 each gate: the rows of its weights are [G, heads, H/heads].
@@ -8,47 +7,11 @@ each gate: the rows of its weights are [G, heads, H/heads].
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from . import extras
 from .dispatch import Call
-from .modules import PARTS
-
-if TYPE_CHECKING:
-    from .engines.aten import Weights
-    from .recurrent import Recurrent
-
-
-def layer_call(
-    module: Recurrent, layer: int, x: Tensor, states: Sequence[Tensor | None], weights: Sequence[Tensor]
-) -> Call:
-    """One layer's tensors, selected from those of all layers."""
-    count = 2 if module.bidirectional else 1
-    n, first = len(weights) // (count * module.num_layers), layer * count
-    given = [weights[k * n : (k + 1) * n] for k in range(first, first + count)]
-    own = tuple(None if s is None else s[first : first + count] for s in states)
-    if module._parts == PARTS:
-        return Call(x, own, given)
-    named = [dict(zip(module._parts, of, strict=True)) for of in given]
-    nothing = x.new_empty(0, x.shape[-1])  # weight_ih of a cell that reads no x
-    groups: list[Weights] = [
-        (
-            of.get("weight_ih", nothing),
-            *(of.get(part) for part in PARTS[1:]),
-            *[of[part] for part in of if part == "weight_hr"],
-        )
-        for of in named
-    ]
-    if module._parts[0] != "weight_ih":
-        # No weight has the hidden size, so states must.
-        own = tuple(x.new_zeros(count, x.shape[1], module.hidden_size) if s is None else s for s in own)
-    cell = module.cell
-    vectors = [{name: of[name] for name in cell.params} for of in named]
-    params = extras.params(cell, vectors, x, module.hidden_size) if cell.params else None
-    return Call(x, own, groups, params=params)
 
 
 def split_heads(call: Call, heads: int, hidden_size: int) -> Call:

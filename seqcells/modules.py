@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from . import checks
@@ -130,3 +130,26 @@ class Module(nn.Module):
                 arguments = (input,) if hx is None else (input, hx)
                 return tracer.create_proxy("call_module", tracer.path_of_module(self), arguments, options)
         return None
+
+
+class Layer(Module):
+    """What code that handles torch.nn's RNNs reads of them."""
+
+    _all_weights: list[list[str]]  # the parameters' names, for each layer and direction
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the kernels read each parameter where it is. For code that calls torch.nn's method."""
+
+    @property
+    def all_weights(self) -> list[list[Tensor]]:
+        """The parameters, as a list for each layer and direction."""
+        return [[getattr(self, name) for name in names] for names in self._all_weights]
+
+    @property
+    def _flat_weights_names(self) -> list[str]:
+        return [name for names in self._all_weights for name in names]
+
+    @property
+    def _flat_weights(self) -> list[Tensor]:
+        # Not part of the API, but libraries that handle torch.nn's RNNs read it.
+        return [getattr(self, name) for name in self._flat_weights_names]

@@ -19,7 +19,7 @@ from .cell import Cell, get
 from .dispatch import ScanOptions
 from .dropouts import OPTIONS, of_call, of_weights, set_up
 from .engines import aten
-from .heads import join_heads, layer_call, split_heads
+from .heads import join_heads, split_heads
 from .layer_arguments import Flags, Input, Inputs, Plain, State
 
 States = tuple["Tensor | None", ...]
@@ -27,7 +27,7 @@ _OWN = (None, "auto", "aten")  # backends by which torch's own may run
 _SAVES, _PRECISIONS = arguments.SAVES, (None, *arguments.PRECISIONS)
 
 
-class Recurrent(modules.Module):
+class Recurrent(modules.Layer):
     """Apply a multi-layer recurrent network of any cell to an input sequence.
 
     It has the options of :class:`torch.nn.LSTM`, and runs any cell made by :func:`seqcells.cell`. Such a cell may have
@@ -199,23 +199,6 @@ class Recurrent(modules.Module):
         width = out * (2 if self.bidirectional else 1) if layer else self.input_size
         projection = {"weight_hr": (self.proj_size, self.hidden_size)} if self.proj_size else {}
         return modules.shapes(self.cell, self.hidden_size, width, out // self.heads, self.bias) | projection
-
-    def flatten_parameters(self) -> None:
-        """Do nothing: the kernels read each parameter where it is. For code that calls torch.nn's method."""
-
-    @property
-    def all_weights(self) -> list[list[Tensor]]:
-        """The parameters, as a list for each layer and direction."""
-        return [[getattr(self, name) for name in names] for names in self._all_weights]
-
-    @property
-    def _flat_weights_names(self) -> list[str]:
-        return [name for names in self._all_weights for name in names]
-
-    @property
-    def _flat_weights(self) -> list[Tensor]:
-        # Not part of the API, but libraries that handle torch.nn's RNNs read it.
-        return [getattr(self, name) for name in self._flat_weights_names]
 
     def __setstate__(self, state: dict[str, object]) -> None:
         nn.Module.__setstate__(self, state)
@@ -433,7 +416,9 @@ class Recurrent(modules.Module):
             x, states, groups, (_, inputs) = precisions.autocast(self.cell.key, x, states, [weights], (None, inputs))
             with torch.autocast(x.device.type, enabled=False):
                 return self._scan(x, states, (groups[0], None), options, inputs, packed)  # type: ignore[arg-type]  # none is None
-        cell, drops = of_call(self, x)
+        cell, drops = self.cell, None
+        if self.zoneout or (self.training and (self.recurrent_dropout or self.candidate_dropout)):
+            cell, drops = of_call(self, x)
         size, where = None, None
         if packed is not None:
             size = len(packed.batch_sizes), layer_arguments.packed_batch(packed, states)
@@ -466,10 +451,10 @@ class Recurrent(modules.Module):
         for layer in range(self.num_layers):
             if layer:
                 x = self._dropped(x, where)
-            call = layer_call(self, layer, x, states, weights)._replace(inputs=extra, mask=mask)
-            call = call if drops is None else call._replace(dropout=drops[layer])
+            call = self._call(layer, x, states, weights)._replace(inputs=extra, mask=mask)
             call = call if heads == 1 else split_heads(call, heads, H)
             own = options if layer == self.num_layers - 1 else options._replace(all_states=False)
+            own = own if drops is None else own._replace(dropout=drops[layer])
             x, final, every = dispatch.execute(cell, call, own, case, choice)
             finals.append(final if heads == 1 else tuple(join_heads(s, heads) for s in final))
         joined = finals[0] if len(finals) == 1 else tuple(torch.cat(s) for s in zip(*finals, strict=True))
@@ -485,3 +470,29 @@ class Recurrent(modules.Module):
             return dropout(x, self.dropout)
         # Of a packed input, only its rows, so that as many random numbers are drawn as in torch.nn.
         return packing.pad(dropout(packing.pack(x, where), self.dropout), where)
+
+    def _call(self, layer: int, x: Tensor, states: States, weights: Sequence[Tensor]) -> dispatch.Call:
+        """One layer's tensors, selected from those of all layers."""
+        count = 2 if self.bidirectional else 1
+        n, first = len(weights) // (count * self.num_layers), layer * count
+        given = [weights[k * n : (k + 1) * n] for k in range(first, first + count)]
+        own = tuple(None if s is None else s[first : first + count] for s in states)
+        if self._parts == modules.PARTS:
+            return dispatch.Call(x, own, given)
+        named = [dict(zip(self._parts, of, strict=True)) for of in given]
+        nothing = x.new_empty(0, x.shape[-1])  # weight_ih of a cell that reads no x
+        groups: list[aten.Weights] = [
+            (
+                of.get("weight_ih", nothing),
+                *(of.get(part) for part in modules.PARTS[1:]),
+                *[of[part] for part in of if part == "weight_hr"],
+            )
+            for of in named
+        ]
+        if self._parts[0] != "weight_ih":
+            # No weight has the hidden size, so states must.
+            own = tuple(x.new_zeros(count, x.shape[1], self.hidden_size) if s is None else s for s in own)
+        cell = self.cell
+        vectors = [{name: of[name] for name in cell.params} for of in named]
+        params = extras.params(cell, vectors, x, self.hidden_size) if cell.params else None
+        return dispatch.Call(x, own, groups, params=params)

@@ -286,7 +286,7 @@ def test_a_cell_with_a_mask_of_its_own():
     y = layer(torch.randn(T, B, I, dtype=torch.float64, device=DEVICE), h)[0]
     torch.testing.assert_close(y[:, 0, 0].cpu(), 0.75 ** torch.arange(1, T + 1, dtype=torch.float64))
     made = drawn.dropped(leaky, ("recurrent", "candidate"))
-    assert "masks recurrent candidate" in made.explain() and "recurrent * h" in made.explain()
+    assert "masks recurrent candidate" in made.explain() and "h * recurrent" in made.explain()
     assert drawn.dropped(leaky, ("recurrent", "candidate")) is made
 
 
@@ -338,7 +338,7 @@ def test_what_cannot_be_combined():
     layer = seqcells.LSTM(I, H, proj_size=2, candidate_dropout=0.5, zoneout=(0, 0.5), dtype=torch.float64)
     assert layer(torch.randn(T, B, I, dtype=torch.float64))[0].shape == (T, B, 2)
     cell = drawn.dropped(named("gru"), ("recurrent",))
-    with pytest.raises(RuntimeError, match=r"dropout of gru\(recurrent\) must have the shape \(4,\), got None"):
+    with pytest.raises(TypeError, match="dropout must be a tensor, got None"):
         seqcells.functional.scan(cell, torch.randn(T, B, I), None, torch.randn(3 * H, I), torch.randn(3 * H, H))
 
 

@@ -21,12 +21,13 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.registry": {"kernels.cells"},  # its type alone
     "kernels.cells": {"kernels.form", "kernels.registry"},
     "kernels.tiles": {"kernels.math"},
+    "kernels.random": set(),
     "kernels.layout": set(),
-    "kernels.resident": {"kernels.layout", "kernels.math", "kernels.tiles"},
+    "kernels.resident": {"kernels.layout", "kernels.math", "kernels.random", "kernels.tiles"},
     "kernels.slices": {"kernels.layout", "kernels.math", "kernels.plan", "kernels.tiles"},
-    "kernels.grid": {"kernels.slices", "kernels.tiles"},
-    "kernels.stepwise": {"kernels.math", "kernels.tiles"},
-    "kernels.recompute": {"kernels.tiles"},
+    "kernels.grid": {"kernels.random", "kernels.slices", "kernels.tiles"},
+    "kernels.stepwise": {"kernels.math", "kernels.random", "kernels.tiles"},
+    "kernels.recompute": {"kernels.random", "kernels.tiles"},
     "kernels.buffers": set(),
     "kernels.scan": {
         f"kernels.{n}" for n in ("buffers", "cells", "devices", "plan", "recompute", "resident", "grid", "stepwise")
@@ -51,14 +52,16 @@ ARROWS = {  # room: the rooms of the project it may import
     "layer_arguments": {"arguments", "backends", "checks", "cell_modules", "engines.operators", "recurrent"},
     "masks": {"kernels.buffers"},
     "products": {"cell", "kernels.buffers", "kernels.form"},
-    "autograd": {"backends", "cell", "dispatch", "masks", "products", "reference"},  # of dispatch its types alone
+    "drawn": {"cell", "checks", "dispatch"},  # of dispatch its types alone
+    "dropouts": {"cell", "drawn", "layer_arguments", "recurrent"},  # of recurrent its type alone
+    "autograd": {"backends", "cell", "dispatch", "drawn", "masks", "products", "reference"},  # likewise
     "fallback": set(),
     "flops": set(),
     "engines": set(),
     "engines.operators": {"autograd"},
     "engines.loop": {"autograd", "cell", "derive", "engines.operators", "products", "kernels.buffers"},
     "engines.triton": {
-        *("autograd", "cell", "engines.loop", "engines.operators", "fallback", "kernels", "masks", "products"),
+        *("autograd", "cell", "drawn", "engines.loop", "engines.operators", "fallback", "kernels", "masks", "products"),
         *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "registry", "scan", "single")),
     },
     "engines.aten": {"recurrent"},  # its type alone
@@ -66,14 +69,14 @@ ARROWS = {  # room: the rooms of the project it may import
     "projection": {"dispatch"},  # its types alone
     "extras": {"cell", "checks", "masks"},  # of cell its type alone
     "dispatch": {
-        *("autograd", "backends", "cell", "chosen", "fallback", "flops", "masks"),
+        *("autograd", "backends", "cell", "chosen", "drawn", "fallback", "flops", "masks"),
         *("engines.aten", "engines.loop", "engines.reset_steps", "engines.triton"),
         *("precisions", "projection", "reference"),
         "recurrent",  # its type alone
     },
     "functional": {
-        *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "engines.operators", "extras"),
-        "precisions",
+        *("arguments", "backends", "cell", "checks", "dispatch", "drawn", "engines.aten", "engines.operators"),
+        *("extras", "precisions"),
     },
     "explanation": {
         *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "fallback", "precisions"),
@@ -86,16 +89,16 @@ ARROWS = {  # room: the rooms of the project it may import
         "modules",
     },
     "recurrent": {
-        *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "extras", "heads"),
+        *("arguments", "backends", "cell", "checks", "dispatch", "dropouts", "engines.aten", "extras", "heads"),
         *("layer_arguments", "masks", "modules", "packing", "precisions"),
     },
-    "layers": {"cell", "checks", "functional", "layer_arguments", "recurrent"},
+    "layers": {"cell", "checks", "dropouts", "functional", "recurrent"},
     "subclasses": {"cell_modules", "layers"},
-    "convert": {"arguments", "cell_modules", "checks", "layers", "modules", "recurrent", "subclasses"},
+    "convert": {"arguments", "cell_modules", "checks", "dropouts", "layers", "modules", "recurrent", "subclasses"},
     "weights": {"cell", "cell_modules", "checks", "functional", "modules", "recurrent"},
     "init": {"checks", "weights"},
     "interop": {"cell", "checks", "weights", "kernels.registry"},
-    "testing": {"backends", "cell", "checks", "explanation", "functional", "reference", "kernels.registry"},
+    "testing": {"backends", "cell", "checks", "drawn", "explanation", "functional", "reference", "kernels.registry"},
     "heads": {"dispatch"},
     "tasks": {  # which nothing imports but __main__
         *("arguments", "backends", "cell", "checks", "explanation", "init", "layers", "precisions", "recurrent"),

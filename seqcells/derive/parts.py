@@ -101,9 +101,8 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
         return [graph.make(op, n) for n in numbers]
 
     gx = [*leaves("gx", read), *leaves("input", range(len(names.inputs)))]
-    before, params = leaves("before", range(states)), leaves("param", range(len(names.params)))
-    drawn = leaves("drawn", range(len(names.drawn)))
-
+    of = (("before", states), ("param", len(names.params)), ("drawn", len(names.drawn)))
+    before, params, drawn = (leaves(op, range(n)) for op, n in of)
     gates = sorted(found.products)  # that have a recurrent product, in the order of gates=
     adds = {gate: _tile(found, gate, read) for gate in gates}
     # Operands of level 1 come first; among these, the first state.
@@ -118,10 +117,8 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
     )
     computed = [n for n, o in zip(ordered, described, strict=True) if o.level == 1 and o.state is None]
     second = [n for n in ordered if found.levels[n] == 2]
-
     stored = [v for v, o in zip(operands, described, strict=True) if o.state is None]
-    free = [*before, *params, *drawn, *found.new]
-    saved = _saved(graph, [*early.every, *dhu, *through.every], stored, free)
+    saved = _saved(graph, [*early.every, *dhu, *through.every], stored, [*before, *params, *drawn, *found.new])
     form = Form(
         name,
         gates=len(gx),
