@@ -74,6 +74,7 @@ crossover: .venv/ready
 
 gallery: .venv/ready
 	$(BIN)/python benchmarks/gallery.py --table benchmarks/results/gallery-cpu.md
+	$(BIN)/python benchmarks/gallery.py --static sm_90 --table benchmarks/results/gallery-sm_90.md
 
 pictures: .venv/ready
 	$(BIN)/python benchmarks/plot.py benchmarks/results/cpu.json benchmarks/results --static benchmarks/results/static-sm_90.md

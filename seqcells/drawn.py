@@ -4,8 +4,9 @@ Such a cell is a cell of its own, whose step multiplies by its masks, so that it
 any other's. The kernels draw the masks themselves (`kernels.random`), in forward and again in backward. Other engines
 take them as per-step inputs, with the same numbers.
 
-The tensor `dropout`, float32 or, for float64 data, float64 [2 + 2*M], for M masks: two seeds, integers below 2^24; then
-for each mask the probability that an element is kept, and the value of those that are. The others are zero.
+The tensor `dropout` [2 + 2*M], for M masks, float32 (float64 for float64 data): two seeds, integers below 2^24; then
+for each mask the probability that an element is kept, of which 16 bits are used, and the value of those that are. Others
+are zero.
 """
 
 from __future__ import annotations
@@ -102,14 +103,19 @@ def given(
     """
     T, B, K, H = size
     counters = torch.arange(T * B * K * H, device=dropout.device).view(T, B, K, H)
-    seeds = dropout[:2].to(torch.int64)
+    seeds, flags = dropout[:2].to(torch.int64), tuple(cell.drawn.values())
     parts = []
     if inputs is not None:
         parts.append((inputs if inputs.dim() == 4 else inputs[:, :, None]).expand(T, B, K, -1))
-    for n, once in enumerate(cell.drawn.values()):
-        bits = _squares(counters[:1] if once else counters, _mixed(seeds[0] + (seeds[1] << 24), n))
-        keep, value = (dropout[2 + 2 * n] * (1 << 24)).to(torch.int64), dropout[3 + 2 * n]
-        parts.append(torch.where(bits < keep, value, 0.0).to(dtype).expand(T, B, K, H))
+    bits = counters
+    for n, once in enumerate(flags):
+        pair, second = divmod(flags[:n].count(once), 2)
+        if second:
+            bits = bits >> 16
+        else:
+            bits = _squares(counters[:1] if once else counters, _key(seeds[0] + (seeds[1] << 24), 2 * pair + once))
+        keep, value = (dropout[2 + 2 * n] * (1 << 16)).to(torch.int64), dropout[3 + 2 * n]
+        parts.append(torch.where((bits & 0xFFFF) < keep, value, 0.0).to(dtype).expand(T, B, K, H))
     found = torch.cat(parts, 3) if len(parts) > 1 else parts[0]
     return found[:, :, 0] if K == 1 else found
 
@@ -119,7 +125,7 @@ def _shifted(x: Tensor, n: int) -> Tensor:
     return (x >> n) & ((1 << (64 - n)) - 1)
 
 
-def _mixed(seed: Tensor, n: int) -> Tensor:
+def _key(seed: Tensor, n: int) -> Tensor:
     """The n-th key, as in kernels.random."""
     golden, first, second = (c - (1 << 64) for c in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
     key = seed + (golden * (n + 1) + (1 << 63)) % (1 << 64) - (1 << 63)
@@ -129,7 +135,7 @@ def _mixed(seed: Tensor, n: int) -> Tensor:
 
 
 def _squares(counters: Tensor, key: Tensor) -> Tensor:
-    """The first 24 of the 32 bits that Squares gives for each counter, as in kernels.random."""
+    """32 random bits for each counter, as in kernels.random."""
 
     def swapped(x: Tensor) -> Tensor:
         return _shifted(x, 32) | (x << 32)
@@ -139,4 +145,4 @@ def _squares(counters: Tensor, key: Tensor) -> Tensor:
     x = swapped(y * y + y)
     x = swapped(x * x + z)
     x = swapped(x * x + y)
-    return _shifted(x * x + z, 40)
+    return _shifted(x * x + z, 32)

@@ -351,13 +351,13 @@ def test_what_cannot_be_combined():
 )
 def test_a_mask_s_numbers_depend_on_nothing_but_the_place(steps, rows, units, seeds):
     """The same by Squares written with Python's integers."""
-    cell = drawn.dropped(named("gru"), ("recurrent", "zoneout h"))
-    dropout = torch.tensor([*seeds, 0.5, 2.0, 0.25, 1.0], dtype=torch.float64)
-    found = drawn.given(cell, None, dropout, (steps, rows, 1, units), torch.float64).view(steps, rows, 2, units)
+    cell = drawn.dropped(named("lstm"), ("recurrent", "zoneout h", "zoneout c"))
+    dropout = torch.tensor([*seeds, 0.5, 2.0, 0.25, 1.0, 0.75, 1.0], dtype=torch.float64)
+    found = drawn.given(cell, None, dropout, (steps, rows, 1, units), torch.float64).view(steps, rows, 3, units)
     most = (1 << 64) - 1
 
-    def bits(counter, n):
-        key = (seeds[0] + (seeds[1] << 24) + (n + 1) * 0x9E3779B97F4A7C15) & most
+    def bits(counter, once):
+        key = (seeds[0] + (seeds[1] << 24) + (once + 1) * 0x9E3779B97F4A7C15) & most
         key = (key ^ key >> 30) * 0xBF58476D1CE4E5B9 & most
         key = (key ^ key >> 27) * 0x94D049BB133111EB & most
         key = (key ^ key >> 31) | 1
@@ -366,14 +366,15 @@ def test_a_mask_s_numbers_depend_on_nothing_but_the_place(steps, rows, units, se
         for add in (y, z, y):
             x = x * x + add & most
             x = x >> 32 | x << 32 & most
-        return (x * x + z & most) >> 40
+        return (x * x + z & most) >> 32
 
     for t in range(steps):
         for b in range(rows):
             for u in range(units):
                 once, each = (b * units + u), (t * rows + b) * units + u
-                assert found[t, b, 0, u] == (2.0 if bits(once, 0) < 1 << 23 else 0.0)
-                assert found[t, b, 1, u] == (1.0 if bits(each, 1) < 1 << 22 else 0.0)
+                assert found[t, b, 0, u] == (2.0 if bits(once, True) & 0xFFFF < 1 << 15 else 0.0)
+                assert found[t, b, 1, u] == (1.0 if bits(each, False) & 0xFFFF < 1 << 14 else 0.0)
+                assert found[t, b, 2, u] == (1.0 if bits(each, False) >> 16 < 3 << 14 else 0.0)
 
 
 @pytest.mark.slow
