@@ -19,6 +19,7 @@ from .tiles import (
     load_tiles,
     not_reset,
     pack_tiles,
+    shares,
     store_tiles,
 )
 
@@ -56,6 +57,7 @@ def kernel(
     params = ()
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
+    params = params + shares(units, H, ACC)
     if PHASE == 0:
         v = OPERANDS_1(gx, states, params, FAST)
         store_tiles(v_ptr, (line * (LEVEL * H))[None, :] + units[:, None], mask, v, 0, LEVEL, H)

@@ -55,6 +55,7 @@ from .tiles import (
     pack_tiles,
     products,
     replace_tile,
+    shares,
     sum_products,
     unpack_tiles,
     zeros,
@@ -126,6 +127,7 @@ def forward_kernel(
     params = ()
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
+    params = params + shares(units, H, ACC)
 
     states = read_tiles(y_ptr, from_h, readable, 1, 0)
     if STATES > 1:
@@ -289,6 +291,7 @@ def backward_kernel(
     params = ()
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
+    params = params + shares(units, H, ACC)
     sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)  # of the trained vectors' gradients over the steps
     zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     dstates = (zero,)

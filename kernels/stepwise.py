@@ -43,6 +43,7 @@ from .tiles import (
     others_are_operands,
     pack_tiles,
     replace_tile,
+    shares,
     split_gates,
     store_tiles,
     unpack_tiles,
@@ -128,6 +129,7 @@ def forward_kernel(
     params = ()
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
+    params = params + shares(units, H, ACC)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), ADDS, H)
     at_first = (in_group * (FIRST * H))[None, :] + units[:, None]
     hu = ()
@@ -303,6 +305,7 @@ def backward_kernel(
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
         dparams_ptr += (tl.program_id(1).to(tl.int64) * GROUPS + group) * (PARAMS * H)
+    params = params + shares(units, H, ACC)
     sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)
 
     dstates = load_tiles(dsh_ptr, at_state, mask, 1, 0, ACC)

@@ -29,11 +29,13 @@ from .errors import (
     TooManyProducts,
     UnknownOperation,
 )
-from .operations import OPERATIONS, aten, known, spoken
+from . import over_units
+from .operations import BACKWARD_ONLY, OPERATIONS, aten, known, spoken
 from .values import COMPARISONS, Graph, Value, ancestors, constant
 
 Keywords = dict[str, object] | None
 SHAPE = (3, 5)  # rows and units of the tensors that a step is run on
+ROW = (3, 1)  # of a mean over units
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,12 @@ class _Run:
     def knows(self, t: Tensor) -> bool:
         return t.untyped_storage().data_ptr() in self.values
 
+    def fits(self, t: Tensor) -> bool:
+        """Whether a tensor is a tile, one number for each row, or a number."""
+        if t.shape == SHAPE:
+            return True
+        return self.knows(t) and (t.dim() == 0 or (t.shape == ROW and self.value(t).row))
+
     def gate(self, of: str, name: str) -> int:
         if name not in self.gates:
             raise CellError(f"{of}.{name}: there is no gate {name!r}; gates= has {' '.join(self.gates)}", self.line())
@@ -213,11 +221,16 @@ class _Watch(TorchFunctionMode):
                 f"{name} changes a tensor in place: make a new one, a = a + b for a += b, torch.where for a[i] = b",
                 line,
             )
-        out = func(*args, **kwargs)
+        if name in over_units.FUNCTIONS:
+            out = over_units.FUNCTIONS[name](partial(self._mean, line), *args, **kwargs)
+            if out is None:
+                raise _mixes(name, line)
+        else:
+            out = func(*args, **kwargs)
         for result in out if isinstance(out, (tuple, list)) else [out]:
             if not isinstance(result, Tensor):
                 continue
-            if result.shape != SHAPE and not (result.dim() == 0 and self.run.knows(result)):
+            if not self.run.fits(result):
                 raise _mixes(name, line)
             if result.grad_fn is not None:
                 result.grad_fn.register_prehook(partial(self._enter, line))
@@ -225,6 +238,27 @@ class _Watch(TorchFunctionMode):
 
     def _enter(self, line: Line, *_: object) -> None:
         self.run.at = line
+
+    def _mean(self, line: Line, v: Tensor) -> Tensor:
+        if not self.run.knows(v):
+            raise _captured(line)
+        found: Tensor = _Mean.apply(v, self.run)
+        return found
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over units of a tile [3, 5], as [3, 1]. Torch's own would have a number of units in its derivative."""
+
+    @staticmethod
+    def forward(ctx: object, v: Tensor, run: _Run) -> Tensor:
+        value = run.graph.mean(run.value(v))
+        run.note(found := v.new_zeros(ROW), value)
+        return found
+
+    @staticmethod
+    def backward(ctx: object, d: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch has *grads
+        # A row's gradient is a sum over units, and each unit gets a share of it: it is recorded as its mean.
+        return d.expand(SHAPE), None
 
 
 class _Recorder:
@@ -250,7 +284,7 @@ class _Recorder:
         shapes = {t.shape for t in results}
         # Autograd itself changes a tensor in place: the result replaces its value.
         target = func if func in OPERATIONS else _functional(func)
-        if target not in OPERATIONS:
+        if target not in OPERATIONS or (line and target in BACKWARD_ONLY):
             raise _mixes(spoken(func), line) if line and shapes != {SHAPE} else self.unknown(func, line)
 
         def operand(a: object) -> Any:  # a Value, or what is neither a tensor nor a number
@@ -276,7 +310,7 @@ class _Recorder:
         if value is None:
             raise self.unknown(func, line, f" with {', '.join(repr(a) for a in args[1:] if not isinstance(a, Tensor))}")
         for t, v in zip(results, value if isinstance(value, tuple) else [value], strict=True):
-            if t.shape != SHAPE and constant(v) is None:
+            if t.shape != SHAPE and constant(v) is None and not (t.shape == ROW and v.row):
                 raise _mixes(spoken(func), line or run.at)
             run.note(t, v)
         return out
@@ -306,8 +340,8 @@ def _functional(func: object) -> object:
 
 def _mixes(name: str, line: Line | None) -> MixesUnits:
     return MixesUnits(
-        f"{name} gives no tensor of the states' shape: a step computes one value for each row and unit, and "
-        "only U.k(v) takes something from other units",
+        f"{name} gives no tensor of the states' shape: a step computes one value for each row and unit, and only U.k(v), "
+        "v.mean(-1, keepdim=True), layer_norm and rms_norm (with eps=) take something from other units",
         line,
     )
 
