@@ -263,8 +263,6 @@ class Graph:
         a = self.as_number(a)
         if a.row:
             return a
-        if a.op == "neg" and a.gradient:
-            return self.negative(self.mean(a.inputs[0]))
         outside = [v for v in factors(a) if v.row]
         if not outside:
             return self.make("mean", a)
