@@ -24,6 +24,7 @@ from .cost import (
 )
 from .devices import INTERPRETER, KB, Device
 from .form import Form
+from .means import unfit as unfit_means
 
 SCHEDULES = ("resident", "grid", "stepwise")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -481,11 +482,13 @@ def plan(
         raise ValueError(f"hidden size {H} is too large: the recurrent weights must have less than 2^31 elements")
     problem = _Problem(cell, B, H, groups, itemsize, device, precision, backward)
     unfit = {"resident": problem.unfit_resident(), "grid": problem.unfit_grid(), "stepwise": None}
+    unfit |= unfit_means(H) if cell.means else {}
     if schedule is not None and unfit[schedule]:
         raise ValueError(f"the {schedule} schedule does not fit hidden size {H}, batch {B}: {unfit[schedule]}")
     names = [schedule] if schedule else [name for name in SCHEDULES if not unfit[name] and name not in avoid]
     if not names:
-        raise ValueError(f"no schedule is left for hidden size {H}, batch {B}")
+        no = "".join(f"; no {name}: {why}" for name, why in unfit.items() if why)
+        raise ValueError(f"no schedule is left for hidden size {H}, batch {B}{no}")
     found = {name: getattr(problem, name)() for name in names}
     # Interpreted, a barrier is a launch, so grid has no advantage.
     if schedule is None and device is INTERPRETER and len(found) > 1:
@@ -493,6 +496,4 @@ def plan(
     best = min(found.values(), key=lambda p: p.microseconds)
     others = [f"{p.schedule} would take {p.microseconds:.2f} us" for p in found.values() if p is not best]
     others += [f"no {name}: {why}" for name, why in unfit.items() if why and schedule is None]
-    if not others:
-        return best
-    return replace(best, why="; ".join([best.why, *others]))
+    return replace(best, why="; ".join([best.why, *others])) if others else best
