@@ -91,7 +91,7 @@ def forward_kernel(
     GATES: tl.constexpr, LEVEL: tl.constexpr, ADDS: tl.constexpr, PUBLISHED: tl.constexpr, PADDING: tl.constexpr,
     PHASE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """The recurrent products of step t, without biases, into hu_first. PHASE 1: those of level 1; 2: those of level 2."""
+    """The recurrent products of step t, without biases, into hu_first. PHASE: their level."""
     unit0 = tl.program_id(0) * BLOCK_H
     units = unit0 + tl.arange(0, BLOCK_H)
     row = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)

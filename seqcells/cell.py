@@ -110,9 +110,9 @@ class Cell:
 
     name: its name in functions. key: its name in operators and registries; a cell that is defined again under the same
     name has a new key. gates, states, params, inputs: their names, in order. scalars: those params that are one number.
-    starts: {param: number}, the values that layers start with. constants: {name: number}. outputs: (), or the name of a result that is the output in place of the first state.
-    biased: the gates that have biases. step: the function. base: the cell that this one is with other constants; None
-    if it is not.
+    starts: {param: number}, where a layer does not start at random. constants: {name: number}. outputs: (), or the name
+    of a result that is the output in place of the first state. biased: the gates that have biases. step: the function.
+    base: the cell that this one is with other constants; None if it is not.
 
     Attributes that are derived from the step (form, x_gates and the rest) are computed when they are first read. This
     raises CellError if no kernels can be derived from the step.
@@ -444,9 +444,7 @@ def _params(value: str) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, flo
         sized, equals, start = part.partition("=")
         name, colon, size = sized.partition(":")
         if colon and size != "1":
-            raise ValueError(
-                f"params: {sized} is neither {name}, one number a unit, nor {name}:1, one for all units"
-            )
+            raise ValueError(f"params: {sized} is neither {name}, one number a unit, nor {name}:1, one for all units")
         if equals:
             starts[name] = _number(start)
             if not math.isfinite(starts[name]):

@@ -27,7 +27,11 @@ for name in FROM_TRITON:
 
 def functions(cell):
     """The Triton functions of a cell as functions on tensors; params [H]."""
-    space = {"tl": Language, "mean": lambda x, _: x.mean(-1, keepdim=True), **{n: (lambda f: lambda x, *_: f(x))(getattr(torch, n)) for n in FROM_MATH}}
+    space = {
+        "tl": Language,
+        "mean": lambda x, _: x.mean(-1, keepdim=True),
+        **{n: (lambda f: lambda x, *_: f(x))(getattr(torch, n)) for n in FROM_MATH},
+    }
     exec(cell.source, space)
 
     def call(name):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import over_units
 from .errors import (
     CapturedTensor,
     CellError,
@@ -29,7 +30,6 @@ from .errors import (
     TooManyProducts,
     UnknownOperation,
 )
-from . import over_units
 from .operations import BACKWARD_ONLY, OPERATIONS, aten, known, spoken
 from .values import COMPARISONS, Graph, Value, ancestors, constant
 
@@ -216,17 +216,16 @@ class _Watch(TorchFunctionMode):
                 "with torch.where(condition, a, b)",
                 line,
             )
-        if name in _CHANGES or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
+        if name in _CHANGES or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None:
             raise InPlaceChange(
                 f"{name} changes a tensor in place: make a new one, a = a + b for a += b, torch.where for a[i] = b",
                 line,
             )
         if name in over_units.FUNCTIONS:
-            out = over_units.FUNCTIONS[name](partial(self._mean, line), *args, **kwargs)
-            if out is None:
-                raise _mixes(name, line)
-        else:
-            out = func(*args, **kwargs)
+            func = partial(over_units.FUNCTIONS[name], partial(self._mean, line))
+        out = func(*args, **kwargs)
+        if out is None:
+            raise _mixes(name, line)
         for result in out if isinstance(out, (tuple, list)) else [out]:
             if not isinstance(result, Tensor):
                 continue
@@ -256,7 +255,7 @@ class _Mean(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: object, d: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]  # torch has *grads
+    def backward(ctx: object, d: Tensor) -> tuple[Tensor, None]:
         # A row's gradient is a sum over units, and each unit gets a share of it: it is recorded as its mean.
         return d.expand(SHAPE), None
 
@@ -340,8 +339,8 @@ def _functional(func: object) -> object:
 
 def _mixes(name: str, line: Line | None) -> MixesUnits:
     return MixesUnits(
-        f"{name} gives no tensor of the states' shape: a step computes one value for each row and unit, and only U.k(v), "
-        "v.mean(-1, keepdim=True), layer_norm and rms_norm (with eps=) take something from other units",
+        f"{name} gives no tensor of the states' shape: a step computes one value for each row and unit, and only "
+        "U.k(v), v.mean(-1, keepdim=True), layer_norm and rms_norm (with eps=) take something from other units",
         line,
     )
 
