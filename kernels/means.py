@@ -5,17 +5,20 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from .devices import INTERPRETER, Device
+
 if TYPE_CHECKING:
     from .plan import Plan
 
-MOST_UNITS = 1024  # of one program; more, and a thread would have too much of a step
 
-
-def unfit(H: int) -> dict[str, str | None]:
-    """Why schedules cannot run such a cell, where they cannot, by their names."""
-    why: dict[str, str | None] = {"grid": "its step takes means over units, which are spread over programs"}
-    if H > MOST_UNITS:
-        why["stepwise"] = f"its step takes means over units, and one program has {MOST_UNITS} at most"
+def unfit(H: int, itemsize: int, tiles: int, backward: bool, device: Device) -> dict[str, str]:
+    """Why schedules cannot run such a cell, by their names, beside what keeps them from others. tiles: see `plan`."""
+    why = {"grid": "its step takes means over units, which are spread over programs"}
+    most = 1024 if itemsize < 8 else 512  # more, and a step would spill a thread's registers (found with the report)
+    if most < H:
+        why["stepwise"] = f"its step takes means over units, and one program has {most} at most"
+    if device is not INTERPRETER and (itemsize == 8 or (itemsize == 4 and backward and tiles > 16)):
+        why["resident"] = "the tiles of a step with means over units spill registers"  # likewise
     return why
 
 
@@ -24,7 +27,7 @@ def whole(plan: Plan, H: int, itemsize: int) -> Plan:
     block_h = 16
     while block_h < H:
         block_h *= 2
-    # A thread has four elements of each tile, or two of float64.
-    warps = min(8, max(4, block_h // (128 if itemsize < 8 else 64)))
-    block_b = max(1, warps * 32 * (4 if itemsize < 8 else 2) // block_h)
-    return replace(plan, block_h=block_h, block_b=min(8, block_b), num_warps=warps, num_stages=1, waits=False)
+    elements = 4 if itemsize < 8 else 2  # that a thread has of each tile
+    warps = max(4, block_h // (32 * elements))
+    block_b = min(8, warps * 32 * elements // block_h)
+    return replace(plan, block_h=block_h, block_b=block_b, num_warps=warps, num_stages=1, waits=False)

@@ -258,7 +258,9 @@ class _Problem:
         u_bytes = products * block_h * block_h * itemsize
         in_registers = u_bytes * _copies(itemsize, self.precision)
         u_in_registers = products > 0 and block_b == 8 and tensor_cores and not (self.backward and self.heavy)
-        u_in_registers = u_in_registers and in_registers <= 512 * 32 * min(8, block_h // 16)
+        u_in_registers = u_in_registers and in_registers <= (384 if self.cell.means else 512) * 32 * min(
+            8, block_h // 16
+        )
         if u_in_registers and in_registers > 512 * 32 * num_warps:
             num_warps = 8
         needed = resident_bytes(products, H, itemsize, block_b, self.precision)
@@ -482,7 +484,7 @@ def plan(
         raise ValueError(f"hidden size {H} is too large: the recurrent weights must have less than 2^31 elements")
     problem = _Problem(cell, B, H, groups, itemsize, device, precision, backward)
     unfit = {"resident": problem.unfit_resident(), "grid": problem.unfit_grid(), "stepwise": None}
-    unfit |= unfit_means(H) if cell.means else {}
+    unfit |= unfit_means(H, itemsize, problem.tiles, backward, device) if cell.means else {}
     if schedule is not None and unfit[schedule]:
         raise ValueError(f"the {schedule} schedule does not fit hidden size {H}, batch {B}: {unfit[schedule]}")
     names = [schedule] if schedule else [name for name in SCHEDULES if not unfit[name] and name not in avoid]

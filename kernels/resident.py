@@ -58,6 +58,7 @@ from .tiles import (
     shares,
     sum_products,
     unpack_tiles,
+    zero_sums,
     zeros,
 )
 
@@ -292,7 +293,7 @@ def backward_kernel(
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
     params = params + shares(units, H, ACC)
-    sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)  # of the trained vectors' gradients over the steps
+    sums = zero_sums(PARAMS, BLOCK_H, BLOCK_B, ACC)  # of the trained vectors' gradients over the steps
     zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     dstates = (zero,)
     if dhn_ptr is not None:
@@ -400,4 +401,5 @@ def backward_kernel(
         write_tiles(dc0_ptr + state0 * C, rows * (C * H) + tile_units, mask, dstates, 1, STATES, H)
     dparams_at = (tl.program_id(0).to(tl.int64) * GROUPS + group) * (PARAMS * H)
     for n in tl.static_range(PARAMS):
-        tl.store(dparams_ptr + dparams_at + n * H + units, tl.sum(sums[n], 1), mask=units < H)
+        total = sums[n] if len(sums[n].shape) == 1 else tl.sum(sums[n], 1)
+        tl.store(dparams_ptr + dparams_at + n * H + units, total, mask=units < H)

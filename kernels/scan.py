@@ -232,11 +232,6 @@ def _programs(plan: Plan, B: int, K: int, H: int) -> tuple[int, ...]:
     return (tiles, K) if plan.schedule == "resident" else (-(-H // plan.block_h), tiles, K)
 
 
-def _units(cell: Cell, plan: Plan, H: int, dtype: torch.dtype) -> Plan:
-    """The plan of the launches that call the cell's functions."""
-    return means.whole(plan, H, dtype.itemsize) if cell.means and plan.schedule == "stepwise" else plan
-
-
 def _products(kernel: Any, arguments: dict[str, Any], plan: Plan) -> Launch:
     """A launch of one of `streamed`, with those of stepwise's arguments that it takes, and the plan's own tiles."""
     arguments = {**arguments, "BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b}
@@ -300,7 +295,9 @@ def forward(
         _start(out.c, c0, reversed if save != "none" else 0)
     u, bias, params, mask = _aligned(u, bias, params, mask)
     mask_type = None if mask is None else mask.dtype
-    units = _units(cell, plan, H, u.dtype)
+    units = plan  # of the launches that call the cell's functions
+    if cell.means and plan.schedule == "stepwise":
+        units = means.whole(plan, H, u.element_size())
     constants = _forward_constants(cell, units, (K, H, reversed), u.dtype, mask_type, precision, save)
     arguments = {
         "gx_ptr": gx, "u_ptr": u, "bias_ptr": bias, "params_ptr": params, "y_ptr": out.y, "c_ptr": out.c,
@@ -384,7 +381,9 @@ def backward(
     """
     T, B, K, H = steps(y, reversed), *y.shape[1:]
     out = allocate_gradients(cell, y, reversed)
-    units = _units(cell, plan, H, u.dtype)
+    units = plan  # of the launches that call the cell's functions
+    if cell.means and plan.schedule == "stepwise":
+        units = means.whole(plan, H, u.element_size())
     programs = _programs(units, B, K, H)
     # A program adds for its own rows, in a fixed order: two runs give the same bits.
     shares = _scratch(y, -(-B // units.block_b), *out.dparams.shape).zero_() if cell.params else None

@@ -227,7 +227,7 @@ def test_a_start_of_a_number_and_of_nothing():
 
 
 def planned(cell, schedule=None, H=64, **more):
-    return plan(cell.form, B=8, H=H, itemsize=2, device=KNOWN["sm_90"], schedule=schedule, **more)
+    return plan(cell.form, schedule=schedule, B=8, H=H, device=KNOWN["sm_90"], **{"itemsize": 2, **more})
 
 
 def test_what_the_plan_refuses():
@@ -240,6 +240,9 @@ def test_what_the_plan_refuses():
             planned(cells.lngru, "stepwise", H=1025)
         with pytest.raises(ValueError, match="no schedule is left for hidden size 1025, batch 8; no resident: U would"):
             planned(cells.lngru, H=1025)
+    for more in ({"itemsize": 8}, {"itemsize": 4, "backward": True}):
+        with pytest.raises(ValueError, match=r"resident schedule does not fit hidden size 20, .* spill registers"):
+            planned(cells.lnlstm, "resident", H=20, **more)
     assert "means over units" in unfit(cells.dreamer_gru.form, 4, 4) and unfit(cells.lstm.form, 4, 4) is None
 
 
