@@ -258,9 +258,8 @@ class _Problem:
         u_bytes = products * block_h * block_h * itemsize
         in_registers = u_bytes * _copies(itemsize, self.precision)
         u_in_registers = products > 0 and block_b == 8 and tensor_cores and not (self.backward and self.heavy)
-        u_in_registers = u_in_registers and in_registers <= (384 if self.cell.means else 512) * 32 * min(
-            8, block_h // 16
-        )
+        most = (384 if self.cell.means else 512) * 32 * min(8, block_h // 16)  # means over units need some themselves
+        u_in_registers = u_in_registers and in_registers <= most
         if u_in_registers and in_registers > 512 * 32 * num_warps:
             num_warps = 8
         needed = resident_bytes(products, H, itemsize, block_b, self.precision)
@@ -423,7 +422,7 @@ class _Problem:
         first = cell.first_products
         gates = 1 if self.backward else _power_of_2(max(first, cell.products - first), 1, 1 << 10)
         columns = (cell.products if self.backward else 1) * H
-        launches = max(1, self.levels) + (cell.published and not self.backward)
+        launches = max(1, self.levels) + (cell.published and not self.backward) + cell.means * self.levels
         # Long turns wait less often; in other types and before Hopper they spill (found with the report).
         most = 128 if itemsize == 2 and device.capability >= 90 else 128 // itemsize
         block_k = _power_of_2(H, 16, most)
