@@ -17,7 +17,9 @@ def unfit(H: int, itemsize: int, tiles: int, backward: bool, device: Device) -> 
     most = 1024 if itemsize < 8 else 512  # more, and a step would spill a thread's registers (found with the report)
     if most < H:
         why["stepwise"] = f"its step takes means over units, and one program has {most} at most"
-    if device is not INTERPRETER and (itemsize == 8 or (itemsize == 4 and backward and tiles > 16)):
+    blackwell = device.capability >= 100
+    many = tiles > 16 and (itemsize == 4 or blackwell) if backward else tiles > 6 and H > 64 and blackwell
+    if device is not INTERPRETER and (itemsize == 8 or many):
         why["resident"] = "the tiles of a step with means over units spill registers"  # likewise
     return why
 

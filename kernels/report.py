@@ -244,6 +244,7 @@ def measure(case: Case) -> list[Row]:
         p, arguments = launch.plan, launch.arguments
         flags = [k for k in ("FIRST", "LAST") if arguments.get(k)]
         phase = "+".join([str(arguments["PHASE"]), *flags]) if "PHASE" in arguments else "-"
+        phase = f"U {phase}" if launch.kernel.fn.__module__.endswith("streamed") else phase  # products alone
         rows.append(
             Row(
                 case=case,

@@ -227,7 +227,7 @@ def test_a_start_of_a_number_and_of_nothing():
 
 
 def planned(cell, schedule=None, H=64, **more):
-    return plan(cell.form, schedule=schedule, B=8, H=H, device=KNOWN["sm_90"], **{"itemsize": 2, **more})
+    return plan(cell.form, schedule=schedule, B=8, H=H, **{"itemsize": 2, "device": KNOWN["sm_90"], **more})
 
 
 def test_what_the_plan_refuses():
@@ -243,6 +243,10 @@ def test_what_the_plan_refuses():
     for more in ({"itemsize": 8}, {"itemsize": 4, "backward": True}):
         with pytest.raises(ValueError, match=r"resident schedule does not fit hidden size 20, .* spill registers"):
             planned(cells.lnlstm, "resident", H=20, **more)
+    for H, backward in ((64, False), (128, True)):
+        assert planned(cells.lnlstm, H=H, backward=backward, device=KNOWN["sm_90"]).schedule == "resident"
+    for H, backward in ((128, False), (20, True)):
+        assert planned(cells.lnlstm, H=H, backward=backward, device=KNOWN["sm_100"]).schedule == "stepwise"
     assert "means over units" in unfit(cells.dreamer_gru.form, 4, 4) and unfit(cells.lstm.form, 4, 4) is None
 
 
@@ -250,6 +254,11 @@ def test_grid_is_refused_where_it_is_asked_for():
     layer = seqcells.Recurrent(by_layer_norm, 2, 5, backend="triton:grid", device=DEVICE)
     with pytest.raises(ValueError, match="the grid schedule does not fit hidden size 5, batch 3: its step takes means"):
         layer(torch.ones(2, 3, 2, device=DEVICE))
+
+
+def test_check_leaves_out_what_cannot_run():
+    results = testing.check(by_layer_norm, device=DEVICE, backends=["triton:grid", "loop"], dtypes=["float64"])
+    assert [bool(r.errors) for r in results] == [False, True] and "takes means over units" in results[0].missing
 
 
 def test_the_words_of_explain():
