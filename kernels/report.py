@@ -366,7 +366,12 @@ def distinct(cases: Iterable[Case]) -> dict[Case, tuple[int, ...]]:
     first: dict[object, Case] = {}
     batches: dict[Case, list[int]] = {}
     for case in cases:
-        p = planned(case)
+        try:
+            p = planned(case)
+        except ValueError:
+            if cells.get(case.cell).means:
+                continue  # no schedule takes means over so many units
+            raise
         tile = p.schedule, p.block_h, p.block_b, p.block_k, p.num_warps, p.num_stages, p.u_in_registers
         representative = first.setdefault((replace(case, batch=0), tile), case)
         served = batches.setdefault(representative, [])
