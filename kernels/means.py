@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING
 from .devices import INTERPRETER, Device
 
 if TYPE_CHECKING:
+    from .form import Form
     from .plan import Plan
 
 
-def unfit(H: int, itemsize: int, tiles: int, backward: bool, device: Device) -> dict[str, str]:
+def unfit(cell: Form, H: int, itemsize: int, tiles: int, backward: bool, device: Device) -> dict[str, str]:
     """Why schedules cannot run such a cell, by their names, beside what keeps them from others. tiles: see `plan`."""
     why = {"grid": "its step takes means over units, which are spread over programs"}
-    most = 1024 if itemsize < 8 else 512  # more, and a step would spill a thread's registers (found with the report)
+    # More, and a step would spill a thread's registers (found with the report).
+    most = 512 if itemsize == 8 else 2048 if cell.gates + len(cell.apart) + cell.params < 10 else 1024
     if most < H:
         why["stepwise"] = f"its step takes means over units, and one program has {most} at most"
     blackwell = device.capability >= 100
@@ -32,4 +34,6 @@ def whole(plan: Plan, H: int, itemsize: int) -> Plan:
     elements = 4 if itemsize < 8 else 2  # that a thread has of each tile
     warps = max(4, block_h // (32 * elements))
     block_b = min(8, warps * 32 * elements // block_h)
-    return replace(plan, block_h=block_h, block_b=block_b, num_warps=warps, num_stages=1, waits=False)
+    registers = min(plan.registers, 65536 // (32 * warps))
+    tile = replace(plan, block_h=block_h, block_b=block_b, num_warps=warps, num_stages=1)
+    return replace(tile, registers=registers, waits=False)

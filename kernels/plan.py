@@ -424,7 +424,7 @@ class _Problem:
         columns = (cell.products if self.backward else 1) * H
         launches = max(1, self.levels) + (cell.published and not self.backward) + cell.means * self.levels
         # Long turns wait less often; in other types and before Hopper they spill (found with the report).
-        most = 128 if itemsize == 2 and device.capability >= 90 else 128 // itemsize
+        most = 128 if itemsize == 2 and device.capability >= 90 and not (cell.means and H % 128) else 128 // itemsize
         block_k = _power_of_2(H, 16, most)
         for block_h in (16, 32, 64):
             for block_b in (8, 16, 32, 64, 128):
@@ -483,7 +483,7 @@ def plan(
         raise ValueError(f"hidden size {H} is too large: the recurrent weights must have less than 2^31 elements")
     problem = _Problem(cell, B, H, groups, itemsize, device, precision, backward)
     unfit = {"resident": problem.unfit_resident(), "grid": problem.unfit_grid(), "stepwise": None}
-    unfit |= unfit_means(H, itemsize, problem.tiles, backward, device) if cell.means else {}
+    unfit |= unfit_means(cell, H, itemsize, problem.tiles, backward, device) if cell.means else {}
     if schedule is not None and unfit[schedule]:
         raise ValueError(f"the {schedule} schedule does not fit hidden size {H}, batch {B}: {unfit[schedule]}")
     names = [schedule] if schedule else [name for name in SCHEDULES if not unfit[name] and name not in avoid]

@@ -240,6 +240,9 @@ def test_what_the_plan_refuses():
             planned(cells.lngru, "stepwise", H=1025)
         with pytest.raises(ValueError, match="no schedule is left for hidden size 1025, batch 8; no resident: U would"):
             planned(cells.lngru, H=1025)
+        assert planned(cells.dreamer_gru, H=2048, backward=backward).schedule == "stepwise"
+        with pytest.raises(ValueError, match=r"stepwise schedule does not fit .*, and one program has 2048 at most"):
+            planned(cells.dreamer_gru, "stepwise", H=2049)
     for more in ({"itemsize": 8}, {"itemsize": 4, "backward": True}):
         with pytest.raises(ValueError, match=r"resident schedule does not fit hidden size 20, .* spill registers"):
             planned(cells.lnlstm, "resident", H=20, **more)

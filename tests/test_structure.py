@@ -17,7 +17,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.math": set(),
     "kernels.devices": set(),
     "kernels.cost": set(),
-    "kernels.means": {"kernels.devices", "kernels.plan"},  # of plan its type alone
+    "kernels.means": {"kernels.devices", "kernels.form", "kernels.plan"},  # of the last two types alone
     "kernels.plan": {"kernels.cost", "kernels.devices", "kernels.form", "kernels.means"},
     "kernels.registry": {"kernels.cells"},  # its type alone
     "kernels.cells": {"kernels.form", "kernels.registry"},
