@@ -412,7 +412,8 @@ class _Problem:
 
     def stepwise(self) -> Plan:
         tile, num_warps, num_stages, programs, cost, us = min(self._tiles(), key=lambda found: found[-1])
-        why = f"every step is a launch of {programs} programs over tiles of {tile[0]} units and {tile[1]} rows; {cost}"
+        end = f"rows{', then one with all units of a row in a program' * self.cell.means}; {cost}"
+        why = f"every step is a launch of {programs} programs over tiles of {tile[0]} units and {tile[1]} {end}"
         return self.made("stepwise", tile, num_warps, num_stages, programs, why, us)
 
     def _tiles(self) -> Iterator[tuple[tuple[int, int, int], int, int, int, Cost, float]]:
@@ -474,8 +475,7 @@ def plan(
 
     precision: what float32 products are done in. schedule: None takes the one that costs least, of those not in
     avoid; a name forces it.
-    ValueError for an unknown name, for a schedule that does not fit, where none is left, and for a U of 2^31 elements
-    or more.
+    ValueError for an unknown name, where a schedule does not fit or none is left, and for a U of 2^31 elements or more.
     """
     if schedule not in (None, *SCHEDULES):
         raise ValueError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")

@@ -235,7 +235,8 @@ def test_what_the_plan_refuses():
         with pytest.raises(ValueError, match=r"the grid schedule does not fit .*: its step takes means over units"):
             planned(cells.lngru, "grid", backward=backward)
         assert "no grid: its step takes means over units, which are spread" in planned(cells.lngru).why
-        assert planned(cells.lngru, H=1024, backward=backward).schedule == "stepwise"
+        assert ", then one with all units of a row" in planned(cells.lngru, H=1024, backward=backward).why
+        assert ", then one with all units" not in planned(cells.lstm, "stepwise", backward=backward).why
         with pytest.raises(ValueError, match=r"stepwise schedule does not fit .*, and one program has 1024 at most"):
             planned(cells.lngru, "stepwise", H=1025)
         with pytest.raises(ValueError, match="no schedule is left for hidden size 1025, batch 8; no resident: U would"):
