@@ -43,8 +43,9 @@ class Form:
 
     adds: for each product the tile of gx to which it only adds, so that both have one gradient; -1: it is apart, has a
     gradient of its own (in dhu), and its bias is added in the kernel. late: tiles of gx whose gradient an operand's
-    gradient reaches (`finish`). drawn: dropout masks, drawn in the kernel: for each whether it is drawn once for a
-    sequence, not at each step; those that are come first.
+    gradient reaches (`finish`). means: whether its functions take means over units, so that they need all units of a
+    row at once. drawn: dropout masks, drawn in the kernel: for each whether it is drawn once for a sequence, not at
+    each step; those that are come first.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Form:
     adds: tuple[int, ...]
     params: int = 0
     late: tuple[int, ...] = ()
+    means: bool = False
     drawn: tuple[bool, ...] = ()
     # What follows from these, as plain attributes: every scan asks for it.
     products: int = field(init=False, repr=False, compare=False)  # row blocks of U

@@ -24,6 +24,7 @@ from .cost import (
 )
 from .devices import INTERPRETER, KB, Device
 from .form import Form
+from .means import unfit as unfit_means
 
 SCHEDULES = ("resident", "grid", "stepwise")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -257,7 +258,8 @@ class _Problem:
         u_bytes = products * block_h * block_h * itemsize
         in_registers = u_bytes * _copies(itemsize, self.precision)
         u_in_registers = products > 0 and block_b == 8 and tensor_cores and not (self.backward and self.heavy)
-        u_in_registers = u_in_registers and in_registers <= 512 * 32 * min(8, block_h // 16)
+        most = (384 if self.cell.means else 512) * 32 * min(8, block_h // 16)  # means over units need some themselves
+        u_in_registers = u_in_registers and in_registers <= most
         if u_in_registers and in_registers > 512 * 32 * num_warps:
             num_warps = 8
         needed = resident_bytes(products, H, itemsize, block_b, self.precision)
@@ -410,7 +412,8 @@ class _Problem:
 
     def stepwise(self) -> Plan:
         tile, num_warps, num_stages, programs, cost, us = min(self._tiles(), key=lambda found: found[-1])
-        why = f"every step is a launch of {programs} programs over tiles of {tile[0]} units and {tile[1]} rows; {cost}"
+        end = f"rows{', then one with all units of a row in a program' * self.cell.means}; {cost}"
+        why = f"every step is a launch of {programs} programs over tiles of {tile[0]} units and {tile[1]} {end}"
         return self.made("stepwise", tile, num_warps, num_stages, programs, why, us)
 
     def _tiles(self) -> Iterator[tuple[tuple[int, int, int], int, int, int, Cost, float]]:
@@ -420,9 +423,9 @@ class _Problem:
         first = cell.first_products
         gates = 1 if self.backward else _power_of_2(max(first, cell.products - first), 1, 1 << 10)
         columns = (cell.products if self.backward else 1) * H
-        launches = max(1, self.levels) + (cell.published and not self.backward)
+        launches = max(1, self.levels) + (cell.published and not self.backward) + cell.means * self.levels
         # Long turns wait less often; in other types and before Hopper they spill (found with the report).
-        most = 128 if itemsize == 2 and device.capability >= 90 else 128 // itemsize
+        most = 128 if itemsize == 2 and device.capability >= 90 and not (cell.means and H % 128) else 128 // itemsize
         block_k = _power_of_2(H, 16, most)
         for block_h in (16, 32, 64):
             for block_b in (8, 16, 32, 64, 128):
@@ -431,9 +434,7 @@ class _Problem:
                 # What fits a thread's registers of the pointwise step and of the product (found with the report).
                 rows = gates * block_h
                 tile = block_h * block_b
-                if tile > (512 if exact or self.step_tiles > 4 else self._most_elements()) or rows * block_b > 16384:
-                    continue
-                if cell.drawn and tile > 2048 // itemsize:  # a mask's 64-bit numbers take registers, too (likewise)
+                if tile > self._most_elements(exact) or rows * block_b > 16384:
                     continue
                 num_warps = 8 if rows * block_b > 4096 or tile > 2048 else 4
                 programs = _ceil(H, block_h) * _ceil(B, block_b) * self.groups
@@ -449,11 +450,15 @@ class _Problem:
                 us = cost.total + max(0.0, memory - max(cost.u, cost.tensor))
                 yield (block_h, block_b, block_k), num_warps, num_stages, programs, cost, us
 
-    def _most_elements(self) -> int:
-        """Elements of a stepwise tile. Blackwell's products come back from tensor memory all at once."""
-        if not self.backward or self.cell.params:
-            return 4096
-        return 8192 if self.itemsize == 2 and self.device.capability < 100 else 4096
+    def _most_elements(self, exact: bool) -> int:
+        """Elements of a stepwise tile. Blackwell's products come back from tensor memory all at once. What masks are
+        drawn with takes registers, too (found with the report)."""
+        most = 8192 if self.itemsize == 2 and self.device.capability < 100 else 4096
+        if exact or self.step_tiles > 4:
+            most = 512
+        elif not self.backward or self.cell.params:
+            most = 4096
+        return min(most, 2048 // self.itemsize) if self.cell.drawn else most
 
 
 @cache
@@ -474,8 +479,7 @@ def plan(
 
     precision: what float32 products are done in. schedule: None takes the one that costs least, of those not in
     avoid; a name forces it.
-    ValueError for an unknown name, for a schedule that does not fit, where none is left, and for a U of 2^31 elements
-    or more.
+    ValueError for an unknown name, where a schedule does not fit or none is left, and for a U of 2^31 elements or more.
     """
     if schedule not in (None, *SCHEDULES):
         raise ValueError(f"unknown schedule {schedule!r}: expected one of {', '.join(SCHEDULES)}")
@@ -483,11 +487,13 @@ def plan(
         raise ValueError(f"hidden size {H} is too large: the recurrent weights must have less than 2^31 elements")
     problem = _Problem(cell, B, H, groups, itemsize, device, precision, backward)
     unfit = {"resident": problem.unfit_resident(), "grid": problem.unfit_grid(), "stepwise": None}
+    unfit |= unfit_means(cell, H, itemsize, problem.tiles, backward, device) if cell.means else {}
     if schedule is not None and unfit[schedule]:
         raise ValueError(f"the {schedule} schedule does not fit hidden size {H}, batch {B}: {unfit[schedule]}")
     names = [schedule] if schedule else [name for name in SCHEDULES if not unfit[name] and name not in avoid]
     if not names:
-        raise ValueError(f"no schedule is left for hidden size {H}, batch {B}")
+        no = "".join(f"; no {name}: {why}" for name, why in unfit.items() if why)
+        raise ValueError(f"no schedule is left for hidden size {H}, batch {B}{no}")
     found = {name: getattr(problem, name)() for name in names}
     # Interpreted, a barrier is a launch, so grid has no advantage.
     if schedule is None and device is INTERPRETER and len(found) > 1:
@@ -495,6 +501,4 @@ def plan(
     best = min(found.values(), key=lambda p: p.microseconds)
     others = [f"{p.schedule} would take {p.microseconds:.2f} us" for p in found.values() if p is not best]
     others += [f"no {name}: {why}" for name, why in unfit.items() if why and schedule is None]
-    if not others:
-        return best
-    return replace(best, why="; ".join([best.why, *others]))
+    return replace(best, why="; ".join([best.why, *others])) if others else best

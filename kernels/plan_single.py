@@ -38,6 +38,8 @@ def slots(cell: Form) -> int:
 def unfit(cell: Form, I: int, H: int, inputs: int = 0) -> str | None:  # noqa: E741  (the project's letter)
     """Why one launch cannot do this cell's step; None if it can. inputs: how many of the tiles of gx are per-step
     inputs."""
+    if cell.means:
+        return "its means over units need the products of every unit, and a launch cannot wait for all its programs"
     if inputs:
         return "its per-step inputs are not products of x"
     if cell.drawn:

@@ -20,6 +20,7 @@ from .tiles import (
     load_tiles,
     not_reset,
     pack_tiles,
+    shares,
     store_tiles,
 )
 
@@ -60,6 +61,7 @@ def kernel(
     at_once = (((row % B) * GROUPS + group) * H)[None, :] + units[:, None]
     params = params + draw(dropout_ptr, at_once, DRAWN, True, ACC)
     params = params + draw(dropout_ptr, (line * H)[None, :] + units[:, None], DRAWN, False, ACC)
+    params = params + shares(units, H, ACC)
     if PHASE == 0:
         v = OPERANDS_1(gx, states, params, FAST)
         store_tiles(v_ptr, (line * (LEVEL * H))[None, :] + units[:, None], mask, v, 0, LEVEL, H)

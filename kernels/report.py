@@ -248,6 +248,7 @@ def measure(case: Case) -> list[Row]:
         p, arguments = launch.plan, launch.arguments
         flags = [k for k in ("FIRST", "LAST") if arguments.get(k)]
         phase = "+".join([str(arguments["PHASE"]), *flags]) if "PHASE" in arguments else "-"
+        phase = f"U {phase}" if launch.kernel.fn.__module__.endswith("streamed") else phase  # products alone
         rows.append(
             Row(
                 case=case,
@@ -369,7 +370,12 @@ def distinct(cases: Iterable[Case]) -> dict[Case, tuple[int, ...]]:
     first: dict[object, Case] = {}
     batches: dict[Case, list[int]] = {}
     for case in cases:
-        p = planned(case)
+        try:
+            p = planned(case)
+        except ValueError:
+            if cells.get(case.cell).means:
+                continue  # no schedule takes means over so many units
+            raise
         tile = p.schedule, p.block_h, p.block_b, p.block_k, p.num_warps, p.num_stages, p.u_in_registers
         representative = first.setdefault((replace(case, batch=0), tile), case)
         served = batches.setdefault(representative, [])

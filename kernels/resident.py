@@ -57,8 +57,10 @@ from .tiles import (
     pack_tiles,
     products,
     replace_tile,
+    shares,
     sum_products,
     unpack_tiles,
+    zero_sums,
     zeros,
 )
 
@@ -130,6 +132,7 @@ def forward_kernel(
         fixed = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
     element = (r * (GROUPS * H))[None, :] + units[:, None] + line
     fixed = fixed + draw(dropout_ptr, element, DRAWN, True, ACC)
+    share = shares(units, H, ACC)
 
     states = read_tiles(y_ptr, from_h, readable, 1, 0)
     if STATES > 1:
@@ -158,7 +161,7 @@ def forward_kernel(
             mask_ptr += sign * B
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
             states = keep_rows(states, not_reset(code, PADDING), STATES)
-        params = fixed + draw(dropout_ptr, element + (step + sign * t) * per_step, DRAWN, False, ACC)
+        params = fixed + draw(dropout_ptr, element + (step + sign * t) * per_step, DRAWN, False, ACC) + share
         hu = ()
         if OPERANDS > 0:
             v = states
@@ -297,7 +300,8 @@ def backward_kernel(
         fixed = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
     element = (r * (GROUPS * H))[None, :] + units[:, None] + (row0 * GROUPS + group) * H
     fixed = fixed + draw(dropout_ptr, element, DRAWN, True, ACC)
-    sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)  # of the trained vectors' gradients over the steps
+    share = shares(units, H, ACC)
+    sums = zero_sums(PARAMS, BLOCK_H, BLOCK_B, ACC)  # of the trained vectors' gradients over the steps
     zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     dstates = (zero,)
     if dhn_ptr is not None:
@@ -341,7 +345,7 @@ def backward_kernel(
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
             entering = keep_rows(before, not_reset(code, PADDING), STATES)
         dstates = add_outer(dstates, dy, dcs, code, PADDING)
-        params = fixed + draw(dropout_ptr, element + (step - sign * t) * per_step, DRAWN, False, ACC)
+        params = fixed + draw(dropout_ptr, element + (step - sign * t) * per_step, DRAWN, False, ACC) + share
         dm = ()
         if LEVEL < OPERANDS:
             d_second, m = BACKWARD_2(dstates, saved, entering, after, params, FAST)
@@ -406,4 +410,5 @@ def backward_kernel(
         write_tiles(dc0_ptr + state0 * C, rows * (C * H) + tile_units, mask, dstates, 1, STATES, H)
     dparams_at = (tl.program_id(0).to(tl.int64) * GROUPS + group) * (PARAMS * H)
     for n in tl.static_range(PARAMS):
-        tl.store(dparams_ptr + dparams_at + n * H + units, tl.sum(sums[n], 1), mask=units < H)
+        total = sums[n] if len(sums[n].shape) == 1 else tl.sum(sums[n], 1)
+        tl.store(dparams_ptr + dparams_at + n * H + units, total, mask=units < H)

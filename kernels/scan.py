@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import grid, resident, stepwise
+from . import grid, means, resident, stepwise, streamed
 from . import recompute as recompute_schedule
 from .buffers import Gradients, Scanned, is_reversed, previous_outputs, steps
 from .cells import Cell
@@ -80,7 +80,7 @@ def compile_options(plan: Plan) -> dict[str, object]:
 
 def run(launch: Launch) -> None:
     """Launch it on the device of its tensors."""
-    device = launch.arguments["y_ptr"].device
+    device = next(given for given in launch.arguments.values() if isinstance(given, Tensor)).device
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         launch.kernel[launch.grid](
@@ -233,6 +233,13 @@ def _programs(plan: Plan, B: int, K: int, H: int) -> tuple[int, ...]:
     return (tiles, K) if plan.schedule == "resident" else (-(-H // plan.block_h), tiles, K)
 
 
+def _products(kernel: Any, arguments: dict[str, Any], plan: Plan) -> Launch:
+    """A launch of one of `streamed`, with those of stepwise's arguments that it takes, and the plan's own tiles."""
+    arguments = {**arguments, "BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b}
+    programs = _programs(plan, arguments["B"], arguments["GROUPS"], arguments["H"])
+    return Launch(kernel, programs, {name: arguments[name] for name in kernel.arg_names}, plan)
+
+
 def _launch_grid(
     kernel: object,
     arguments: dict[str, Any],
@@ -290,14 +297,17 @@ def forward(
         _start(out.c, c0, reversed if save != "none" else 0)
     u, bias, params, dropout, mask = _aligned(u, bias, params, dropout, mask)
     mask_type = None if mask is None else mask.dtype
-    constants = _forward_constants(cell, plan, (K, H, reversed), u.dtype, mask_type, precision, save)
+    units = plan  # of the launches that call the cell's functions
+    if cell.means and plan.schedule == "stepwise":
+        units = means.whole(plan, H, u.element_size())
+    constants = _forward_constants(cell, units, (K, H, reversed), u.dtype, mask_type, precision, save)
     arguments = {
         "gx_ptr": gx, "u_ptr": u, "bias_ptr": bias, "params_ptr": params, "dropout_ptr": dropout, "y_ptr": out.y,
         "c_ptr": out.c,
         "saved_ptr": out.saved, "mask_ptr": None if mask is None else mask.view(torch.uint8), "T": T, "B": B,
         **constants,
     }  # fmt: skip
-    programs = _programs(plan, B, K, H)
+    programs = _programs(units, B, K, H)
     if plan.schedule == "resident":
         launch(Launch(resident.forward_kernel, programs, {**arguments, "hn_ptr": out.hn, "cn_ptr": out.cn}, plan))
         return out
@@ -306,11 +316,12 @@ def forward(
     _fill(sh, h0)
     _fill(sc, c0)
     second = len(cell.operands) - cell.level
+    kept = cell.products if cell.means else cell.first_products if second else 0
     arguments |= {
         "sh_ptr": sh,
         "sc_ptr": sc,
         "v_ptr": gx.new_empty(2, B, K, cell.level * H) if cell.published else None,
-        "hu_first_ptr": _scratch(gx, K, B, cell.first_products * H) if second else None,
+        "hu_first_ptr": _scratch(gx, K, B, kept * H) if kept else None,
         "m_ptr": gx.new_empty(B, K, second * H) if second else None,
     }
     phases = (0,) * cell.published + (1, 2)[: 2 if second else 1]
@@ -325,8 +336,10 @@ def forward(
         for t in range(T):
             for phase in phases:
                 varying: dict[str, object] = {"t": t, "PHASE": phase, "BLOCK_K": plan.block_k}
-                varying |= {"h_ptr": h[t % 2], "h_after_ptr": h[1 - t % 2]}
-                launch(Launch(stepwise.forward_kernel, programs, {**arguments, **varying}, plan))
+                varying |= {"h_ptr": h[t % 2], "h_after_ptr": h[1 - t % 2], "WHOLE": cell.means}
+                if phase and cell.means and cell.operands:
+                    launch(_products(streamed.forward_kernel, {**arguments, **varying}, plan))
+                launch(Launch(stepwise.forward_kernel, programs, {**arguments, **varying}, units))
     out.hn.copy_(sh)
     out.cn.copy_(sc)
     return out
@@ -372,12 +385,15 @@ def backward(
     """
     T, B, K, H = steps(y, reversed), *y.shape[1:]
     out = allocate_gradients(cell, y, reversed)
-    programs = _programs(plan, B, K, H)
+    units = plan  # of the launches that call the cell's functions
+    if cell.means and plan.schedule == "stepwise":
+        units = means.whole(plan, H, u.element_size())
+    programs = _programs(units, B, K, H)
     # A program adds for its own rows, in a fixed order: two runs give the same bits.
-    shares = _scratch(y, -(-B // plan.block_b), *out.dparams.shape).zero_() if cell.params else None
+    shares = _scratch(y, -(-B // units.block_b), *out.dparams.shape).zero_() if cell.params else None
     dy, dhn, dcn, dcs, u, params, dropout, mask = _aligned(dy, dhn, dcn, dcs, u, params, dropout, mask)
     mask_type = None if mask is None else mask.dtype
-    constants = _backward_constants(cell, plan, (K, H, reversed), u.dtype, mask_type, precision)
+    constants = _backward_constants(cell, units, (K, H, reversed), u.dtype, mask_type, precision)
     arguments = {
         "dy_ptr": dy, "dcs_ptr": dcs, "u_ptr": u, "params_ptr": params, "dropout_ptr": dropout, "y_ptr": y,
         "c_ptr": c, "saved_ptr": saved, "mask_ptr": None if mask is None else mask.view(torch.uint8),
@@ -398,10 +414,16 @@ def backward(
     else:
         if _rounds_before(precision, u.dtype):
             arguments["u_ptr"] = _rounded(u)
+        arguments["dv_ptr"] = dv = _scratch(y, K, B, len(cell.operands) * H) if cell.means and cell.operands else None
         for t in range(T - 1, -2, -1):
             for phase in phases if t >= 0 else phases[:1]:
                 varying = {"t": t, "PHASE": phase, "FIRST": t == T - 1, "LAST": t < 0, "BLOCK_K": plan.block_k}
-                launch(Launch(stepwise.backward_kernel, programs, {**arguments, **varying}, plan))
+                if dv is not None and phase == phases[0] and t < T - 1:
+                    of_next = {"t": t + 1, "PHASE": 2}
+                    launch(_products(streamed.backward_kernel, {**arguments, **varying, **of_next}, plan))
+                if dv is not None and phase and len(phases) > 1:
+                    launch(_products(streamed.backward_kernel, {**arguments, **varying}, plan))
+                launch(Launch(stepwise.backward_kernel, programs, {**arguments, **varying}, units))
     out.dh0.copy_(dsh)
     out.dc0.copy_(dsc)
     return out if shares is None else out._replace(dparams=shares.sum(0))
@@ -433,8 +455,11 @@ def recompute(
     m = gx.new_empty(N, K, second * H) if second else None
     bias, params, dropout, mask = _aligned(bias, params, dropout, mask)
     constants = _constants(cell, plan, (K, H, reversed), u.dtype, None if mask is None else mask.dtype, "ieee")
-    # Pointwise over T*B rows: any tile will do, and with this one loads are contiguous.
-    constants |= {"BLOCK_H": min(128, triton.next_power_of_2(H)), "BLOCK_B": 8}
+    if cell.means:
+        plan = means.whole(plan, H, u.element_size())
+        constants |= {"BLOCK_H": plan.block_h, "BLOCK_B": plan.block_b}
+    else:  # pointwise over T*B rows: any tile will do, and with this one loads are contiguous
+        constants |= {"BLOCK_H": min(128, triton.next_power_of_2(H)), "BLOCK_B": 8}
     constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
     del constants["PRECISION"]
     arguments = {

@@ -1,12 +1,15 @@
 """Schedule `stepwise`: one launch a step, and forward one more where the operands of level 1 have to be published, and
 one more for those of level 2; U streamed from L2; any H, any B.
 
-Each program owns BLOCK_H units of BLOCK_B rows. A launch orders the steps, so no program waits for another.
+Each program owns BLOCK_H units of BLOCK_B rows. A launch orders the steps, so no program waits for another. A cell that
+takes means over units (WHOLE) needs all units of a row in one program: then the products are launches of their own
+(`streamed`), before those here, which find their results.
 Shapes as in `resident`, and per-launch scratch in the accumulation type:
     sh, sc    [K, B, H], [K, B, (S-1)*H]  the first state and the others in full precision, in place: a program reads
               and writes its own tile only, with a barrier between (the compiler may load and store a tile in different
               register layouts, so that one warp would overwrite what another has not read yet)
-    hu_first  [K, B, .*H]  recurrent products of level 1, from PHASE 1 to PHASE 2
+    hu_first  [K, B, .*H]  recurrent products of level 1, from PHASE 1 to PHASE 2; WHOLE: all, without their biases
+    dv        [K, B, .*H]  WHOLE: the gradients of the operands
     dsh, dsc  gradients of the states, without what step t+1 still has to send through U; in place likewise, as dparams
 and in the data's type:
     v         [., B, K, .*H] (of the first axis only the first is used)  the operands of level 1, where published
@@ -19,8 +22,9 @@ otherwise h is None, and y is read. (Rounded where they stream, U and h would do
 import triton
 import triton.language as tl
 
-from .math import operand, product
+from .math import operand
 from .random import draw_all
+from .streamed import stream, through
 from .tiles import (
     active,
     add_outer,
@@ -32,7 +36,6 @@ from .tiles import (
     computed_before,
     finish_step,
     first_product,
-    gate_rows,
     is_in,
     keep_rows,
     load_mask,
@@ -44,39 +47,11 @@ from .tiles import (
     others_are_operands,
     pack_tiles,
     replace_tile,
-    split_gates,
+    shares,
     store_tiles,
     unpack_tiles,
     zeros,
 )
-
-
-@triton.jit
-def _product(
-    u_ptr, unit0, x_ptr, X: tl.constexpr, line, row_mask, keep, H: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, MASKED: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """U[n] @ x for the products n in FROM..TO as a tuple, streaming U [products*H, H] and x [rows, X*H] in tiles of
-    BLOCK_K. If MASKED, zero in the rows where keep is false.
-
-    One product of all their rows, unit by unit: one operand of U for the compiler to pipeline, one accumulator.
-    """
-    PADDED: tl.constexpr = triton.next_power_of_2(TO - FROM)
-    at_m, valid_m = gate_rows(tl.arange(0, BLOCK_H * PADDED), unit0, FROM, TO, H, PADDED)
-    k = tl.arange(0, BLOCK_K)
-    at_u = at_m[:, None] + k[None, :]
-    at_x = line[None, :] * (X * H) + k[:, None]
-    acc = tl.zeros([PADDED * BLOCK_H, BLOCK_B], ACC)
-    for k0 in range(0, H, BLOCK_K):
-        x = tl.load(x_ptr + at_x + k0, mask=row_mask[None, :] & (k0 + k[:, None] < H), other=0.0)
-        U = tl.load(u_ptr + at_u + k0, mask=valid_m[:, None] & (k0 + k[None, :] < H), other=0.0)
-        acc = product(U, x.to(U.dtype), acc, PRECISION)
-    if MASKED:
-        # The product and not its operand: rows do not mix. Triton gives an operand the width of the narrowest load that
-        # it comes from; that of the mask's byte has no float64 product.
-        acc = tl.where(keep[None, :], acc, 0.0)
-    return split_gates(acc, TO - FROM, PADDED, BLOCK_H, BLOCK_B)
 
 
 @triton.jit(do_not_specialize=["t", "T", "B"])
@@ -88,7 +63,8 @@ def forward_kernel(
     G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
     PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr,
-    PADDING: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, DRAWN: tl.constexpr,
+    PADDING: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, WHOLE: tl.constexpr,
+    DRAWN: tl.constexpr,
 ):  # fmt: skip
     """Step t. PHASE 0: the operands of level 1. PHASE 1: their products, and the step if there is no level 2; else the
     operands of level 2. PHASE 2: their products, and the step."""
@@ -129,12 +105,18 @@ def forward_kernel(
     params = ()
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
+    share = shares(units, H, ACC)
     start = biases(bias_ptr, units, tl.zeros([BLOCK_H, BLOCK_B], ACC), ADDS, H)
-    at_first = (in_group * (FIRST * H))[None, :] + units[:, None]
+    at_hu = (in_group * ((PRODUCTS if WHOLE else FIRST) * H))[None, :] + units[:, None]
     hu = ()
-    if PHASE == 1 and PUBLISHED:
+    if PHASE > 0 and WHOLE:
+        THERE: tl.constexpr = FIRST if PHASE == 1 else PRODUCTS
+        sums = load_tiles(hu_first_ptr, at_hu, mask, THERE, H, ACC)
+        for n in tl.static_range(THERE):
+            hu = hu + (sums[n] + start[n],)
+    elif PHASE == 1 and PUBLISHED:
         for j in tl.static_range(LEVEL):
-            sums = _product(
+            sums = stream(
                 u_ptr, unit0, v_ptr + j * H, LEVEL, line, row_mask, row_mask, H,
                 first_product(GATES, j), first_product(GATES, j + 1),
                 BLOCK_H, BLOCK_B, BLOCK_K, ACC, False, PRECISION,
@@ -144,7 +126,7 @@ def forward_kernel(
     elif PHASE == 1 and LEVEL > 0:
         if h_ptr is None:
             h_ptr = y_ptr - sign * per_step
-        sums = _product(
+        sums = stream(
             u_ptr, unit0, h_ptr, 1, line, row_mask, not_reset(code, PADDING), H, 0, FIRST,
             BLOCK_H, BLOCK_B, BLOCK_K, ACC, mask_ptr is not None, PRECISION,
         )  # fmt: skip
@@ -153,22 +135,23 @@ def forward_kernel(
     elif PHASE == 2:
         second = ()
         for j in tl.static_range(M):
-            second = second + _product(
+            second = second + stream(
                 u_ptr, unit0, m_ptr + j * H, M, line, row_mask, row_mask, H,
                 first_product(GATES, LEVEL + j), first_product(GATES, LEVEL + j + 1),
                 BLOCK_H, BLOCK_B, BLOCK_K, ACC, False, PRECISION,
             )  # fmt: skip
-        hu = load_tiles(hu_first_ptr, at_first, mask, FIRST, H, ACC)
+        hu = load_tiles(hu_first_ptr, at_hu, mask, FIRST, H, ACC)
         for n in tl.static_range(PRODUCTS - FIRST):
             hu = hu + (second[n] + start[FIRST + n],)
 
     # After the products, which leave no registers for them.
-    params = params + draw_all(dropout_ptr, at_h, step * per_step, DRAWN, ACC)
+    params = params + draw_all(dropout_ptr, at_h, step * per_step, DRAWN, ACC) + share
     if PHASE == 0:
         v = operands(OPERANDS_1(gx, states, params, FAST), LEVEL, v_ptr.dtype.element_ty, PRECISION)
         store_tiles(v_ptr, (line * (LEVEL * H))[None, :] + units[:, None], mask, v, 0, LEVEL, H)
     elif PHASE == 1 and M > 0:
-        store_tiles(hu_first_ptr, at_first, mask, hu, 0, FIRST, H)
+        if not WHOLE:
+            store_tiles(hu_first_ptr, at_hu, mask, hu, 0, FIRST, H)
         m = operands(OPERANDS_2(gx, hu, states, params, FAST), M, m_ptr.dtype.element_ty, PRECISION)
         store_tiles(m_ptr, (line * (M * H))[None, :] + units[:, None], mask, m, 0, M, H)
     else:
@@ -190,42 +173,6 @@ def forward_kernel(
             at_s = (line * (WORDS * H))[None, :] + units[:, None]
             words = pack_tiles(saved, SAVED, SAVED_PACK, y_ptr.dtype.element_ty)
             store_tiles(saved_ptr + step * per_step * WORDS, at_s, mask, words, 0, WORDS, H)
-
-
-@triton.jit
-def _accumulate_transposed(
-    acc, u_ptr, d_ptr, d_stride, units, line, row_mask, H: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
-    BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + the sum of U[n]^T @ d[n] over the products n in FROM..TO; d_ptr is the start of d[FROM]."""
-    k = tl.arange(0, BLOCK_K)
-    TILES: tl.constexpr = (H + BLOCK_K - 1) // BLOCK_K
-    # One loop over products and tiles: one pipeline, and none is unrolled next to the others.
-    for i in range((TO - FROM) * TILES):
-        n = i // TILES
-        ks = (i % TILES) * BLOCK_K + k
-        at_d = line[None, :] * d_stride + n * H + ks[:, None]
-        d = tl.load(d_ptr + at_d, mask=row_mask[None, :] & (ks[:, None] < H), other=0.0)
-        at_u = ((FROM + n) * H + ks)[None, :] * H + units[:, None]
-        U = tl.load(u_ptr + at_u, mask=(units[:, None] < H) & (ks[None, :] < H), other=0.0)
-        acc = product(U, operand(d, U.dtype, PRECISION), acc, PRECISION)
-    return acc
-
-
-@triton.jit
-def _through(
-    acc, OPERAND: tl.constexpr, SEGMENTS: tl.constexpr, u_ptr, dgx_ptr, dhu_ptr, dgx_stride, dhu_stride, units, line,
-    row_mask, H: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """acc + the gradient of an operand, through U^T. dgx_ptr, dhu_ptr: where the step's gradients begin."""
-    for s in tl.static_range(len(SEGMENTS) // 5):
-        if SEGMENTS[5 * s] == OPERAND:
-            acc = _accumulate_transposed(
-                acc, u_ptr, (dhu_ptr if SEGMENTS[5 * s + 3] else dgx_ptr) + SEGMENTS[5 * s + 4] * H,
-                dhu_stride if SEGMENTS[5 * s + 3] else dgx_stride, units, line, row_mask, H,
-                SEGMENTS[5 * s + 1], SEGMENTS[5 * s + 1] + SEGMENTS[5 * s + 2], BLOCK_K, PRECISION,
-            )  # fmt: skip
-    return acc
 
 
 @triton.jit
@@ -255,7 +202,7 @@ def _load_saved(
 @triton.jit(do_not_specialize=["t", "T", "B"])
 def backward_kernel(
     dy_ptr, dcs_ptr, u_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, dgx_ptr, dhu_ptr, m_ptr,
-    dparams_ptr, dsh_ptr, dsc_ptr, t, T, B,
+    dparams_ptr, dsh_ptr, dsc_ptr, dv_ptr, t, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
@@ -296,6 +243,7 @@ def backward_kernel(
     at_m = (line * (STORED * H))[None, :] + units[:, None]
     at_state = ((group * B + row) * H)[None, :] + units[:, None]
     at_others = ((group * B + row) * (C * H))[None, :] + units[:, None]
+    at_dv = ((group * B + row) * (OPERANDS * H))[None, :] + units[:, None]
     dgx_ptr += step * per_step * G
     if APART > 0:
         dhu_ptr += step * per_step * APART
@@ -306,6 +254,7 @@ def backward_kernel(
     if PARAMS > 0:
         params = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
         dparams_ptr += (tl.program_id(1).to(tl.int64) * GROUPS + group) * (PARAMS * H)
+    share = shares(units, H, ACC)
     sums = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)
 
     dstates = load_tiles(dsh_ptr, at_state, mask, 1, 0, ACC)
@@ -315,10 +264,13 @@ def backward_kernel(
         dv = ()
         for n in tl.static_range(LEVEL):
             d = tl.zeros([BLOCK_H, BLOCK_B], ACC) if STATE_OF[n] < 0 else dstates[STATE_OF[n]]
-            d = _through(
-                d, n, SEGMENTS, u_ptr, dgx_ptr + advance * G, dhu_ptr + advance * APART if APART > 0 else dhu_ptr,
-                G * H, APART * H, units, line, row_mask, H, BLOCK_K, PRECISION,
-            )  # fmt: skip
+            if dv_ptr is None:
+                d = through(
+                    d, n, SEGMENTS, u_ptr, dgx_ptr + advance * G, dhu_ptr + advance * APART if APART > 0 else dhu_ptr,
+                    G * H, APART * H, units, line, row_mask, H, BLOCK_K, PRECISION,
+                )  # fmt: skip
+            else:
+                d = d + tl.load(dv_ptr + at_dv + n * H, mask=mask, other=0.0)
             if STATE_OF[n] >= 0:
                 dstates = replace_tile(dstates, STATE_OF[n], d)
             else:
@@ -336,7 +288,7 @@ def backward_kernel(
             next_saved = _load_saved(saved_ptr, line, units, mask, at, SAVED, PACK, H, TYPE, ACC)
             next_dgx = load_tiles(dgx_ptr + advance * G, at_g, mask, G, H, ACC)
             nothing = zeros(PARAMS, BLOCK_H, BLOCK_B, ACC)
-            next_params = params + draw_all(dropout_ptr, at_h, at, DRAWN, ACC)
+            next_params = params + draw_all(dropout_ptr, at_h, at, DRAWN, ACC) + share
             next_dgx, dstates, dparams = finish_step(
                 FINISH, next_dgx, dstates, nothing, dv, next_saved, next_before, next_after, next_params, code_after,
                 FAST, PADDING,
@@ -379,7 +331,7 @@ def backward_kernel(
         dstates = add_outer(dstates, dy, dcs, code, PADDING)
 
         if PHASE == 0:
-            params = params + draw_all(dropout_ptr, at_h, step * per_step, DRAWN, ACC)
+            params = params + draw_all(dropout_ptr, at_h, step * per_step, DRAWN, ACC) + share
             d_second, m = BACKWARD_2(dstates, saved, before, after, params, FAST)
             if PADDING:
                 d_second = keep_rows(d_second, active(code), PRODUCTS - FIRST_PRODUCTS)
@@ -398,12 +350,15 @@ def backward_kernel(
         else:
             dm = ()
             for n in tl.static_range(LEVEL, OPERANDS):
-                d = _through(
-                    tl.zeros([BLOCK_H, BLOCK_B], ACC), n, SEGMENTS, u_ptr, dgx_ptr, dhu_ptr, G * H, APART * H, units,
-                    line, row_mask, H, BLOCK_K, PRECISION,
-                )  # fmt: skip
+                if dv_ptr is None:
+                    d = through(
+                        tl.zeros([BLOCK_H, BLOCK_B], ACC), n, SEGMENTS, u_ptr, dgx_ptr, dhu_ptr, G * H, APART * H,
+                        units, line, row_mask, H, BLOCK_K, PRECISION,
+                    )  # fmt: skip
+                else:
+                    d = tl.load(dv_ptr + at_dv + n * H, mask=mask, other=0.0)
                 dm = dm + (d,)
-            params = params + draw_all(dropout_ptr, at_h, step * per_step, DRAWN, ACC)
+            params = params + draw_all(dropout_ptr, at_h, step * per_step, DRAWN, ACC) + share
             dgx, dhu, new, dparams, computed = STEP(dstates, dm, saved, before, after, params, FAST)
             dgx, dhu, dstates, computed = before_step(dgx, dhu, new, computed, dstates, code, PADDING)
             if PARAMS > 0:

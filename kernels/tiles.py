@@ -271,11 +271,22 @@ def finish_step(
 
 @triton.jit
 def add_params(total, dparams, valid, code, PADDING: tl.constexpr):
-    """total + dparams, tile by tile, of the rows that exist and take the step."""
+    """total (see `zero_sums`) + dparams, tile by tile, of the rows that exist and take the step."""
     keep = valid & active(code) if PADDING else valid
     out = ()
     for n in tl.static_range(len(total)):
-        out = out + (total[n] + tl.where(keep[None, :], dparams[n], 0.0),)
+        more = tl.where(keep[None, :], dparams[n], 0.0)
+        out = out + (total[n] + (tl.sum(more, 1) if len(total[n].shape) == 1 else more),)
+    return out
+
+
+@triton.jit
+def zero_sums(PARAMS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr):
+    """Zero sums of the trained vectors' gradients, which a program carries from step to step: tiles; of more than eight
+    vectors they would spill registers (found with the report), and rows are summed at each step."""
+    out = ()
+    for _ in tl.static_range(PARAMS):
+        out = out + (tl.zeros([BLOCK_H], ACC) if PARAMS > 8 else tl.zeros([BLOCK_H, BLOCK_B], ACC),)
     return out
 
 
@@ -286,6 +297,12 @@ def load_params(params_ptr, units, PARAMS: tl.constexpr, H: tl.constexpr, ACC: t
     for n in tl.static_range(PARAMS):
         out = out + (tl.load(params_ptr + n * H + units, mask=units < H, other=0.0).to(ACC)[:, None],)
     return out
+
+
+@triton.jit
+def shares(units, H: tl.constexpr, ACC: tl.constexpr):
+    """What `math.mean` multiplies: a tuple of one tile [units, 1], 1/H of the units that exist and 0 beyond H."""
+    return (tl.where(units < H, tl.full([1], 1, ACC) / H, 0.0)[:, None],)
 
 
 @triton.jit

@@ -110,10 +110,11 @@ class Cell:
 
     name: its name in functions. key: its name in operators and registries; a cell that is defined again under the same
     name has a new key. gates, states, params, inputs: their names, in order. scalars: those params that are one number.
-    constants: {name: number}. outputs: (), or the name of a result that is the output in place of the first state.
-    biased: the gates that have biases. step: the function. base: the cell that this one is with other constants; None
-    if it is not. dropout: the name of the step's last argument, a dropout mask; "" if it has none. drawn: of a cell
-    made by `drawn.dropped`, the names of its masks, and whether one is drawn once for a sequence.
+    starts: {param: number}, where a layer does not start at random. constants: {name: number}. outputs: (), or the name
+    of a result that is the output in place of the first state. biased: the gates that have biases. step: the function.
+    base: the cell that this one is with other constants; None if it is not. dropout: the name of the step's last
+    argument, a dropout mask; "" if it has none. drawn: of a cell made by `drawn.dropped`, the names of its masks, and
+    whether one is drawn once for a sequence.
 
     Attributes that are derived from the step (form, x_gates and the rest) are computed when they are first read. This
     raises CellError if no kernels can be derived from the step.
@@ -128,6 +129,7 @@ class Cell:
     states: tuple[str, ...]
     params: tuple[str, ...]
     scalars: tuple[str, ...]
+    starts: Mapping[str, float]
     inputs: tuple[str, ...]
     constants: Mapping[str, float]
     outputs: tuple[str, ...]
@@ -360,11 +362,13 @@ def cell(
     x.k is gate k's input product, including its bias b_ih. U.k(v) is gate k's recurrent product with v, including its
     bias b_hh. v is a state, or any value of a state's shape that the step computes. It may itself depend on recurrent
     products, in at most two levels. A gate may have only one of the two products. All tensors are [B, H]. Otherwise the
-    step may use elementwise torch functions and numbers. The values of numbers from outside the step are read once,
-    when its kernels are derived.
+    step may use elementwise torch functions and numbers, means over the units, v.mean(-1, keepdim=True), and
+    torch.nn.functional's layer_norm and rms_norm over v.shape[-1:]. The values of numbers from outside the step are
+    read once, when its kernels are derived.
 
     After the states, the step takes by their names, in this order:
-    params: trained vectors with one number for each unit, [H]; "alpha:1" is one number for all units.
+    params: trained vectors with one number for each unit, [H]; "alpha:1" is one number for all units, and "gain=1"
+        starts at 1 in a layer (the others are drawn at random).
     inputs: inputs of each step besides x, [B, H]; layers take them as [T, B] or [T, B, H].
     constants: numbers that a layer may set, such as "dt=0.042 gamma=2.7".
     dropout: one mask, [B, H], by which the step multiplies what a layer's candidate_dropout drops: 0 with that
@@ -389,7 +393,7 @@ def cell(
     step's line, if no kernels can be derived from the step.
     """
     gate_names, state_names = _names("gates", gates), _names("states", states)
-    param_names, scalars = _params(params)
+    param_names, scalars, starts = _params(params)
     input_names, numbers = _names("inputs", inputs, none=True), _constants(constants)
     output_names = _names("outputs", outputs, none=True)
     if len(output_names) > 1:
@@ -429,7 +433,7 @@ def cell(
             raise TypeError(f"the dropout mask {mask[0]} of {name} must have the default 1: {mask[0]}=1")
         keys = (name, *(f"{name}#{n}" for n in range(2, len(_BY_KEY) + 2)))
         key = next(k for k in keys if k not in _BY_KEY)
-        facts = (gate_names, state_names, param_names, scalars, input_names, numbers, output_names, biased)
+        facts = (gate_names, state_names, param_names, scalars, starts, input_names, numbers, output_names, biased)
         _BY_NAME[name] = Cell(name, key, *facts, step, dropout=dropout)
         return _BY_NAME[name]
 
@@ -447,17 +451,30 @@ def _names(argument: str, value: str, none: bool = False) -> tuple[str, ...]:
     return names
 
 
-def _params(value: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The names of all params, and of those that are one number."""
+def _params(value: str) -> tuple[tuple[str, ...], tuple[str, ...], dict[str, float]]:
+    """The names of all params, those that are one number, and the numbers that some start at."""
     if not isinstance(value, str):
-        raise checks.wrong("params", "a string of names, as 'p q alpha:1'", value)
-    parts = [part.partition(":") for part in value.split()]
-    for name, colon, size in parts:
+        raise checks.wrong("params", "a string of names, as 'p q=1 alpha:1'", value)
+    names, scalars, starts = list[str](), list[str](), dict[str, float]()
+    for part in value.split():
+        sized, equals, start = part.partition("=")
+        name, colon, size = sized.partition(":")
         if colon and size != "1":
-            raise ValueError(
-                f"params: {name}:{size} is neither {name}, one number a unit, nor {name}:1, one for all units"
-            )
-    return _names("params", " ".join(p[0] for p in parts), none=True), tuple(p[0] for p in parts if p[1])
+            raise ValueError(f"params: {sized} is neither {name}, one number a unit, nor {name}:1, one for all units")
+        if equals:
+            starts[name] = _number(start)
+            if not math.isfinite(starts[name]):
+                raise ValueError(f"params: {part} does not say a number that {name} starts at, as {name}=1 does")
+        names.append(name)
+        scalars += [name] if colon else []
+    return _names("params", " ".join(names), none=True), tuple(scalars), starts
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
 
 
 def _constants(value: str) -> dict[str, float]:
@@ -466,10 +483,7 @@ def _constants(value: str) -> dict[str, float]:
     found: dict[str, float] = {}
     for part in value.split():
         name, equals, number = part.partition("=")
-        try:
-            found[name] = float(number)
-        except ValueError:
-            equals = ""
+        found[name] = _number(number)
         if not equals or not math.isfinite(found[name]):
             raise ValueError(
                 f"constants must be names with numbers, as 'dt=0.042 gamma=2.7'; in {value!r} {part!r} is none"

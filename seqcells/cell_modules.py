@@ -62,7 +62,7 @@ class RecurrentCell(modules.Module):
         bias_ih, bias_hh: The biases, for those gates that have one.
         [name]: The cell's parameter of that name, [H], or [1] if it is a scalar.
 
-    All parameters are initialized from U(-1/sqrt(H), 1/sqrt(H)).
+    All parameters are initialized from U(-1/sqrt(H), 1/sqrt(H)), but for those to which the cell gives a start.
 
     Raises:
         TypeError, ValueError, RuntimeError: As torch.nn.LSTMCell, for arguments of the wrong type or value, including

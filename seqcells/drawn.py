@@ -5,8 +5,8 @@ any other's. The kernels draw the masks themselves (`kernels.random`), in forwar
 take them as per-step inputs, with the same numbers.
 
 The tensor `dropout` [2 + 2*M], for M masks, float32 (float64 for float64 data): two seeds, integers below 2^24; then
-for each mask the probability that an element is kept, of which 16 bits are used, and the value of those that are. Others
-are zero.
+for each mask the probability that an element is kept, of which 16 bits are used, and the value of those that are. The
+others are zero.
 """
 
 from __future__ import annotations

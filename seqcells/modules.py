@@ -68,12 +68,18 @@ class Module(nn.Module):
     """A layer or a cell."""
 
     hidden_size: int
+    cell: Cell
 
     def reset_parameters(self) -> None:
-        """Initialize all parameters from U(-1/sqrt(H), 1/sqrt(H)), in torch.nn's order and with its random numbers."""
+        """Initialize all parameters from U(-1/sqrt(H), 1/sqrt(H)), in torch.nn's order and with its random numbers;
+        then those for which the cell has a number, such as a norm's gain, to that."""
         bound = 1.0 / math.sqrt(self.hidden_size) if self.hidden_size > 0 else 0
-        for weight in self.parameters():
+        starts = self.cell.starts
+        for name, weight in self.named_parameters():
             nn.init.uniform_(weight, -bound, bound)
+            own = name if name in starts else name.rpartition("_l")[0]  # a layer's names end in _l0 or _l0_reverse
+            if own in starts:
+                nn.init.constant_(weight, starts[own])
 
     def _get_name(self) -> str:
         """The name in repr: seqcells.LSTM, to tell it from torch.nn's; for a user's subclass, the subclass's name."""

@@ -80,7 +80,7 @@ class Recurrent(modules.Layer):
         [name]_l[k]: The cell's parameter of that name, [H], or [1] if it is a scalar.
 
     The second direction's names end in ``_reverse``. All parameters, including the cell's own, are initialized from
-    U(-1/sqrt(H), 1/sqrt(H)), as in torch.nn.
+    U(-1/sqrt(H), 1/sqrt(H)), as in torch.nn, but for those to which the cell gives a start.
 
     Raises:
         TypeError, ValueError: As torch.nn.LSTM, for arguments of the wrong type or value, including an unknown cell and

@@ -320,26 +320,28 @@ def _worst(cell: str | Cell, backend: str, kind: torch.dtype | str, device: str,
     worst: dict[str, float] = {}
     allowed, missing = 0.0, ""
     for shape in shapes:
-        try:
-            explanation.explain(
-                cell,
-                batch=shape.B,
-                hidden_size=shape.H,
-                dtype=dtype,
-                device=device,
-                backend=backend,
-                precision=precision,
-            )
-        except ValueError as error:  # U does not fit on chip, so the schedule cannot run
-            missing = str(error)
-            if "schedule does not fit" not in missing:
-                raise
+        if without := _missing(cell, backend, shape, dtype, device, precision):
+            missing = without
             continue
         allowed = max(allowed, tolerance(cell, kind, shape))
         for save, masked in (("gates", {}), ("states", {"resets": True}), ("gates", {"resets": True, "lengths": True})):
             found = errors(cell, shape, dtype, device, backend=backend, save=save, precision=precision, **masked)
             worst = {n: max(e, worst.get(n, 0.0)) for n, e in found.items()}
     return Result(named(cell).name, backend, str(kind).removeprefix("torch."), worst, allowed, "" if worst else missing)
+
+
+def _missing(
+    cell: str | Cell, backend: str, shape: Shape, dtype: torch.dtype, device: str, precision: str = "ieee"
+) -> str:
+    """Why a schedule cannot run there, because U does not fit on chip, or the step takes means; "" if it can."""
+    size: dict[str, Any] = {"batch": shape.B, "hidden_size": shape.H, "dtype": dtype, "device": device}
+    try:
+        explanation.explain(cell, backend=backend, precision=precision, **size)
+    except ValueError as error:
+        if "schedule does not fit" not in str(error):
+            raise
+        return str(error)
+    return ""
 
 
 def table(results: Sequence[Result]) -> str:
@@ -415,9 +417,13 @@ def check(
 
 
 def derivatives(cell: str | Cell, device: str, backends: Sequence[str] = BACKENDS) -> None:
-    """Run torch.autograd.gradcheck and gradgradcheck on each backend in float64. AssertionError if one fails."""
-    tensors = [t.requires_grad_() for t in inputs(cell, Shape(2, 2, 1, 2), torch.float64, device)]
+    """Run torch.autograd.gradcheck and gradgradcheck in float64 on each backend that can run the cell. AssertionError
+    if one fails."""
+    shape = Shape(2, 2, 1, 2)
+    tensors = [t.requires_grad_() for t in inputs(cell, shape, torch.float64, device)]
     for backend in backends:
+        if _missing(cell, backend, shape, torch.float64, device):
+            continue
 
         def function(*given: Tensor, backend: str = backend) -> tuple[Tensor, ...]:
             return scan(cell, given, backend=backend)

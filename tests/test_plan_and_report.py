@@ -40,6 +40,7 @@ ITEMSIZE = {"bf16": 2, "fp16": 2, "fp32": 4, "fp64": 8}
 )
 def test_a_plan_fits_is_co_resident_and_covers(cell, B, H, groups, itemsize, precision, device, backward):
     """T is no argument: a plan holds for every length."""
+    H = min(H, 512) if cell.means else H  # beyond, there may be none: see test_means
     size = {"B": B, "H": H, "itemsize": itemsize, "groups": groups, "precision": precision, "backward": backward}
     chosen = plan(cell, device=device, **size)
     for length in (chosen.block_h, chosen.block_b, chosen.block_k):

@@ -34,7 +34,10 @@ LONG = [how for how in HOW if how[0] == "triton:grid" or (how[0] != "loop" and h
 )
 def test_the_gallery(name, how):
     """At two shapes, of which one takes three programs a tile and two tiles in the grid schedule."""
-    results = testing.check(getattr(cells, name), device=DEVICE, backends=[how[0]], dtypes=[how[1]])
+    cell = getattr(cells, name)
+    if how[0] == "triton:grid" and cell.form.means:
+        pytest.skip("grid has no means over units: test_means")
+    results = testing.check(cell, device=DEVICE, backends=[how[0]], dtypes=[how[1]])
     assert len(results) == 1 and results[0].errors and not results[0].missing
 
 

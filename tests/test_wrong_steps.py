@@ -47,6 +47,51 @@ def over_units(x, U, h):
     return a / a.sum(-1, keepdim=True)
 
 
+def over_rows(x, U, h):
+    return x.a + U.a(h) - h.mean(0, keepdim=True)
+
+
+def of_all(x, U, h):
+    return torch.nn.functional.layer_norm(x.a + U.a(h), h.shape)
+
+
+def without_eps(x, U, h):
+    return torch.nn.functional.rms_norm(x.a + U.a(h), h.shape[-1:])
+
+
+def normalized(x, U, h):
+    return torch.nn.functional.normalize(x.a + U.a(h), dim=-1)
+
+
+def accumulated(x, U, h):
+    return (x.a + U.a(h)).cumsum(-1)
+
+
+def flipped(x, U, h):
+    return (x.a + U.a(h)).flip(-1)
+
+
+def one_unit(x, U, h):
+    return x.a + U.a(h) * h[:, :1]
+
+
+def multiplied(x, U, h):
+    return x.a + U.a(h) + (h @ h.T).mean(-1, keepdim=True)
+
+
+def a_mean_as_operand(x, U, h):
+    return x.a + U.a(h.mean(-1, keepdim=True))
+
+
+def a_mean_as_state(x, U, h):
+    a = x.a + U.a(h)
+    return a.mean(-1, keepdim=True)
+
+
+def of_a_captured_tensor(x, U, h):
+    return x.a + U.a(h) * TENSOR.mean(-1, keepdim=True)
+
+
 def softmax(x, U, h):
     return torch.softmax(x.a + U.a(h), -1)
 
@@ -190,7 +235,18 @@ WRONG = [
     (in_place, "a", derive.InPlaceChange, "make a new one", 2),
     (in_place_method, "a", derive.InPlaceChange, "relu_", 1),
     (an_element, "a", derive.InPlaceChange, r"torch\.where for a\[i\] = b", 2),
-    (over_units, "a", derive.MixesUnits, r"only U\.k\(v\) takes something from other units", 2),
+    (over_units, "a", derive.MixesUnits, r"only U\.k\(v\), v\.mean\(-1, keepdim=True\), layer_norm", 2),
+    (over_rows, "a", derive.MixesUnits, "mean gives no tensor of the states' shape", 1),
+    (of_all, "a", derive.MixesUnits, "layer_norm gives no tensor of the states' shape", 1),
+    (without_eps, "a", derive.MixesUnits, r"rms_norm \(with eps=\)", 1),
+    (normalized, "a", derive.MixesUnits, "norm gives no tensor of the states' shape", 1),
+    (accumulated, "a", derive.UnknownOperation, "no cumsum", 1),
+    (flipped, "a", derive.UnknownOperation, "no flip", 1),
+    (one_unit, "a", derive.MixesUnits, "one value for each row and unit", 1),
+    (multiplied, "a", derive.MixesUnits, "one value for each row and unit", 1),
+    (a_mean_as_operand, "a", CellError, r"U\.a takes a state, or something of a state's shape .*; got a tensor", 1),
+    (a_mean_as_state, "a", derive.MixesUnits, "the new h gives no tensor of the states' shape", 2),
+    (of_a_captured_tensor, "a", derive.CapturedTensor, "a tensor from outside", 1),
     (softmax, "a", derive.UnknownOperation, "no _?softmax; it mixes units", 1),
     (transposed, "a", derive.MixesUnits, "one value for each row and unit", 1),
     (joined, "a", derive.MixesUnits, "cat gives no tensor of the states' shape", 1),

@@ -27,7 +27,11 @@ for name in FROM_TRITON:
 
 def functions(cell):
     """The Triton functions of a cell as functions on tensors; params [H]."""
-    space = {"tl": Language, **{n: (lambda f: lambda x, *_: f(x))(getattr(torch, n)) for n in FROM_MATH}}
+    space = {
+        "tl": Language,
+        "mean": lambda x, _: x.mean(-1, keepdim=True),
+        **{n: (lambda f: lambda x, *_: f(x))(getattr(torch, n)) for n in FROM_MATH},
+    }
     exec(cell.source, space)
 
     def call(name):
@@ -107,7 +111,7 @@ class Walk:
             if tile >= 0:
                 self.gx[tile] = self.gx[tile] + self.b[n]
         self.gx += self.of("input", cell.inputs)
-        self.params = tuple(p.expand(H) for p in self.of("param", cell.params))
+        self.params = (*(p.expand(H) for p in self.of("param", cell.params)), None)  # the last is what `mean` is given
         ends = [sum(o.products for o in form.operands[: n + 1]) for n in range(len(form.operands))]
         self.of_operand = [range(e - o.products, e) for e, o in zip(ends, form.operands, strict=True)]
         self.unknown = (torch.full((B, H), float("nan")).double(),) * self.extra  # an output is no state before
@@ -194,7 +198,7 @@ class Walk:
         """dgx, dhu [T, tiles, B, H], the gradients of the given states, those of params."""
         none = torch.zeros(*self.shape).double()
         dstates, dgxs, dhus = (*[none] * self.extra, *dfinal), [], []
-        dparams = [torch.zeros(self.shape[1]).double() for _ in self.params]
+        dparams = [torch.zeros(self.shape[1]).double() for _ in self.cell.params]
         for t in range(len(past) - 1, -1, -1):
             dgx, dhu, dbefore, dp = self.step_back((dstates[0] + dy[t], *dstates[1:]), past[t])
             dparams = [a + c.sum(0) for a, c in zip(dparams, dp, strict=True)]

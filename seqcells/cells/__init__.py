@@ -13,12 +13,15 @@ from .augru import augru
 from .cfc import cfc
 from .cifg import cifg
 from .cornn import cornn
+from .dreamer_gru import dreamer_gru
 from .gru import gru, gru_before
 from .gru_d import gru_d
 from .indrnn import indrnn
 from .janet import janet
 from .lem import lem
 from .ligru import ligru
+from .lngru import lngru
+from .lnlstm import lnlstm
 from .lstm import lstm
 from .mgu import mgu
 from .minimal_rnn import minimal_rnn
@@ -37,6 +40,7 @@ __all__ = [
     "cfc",
     "cifg",
     "cornn",
+    "dreamer_gru",
     "gru",
     "gru_before",
     "gru_d",
@@ -44,6 +48,8 @@ __all__ = [
     "janet",
     "lem",
     "ligru",
+    "lngru",
+    "lnlstm",
     "lstm",
     "mgu",
     "minimal_rnn",

@@ -2,6 +2,7 @@
 
     errors       the errors for steps that cannot be derived
     operations   the operations that a step may use
+    over_units   means over units, and norms
     trace        runs the step once: forward and backward in one graph
     values       that graph: equal values once, gradients as products and sums
     cut          selects what forward saves for backward
@@ -134,7 +135,7 @@ class Derived:
             a, b = (self._described(v, words, short=True) for v in self.parts.graph.orders[value])
             return f"which is larger, {a} or {b}"
         text = emit.Function("", words | {v: n for v, n in called.items() if v is not value}, {}, "h").text(value)
-        text = text.replace(", FAST)", ")").replace("tl.", "")
+        text = text.replace(", FAST)", ")").replace(", params[-1])", ")").replace("tl.", "")
         return f"{called[value]} = {text}" if value in called else text
 
     @property

@@ -34,8 +34,10 @@ def smallest(needed: Iterable[Value], free: Iterable[Value], fragile: Collection
 
     values = [v for v in ancestors(needed, given) if v not in given]
     for value in values:
-        # A boolean would take as much memory as a number, and a comparison recomputes it.
-        connect((value, "in"), (value, "out"), _NEVER if value.op in BOOLEAN else 1)
+        # A boolean would take as much memory as a number, and a comparison recomputes it; one number for each row as
+        # much as a tile, and a mean of tiles recomputes it.
+        cheap = value.op in BOOLEAN or (value.row and value not in fragile)
+        connect((value, "in"), (value, "out"), _NEVER if cheap else 1)
         if value.op in FORWARD or value in fragile:
             connect("products", (value, "in"), _NEVER)
         for source in value.inputs:

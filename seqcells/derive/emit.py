@@ -14,7 +14,7 @@ from .values import COMPARISONS, FROM_MATH, FROM_TRITON, Value, ancestors, const
 _numbers = itertools.count(1)  # numbers of sources: a cell that is defined again gets a new file name
 _RESERVED = {
     *("gx", "hu", "states", "saved", "before", "after", "params", "dstates", "dm", "dv", "dgx", "dbefore", "dparams"),
-    *("FAST", "tl", *FROM_MATH),
+    *("FAST", "tl", "mean", *FROM_MATH),
 }
 _SIGNS = {**COMPARISONS, "add": "+", "sub": "-", "product": "*", "times": "*", "div": "/", "and": "&", "or": "|"}
 _BINDS = {"add": 3, "sub": 3, "product": 4, "times": 4, "div": 4}  # precedence; comparisons, & and | get parentheses
@@ -66,10 +66,8 @@ class Function:
         return name
 
     def _full(self, value: Value) -> str:
-        """value as a tile of full size, also where it is computed from trained vectors alone."""
-        if constant(value) is not None or any(
-            not v.inputs and v.op not in ("param", "constant") for v in ancestors([value])
-        ):
+        """value as a tile of full size, also where it is one number for each unit or for each row."""
+        if constant(value) is not None or value.full:
             return self._tile(value)
         return f"{self.text(value, _BINDS['add'])} + tl.zeros_like({self.like})"
 
@@ -88,6 +86,8 @@ class Function:
         elif value.op in FROM_MATH:
             fast = ", FAST" if value.op in FROM_MATH[:2] else ""
             text, mine = f"{value.op}({self.text(value.inputs[0])}{fast})", _ATOM
+        elif value.op == "mean":
+            text, mine = f"mean({self.text(value.inputs[0])}, params[-1])", _ATOM
         elif value.op in FROM_TRITON:
             text, mine = f"tl.{value.op}({self.text(value.inputs[0])})", _ATOM
         elif value.op == "where":
@@ -203,5 +203,5 @@ def triton_functions(source: str, name: str) -> dict[str, Any]:  # Triton's, wit
     from ..kernels import math
 
     jit: type = type(math.sigmoid)  # not triton.jit, which decides anew whether kernels are interpreted
-    space: dict[str, object] = {"__name__": __name__, "tl": tl, **{n: getattr(math, n) for n in FROM_MATH}}
+    space: dict[str, object] = {"__name__": __name__, "tl": tl, **{n: getattr(math, n) for n in ("mean", *FROM_MATH)}}
     return {n: jit(f) for n, f in compiled(source, f"cell {name}", space).items() if n not in space and callable(f)}

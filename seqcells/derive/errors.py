@@ -58,3 +58,22 @@ class TooManyProducts(CellError):
 
 class CapturedTensor(CellError):
     """The step uses a tensor from outside."""
+
+
+def mixes_units(name: str, line: Line | None) -> MixesUnits:
+    """The error for something that gives no tensor of the states' shape."""
+    return MixesUnits(
+        f"{name} gives no tensor of the states' shape: a step computes one value for each row and unit, and only "
+        "U.k(v), v.mean(-1, keepdim=True), layer_norm and rms_norm (with eps=) take something from other units",
+        line,
+    )
+
+
+def captured(line: Line | None) -> CapturedTensor:
+    """The error for a tensor from outside."""
+    return CapturedTensor(
+        "a tensor from outside the step: name it in params= if it is trained, one number for each unit, or in inputs= "
+        "if it is given at each step. Of a tensor with one element that stays as it is use its number, float(t), "
+        "taken outside the step",
+        line,
+    )

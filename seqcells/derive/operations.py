@@ -203,8 +203,9 @@ OPERATIONS: dict[object, Callable[..., Value | tuple[Value, ...] | None]] = {
     aten.zeros.default: lambda g, _size, **_: g.number(0),
     aten.new_zeros.default: lambda g, a, _size, **_: g.number(0),
     aten.full.default: lambda g, _size, x, **_: x,
-    aten.expand.default: lambda g, a, _size: a,  # only a number is expanded: everything else has the shape already
+    aten.expand.default: lambda g, a, _size: a,  # a number, or one number for each row
     # Derivatives.
+    aten.sum.dim_IntList: lambda g, a, dims, keepdim=False, **_: g.mean(a) if dims == [1] and keepdim else None,
     aten.sigmoid_backward.default: lambda g, d, y: g.product(d, y, g.difference(g.number(1), y)),
     aten.tanh_backward.default: lambda g, d, y: g.product(d, g.difference(g.number(1), g.product(y, y))),
     aten.threshold_backward.default: lambda g, d, y, limit: g.choice(g.compared("le", y, limit), g.number(0), d),
@@ -225,10 +226,12 @@ OPERATIONS: dict[object, Callable[..., Value | tuple[Value, ...] | None]] = {
     aten.sgn.default: _sign,
     aten.sign.default: _sign,
 }
+BACKWARD_ONLY = (aten.sum.dim_IntList,)  # the gradient of one number for each row: see `trace._Mean`
 _MAKING = "alias expand empty_like fill zeros_like ones_like _to_copy scalar_tensor full zeros new_zeros full_like"
 
 
 def known() -> str:
     """The names of the operations that a step may use, except those that make tensors of numbers."""
-    names = {spoken(target).removesuffix("_forward") for target in OPERATIONS} - set(_MAKING.split())
+    targets = [target for target in OPERATIONS if target not in BACKWARD_ONLY]
+    names = {spoken(target).removesuffix("_forward") for target in targets} - set(_MAKING.split())
     return ", ".join(sorted(n for n in names if not n.endswith("_backward")))

@@ -19,21 +19,23 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from . import over_units
 from .errors import (
-    CapturedTensor,
     CellError,
     DataDependentBranch,
     InPlaceChange,
     Line,
-    MixesUnits,
     TooManyProducts,
     UnknownOperation,
+    captured,
+    mixes_units,
 )
-from .operations import OPERATIONS, aten, known, spoken
+from .operations import BACKWARD_ONLY, OPERATIONS, aten, known, spoken
 from .values import COMPARISONS, Graph, Value, ancestors, constant
 
 Keywords = dict[str, object] | None
 SHAPE = (3, 5)  # rows and units of the tensors that a step is run on
+ROW = (3, 1)  # of a mean over units
 
 
 @dataclass(frozen=True)
@@ -131,6 +133,12 @@ class _Run:
     def knows(self, t: Tensor) -> bool:
         return t.untyped_storage().data_ptr() in self.values
 
+    def fits(self, t: Tensor) -> bool:
+        """Whether a tensor is a tile, one number for each row, or a number."""
+        if t.shape == SHAPE:
+            return True
+        return self.knows(t) and (t.dim() == 0 or (t.shape == ROW and self.value(t).row))
+
     def gate(self, of: str, name: str) -> int:
         if name not in self.gates:
             raise CellError(f"{of}.{name}: there is no gate {name!r}; gates= has {' '.join(self.gates)}", self.line())
@@ -145,7 +153,7 @@ class _Run:
                 f"U.{name} takes a state, or something of a state's shape computed in the step; got {shown}", line
             )
         if not self.knows(v):
-            raise _captured(line)
+            raise captured(line)
         value = self.value(v)
         known = [n for n, (_, operand, _) in enumerate(self.operands) if operand is value]
         number = known[0] if known else len(self.operands)
@@ -217,30 +225,55 @@ class _Watch(TorchFunctionMode):
                 "functions, as torch.tanh for np.tanh",
                 line,
             )
-        if name in _CHANGES or (name.endswith("_") and not name.endswith("__")) or "out" in kwargs:
+        if name in _CHANGES or (name.endswith("_") and not name.endswith("__")) or kwargs.get("out") is not None:
             raise InPlaceChange(
                 f"{name} changes a tensor in place: make a new one, a = a + b for a += b, torch.where for a[i] = b",
                 line,
             )
+        if name in over_units.FUNCTIONS:
+            func = partial(over_units.FUNCTIONS[name], partial(self._mean, line))
         try:
             out = func(*args, **kwargs)
         except CellError:
             raise
         except Exception:  # it may be of another size than the tensors of the trace
             if any(isinstance(a, Tensor) and not self.run.knows(a) for a in (*args, *kwargs.values())):
-                raise _captured(line) from None
+                raise captured(line) from None
             raise
+        if out is None:
+            raise mixes_units(name, line)
         for result in out if isinstance(out, (tuple, list)) else [out]:
             if not isinstance(result, Tensor):
                 continue
-            if result.shape != SHAPE and not (result.dim() == 0 and self.run.knows(result)):
-                raise _mixes(name, line)
+            if not self.run.fits(result):
+                raise mixes_units(name, line)
             if result.grad_fn is not None:
                 result.grad_fn.register_prehook(partial(self._enter, line))
         return out
 
     def _enter(self, line: Line, *_: object) -> None:
         self.run.at = line
+
+    def _mean(self, line: Line, v: Tensor) -> Tensor:
+        if not self.run.knows(v):
+            raise captured(line)
+        found: Tensor = _Mean.apply(v, self.run)
+        return found
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over units of a tile [3, 5], as [3, 1]. Torch's own would have a number of units in its derivative."""
+
+    @staticmethod
+    def forward(ctx: object, v: Tensor, run: _Run) -> Tensor:
+        value = run.graph.mean(run.value(v))
+        run.note(found := v.new_zeros(ROW), value)
+        return found
+
+    @staticmethod
+    def backward(ctx: object, d: Tensor) -> tuple[Tensor, None]:
+        # A row's gradient is a sum over units, and each unit gets a share of it: it is recorded as its mean.
+        return d.expand(SHAPE), None
 
 
 class _Recorder:
@@ -266,14 +299,14 @@ class _Recorder:
         shapes = {t.shape for t in results}
         # Autograd itself changes a tensor in place: the result replaces its value.
         target = func if func in OPERATIONS else _functional(func)
-        if target not in OPERATIONS:
-            mixes = line and shapes != {SHAPE} and spoken(func) not in _ADVICE
-            raise _mixes(spoken(func), line) if mixes else self.unknown(func, line)
+        if target not in OPERATIONS or (line and target in BACKWARD_ONLY):
+            mixed = line and shapes != {SHAPE} and spoken(func) not in _ADVICE
+            raise mixes_units(spoken(func), line) if mixed else self.unknown(func, line)
 
         def operand(a: object) -> Any:  # a Value, or what is neither a tensor nor a number
             if isinstance(a, Tensor):
                 if not run.knows(a):
-                    raise _captured(line or run.at)
+                    raise captured(line or run.at)
                 return run.value(a)
             return run.graph.number(a) if isinstance(a, (bool, int, float)) else a
 
@@ -293,8 +326,8 @@ class _Recorder:
         if value is None:
             raise self.unknown(func, line, f" with {', '.join(repr(a) for a in args[1:] if not isinstance(a, Tensor))}")
         for t, v in zip(results, value if isinstance(value, tuple) else [value], strict=True):
-            if t.shape != SHAPE and constant(v) is None:
-                raise _mixes(spoken(func), line or run.at)
+            if t.shape != SHAPE and constant(v) is None and not (t.shape == ROW and v.row):
+                raise mixes_units(spoken(func), line or run.at)
             run.note(t, v)
         return out
 
@@ -335,23 +368,6 @@ def _functional(func: object) -> object:
     _, name, overload = str(func).split(".")
     packet = getattr(aten, name[:-1], None) if name.endswith("_") else None
     return func if packet is None else getattr(packet, overload, func)
-
-
-def _mixes(name: str, line: Line | None) -> MixesUnits:
-    return MixesUnits(
-        f"{name} gives no tensor of the states' shape: a step computes one value for each row and unit, and "
-        "only U.k(v) takes something from other units",
-        line,
-    )
-
-
-def _captured(line: Line | None) -> CapturedTensor:
-    return CapturedTensor(
-        "a tensor from outside the step: name it in params= if it is trained, one number for each unit, or in inputs= "
-        "if it is given at each step. Of a tensor with one element that stays as it is use its number, float(t), "
-        "taken outside the step",
-        line,
-    )
 
 
 def trace(step: FunctionType, names: Names, constants: Mapping[str, float]) -> Traced:
@@ -436,13 +452,13 @@ def _results(found: object, run: _Run, names: Names) -> list[Tensor]:
                 f"the new {name} must be a tensor, got {value!r}: for a number torch.full_like(h, 1.0)", where
             )
         if value.shape != SHAPE:
-            raise _mixes(f"the new {name}", where)
+            raise mixes_units(f"the new {name}", where)
         if not value.is_floating_point():
             raise CellError(
                 f"the new {name} is of {value.dtype}: choose numbers with torch.where, or .to(h.dtype)", where
             )
         if not run.knows(value):
-            raise _captured(where)
+            raise captured(where)
         new.append(value)
     return [*new[len(names.states) :], *new[: len(names.states)]]
 

@@ -1,9 +1,10 @@
 """The derived step as a graph of values: equal values are made once, and simplified as they are made.
 
-A value is an operation on other values, for one row and unit. A gradient is a value that depends on a gradient from
-outside; every operation on a gradient is linear in it. So a gradient is stored as a product, one flat list of factors,
-or as a sum of such products with common factors taken out: a b - a c is a (b - c), and a - a b is a (1 - b). `share`
-then computes once the factors that occur together in several products.
+A value is an operation on other values, for one row and unit; a mean over the units is one number for each row. A
+gradient is a value that depends on a gradient from outside; every operation on a gradient is linear in it. So a
+gradient is stored as a product, one flat list of factors, or as a sum of such products with common factors taken out:
+a b - a c is a (b - c), and a - a b is a (1 - b). `share` then computes once the factors that occur together in several
+products.
 """
 
 from __future__ import annotations
@@ -27,20 +28,25 @@ FROM_TRITON = ("exp", "exp2", "log", "log2", "sqrt", "abs", "sin", "cos", "erf")
 FROM_MATH = ("sigmoid", "tanh", "log1p", "expm1")
 FUNCTIONS = (*FROM_MATH, *FROM_TRITON)
 BOOLEAN = (*COMPARISONS, "and", "or", "not")
+ROWS = ("constant", "mean", "row_coefficient")  # of any value; the last is a leaf of the loop engine's
 
 
 class Value:
     """An operation on values. Equal values are one object: only `Graph.make` makes them.
 
     op "constant": args is one number. A leaf: args is its number. Else args are values. index: the order in which
-    values can be computed.
+    values can be computed. row: whether it is the same in all units of a row. full: whether it may differ both between
+    units and between rows (a trained vector does not).
     """
 
-    __slots__ = ("args", "gradient", "index", "op")
+    __slots__ = ("args", "full", "gradient", "index", "op", "row")
 
     def __init__(self, op: str, args: tuple[Argument, ...], index: int) -> None:
         self.op, self.args, self.index = op, args, index
-        self.gradient: bool = op in OUTER or any(v.gradient for v in self.inputs)
+        inputs = self.inputs
+        self.gradient: bool = op in OUTER or any(v.gradient for v in inputs)
+        self.row: bool = op in ROWS or (bool(inputs) and all(v.row for v in inputs))
+        self.full: bool = op not in (*ROWS, "param") and (not inputs or any(v.full for v in inputs))
 
     @property
     def number(self) -> int:
@@ -202,10 +208,15 @@ class Graph:
         ours, theirs = Counter(factors(a)), Counter(factors(b))
         shared = ours & theirs
         mine, others = [list((c - shared).elements()) for c in (ours, theirs)]
-        if any(v.gradient for v in (*mine, *others)):
+        means = [v.op for v in (*mine, *others)] == ["mean"] * 2 and len(mine) == 1  # their sum is one mean
+        if not means and any(v.gradient for v in (*mine, *others)):
             return None
-        rest = [self.product(*part) if part else self.number(1) for part in (mine, others)]
-        return self.product(*shared.elements(), self.sum(*rest) if op == "add" else self.difference(*rest))
+        rest = [v.inputs[0] for v in (*mine, *others)] if means else [self._all(part) for part in (mine, others)]
+        total = self.sum(*rest) if op == "add" else self.difference(*rest)
+        return self.product(*shared.elements(), self.mean(total) if means else total)
+
+    def _all(self, parts: list[Value]) -> Value:
+        return self.product(*parts) if parts else self.number(1)
 
     def product(self, *parts: Value) -> Value:
         """The product of any number of values. If it is a gradient, it is flat, in the order of the factors'
@@ -246,6 +257,16 @@ class Graph:
         if a.gradient and constant(a) is None:
             return self.product(a, self.make("div", self.number(1), b))
         return self.number(0) if constant(a) == 0 else self.make("div", a, b)
+
+    def mean(self, a: Value) -> Value:
+        """The mean over the units. Of a gradient, factors that are the same in all units come before it."""
+        a = self.as_number(a)
+        if a.row:
+            return a
+        outside = [v for v in factors(a) if v.row]
+        if not outside:
+            return self.make("mean", a)
+        return self.product(self.mean(self.product(*(v for v in factors(a) if not v.row))), *outside)
 
     def choice(self, condition: Value, a: Value, b: Value) -> Value:
         a, b = self.as_number(a), self.as_number(b)

@@ -93,7 +93,7 @@ class Layout:
         self.activated: dict[Item, Value] = {}  # functions of one column alone, stored in its place
         free = set(found.new)
         for value in ancestors([*found.new, *found.operands, *found.saved]):
-            if value.op in LEAVES or value.op in BOOLEAN or len(value.args) != 1 or not value.inputs or value in free:
+            if value.op in LEAVES or value.op in (*BOOLEAN, "mean") or len(value.inputs) != 1 or value in free:
                 continue
             for item, tile in self.tiles.items():
                 if value.inputs[0] is tile and self.uses[tile] == 1:

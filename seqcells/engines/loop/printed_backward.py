@@ -153,14 +153,14 @@ class _Back:
                 return c
             if c not in self.others:
                 self.others.append(c)
-            return graph.make("coefficient", self.others.index(c))
+            return graph.make("row_coefficient" if c.row else "coefficient", self.others.index(c))
 
         def again(value: Value, item: Item | None = None) -> Value:
             if value in rebuilt:
                 return rebuilt[value]
             if value in coefficients:
                 gradient, c = again(self.split(value)[0]), coefficients[value]
-                if item is not None and constant(c) is None:
+                if item is not None and not c.row:
                     self.in_p[item] = c
                     made = graph.make("product", gradient, graph.make("coefficient", *item))
                 else:
@@ -214,13 +214,13 @@ class _Back:
                 places.setdefault(c, f"p{part.p.at[item]}")
         own: list[Value] = []
         for c in beside:
-            if c not in leaves and c.op not in BOOLEAN and not self._vector(c, vectors):
+            if c not in leaves and c.op not in BOOLEAN and not c.row and not self._vector(c, vectors):
                 places[c] = f"r{len(own)}"
                 own.append(c)
         code = Code(leaves, wanted, places, vectors, like="y")
         results = [code.take(c) for c in self.others]
         for c in operands:
-            results.append(f"{code.take(c)}.expand_as(y)" if self._vector(c, vectors) else code.take(c))
+            results.append(f"{code.take(c)}.expand_as(y)" if c.row or self._vector(c, vectors) else code.take(c))
         for item, c in self.in_p.items():
             place = f"p{part.p.at[item]}"
             if (name := code.take(c)) != place:
@@ -263,7 +263,8 @@ class _BackwardCode:
         # Coefficients made of trained vectors alone: the same at every step.
         self.flat = {n for n, c in enumerate(of.others) if of._vector(c, vectors)}
         leaves = {of.dstate(s): f"d{s}" for s in range(form.states)}
-        leaves |= {graph.make("coefficient", n): f"o{n}" for n in range(len(of.others))}
+        of_others = [graph.make("row_coefficient" if c.row else "coefficient", n) for n, c in enumerate(of.others)]
+        leaves |= {value: f"o{n}" for n, value in enumerate(of_others)}
         leaves |= {graph.make("coefficient", *item): self.columns[item] for item in of.in_p}
         self.done: set[Item] = set()
         hooks: dict[Value, Callable[[], None]] = {}
@@ -274,7 +275,7 @@ class _BackwardCode:
                 hooks[leaf] = partial(self._reach, leaf, o)
                 leaves[leaf] = ""
         wanted = [v for v in (*targets.values(), *before) if constant(v) is None]
-        flat = {graph.make("coefficient", n) for n in self.flat}
+        flat = {of_others[n] for n in self.flat}
         self.code = Code(leaves, wanted, of.placed, flat, like="p", hooks=hooks)
 
     def _view(self, column: int, count: int) -> str:

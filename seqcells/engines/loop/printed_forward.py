@@ -51,7 +51,7 @@ class _Step:
             for o in (o for o in numbers if o not in done):
                 done.add(o)
                 name = code.take(operands[o])
-                if operands[o] in code.vectors:
+                if operands[o] in code.vectors or operands[o].row:
                     name = f"{name}.expand_as(h0)"
                 code.lines.extend(f"{view}.addmm_({name}, {weight})" for view, weight in self.weights[o])
 
@@ -79,6 +79,13 @@ class _Step:
         code = Code(self.leaves, every, places, self.vectors, hooks=hooks, together=together)
         return code
 
+    def save(self, code: Code) -> None:
+        """Print the lines that fill the columns of what is saved."""
+        for value in self.part.found.saved:
+            name = code.take(value)
+            if value.row:
+                code.lines.append(f"{self.columns[value]}.copy_({name})")
+
     def _operands(self, item: Item) -> set[int]:
         return {self.part.of_product[n] for n in range(self.part.form.products) if self.part.place(n) == item}
 
@@ -92,8 +99,7 @@ def source(part: Layout) -> tuple[str, str, int]:
         if constant(value) is None and value not in step.leaves and value not in step.columns and value not in taken:
             taken[value] = f"y{s}"
     code = step.code([*found.new, *found.saved], taken)
-    for value in found.saved:
-        code.take(value)
+    step.save(code)
     for s, value in enumerate(found.new):
         if (x := constant(value)) is not None:
             code.lines.append(f"y{s}.fill_({x!r})")
@@ -124,8 +130,7 @@ def source(part: Layout) -> tuple[str, str, int]:
     ]
     step = _Step(part)
     again = step.code(found.saved, {})
-    for value in found.saved:
-        again.take(value)
+    step.save(again)
     own_scratch = [f"s{n}" for n in range(again.count)]
     activate = [
         "def activate(x, h, c, u):",

@@ -1,7 +1,8 @@
 """Prints the values of a derived step as torch operations that write their result in place: the lines of a function.
 
 The code has no branches. A value that has no place of its own is written to a scratch tensor, which is reused after the
-value's last use. If torch has one operation for three or four, that one is printed.
+value's last use; booleans, and what is one number for each row, are new tensors. If torch has one operation for three
+or four, that one is printed.
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ class Code:
             if isinstance(part, Value):
                 self.drop(part)
         text = self._call(call, given, extra)
-        if value.op in BOOLEAN:
-            self.names[value] = f"b{value.index}"
+        if value.op in BOOLEAN or value.row:
+            self.names[value] = f"{'b' if value.op in BOOLEAN else 'm'}{value.index}"
             self.lines.append(f"{self.names[value]} = {text}")
             return
         self.names[value] = place = self.places.get(value) or self.fresh()
@@ -159,6 +160,12 @@ class Code:
             first: Argument = y if op == "sigmoid_slope" else self.number(1.0)
             self.uses[y] += 1 + (first is y)  # more uses than counted from the value itself
             return "torch.addcmul", [first, y, y], ", value=-1"
+        if op == "div" and numbers[0] == 1 and value.inputs[1].op == "sqrt" and self.single(value.inputs[1], ("sqrt",)):
+            root = value.inputs[1]
+            self.drop(root)
+            return "torch.rsqrt", [root.inputs[0]], ""
+        if op == "mean":
+            return "torch.mean", [value.inputs[0]], ", -1, True"
         if op == "where":
             return "torch.where", [parts[0], *(self._tensor(p) for p in parts[1:])], ""
         if len(parts) == 2 and not isinstance(parts[0], Value):
@@ -186,7 +193,7 @@ class Code:
         if value.op in PRODUCTS:
             for a, b in (value.inputs, value.inputs[::-1]):
                 if self.single(b, ("sigmoid_slope", "tanh_slope")) and constant(a) is None:
-                    if a in self.vectors:
+                    if a in self.vectors or a.row:
                         continue
                     self.drop(b)
                     return (_SIGMOID if b.op == "sigmoid_slope" else _TANH), [a, b.inputs[0]], ""

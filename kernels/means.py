@@ -1,0 +1,39 @@
+"""Plans of cells that take means over units (`Form.means`): a launch that computes one has all units of its rows."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from .devices import INTERPRETER, Device
+
+if TYPE_CHECKING:
+    from .form import Form
+    from .plan import Plan
+
+
+def unfit(cell: Form, H: int, itemsize: int, tiles: int, backward: bool, device: Device) -> dict[str, str]:
+    """Why schedules cannot run such a cell, by their names, beside what keeps them from others. tiles: see `plan`."""
+    why = {"grid": "its step takes means over units, which are spread over programs"}
+    # More, and a step would spill a thread's registers (found with the report).
+    most = 512 if itemsize == 8 else 2048 if cell.gates + len(cell.apart) + cell.params < 10 else 1024
+    if most < H:
+        why["stepwise"] = f"its step takes means over units, and one program has {most} at most"
+    blackwell = device.capability >= 100
+    many = tiles > 16 and (itemsize == 4 or blackwell) if backward else tiles > 6 and H > 64 and blackwell
+    if device is not INTERPRETER and (itemsize == 8 or many):
+        why["resident"] = "the tiles of a step with means over units spill registers"  # likewise
+    return why
+
+
+def whole(plan: Plan, H: int, itemsize: int) -> Plan:
+    """The plan of those launches of `stepwise`, and of `recompute`, in which a program has all units of a few rows."""
+    block_h = 16
+    while block_h < H:
+        block_h *= 2
+    elements = 4 if itemsize < 8 else 2  # that a thread has of each tile
+    warps = max(4, block_h // (32 * elements))
+    block_b = min(8, warps * 32 * elements // block_h)
+    registers = min(plan.registers, 65536 // (32 * warps))
+    tile = replace(plan, block_h=block_h, block_b=block_b, num_warps=warps, num_stages=1)
+    return replace(tile, registers=registers, waits=False)
