@@ -133,8 +133,7 @@ def grid_bytes(cell: Form, H: int, itemsize: int, chosen: Plan, backward: bool, 
 # Units a `grid` program owns. Fewer would leave the tensor cores' 16 rows half empty backward; more, U's slice of the
 # largest layers too large for one processor, and the registers (tried with the report: 32 spill).
 GRID_UNITS = 16
-# Units a `resident` program may have of a cell without a product, whose U sets no limit.
-SPREAD_UNITS = 256
+SPREAD_UNITS = 256  # those of a `resident` program of a cell without a product, whose U sets no limit
 
 
 class _Problem:
@@ -451,13 +450,10 @@ class _Problem:
                 yield (block_h, block_b, block_k), num_warps, num_stages, programs, cost, us
 
     def _most_elements(self, exact: bool) -> int:
-        """Elements of a stepwise tile. Blackwell's products come back from tensor memory all at once. What masks are
-        drawn with takes registers, too (found with the report)."""
-        most = 8192 if self.itemsize == 2 and self.device.capability < 100 else 4096
-        if exact or self.step_tiles > 4:
-            most = 512
-        elif not self.backward or self.cell.params:
-            most = 4096
+        """Elements of a stepwise tile. Blackwell's products come back from tensor memory all at once, and masks take
+        registers while they are drawn (found with the report)."""
+        fewer = not self.backward or self.cell.params or self.itemsize > 2 or self.device.capability >= 100
+        most = 512 if exact or self.step_tiles > 4 else 4096 if fewer else 8192
         return min(most, 2048 // self.itemsize) if self.cell.drawn else most
 
 

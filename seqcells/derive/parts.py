@@ -112,9 +112,8 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
     described = tuple(_operand(found, n, before) for n in ordered)
     dhu = [found.gradients.products[g] for g in kernel]
     early, through = _totals(found, names, read)
-    given = Totals(
-        *(leaves(op, range(n)) for op, n in (("dgx", len(gx)), ("dbefore", states), ("dparam", len(params))))
-    )
+    of = (("dgx", len(gx)), ("dbefore", states), ("dparam", len(params)))
+    given = Totals(*(leaves(op, range(n)) for op, n in of))
     computed = [n for n, o in zip(ordered, described, strict=True) if o.level == 1 and o.state is None]
     second = [n for n in ordered if found.levels[n] == 2]
     stored = [v for v, o in zip(operands, described, strict=True) if o.state is None]
