@@ -9,6 +9,8 @@ barriers, backward 234 and 2; at commit 4e6d929, without this, the report says 1
 import triton
 import triton.language as tl
 
+from .math import new_chain
+
 # A load's threads are dealt out along its axes, the contiguous one first. Among the others, Triton 3.6 begins with the
 # first axis, later releases with the last.
 FIRST_AXIS_FIRST = tl.constexpr(tuple(int(n) for n in triton.__version__.split(".")[:2]) < (3, 7))
@@ -85,6 +87,16 @@ def from_memory(tile):
     tile = tl.reshape(tile, [N, BLOCK_B // 8, 2, W, 8, 4, RUN // 2, 2])
     tile = tl.permute(tile, [0, 6, 3, 7, 4, 1, 5, 2])
     return tl.reshape(tile, [N * RUN * W * 8, BLOCK_B])
+
+
+@triton.jit
+def in_layout_of(tile, numbers):
+    """numbers (int32), in the register layout of a loaded tile, with what is computed from them. The compiler would
+    give them another, and take the results through shared memory at every step."""
+    if tile.dtype == tl.float32:
+        return numbers + new_chain(tile).to(tl.int32)
+    else:
+        return numbers
 
 
 @triton.jit

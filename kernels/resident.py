@@ -23,6 +23,7 @@ import triton.language as tl
 
 from .layout import (
     arrived,
+    in_layout_of,
     load_next,
     load_weights,
     memory_rows,
@@ -130,8 +131,6 @@ def forward_kernel(
     fixed = ()
     if PARAMS > 0:
         fixed = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
-    element = (r * (GROUPS * H))[None, :] + units[:, None] + line
-    fixed = fixed + draw(dropout_ptr, element, DRAWN, True, ACC)
     share = shares(units, H, ACC)
 
     states = read_tiles(y_ptr, from_h, readable, 1, 0)
@@ -141,6 +140,8 @@ def forward_kernel(
             c_ptr += (step * per_step + per_step - advance) * C
         states = states + read_tiles(c_ptr, from_c, readable, C, H)
     states = cast_tiles(states, STATES, ACC)
+    element = in_layout_of(states[0], (r * (GROUPS * H))[None, :] + units[:, None])
+    fixed = fixed + draw(dropout_ptr, element + line, DRAWN, True, ACC)
     if SAVED > 0:
         saved_ptr += begin * WORDS
     loaded = load_next(gx_ptr, from_g, readable, G, H)
@@ -161,7 +162,7 @@ def forward_kernel(
             mask_ptr += sign * B
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
             states = keep_rows(states, not_reset(code, PADDING), STATES)
-        params = fixed + draw(dropout_ptr, element + (step + sign * t) * per_step, DRAWN, False, ACC) + share
+        params = fixed + draw(dropout_ptr, element + (line + (step + sign * t) * per_step), DRAWN, False, ACC) + share
         hu = ()
         if OPERANDS > 0:
             v = states
@@ -298,8 +299,6 @@ def backward_kernel(
     fixed = ()
     if PARAMS > 0:
         fixed = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
-    element = (r * (GROUPS * H))[None, :] + units[:, None] + (row0 * GROUPS + group) * H
-    fixed = fixed + draw(dropout_ptr, element, DRAWN, True, ACC)
     share = shares(units, H, ACC)
     sums = zero_sums(PARAMS, BLOCK_H, BLOCK_B, ACC)  # of the trained vectors' gradients over the steps
     zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
@@ -317,6 +316,9 @@ def backward_kernel(
         c_ptr -= advance * C
     dstates = cast_tiles(dstates, STATES, ACC)
     after = cast_tiles(after, STATES, ACC)
+    line = (row0 * GROUPS + group) * H
+    element = in_layout_of(after[0], (r * (GROUPS * H))[None, :] + units[:, None])
+    fixed = fixed + draw(dropout_ptr, element + line, DRAWN, True, ACC)
     loaded, words, dy, dcs = _load_step(
         dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, readable, readable_words, H, STATES, WORDS
     )
@@ -345,7 +347,7 @@ def backward_kernel(
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
             entering = keep_rows(before, not_reset(code, PADDING), STATES)
         dstates = add_outer(dstates, dy, dcs, code, PADDING)
-        params = fixed + draw(dropout_ptr, element + (step - sign * t) * per_step, DRAWN, False, ACC) + share
+        params = fixed + draw(dropout_ptr, element + (line + (step - sign * t) * per_step), DRAWN, False, ACC) + share
         dm = ()
         if LEVEL < OPERANDS:
             d_second, m = BACKWARD_2(dstates, saved, entering, after, params, FAST)

@@ -23,7 +23,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.cells": {"kernels.form", "kernels.registry"},
     "kernels.tiles": {"kernels.math"},
     "kernels.random": set(),
-    "kernels.layout": set(),
+    "kernels.layout": {"kernels.math"},
     "kernels.resident": {"kernels.layout", "kernels.math", "kernels.random", "kernels.tiles"},
     "kernels.slices": {"kernels.layout", "kernels.math", "kernels.plan", "kernels.tiles"},
     "kernels.grid": {"kernels.random", "kernels.slices", "kernels.tiles"},

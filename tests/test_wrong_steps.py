@@ -235,7 +235,7 @@ WRONG = [
     (in_place, "a", derive.InPlaceChange, "make a new one", 2),
     (in_place_method, "a", derive.InPlaceChange, "relu_", 1),
     (an_element, "a", derive.InPlaceChange, r"torch\.where for a\[i\] = b", 2),
-    (over_units, "a", derive.MixesUnits, r"only U\.k\(v\), v\.mean\(-1, keepdim=True\), layer_norm", 2),
+    (over_units, "a", derive.MixesUnits, r"only U\.k\(v\), v\.mean\(-1, keepdim=True\), and layer_norm", 2),
     (over_rows, "a", derive.MixesUnits, "mean gives no tensor of the states' shape", 1),
     (of_all, "a", derive.MixesUnits, "layer_norm gives no tensor of the states' shape", 1),
     (without_eps, "a", derive.MixesUnits, r"rms_norm \(with eps=\)", 1),
