@@ -64,8 +64,8 @@ def mixes_units(name: str, line: Line | None) -> MixesUnits:
     """The error for something that gives no tensor of the states' shape."""
     return MixesUnits(
         f"{name} gives no tensor of the states' shape: a step computes one value for each row and unit, and only "
-        "U.k(v), v.mean(-1, keepdim=True), and layer_norm and rms_norm (with eps=) over v.shape[-1:] take something from "
-        "other units",
+        "U.k(v), v.mean(-1, keepdim=True), and layer_norm and rms_norm (with eps=) over v.shape[-1:] take something "
+        "from other units",
         line,
     )
 
