@@ -101,6 +101,29 @@ def test_slstm_over_two_thousand_steps(backend):
         assert testing.relative(a, b) < testing.tolerance("slstm", torch.float32, testing.Shape(T, B, 4 * H, H))
 
 
+@pytest.mark.parametrize(
+    "backend",
+    ["loop", "triton:resident", *(pytest.param(f"triton:{s}", marks=pytest.mark.slow) for s in ("grid", "stepwise"))],
+)
+def test_slstm_s_states_are_float32_in_bfloat16(backend):
+    """With open gates y is the mean of tanh(z) so far. n counts the steps: in bfloat16 it would stop at 256."""
+    T, B, H = 400, 1, 2
+    layer = seqcells.Recurrent("slstm", 4 * H, H, bias=False, backend=backend, dtype=torch.bfloat16, device=DEVICE)
+    with torch.no_grad():
+        layer.weight_ih_l0.copy_(torch.eye(4 * H))
+        layer.weight_hh_l0.zero_()
+    x = torch.randn(T, B, 4 * H, generator=torch.Generator().manual_seed(0)).to(DEVICE, torch.bfloat16)
+    x[..., :H], x[..., H : 2 * H], x[..., 3 * H :] = 0, 40, 40
+    x.requires_grad_()
+    y, _ = layer(x)
+    z = x.detach()[..., 2 * H : 3 * H].double()
+    means = torch.tanh(z).cumsum(0) / torch.arange(1, T + 1, device=DEVICE)[:, None, None]
+    assert testing.relative(y.detach()[-100:], means[-100:]) < testing.TOLERANCE[torch.bfloat16]
+    y[-1].sum().backward()
+    slopes = (1 - torch.tanh(z) ** 2) / T
+    assert testing.relative(x.grad[..., 2 * H : 3 * H], slopes) < testing.TOLERANCE[torch.bfloat16]
+
+
 @seqcells.cell(gates="n", states="h")
 def elman(x, U, h):
     return torch.tanh(x.n + U.n(h))
