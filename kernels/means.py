@@ -23,6 +23,10 @@ def unfit(cell: Form, H: int, itemsize: int, tiles: int, backward: bool, device:
     many = tiles > 16 and (itemsize == 4 or blackwell) if backward else tiles > 6 and H > 64 and blackwell
     if device is not INTERPRETER and (itemsize == 8 or many):
         why["resident"] = "the tiles of a step with means over units spill registers"  # likewise
+    elif device is not INTERPRETER and itemsize == 4 and H % 2:
+        # Rows of an odd number of 32-bit words are loaded one by one, in a register layout whose sums over units
+        # Triton 3.7 compiles to shuffles of the wrong lanes.
+        why["resident"] = "Triton adds up an odd number of float32 units wrongly in the layout that they are loaded in"
     return why
 
 

@@ -1,6 +1,7 @@
 """Means over units inside a step, and layer norm made of them: what is derived, the engines, the gallery's cells."""
 
 import inspect
+from functools import partial
 
 import pytest
 import torch
@@ -251,6 +252,14 @@ def test_what_the_plan_refuses():
         assert planned(cells.lnlstm, H=H, backward=backward, device=KNOWN["sm_90"]).schedule == "resident"
     for H, backward in ((128, False), (20, True)):
         assert planned(cells.lnlstm, H=H, backward=backward, device=KNOWN["sm_100"]).schedule == "stepwise"
+    for H, itemsize in ((33, 2), (34, 4), (33, 4)):
+        call = partial(planned, cells.lngru, "resident", H=H, itemsize=itemsize)
+        if H % 2 and itemsize == 4:
+            with pytest.raises(ValueError, match="adds up an odd number of float32 units wrongly"):
+                call()
+            assert planned(cells.lngru, H=H, itemsize=4).schedule == "stepwise"
+        else:
+            assert call().schedule == "resident"
     assert "means over units" in unfit(cells.dreamer_gru.form, 4, 4) and unfit(cells.lstm.form, 4, 4) is None
 
 
