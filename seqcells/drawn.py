@@ -50,6 +50,23 @@ def dropped(cell: Cell, kinds: tuple[str, ...]) -> Cell:
     return replace(cell, key=key, constants={}, base=None, dropout="", drawn=masks, step=step)  # type: ignore[arg-type]  # a function
 
 
+@cache
+def averaged(cell: Cell, kept: tuple[float, ...]) -> Cell:
+    """The cell with zoneout outside training: each state is the mean of old and new. kept: the old one's shares."""
+    count = len(cell.states) + len(cell.params) + len(cell.inputs)
+
+    def step(x: object, U: object, *arguments: Tensor) -> tuple[Tensor, ...]:
+        found = cell.step(x, U, *arguments[:count], *cell.constants.values())
+        results = list(found) if isinstance(found, (tuple, list)) else [found]
+        for n, p in enumerate(kept):
+            if p:
+                results[n] = (1 - p) * results[n] + p * arguments[n]
+        return tuple(results)
+
+    key = f"{cell.key}({', '.join(f'{ZONEOUT} {s}={p}' for s, p in zip(cell.states, kept, strict=True) if p)})"
+    return replace(cell, key=key, constants={}, base=None, dropout="", step=step)  # type: ignore[arg-type]  # a function
+
+
 class _Dropped:
     """A step's U, of operands multiplied by a mask."""
 

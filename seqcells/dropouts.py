@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from .cell import Cell, constant_to_compilers, get
-from .drawn import CANDIDATE, RECURRENT, ZONEOUT, dropped, explicit
+from .drawn import CANDIDATE, RECURRENT, ZONEOUT, averaged, dropped, explicit
 from .layer_arguments import probability
 
 if TYPE_CHECKING:
@@ -30,44 +30,47 @@ OPTIONS = ("weight_dropout", "recurrent_dropout", "candidate_dropout", "zoneout"
 
 
 @constant_to_compilers
-def _key(cell: str, kinds: tuple[str, ...]) -> str:
+def _key(cell: str, kinds: tuple[str, ...], kept: tuple[float, ...]) -> str:
+    if kept:
+        return averaged(get(cell), kept).key
     made = dropped(get(cell), kinds)
     explicit(made)  # for the engines that need it: Dynamo, which calls this, would not see one that is made later
     return made.key
 
 
 def draws(module: Recurrent) -> dict[str, tuple[float, float]]:
-    """The masks of a layer's next call: for each kind the probability that an element is kept, and its value."""
+    """The masks of a layer's call in training: for each kind the probability that an element is kept, and its value."""
     found = {}
-    if module.training:
-        for kind, p in ((RECURRENT, module.recurrent_dropout), (CANDIDATE, module.candidate_dropout)):
-            if p:
-                found[kind] = (1 - p, 1 / (1 - p) if p < 1 else 0.0)
-    if module.zoneout:
-        each = module.zoneout if isinstance(module.zoneout, tuple) else (module.zoneout,) * len(module.cell.states)
-        for state, p in zip(module.cell.states, each, strict=True):
-            if p:
-                found[f"{ZONEOUT} {state}"] = (1 - p, 1.0) if module.training else (1.0, 1 - p)
+    for kind, p in ((RECURRENT, module.recurrent_dropout), (CANDIDATE, module.candidate_dropout)):
+        if p:
+            found[kind] = (1 - p, 1 / (1 - p) if p < 1 else 0.0)
+    for state, p in zip(module.cell.states, _zoneouts(module), strict=True):
+        if p:
+            found[f"{ZONEOUT} {state}"] = (1 - p, 1.0)
     return found
 
 
-def of_call(module: Recurrent, x: Tensor) -> tuple[Cell, Tensor | None]:
-    """The cell that a layer's call runs, and the tensor dropout of each layer [L, 2 + 2*M]; None without masks.
+def _zoneouts(module: Recurrent) -> tuple[float, ...]:
+    """The probability of each state."""
+    given = module.zoneout
+    return given if isinstance(given, tuple) else (given,) * len(module.cell.states)
 
-    In training the seeds are drawn from torch's generator on the device of x.
+
+def of_call(module: Recurrent, x: Tensor) -> tuple[Cell, Tensor | None]:
+    """The cell that a layer's call runs, and, in training, the tensor dropout of each layer [L, 2 + 2*M].
+
+    The seeds are drawn from torch's generator on the device of x.
     """
-    if not (masks := draws(module)):
-        return module.cell, None
-    cell, layers = get(_key(module.cell.key, tuple(masks))), module.num_layers
+    if not module.training:
+        return get(_key(module.cell.key, (), _zoneouts(module))), None
+    masks, layers = draws(module), module.num_layers
     dtype = torch.promote_types(x.dtype, torch.float32)
-    seeds = torch.zeros(layers, 2, dtype=dtype, device=x.device)
-    if module.training:
-        seeds = (torch.rand(layers, 2, dtype=torch.float32, device=x.device) * (1 << 24)).floor().to(dtype)
+    seeds = (torch.rand(layers, 2, dtype=torch.float32, device=x.device) * (1 << 24)).floor().to(dtype)
     parts = [seeds]
     for keep, value in masks.values():
         parts.append(seeds.new_full((layers, 1), keep))
         parts.append(x.new_full((layers, 1), value).to(dtype))  # rounded to the data's type, as other engines have it
-    return cell, torch.cat(parts, 1)
+    return get(_key(module.cell.key, tuple(masks), ())), torch.cat(parts, 1)
 
 
 def set_up(

@@ -352,7 +352,7 @@ class _Record(_Recorder, TorchDispatchMode):
 _ADVICE = {
     **dict.fromkeys(
         ["_softmax", "_log_softmax", "native_layer_norm", "cumsum", "cumprod", "logcumsumexp", "roll", "flip", "sort"],
-        "it mixes units, and only U.k(v) takes something from other units",
+        "it mixes units: a step may take U.k(v), means over the units, layer_norm and rms_norm",
     ),
     **dict.fromkeys(
         ["bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like", "normal_", "uniform_"],
