@@ -19,7 +19,7 @@ T, B, I, H = 4, 3, 2, 3  # noqa: E741
 DERIVED = ["nobody", "with_output", "indrnn"]
 ENGINES = ["loop", "triton"]
 MASKS = ["plain", "resets", "lengths", "both"]
-NAMES = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "params", "inputs")
+NAMES = ("x", "h0", "c0", "w_ih", "w_hh", "b_ih", "b_hh", "params", "inputs", "dropout")
 
 
 def by_engine(names, last, kernels):
@@ -45,7 +45,7 @@ def drawn(*shape, seed=[0]):  # noqa: B006
 
 
 def tensors(key, K=1, batch=B, lead=()):
-    """The 9 inputs of a layer, those that the cell has; a shape before each."""
+    """The 10 inputs of a layer, those that the cell has, without dropout; a shape before each."""
     cell = get(key)
     rows, form, size = cell.rows, cell.form, (*lead, K)
     others = (form.states - 1) * H
@@ -58,6 +58,7 @@ def tensors(key, K=1, batch=B, lead=()):
         *(drawn(*size, n * H) if n else None for n in rows[2:]),
         drawn(*size, len(cell.params) * H) if cell.params else None,
         drawn(*lead, T, batch, len(cell.inputs) * H) if cell.inputs else None,
+        None,
     ]
 
 
@@ -123,7 +124,7 @@ def run(options, save, inputs, mask, grads=None):
     if grads is None:
         grads = [drawn(*o.shape) for o in outputs]
     saved = saved if saved.dim() > 1 else None
-    return outputs, autograd._Gradients(options, (True,) * 9).run(mask, y, c, saved, *inputs, *grads), grads
+    return outputs, autograd._Gradients(options, (True,) * 10).run(mask, y, c, saved, *inputs, *grads), grads
 
 
 @pytest.mark.parametrize(("engine", "name", "kind"), by_engine(["lstm", "gru", "rnn_tanh", *DERIVED], MASKS, kernels=2))
@@ -239,8 +240,8 @@ def test_many_reversed_groups_are_several_calls(keys):
     V, key = 70, keys["rnn_tanh"]
     options = Options("loop", key, reversed=1, traced=True)
     single, weights = tensors(key), tensors(key, lead=(V,))
-    inputs = [*single[:3], *weights[3:7], None, None]
-    dims = [None] * 3 + [0] * 4 + [None] * 2
+    inputs = [*single[:3], *weights[3:7], None, None, None]
+    dims = [None] * 3 + [0] * 4 + [None] * 3
     grads = tuple(torch.ones_like(o) for o in autograd.ENGINES["loop"].forward(options, "gates", single, None)[0])
     function = lambda *tensors: layer(options, "gates")(None, grads, *tensors)  # noqa: E731
     found = torch.vmap(function, tuple(dims))(*inputs)

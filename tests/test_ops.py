@@ -237,7 +237,8 @@ def test_importing_seqcells_imports_no_triton_nor_a_compiler():
     others, ours, name, used = result.stdout.splitlines()
     assert eval(others) == ["seqcells"], result.stderr
     assert eval(ours) == [
-        f"seqcells.kernels.{n}" for n in ("buffers", "cost", "devices", "form", "plan", "plan_single", "registry")
+        f"seqcells.kernels.{n}"
+        for n in ("buffers", "cost", "devices", "form", "means", "plan", "plan_single", "registry")
     ]
     assert (name, used) == ("seqcells::scan_forward", "False")
 
