@@ -102,12 +102,14 @@ def _case(v: Variant, rows: int) -> _Case:
     beside = round(torch.cat(every, 2)) if every else None
     if not all(v.given[:2]) if single else not v.given[0]:
         b_ih, b_hh = (b_ih if single and v.given[0] else None), (b_hh if single and v.given[1] else None)
-    exact = [None if t is None else t.double() for t in (x, w_ih, b_ih, b_hh, beside)]
-    gx, bias = products.input_projection(at, *exact[:4], H, exact[4])  # type: ignore[arg-type]  # x and w_ih are there
+    biases = [None if b is None else b.double() for b in (b_ih, b_hh)]
+    more = None if beside is None else beside.double()
+    gx, bias = products.input_projection(at, x.double(), w_ih.double(), biases[0], biases[1], H, more)
     u = products.recurrent(at, w_hh, w_ih, H)
     step: tuple[Tensor | None, ...] = ()
     if single:
-        step = (x[0], w_ih[0], u[0], *products.step_biases(at, *(None if b is None else b[0] for b in (b_ih, b_hh)), H))
+        first, second = (None if b is None else b[0] for b in (b_ih, b_hh))
+        step = (x[0], w_ih[0], u[0], *products.step_biases(at, first, second, H))
     else:
         gx, bias = round(gx), None if bias is None else round(bias)
     dropout = None
@@ -272,8 +274,7 @@ def measure(v: Variant, plans: Sequence[Any], rows: int) -> Error:
         expected, grads = exact.forward(), _grads(v, exact)
         if len(plans) > 1:
             expected |= exact.backward(grads)
-        moved = _Case(*(t.to(v.device) if isinstance(t, Tensor) else t for t in case))
-        moved = moved._replace(step=tuple(None if t is None else t.to(v.device) for t in case.step))
+        moved = _Case(*[_moved(t, v.device) for t in case])
         allowed = _allowed(v, rows)
     except Exception as error:
         raise Unable from error
@@ -287,6 +288,12 @@ def measure(v: Variant, plans: Sequence[Any], rows: int) -> Error:
     return max(_errors(v, found, expected, exact, allowed), key=lambda e: e.worst, default=Error(0.0, ""))
 
 
+def _moved(t: Any, device: torch.device) -> Any:  # a tensor, None or a tuple of them
+    if isinstance(t, tuple):
+        return tuple(_moved(each, device) for each in t)
+    return None if t is None else t.to(device)
+
+
 def _grads(v: Variant, exact: _Exact) -> tuple[Tensor | None, ...]:
     """Gradients of y, hn, cn and c, of those that the variant has."""
     generator = torch.Generator().manual_seed(1)
@@ -298,15 +305,15 @@ def _grads(v: Variant, exact: _Exact) -> tuple[Tensor | None, ...]:
 
 def _kernels(v: Variant, plans: Sequence[Any], case: _Case, grads: Sequence[Tensor | None]) -> dict[str, Tensor]:
     """What the kernels give, by the names of `_Exact`."""
-    gx, u, bias, h0, c0, params, dropout, mask, _, _, step = case
+    gx, u, bias, h0, c0, params, dropout, mask, *_ = case
     cell, forward, single = kernels.cells.get(v.cell), plans[0], v.direction == "step"
     own: dict[str, Any] = {"precision": v.precision, "launch": kernels.scan.run}
     more: dict[str, Any] = {"params": params, "dropout": dropout, "reversed": v.reversed}
     if single:
-        starts = [None if s is None else s[0] for s in (h0, c0)]
-        own_params = None if params is None else params[0]
-        how = {"save": v.save, "plan": forward, "params": own_params, "input_precision": v.through}
-        out = kernels.single.forward(cell, *step, *starts, **how, **own)
+        own |= zip(("x", "w_ih", "w_hh", "b_ih", "b_hh"), case.step, strict=True)
+        own |= {"h0": None if h0 is None else h0[0], "c0": None if c0 is None else c0[0]}
+        own |= {"params": None if params is None else params[0], "input_precision": v.through, "save": v.save}
+        out = kernels.single.forward(cell, plan=forward, **own)
         out = out._replace(hn=out.hn[None], cn=out.cn[None] if out.cn.dim() > 1 else out.cn)
     else:
         out = kernels.scan.forward(cell, gx, u, bias, h0, c0, mask, save=v.save, plan=forward, **own, **more)
@@ -317,7 +324,7 @@ def _kernels(v: Variant, plans: Sequence[Any], case: _Case, grads: Sequence[Tens
             how = {"plan": forward, "launch": kernels.scan.run, **more}
             saved = kernels.scan.recompute(cell, gx, u, bias, out.y, out.c, mask, **how)
         dy, dhn, dcn, dcs = (None if g is None else g.to(v.device) for g in grads)
-        how = {"dcs": dcs, "plan": plans[1], **own, **more}
+        how = {"dcs": dcs, "plan": plans[1], "precision": v.precision, "launch": kernels.scan.run, **more}
         made = kernels.scan.backward(cell, dy, dhn, dcn, u, out.y, out.c, saved, mask, **how)
         found |= made._asdict()
     return {n: t.cpu() for n, t in found.items() if t.numel()}

@@ -48,7 +48,8 @@ def _driver() -> str:
     try:
         return Path("/proc/driver/nvidia/version").read_text().splitlines()[0]
     except (OSError, IndexError):
-        return str(torch._C._cuda_getDriverVersion()) if torch.cuda.is_available() else ""
+        # What torch.cuda itself asks for the version; not in torch's stubs.
+        return str(getattr(torch._C, "_cuda_getDriverVersion", str)()) if torch.cuda.is_available() else ""
 
 
 @cache

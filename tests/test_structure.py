@@ -57,11 +57,21 @@ ARROWS = {  # room: the rooms of the project it may import
     "autograd": {"backends", "cell", "dispatch", "drawn", "masks", "products", "reference"},  # likewise
     "fallback": set(),
     "flops": set(),
+    "verdicts": set(),
+    "verification": {
+        *("backends", "checks", "fallback", "verdicts", "kernels.plan", "kernels.registry"),
+        "kernel_check",  # when something is verified, for it imports what imports this
+    },
+    "kernel_check": {
+        *("cell", "drawn", "fallback", "kernels", "kernels.buffers", "kernels.cells", "kernels.scan", "kernels.single"),
+        *("masks", "products", "reference", "testing"),
+    },
     "engines": set(),
     "engines.operators": {"autograd"},
     "engines.loop": {"autograd", "cell", "derive", "engines.operators", "products", "kernels.buffers"},
     "engines.triton": {
         *("autograd", "cell", "drawn", "engines.loop", "engines.operators", "fallback", "kernels", "masks", "products"),
+        "verification",
         *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "registry", "scan", "single")),
     },
     "engines.aten": {"recurrent"},  # its type alone

@@ -1,0 +1,235 @@
+"""Kernels are compared with the float64 reference before they are trusted; what is wrong is refused.
+
+The launches are real (interpreted on the CPU, which here counts as a device that "auto" gives to the kernels), but for
+those that a test corrupts.
+"""
+
+import importlib
+
+import own_cells
+import pytest
+import torch
+from conftest import DEVICE
+from corrupted import OUTPUTS, Corrupted
+from shapes import SCHEDULES, spread
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from seqcells import dispatch, fallback
+from seqcells.cell import named
+from seqcells.engines import triton
+from seqcells.engines.triton import plan_for
+from seqcells.kernel_check import Variant, measure
+
+verification = importlib.import_module("seqcells.verification")  # the class hides the module
+
+
+@pytest.fixture(autouse=True)
+def a_device_for_the_kernels(monkeypatch, tmp_path):
+    monkeypatch.setattr(dispatch, "KERNEL_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(dispatch, "own_step", lambda *arguments: False)
+    monkeypatch.setenv("SEQCELLS_CACHE", str(tmp_path))
+    for name in ("_failed", "refused_kernels"):
+        monkeypatch.setattr(fallback, name, set())
+    verification.forget()
+    yield
+    verification.forget()
+
+
+def measured(cell, direction, schedule, dtype=torch.float64, groups=1, reversed=0, mask=None, save="gates"):
+    """The error of a kernel in units of what is allowed, and the tensor."""
+    H, like, own = 5, (dtype, torch.device(DEVICE)), named(cell)
+    forward, backward = (plan_for(own.key, 40, (groups, H), like, schedule, "ieee", back) for back in (False, True))
+    given = (True,) if direction == "forward" else (True, not own.outputs, own.form.states > 1, own.form.states > 1)
+    v = Variant(direction, own.key, *like, groups, H, reversed, "ieee", save, mask, given)
+    plans = [forward] if direction == "forward" else [forward, backward]
+    return measure(v, plans, forward.block_b + 3)
+
+
+CELLS = {"lstm": "lstm", "four": own_cells.four}
+HOWS = [(kernel, how) for kernel, names in OUTPUTS.items() for how in (*names, "gates", "mask", "step")]
+
+
+@pytest.mark.parametrize("kernel_how, schedule, cell", spread(HOWS, SCHEDULES, CELLS, most=1))
+def test_what_is_wrong_is_noticed(kernel_how, schedule, cell, monkeypatch):
+    """Every output of every kernel, wrong in one element; two gates exchanged, a mask ignored, a step left out."""
+    kernel, how = kernel_how
+    form = named(CELLS[cell]).form
+    there = {"c_ptr": form.states > 1, "dhu_ptr": form.apart, "m_ptr": form.stored, "dparams_ptr": form.params}
+    if not there.get(how, True):
+        pytest.skip("it has none")
+    direction = "backward" if how == "saved_ptr" else kernel
+    for seed in range(2 if how.endswith("_ptr") else 1):
+        with monkeypatch.context() as patches:
+            corrupted = Corrupted(patches, how, kernel, seed=seed)
+            mask = torch.bool if how == "mask" else None
+            worst, tensor = measured(CELLS[cell], direction, schedule, mask=mask)
+        assert corrupted.wrong and worst > 1, (worst, tensor, seed)
+
+
+@pytest.mark.parametrize("cell", [*CELLS, "shown", "independent", "coupled"])
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_what_is_right_is_trusted(schedule, direction, cell):
+    cell = CELLS.get(cell) or own_cells.CELLS[cell]
+    for options in ({"mask": torch.uint8, "groups": 2, "reversed": 2}, {"save": "states"}):
+        worst, tensor = measured(cell, direction, schedule, **options)
+        assert worst < 0.5, tensor
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_in_half_precision(direction, dtype, monkeypatch):
+    assert measured("lstm", direction, "resident", dtype)[0] < 0.5
+    for how in OUTPUTS[direction][:2] if direction == "forward" else ("dgx_ptr", "dh0_ptr"):
+        with monkeypatch.context() as patches:
+            Corrupted(patches, how, direction)
+            assert measured("lstm", direction, "resident", dtype)[0] > 1, how
+
+
+def layer(kind=seqcells.LSTM, **options):
+    """A layer under "auto", the same by the reference, and an input."""
+    torch.manual_seed(0)
+    made = kind(3, 4, dtype=torch.float64, device=DEVICE, **options)
+    exact = copy.deepcopy(made)
+    exact.backend = "reference"
+    return made, exact, torch.randn(3, 2, 3, dtype=torch.float64, device=DEVICE)
+
+
+def trained(module, x, call=None, **how):
+    x = x.detach().requires_grad_()
+    y, state = (module if call is None else call)(x, **how)
+    outputs = [y, *(state if isinstance(state, tuple) else (state,))]
+    loss = sum((o.double() ** 2).sum() for o in outputs)
+    return [o.detach() for o in outputs] + list(torch.autograd.grad(loss, [x, *module.parameters()]))
+
+
+def told(call, *arguments, **options):
+    """The result, and the warnings."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        result = call(*arguments, **options)
+    return result, [str(w.message) for w in found if w.category is RuntimeWarning]
+
+
+def close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert testing.relative(a.detach(), b.detach()) <= testing.TOLERANCE[b.dtype]
+
+
+WRONG = [("forward", "y_ptr"), ("forward", "step"), ("backward", "dgx_ptr"), ("backward", "gates")]
+
+
+@pytest.mark.parametrize("kernel, how", WRONG)
+@pytest.mark.parametrize("kind", [seqcells.LSTM, seqcells.GRU])
+def test_the_next_schedule_runs(kind, kernel, how, monkeypatch):
+    module, exact, x = layer(kind)
+    corrupted = Corrupted(monkeypatch, how, kernel, ["resident"])
+    found, said = told(trained, module, x)
+    close(found, trained(exact, x))
+    (message,) = said
+    for part in (
+        f"no kernel for {kind.__name__.lower()} {kernel} (float64, hidden size 4, on {DEVICE}",
+        "by resident: Wrong: its ",
+        "please report this, with what `python -m seqcells info` prints",
+        "Instead the stepwise kernel runs",
+        "backend='triton' runs a wrong one.",
+    ):
+        assert part in message
+    launched, corrupted.right = corrupted.wrong, []
+    again, said = told(trained, module, x)
+    assert not said and corrupted.wrong == launched
+    close(again, found)
+
+
+@pytest.mark.parametrize("kernel, how", [("forward", "hn_ptr"), ("forward", "saved_ptr"), ("backward", "dgx_ptr")])
+def test_torch_runs_where_every_schedule_is_wrong(kernel, how, monkeypatch):
+    module, exact, x = layer(bidirectional=True)
+    Corrupted(monkeypatch, how, kernel)
+    found, said = told(trained, module, x, lengths=[3, 2])
+    close(found, trained(exact, x, lengths=[3, 2]))
+    assert len(said) == 1 and "a loop of torch operations" in said[0] and said[0].count("Wrong: its ") == 3
+    chosen = seqcells.explain("lstm", batch=2, hidden_size=4, dtype=torch.float64, device=DEVICE)
+    assert "the kernels failed there" in chosen.why
+
+
+@pytest.mark.parametrize("kind", ["heads", "dropout", "states", "own"])
+def test_other_layers(kind, monkeypatch):
+    """Heads, dropout masks, save="states", a cell with trained vectors and per-step inputs: verified, and right."""
+    options = {
+        "heads": {"heads": 2},
+        "dropout": {"recurrent_dropout": 0.4, "zoneout": 0.3},
+        "states": {"save": "states"},
+        "own": {},
+    }[kind]
+    cell = own_cells.four if kind == "own" else "gru"
+    how = {"inputs": {"w": torch.rand(3, 2, dtype=torch.float64, device=DEVICE)}} if kind == "own" else {}
+    module, exact, x = layer(partial(seqcells.Recurrent, cell), **options)
+    Corrupted(monkeypatch, "dgx_ptr", "backward", ["resident"])
+    torch.manual_seed(7)
+    found, said = told(trained, module, x, **how)
+    torch.manual_seed(7)
+    close(found, trained(exact, x, **how))
+    assert len(said) == 1 and "resident: Wrong: its d" in said[0]
+
+
+@pytest.mark.parametrize("how, grad", [("hn_ptr", False), ("hn_ptr", True), ("saved_ptr", True), ("gates", False)])
+def test_one_step(how, grad, monkeypatch):
+    torch.manual_seed(0)
+    cell = seqcells.LSTMCell(3, 4, dtype=torch.float64, device=DEVICE)
+    exact = copy.deepcopy(cell)
+    exact.backend = "reference"
+    monkeypatch.setattr(triton, "one_launch", lambda *arguments: True)
+    x = torch.randn(2, 3, dtype=torch.float64, device=DEVICE)
+
+    def run(module):
+        outputs = module(x)
+        gradients = torch.autograd.grad(sum(o.sum() for o in outputs), list(module.parameters())) if grad else ()
+        return [*outputs, *gradients]
+
+    for wrong in (False, True):
+        if wrong:
+            verification.forget()
+            Corrupted(monkeypatch, how, "kernel", ["single"])
+        with torch.set_grad_enabled(grad):
+            found, said = told(run, cell)
+            close(found, run(exact))
+        assert len(said) == wrong and (not wrong or "single: Wrong: its " in said[0])
+        monkeypatch.setenv("SEQCELLS_CACHE", "")
+
+
+def test_nothing_is_verified_where_it_cannot_be(monkeypatch):
+    """Within a mode that intercepts operators, a transform, a CUDA graph's capture: what is stored decides."""
+    module, _, x = layer()
+    count = counted(monkeypatch)
+    with torch.no_grad():
+        with TorchDispatchMode():
+            module(x)
+        torch.func.vmap(module, in_dims=1, out_dims=1)(x[:, None])
+        with monkeypatch.context() as patches:
+            patches.setattr(verification, "_possible", lambda device: False)
+            module(x)
+        assert not count
+        module(x)
+        assert len(count) == 1
+        verification.forget()
+        Corrupted(monkeypatch, "y_ptr", "forward", ["resident"])
+        file = verdicts.path(x.device)
+        stored = json.loads(file.read_text())
+        for verdict in stored["verdicts"].values():
+            verdict |= {"good": False, "worst": 7.0, "tensor": "y"}
+        file.write_text(json.dumps(stored))
+        monkeypatch.setattr(verification, "_possible", lambda device: False)
+        _, said = told(module, x)
+        assert len(said) == 1 and "its y is 7.0 times as far from the float64 reference as is allowed" in said[0]
+
+
+def counted(monkeypatch):
+    """A list with an entry for each check."""
+    found = []
+
+    def measure_and_count(*arguments):
+        found.append(arguments[0])
+        return measure(*arguments)
+
+    monkeypatch.setattr(kernel_check, "measure", measure_and_count)
+    return found
