@@ -4,7 +4,20 @@ The launches are real (interpreted on the CPU, which here counts as a device tha
 those that a test corrupts.
 """
 
+import contextlib
+import copy
 import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
 
 import own_cells
 import pytest
@@ -12,13 +25,16 @@ import torch
 from conftest import DEVICE
 from corrupted import OUTPUTS, Corrupted
 from shapes import SCHEDULES, spread
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-from seqcells import dispatch, fallback
+import seqcells
+from seqcells import dispatch, fallback, kernel_check, testing, verdicts
 from seqcells.cell import named
 from seqcells.engines import triton
 from seqcells.engines.triton import plan_for
 from seqcells.kernel_check import Variant, measure
+from seqcells.verdicts import Verdict
 
 verification = importlib.import_module("seqcells.verification")  # the class hides the module
 
@@ -31,6 +47,7 @@ def a_device_for_the_kernels(monkeypatch, tmp_path):
     for name in ("_failed", "refused_kernels"):
         monkeypatch.setattr(fallback, name, set())
     verification.forget()
+    monkeypatch.setattr(verification.CURRENT, "policy", "first use")
     yield
     verification.forget()
 
@@ -162,7 +179,7 @@ def test_other_layers(kind, monkeypatch):
         "own": {},
     }[kind]
     cell = own_cells.four if kind == "own" else "gru"
-    how = {"inputs": {"w": torch.rand(3, 2, dtype=torch.float64, device=DEVICE)}} if kind == "own" else {}
+    how = {"w": torch.rand(3, 2, dtype=torch.float64, device=DEVICE)} if kind == "own" else {}
     module, exact, x = layer(partial(seqcells.Recurrent, cell), **options)
     Corrupted(monkeypatch, "dgx_ptr", "backward", ["resident"])
     torch.manual_seed(7)
@@ -197,22 +214,18 @@ def test_one_step(how, grad, monkeypatch):
         monkeypatch.setenv("SEQCELLS_CACHE", "")
 
 
-def test_nothing_is_verified_where_it_cannot_be(monkeypatch):
-    """Within a mode that intercepts operators, a transform, a CUDA graph's capture: what is stored decides."""
+def test_in_a_capture_what_is_stored_decides(monkeypatch):
     module, _, x = layer()
     count = counted(monkeypatch)
+    captures = verification._possible
     with torch.no_grad():
-        with TorchDispatchMode():
-            module(x)
-        torch.func.vmap(module, in_dims=1, out_dims=1)(x[:, None])
-        with monkeypatch.context() as patches:
-            patches.setattr(verification, "_possible", lambda device: False)
-            module(x)
+        monkeypatch.setattr(verification, "_possible", lambda device: False)
+        module(x)
         assert not count
+        monkeypatch.setattr(verification, "_possible", captures)
         module(x)
         assert len(count) == 1
         verification.forget()
-        Corrupted(monkeypatch, "y_ptr", "forward", ["resident"])
         file = verdicts.path(x.device)
         stored = json.loads(file.read_text())
         for verdict in stored["verdicts"].values():
@@ -221,6 +234,134 @@ def test_nothing_is_verified_where_it_cannot_be(monkeypatch):
         monkeypatch.setattr(verification, "_possible", lambda device: False)
         _, said = told(module, x)
         assert len(said) == 1 and "its y is 7.0 times as far from the float64 reference as is allowed" in said[0]
+
+
+def test_a_capture_and_a_compiler_are_recognized(monkeypatch):
+    cuda = torch.device("cuda")
+    assert verification._possible(torch.device("cpu"))
+    for capturing in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=capturing: answer)
+        assert verification._possible(cuda) is not capturing
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert not verification._possible(torch.device("cpu"))
+
+
+@pytest.mark.parametrize("where", ["compiled", "vmap", "counting", "inference", "autocast", "checkpoint", "meta"])
+def test_the_callers_modes_do_not_reach_a_check(where, monkeypatch):
+    """A right kernel is trusted wherever it is first used. What is compiled is verified when it runs."""
+    module, exact, x = layer()
+    count = counted(monkeypatch)
+    torch._dynamo.reset()
+    state, modes = torch.get_rng_state(), {"counting": FlopCounterMode(display=False), "meta": torch.device("meta")}
+    modes |= {"inference": torch.inference_mode(), "autocast": torch.autocast("cpu", torch.bfloat16, enabled=False)}
+    calls = {
+        "compiled": lambda: trained(module, x, torch.compile(module, fullgraph=True, backend="aot_eager")),
+        "vmap": lambda: [torch.func.vmap(lambda t: module(t)[0])(x[None])[0]],
+        "checkpoint": lambda: trained(module, x, lambda t: checkpoint(module, t, use_reentrant=False)),
+    }
+    with modes.get(where, contextlib.nullcontext()):
+        found, said = told(calls.get(where, lambda: [module(x)[0]]))
+    assert not said and count
+    assert torch.equal(state, torch.get_rng_state())
+    close([t.clone() for t in found], trained(exact, x)[: len(found)])
+    torch._dynamo.reset()
+
+
+def test_once(monkeypatch):
+    """A kernel is verified once in a process, and not again for other batches and lengths; not in the next process."""
+    module, exact, x = layer()
+    count = counted(monkeypatch)
+    trained(module, x)
+    assert [v.direction for v in count] == ["forward", "backward"]
+    trained(module, x)
+    trained(module, x.repeat(3, 1, 1))
+    assert len(count) == 2
+    verification.forget()  # as in another process
+    trained(module, x)
+    assert len(count) == 2
+    close(trained(module, x), trained(exact, x))
+    with torch.no_grad():
+        module(x)
+    trained(module, x, resets=torch.ones(3, 2, dtype=torch.bool, device=DEVICE))
+    assert [v.direction for v in count] == ["forward", "backward", "forward", "forward", "backward"]
+    assert len(json.loads(verdicts.path(x.device).read_text())["verdicts"]) == 5
+
+
+def test_threads_wait_for_one_check(monkeypatch):
+    module, _, x = layer()
+    count = counted(monkeypatch)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: told(trained, module, x)[0], range(4)))
+    assert len(count) == 2
+    for each in found[1:]:
+        close(each, found[0])
+
+
+def test_what_differs_has_another_key(monkeypatch):
+    """dtype, hidden size, constants, the cell's source: each is another variant."""
+    keys = set()
+    like, facts = (torch.float64, torch.device(DEVICE)), ((True,), ())
+    for cell, dtype, H in [
+        ("lstm", 64, 4),
+        ("lstm", 32, 4),
+        ("lstm", 64, 5),
+        ("gru", 64, 4),
+        (own_cells.four.key, 64, 4),
+    ]:
+        like = (getattr(torch, f"float{dtype}"), torch.device(DEVICE))
+        plan = plan_for(cell, 2, (1, H), like, "", "ieee", False)
+        for mask in (None, torch.bool):
+            for save in ("none", "gates"):
+                keys.add(
+                    verification._key(Variant("forward", cell, *like, 1, H, 0, "ieee", save, mask, (True,)), [plan], 9)
+                )
+    assert len(keys) == 20
+    other = own_cells.four.with_constants(leak=0.5)
+    assert verification._source(own_cells.four.key) != verification._source(other.key)
+
+
+def test_policies(monkeypatch):
+    module, exact, x = layer()
+    count = counted(monkeypatch)
+    Corrupted(monkeypatch, "y_ptr", "forward", ["resident"])
+    with seqcells.verification("off"):
+        found, said = told(trained, module, x)
+        assert not count and not said
+        with pytest.raises(AssertionError):
+            close(found, trained(exact, x))
+        seqcells.verification("first use")
+        assert verification.CURRENT.policy == "first use"
+        seqcells.verification("off")
+    assert verification.CURRENT.policy == "first use"
+    by_name = copy.deepcopy(module)
+    by_name.backend = "triton:resident"
+    told(trained, by_name, x)
+    assert not count
+    close(told(trained, module, x)[0], trained(exact, x))
+    assert len(count) == 3  # forward by resident and by stepwise, and backward
+    with seqcells.verification("always"):
+        with pytest.raises(RuntimeError, match="its y is .* please report"):
+            by_name(x)
+        assert len(count) == 4
+        by_name.backend = "triton:stepwise"
+        close(trained(by_name, x), trained(exact, x))
+        assert len(count) == 6
+    with pytest.raises(ValueError, match="unknown policy 'never': expected one of first use, off, always"):
+        seqcells.verification("never")
+
+
+def test_a_check_that_fails_itself(monkeypatch):
+    """For lack of memory, say: the kernel runs, with one warning, and nothing is stored."""
+    module, exact, x = layer()
+
+    def fail(*arguments):
+        raise MemoryError("none left")
+
+    monkeypatch.setattr(kernel_check, "_case", fail)
+    found, said = told(trained, module, x)
+    close(found, trained(exact, x))
+    assert len(said) == 2 and "could not be verified, and runs: MemoryError: none left" in said[0]
+    assert not told(trained, module, x)[1] and not verdicts.path(x.device).exists()
 
 
 def counted(monkeypatch):
