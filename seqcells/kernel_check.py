@@ -29,7 +29,7 @@ ELEMENT = 4
 class Variant(NamedTuple):
     """What kernels are compiled for, beside the plan. direction: forward, backward or step. save: of backward "gates",
     or "states" if it recomputes the gates. given: which optional tensors there are: forward, the bias of the products
-    apart; step, b_ih and b_hh; backward, dy, dhn, dcn and dcs. inputs, through: of a step, the size of x and the
+    apart; step, b_ih and b_hh; backward, dy, dhn, dcn, dcs and b_hh. inputs, through: of a step, the size of x and the
     precision of its product."""
 
     direction: str
@@ -100,8 +100,7 @@ def _case(v: Variant, rows: int) -> _Case:
     size = (*x.shape[:2], H)
     every = [g[..., None].expand(size) if g.dim() == 2 else g for g in (groups[0][n] for n in cell.inputs)]
     beside = round(torch.cat(every, 2)) if every else None
-    if not all(v.given[:2]) if single else not v.given[0]:
-        b_ih, b_hh = (b_ih if single and v.given[0] else None), (b_hh if single and v.given[1] else None)
+    b_ih, b_hh = b_ih if v.given[0] or not single else None, b_hh if v.given[-1] else None
     biases = [None if b is None else b.double() for b in (b_ih, b_hh)]
     more = None if beside is None else beside.double()
     gx, bias = products.input_projection(at, x.double(), w_ih.double(), biases[0], biases[1], H, more)
@@ -297,7 +296,7 @@ def _moved(t: Any, device: torch.device) -> Any:  # a tensor, None or a tuple of
 def _grads(v: Variant, exact: _Exact) -> tuple[Tensor | None, ...]:
     """Gradients of y, hn, cn and c, of those that the variant has."""
     generator = torch.Generator().manual_seed(1)
-    given = v.given if v.direction == "backward" else (True, False, exact.c.shape[-1] > 0, False)
+    given = v.given[:4] if v.direction == "backward" else (True, False, exact.c.shape[-1] > 0, False)
     shapes = (exact.y.shape, exact.hn.shape, exact.cn.shape, exact.c.shape)
     every = [torch.randn(s, generator=generator, dtype=torch.float64).to(v.dtype) for s in shapes]
     return tuple(t if there else None for t, there in zip(every, given, strict=True))

@@ -1,9 +1,9 @@
 """Whether a kernel may be trusted: it is compared with the reference once, at its first use (`kernel_check`).
 
 "auto" verifies what it is about to launch; a kernel that is wrong is refused as one that does not compile is (see
-`fallback`). The verdict is stored (`verdicts`), so that later processes only read it. Nothing is verified within a CUDA
-graph's capture, a compiler, a tracer, a transform or another mode that intercepts operators: there a stored verdict
-decides, and without one the kernel runs.
+`fallback`). The verdict is stored (`verdicts`), so that later processes only read it. Nothing is verified while a CUDA
+graph is captured or a program is compiled or traced: there a stored verdict decides, and without one the kernel runs. A
+compiled program calls operators, in which kernels are verified when it first runs.
 """
 
 from __future__ import annotations
@@ -98,15 +98,21 @@ def forget() -> None:
         known.clear()
 
 
-def verify(
-    of: tuple[Any, ...], plan: Plan, rows: int, other: Callable[[], Plan] | None = None, named: bool = False
-) -> None:
+def insist(of: tuple[Any, ...], plan: Plan, rows: int, other: Callable[[], Plan] | None = None) -> None:
+    """`verify` a kernel that the user asked for by name: raises the error itself if it does not compile or launch."""
+    try:
+        verify(of, plan, rows, other)
+    except fallback.Failed as error:
+        raise error.__cause__ or error from None
+
+
+def verify(of: tuple[Any, ...], plan: Plan, rows: int, other: Callable[[], Plan] | None = None) -> None:
     """Return if a kernel may run; raise fallback.Failed if not, or if it does not compile or launch.
 
-    of: the fields of its Variant. rows: the batch size of the call. other: gives the plan of what runs
-    before backward or after a step that saves gates. named: whether the user asked for it by name.
+    of: the fields of its Variant. rows: the batch size of the call. other: gives the plan of what runs before backward
+    or after a step that saves gates.
     """
-    if CURRENT.policy == "off" or (named and CURRENT.policy != "always") or getattr(_here, "busy", False):
+    if CURRENT.policy == "off" or getattr(_here, "busy", False) or TRUSTED.get((id(plan), *of)) is plan:
         return
     from .kernel_check import Variant  # which imports what imports this module
 

@@ -112,7 +112,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "heads": {"dispatch"},
     "tasks": {  # which nothing imports but __main__
         *("arguments", "backends", "cell", "checks", "explanation", "init", "layers", "precisions", "recurrent"),
-        *("testing", "kernels.devices", "kernels.registry"),
+        *("testing", "verdicts", "verification", "kernels.devices", "kernels.registry"),
     },
     "integrations": {"cell_modules", "convert", "recurrent"},
 }

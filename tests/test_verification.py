@@ -48,7 +48,9 @@ def measured(cell, direction, schedule, dtype=torch.float64, groups=1, reversed=
     """The error of a kernel in units of what is allowed, and the tensor."""
     H, like, own = 5, (dtype, torch.device(DEVICE)), named(cell)
     forward, backward = (plan_for(own.key, 40, (groups, H), like, schedule, "ieee", back) for back in (False, True))
-    given = (True,) if direction == "forward" else (True, not own.outputs, own.form.states > 1, own.form.states > 1)
+    given = (
+        (True,) if direction == "forward" else (True, not own.outputs, own.form.states > 1, own.form.states > 1, True)
+    )
     v = Variant(direction, own.key, *like, groups, H, reversed, "ieee", save, mask, given)
     plans = [forward] if direction == "forward" else [forward, backward]
     return measure(v, plans, forward.block_b + 3)

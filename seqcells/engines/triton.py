@@ -27,7 +27,7 @@ from ..kernels.buffers import Gradients, Scanned, outputs
 from ..kernels.plan import Plan, plan
 from ..kernels.plan_single import Single, plan_single, unfit
 from ..products import Places, hidden_size, input_projection, places, recurrent, step_biases
-from ..verification import CURRENT, TRUSTED, verify
+from ..verification import CURRENT, TRUSTED, insist, verify
 from . import loop
 from .operators import call_forward
 
@@ -116,7 +116,7 @@ def scan(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> S
     if options.schedule != "auto":
         chosen = planned(schedule=options.schedule)
         if CURRENT.policy == "always":
-            verify(of, chosen, rows, named=True)
+            insist(of, chosen, rows)
         return call(plan=chosen)
 
     def by_loop() -> Scanned:
@@ -164,7 +164,7 @@ def scan_backward(
 ) -> Tensors:
     """See autograd.Engine, and kernels.scan.backward."""
     tensors = grouped(inputs)
-    x, _, _, w_ih, w_hh, _, _, params, extra, dropout = tensors
+    x, _, _, w_ih, w_hh, _, b_hh, params, extra, dropout = tensors
     assert x is not None and w_ih is not None and buffers[0] is not None and buffers[1] is not None
     y, c, saved = buffers[0].contiguous(), buffers[1].contiguous(), buffers[2]
     at, (K, H) = places(options.cell), y.shape[2:]
@@ -173,7 +173,7 @@ def scan_backward(
         saved = _recomputed(options, tensors, mask, u, (y, c))
     found = None
     if saved is not None:
-        found = _gradients(options, grads, u, (y, c, saved.contiguous()), mask, (params, dropout))
+        found = _gradients(options, grads, u, (y, c, saved.contiguous()), mask, (params, dropout, b_hh))
     if found is None:  # the kernels failed: the loop, from its own forward
         options, given = _explicit(replace(options, traced=False, single="", notes={}), tensors, H)
         _, again = loop.forward(options, "gates", given, mask)
@@ -204,22 +204,24 @@ def _gradients(
     u: Tensor,
     buffers: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
-    vectors: tuple[Tensor | None, Tensor | None],
+    others: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> Gradients | None:
-    """kernels.scan.backward; None if the kernels failed. vectors: params and dropout."""
+    """kernels.scan.backward; None if the kernels failed. others: params, dropout and b_hh."""
     cell, (dy, dhn, dcn, dcs), (y, c, saved) = options.cell, grads, buffers
     keywords: Any = {"dcs": dcs, "reversed": options.reversed, "precision": options.precision}
-    keywords |= dict(zip(("params", "dropout"), vectors, strict=True))
+    params, dropout, b_hh = others
+    keywords |= {"params": params, "dropout": dropout}
     call = partial(kernels.scan.backward, kernels.cells.get(cell), dy, dhn, dcn, u, y, c, saved, mask, **keywords)
     size, rows, like = (u.shape[0], u.shape[2]), y.shape[1], (u.dtype, u.device)
     planned = partial(plan_for, cell, rows, size, like, precision=options.precision)
     how = (options.reversed, options.precision, options.save, None if mask is None else mask.dtype)
-    of = ("backward", cell, *like, *size, *how, (dy is not None, dhn is not None, dcn is not None, dcs is not None))
+    given = (dy is not None, dhn is not None, dcn is not None, dcs is not None, b_hh is not None)
+    of = ("backward", cell, *like, *size, *how, given)
     before, planned = partial(_of_forward, partial(planned, backward=False), of), partial(planned, backward=True)
     if options.schedule != "auto":
         chosen = planned(schedule=options.schedule)
         if CURRENT.policy == "always":
-            verify(of, chosen, rows, partial(before, options.schedule), named=True)
+            insist(of, chosen, rows, partial(before, options.schedule))
         return call(plan=chosen)
     attempts = _attempts(planned, partial(_verified, call, of, rows, before))
     return fallback.first_that_runs(_kernel(cell, "backward", y, u), attempts, lambda: None)
@@ -319,7 +321,7 @@ def _step(options: Options, save: str, inputs: Tensors) -> Forward:
     back = partial(plan_for, cell, rows, (1, H), like, "", options.precision, True) if save == "gates" else None
     if options.schedule != "auto":
         if CURRENT.policy == "always":
-            verify(of, chosen, rows, back, named=True)
+            insist(of, chosen, rows, back)
         return by_kernel(chosen)
     attempts = [("single", partial(_verified, by_kernel, of, rows, back, plan=chosen))]
     return fallback.first_that_runs(_kernel(cell, "step", x, u), attempts, by_scan)
