@@ -2,8 +2,9 @@
 
 Under "auto", another schedule runs. If none is left, the same computation runs in torch operations (the loop engine).
 From the next call on, `dispatch` then chooses torch's own layer or the loop. A RuntimeWarning says once what failed and
-what runs instead: what failed is not tried again in this process. backend="triton" raises the error instead. Not
-caught: out-of-memory errors, and errors after which the CUDA context is lost.
+what runs instead: what failed is not tried again in this process. backend="triton" raises the error instead, but for a
+wrong result, which it does not look for. Not caught: out-of-memory errors, and errors after which the CUDA context is
+lost.
 """
 
 from __future__ import annotations

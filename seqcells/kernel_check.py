@@ -23,7 +23,7 @@ from .testing import Shape
 
 T, I = 3, 3  # noqa: E741  (the project's letter)
 # An element may be wrong by so many times the tolerance, in units of its own size and its tensor's root mean square.
-ELEMENT = 4
+ELEMENT = 8
 
 
 class Variant(NamedTuple):

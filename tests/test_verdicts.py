@@ -61,14 +61,15 @@ def read(file):
     return found
 
 
-def test_killed_at_any_moment(tmp_path):
+@pytest.mark.parametrize("times", [30, pytest.param(200, marks=pytest.mark.slow)])
+def test_killed_at_any_moment(times, tmp_path):
     file, chance, sizes = tmp_path / "verdicts.json", random.Random(0), set()
 
     def write():
         for n in range(10_000):
             verdicts.add(file, {str(n % 40): expected(n % 40)})
 
-    for _ in range(200):
+    for _ in range(times):
         pid = in_a_child(write)
         time.sleep(chance.random() * 0.01)
         os.kill(pid, signal.SIGKILL)

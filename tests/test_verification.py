@@ -77,10 +77,11 @@ def test_what_is_wrong_is_noticed(kernel_how, schedule, cell, monkeypatch):
         assert corrupted.wrong and worst > 1, (worst, tensor, seed)
 
 
-@pytest.mark.parametrize("cell", [*CELLS, "shown", "independent", "coupled"])
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("schedule", SCHEDULES)
-def test_what_is_right_is_trusted(schedule, direction, cell):
+RIGHT = spread(("forward", "backward"), [*CELLS, "shown", "independent", "coupled"], SCHEDULES, most=1)
+
+
+@pytest.mark.parametrize("direction, cell, schedule", RIGHT)
+def test_what_is_right_is_trusted(direction, cell, schedule):
     cell = CELLS.get(cell) or own_cells.CELLS[cell]
     for options in ({"mask": torch.uint8, "groups": 2, "reversed": 2}, {"save": "states"}):
         worst, tensor = measured(cell, direction, schedule, **options)
@@ -181,6 +182,15 @@ def test_other_layers(kind, monkeypatch):
     torch.manual_seed(7)
     close(found, trained(exact, x, **how))
     assert len(said) == 1 and "resident: Wrong: its d" in said[0]
+
+
+def test_what_recomputes_is_wrong(monkeypatch):
+    """No backward is right then: the loop's runs, from its own forward."""
+    module, exact, x = layer(save="states")
+    corrupted = Corrupted(monkeypatch, "saved_ptr", "kernel", ["recompute"])
+    found, said = told(trained, module, x)
+    close(found, trained(exact, x))
+    assert corrupted.wrong and len(said) == 1 and "no kernel for lstm backward" in said[0]
 
 
 @pytest.mark.parametrize("how, grad", [("hn_ptr", False), ("hn_ptr", True), ("saved_ptr", True), ("gates", False)])
