@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 
 import platformdirs
@@ -65,13 +66,13 @@ def read(file):
 def test_killed_at_any_moment(times, tmp_path):
     file, chance, sizes = tmp_path / "verdicts.json", random.Random(0), set()
 
-    def write():
-        for n in range(10_000):
+    def write(first):
+        for n in range(first, 10_000):
             verdicts.add(file, {str(n % 40): expected(n % 40)})
 
     for _ in range(times):
-        pid = in_a_child(write)
-        time.sleep(chance.random() * 0.01)
+        pid = in_a_child(partial(write, chance.randrange(40)))
+        time.sleep(chance.random() * 0.02)
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
         sizes.add(len(read(file)))
@@ -91,7 +92,7 @@ def test_two_writers_at_once(tmp_path):
         for n in range(first, 200, 2):
             verdicts.add(file, {str(n): expected(n)})
 
-    children = [in_a_child(lambda first=first: write(first)) for first in (0, 1)]
+    children = [in_a_child(partial(write, first)) for first in (0, 1)]
     for pid in children:
         os.waitpid(pid, 0)
     found = read(file)
