@@ -273,6 +273,8 @@ def measure(v: Variant, plans: Sequence[Any], rows: int) -> Error:
         expected, grads = exact.forward(), _grads(v, exact)
         if len(plans) > 1:
             expected |= exact.backward(grads)
+        if not all(t.isfinite().all() for t in expected.values()):
+            raise ValueError("the step is not finite for random inputs")
         moved = _Case(*[_moved(t, v.device) for t in case])
         allowed = _allowed(v, rows)
     except Exception as error:

@@ -365,6 +365,26 @@ def test_a_check_that_fails_itself(monkeypatch):
     assert not told(trained, module, x)[1] and not verdicts.path(x.device).exists()
 
 
+def test_a_step_that_random_inputs_do_not_suit():
+    """It cannot be verified, which is no reason to refuse its kernels."""
+
+    @seqcells.cell(gates="n", states="h")
+    def logarithmic(x, U, h):
+        return torch.log(x.n + 0 * U.n(h)) + 0.5 * h
+
+    module = seqcells.Recurrent(logarithmic, 3, 4, dtype=torch.float64, device=DEVICE)
+    x = torch.rand(3, 2, 3, dtype=torch.float64, device=DEVICE)
+    with torch.no_grad():
+        for p in module.parameters():
+            p.abs_()
+    exact = copy.deepcopy(module)
+    exact.backend = "reference"
+    found, said = told(trained, module, x)
+    close(found, trained(exact, x))
+    said = [each for each in said if each.startswith("seqcells: ")]  # NumPy warns, too
+    assert len(said) == 2 and all("ValueError: the step is not finite for random inputs" in each for each in said)
+
+
 def counted(monkeypatch):
     """A list with an entry for each check."""
     found = []
