@@ -9,6 +9,7 @@ from .explanation import explain
 from .functional import gru, lstm, rnn
 from .layers import GRU, LSTM, RNN
 from .recurrent import Recurrent
+from .verification import verification
 
 __version__ = "0.1.0"
 __all__ = [
@@ -39,4 +40,5 @@ __all__ = [
     "rnn",
     "subclasses",
     "testing",
+    "verification",
 ]

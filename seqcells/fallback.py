@@ -1,9 +1,10 @@
-"""What runs if a kernel does not compile or launch, and the user did not ask for the kernels by name.
+"""What runs if a kernel does not compile or launch or is wrong, and the user did not ask for the kernels by name.
 
 Under "auto", another schedule runs. If none is left, the same computation runs in torch operations (the loop engine).
 From the next call on, `dispatch` then chooses torch's own layer or the loop. A RuntimeWarning says once what failed and
-what runs instead: what failed is not tried again in this process. backend="triton" raises the error instead. Not
-caught: out-of-memory errors, and errors after which the CUDA context is lost.
+what runs instead: what failed is not tried again in this process. backend="triton" raises the error instead, but for a
+wrong result, which it does not look for. Not caught: out-of-memory errors, and errors after which the CUDA context is
+lost.
 """
 
 from __future__ import annotations
@@ -33,6 +34,14 @@ class Kernel(NamedTuple):
 
 class Failed(Exception):
     """A kernel did not compile or launch; __cause__ is the error."""
+
+
+class Wrong(Failed, RuntimeError):
+    """A kernel's results are wrong (see `verification`)."""
+
+    def __init__(self, worst: float, tensor: str) -> None:
+        how = f"{worst:.1f} times as far from the float64 reference as is allowed" if worst < 1e300 else "not finite"
+        super().__init__(f"its {tensor} is {how}: please report this, with what `python -m seqcells info` prints")
 
 
 # Parts of messages. The caller must handle lack of memory. After the other errors nothing runs on the device.
@@ -96,12 +105,19 @@ def _warn(kernel: Kernel, errors: list[tuple[str, BaseException]], instead: str)
     if not errors:
         return
     said = "; ".join(f"{schedule}: {type(e).__name__}: {' '.join(str(e).split())[:300]}" for schedule, e in errors)
+    wrong = [isinstance(error, Wrong) for _, error in errors]
+    by_name = "raises the error" * (not all(wrong)) + " and " * (len(set(wrong)) > 1) + "runs a wrong one" * any(wrong)
     warnings.warn(
         f"seqcells: no kernel for {kernel} by {said}. Instead {instead} runs, in this process from now on. "
-        "backend='triton' raises the error.",
+        f"backend='triton' {by_name}.",
         RuntimeWarning,
         stacklevel=3,
     )
+
+
+def failed(kernel: Kernel, schedule: str) -> bool:
+    """Whether a schedule was tried and failed."""
+    return (kernel, schedule) in _failed
 
 
 def refused(device: torch.device, cell: str, dtype: torch.dtype, hidden_size: int, grad: bool) -> bool:

@@ -49,13 +49,22 @@ def tolerance(cell: str | Cell, dtype: torch.dtype | str, shape: Shape) -> float
     _check_shape(cell, shape)
     if not isinstance(dtype, (str, torch.dtype)) or dtype not in TOLERANCE:
         raise ValueError(f"unknown dtype {dtype!r}: expected one of {', '.join(map(str, TOLERANCE))}")
-    if dtype in (torch.float64, "tf32x3") or not (_JUMPS | _UNBOUNDED) & named(cell).operations:
+    if dtype in (torch.float64, "tf32x3") or smooth(cell):
         return TOLERANCE[dtype]
     # float16 rounds as TF32 does.
     low = torch.float16 if dtype == "tf32" else dtype
     assert isinstance(low, torch.dtype)
     rounded = max(errors(cell, shape, low, "cpu", backend=None).values())
     return max(TOLERANCE[dtype], 2 * rounded) if math.isfinite(rounded) else TOLERANCE[dtype]
+
+
+def smooth(cell: str | Cell) -> bool:
+    """Whether a cell has neither jumps nor operations that are unbounded, so that each element is as precise as all.
+
+    >>> seqcells.testing.smooth("lstm"), seqcells.testing.smooth("rnn_relu")
+    (True, False)
+    """
+    return not (_JUMPS | _UNBOUNDED) & named(cell).operations
 
 
 @dataclass(frozen=True)

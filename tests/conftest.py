@@ -9,6 +9,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 if DEVICE == "cpu":
     os.environ["TRITON_INTERPRET"] = "1"
 
+os.environ["SEQCELLS_CACHE"] = ""  # verdicts of one run are not another's
+
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import triton.language as tl  # noqa: E402

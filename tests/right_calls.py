@@ -243,10 +243,16 @@ def enter(backend):
         pass
 
 
+def enter_verification(policy):
+    with seqcells.verification(policy):
+        pass
+
+
 def names(random):
     return random.choice(
         [
             Call("backend", enter, {"backend": "loop"}),
+            Call("verification", enter_verification, {"policy": "off"}),
             Call("backends.parse", seqcells.backends.parse, {"backend": "triton:grid"}),
             Call("cell.named", lambda cell: named(cell), {"cell": "lstm"}),
             Call("functional.rnn_cell_name", functional.rnn_cell_name, {"nonlinearity": "tanh"}),

@@ -64,11 +64,21 @@ ARROWS = {  # room: the rooms of the project it may import
     "autograd": {"backends", "cell", "dispatch", "drawn", "masks", "products", "reference"},  # likewise
     "fallback": set(),
     "flops": set(),
+    "verdicts": set(),
+    "verification": {
+        *("backends", "checks", "fallback", "verdicts", "kernels.plan", "kernels.registry"),
+        "kernel_check",  # when something is verified, for it imports what imports this
+    },
+    "kernel_check": {
+        *("cell", "drawn", "fallback", "kernels", "kernels.buffers", "kernels.cells", "kernels.scan", "kernels.single"),
+        *("masks", "products", "reference", "testing"),
+    },
     "engines": set(),
     "engines.operators": {"autograd"},
     "engines.loop": {"autograd", "cell", "derive", "engines.operators", "products", "kernels.buffers"},
     "engines.triton": {
         *("autograd", "cell", "drawn", "engines.loop", "engines.operators", "fallback", "kernels", "masks", "products"),
+        "verification",
         *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "registry", "scan", "single")),
     },
     "engines.aten": {"recurrent"},  # its type alone
@@ -109,7 +119,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "heads": {"dispatch"},
     "tasks": {  # which nothing imports but __main__
         *("arguments", "backends", "cell", "checks", "explanation", "init", "layers", "precisions", "recurrent"),
-        *("testing", "kernels.devices", "kernels.registry"),
+        *("testing", "verdicts", "verification", "kernels.devices", "kernels.registry"),
     },
     "integrations": {"cell_modules", "convert", "recurrent"},
 }
@@ -313,7 +323,7 @@ def test_a_wheel_requires_no_triton(wheel):
     archive = zipfile.ZipFile(wheel)
     (name,) = (n for n in archive.namelist() if n.endswith("/METADATA"))
     required = re.findall(r"^Requires-Dist: (.*)$", archive.read(name).decode(), re.M)
-    assert sorted(r for r in required if "extra" not in r) == ["numpy", "torch>=2.11"]
+    assert sorted(r for r in required if "extra" not in r) == ["numpy", "platformdirs", "torch>=2.11"]
     assert any(r.startswith("triton") and "Linux" in r and "extra == " in r for r in required)
 
 

@@ -61,7 +61,8 @@ def functions(x: Tensor) -> None:
     assert_type(seqcells.lstm(x, None, w_ih, w_hh), tuple[Tensor, Pair])
     assert_type(seqcells.convert(nn.LSTM(4, 8)), nn.LSTM)
     assert_type(seqcells.explain("lstm", batch=2, hidden_size=8).backend, str)
-    with seqcells.backend("reference"):
+    seqcells.verification("first use")
+    with seqcells.verification("off"), seqcells.backend("reference"):
         seqcells.init.forget_bias_(seqcells.LSTM(4, 8), 1.0)
 
 

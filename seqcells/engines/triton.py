@@ -4,7 +4,7 @@ Those are the input's product for all steps and the weight gradients, one large 
 this engine's functions are called directly, because the dispatcher of operators costs tens of microseconds.
 
 options.schedule is "" for the plan's choice, a schedule's name, or "auto": the plan's choice; if that does not compile
-or launch, another schedule; and at last the loop engine (see `fallback`).
+or launch or is wrong (see `verification`), another schedule; and at last the loop engine (see `fallback`).
 
 The first call imports triton.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,9 +27,11 @@ from ..kernels.buffers import Gradients, Scanned, outputs
 from ..kernels.plan import Plan, plan
 from ..kernels.plan_single import Single, plan_single, unfit
 from ..products import Places, hidden_size, input_projection, places, recurrent, step_biases
+from ..verification import CURRENT, TRUSTED, insist, verify
 from . import loop
 from .operators import call_forward
 
+T = TypeVar("T")
 Forward = tuple[tuple[Tensor, ...], Tensors]  # outputs and buffers
 
 
@@ -69,7 +71,7 @@ def _launch(launch: kernels.scan.Launch) -> None:
 
 def _attempts(planned: Callable[..., Plan], call: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The schedules for `fallback.first_that_runs`, the best first, with what gives call's result or raises an error.
-    planned(avoid=...): the plan without those."""
+    planned(avoid=...): the plan without those. call(plan=...)."""
     avoid: tuple[str, ...] = ()
     while True:
         try:
@@ -78,8 +80,17 @@ def _attempts(planned: Callable[..., Plan], call: Callable[..., Any]) -> Iterato
             if not avoid:  # no schedule fits at all: this raises the error again
                 yield "any", partial(planned, schedule="")
             return
-        yield chosen.schedule, partial(call, plan=chosen, launch=_launch)
+        yield chosen.schedule, partial(call, plan=chosen)
         avoid += (chosen.schedule,)
+
+
+def _verified(
+    call: Callable[..., T], of: tuple[object, ...], rows: int, other: Callable[[], Plan] | None, *, plan: Plan
+) -> T:
+    """call's result with a plan that is verified, see `verification.verify`."""
+    if TRUSTED.get((id(plan), *of)) is not plan:
+        verify(of, plan, rows, other)
+    return call(plan=plan, launch=_launch)
 
 
 def _kernel(cell: str, direction: str, like: Tensor, u: Tensor) -> fallback.Kernel:
@@ -98,12 +109,15 @@ def scan(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> S
     keywords: Any = {"save": save, "reversed": options.reversed, "precision": options.precision}
     keywords |= {"params": params, "dropout": dropout}
     call = partial(kernels.scan.forward, declared, gx, u, bias, h0, c0, mask, **keywords)
-    size = (gx.shape[2], H)
-    planned = partial(
-        plan_for, cell, gx.shape[1], size, (u.dtype, u.device), precision=options.precision, backward=False
-    )
+    size, rows, like = (gx.shape[2], H), gx.shape[1], (u.dtype, u.device)
+    planned = partial(plan_for, cell, rows, size, like, precision=options.precision, backward=False)
+    how = (options.reversed, options.precision, save, None if mask is None else mask.dtype)
+    of = ("forward", cell, *like, *size, *how, (bias is not None,))
     if options.schedule != "auto":
-        return call(plan=planned(schedule=options.schedule))
+        chosen = planned(schedule=options.schedule)
+        if CURRENT.policy == "always":
+            insist(of, chosen, rows)
+        return call(plan=chosen)
 
     def by_loop() -> Scanned:
         """In the kernels' buffers, for their shapes. Backward does not read them: it runs the loop again."""
@@ -115,7 +129,8 @@ def scan(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> S
             outputs(out.c, options.reversed).copy_(c)
         return out._replace(hn=hn if hn.dim() > 1 else out.hn, cn=cn)
 
-    return fallback.first_that_runs(_kernel(cell, "forward", gx, u), _attempts(planned, call), by_loop)
+    attempts = _attempts(planned, partial(_verified, call, of, rows, None))
+    return fallback.first_that_runs(_kernel(cell, "forward", gx, u), attempts, by_loop)
 
 
 def _explicit(options: Options, tensors: Sequence[Tensor | None], H: int) -> tuple[Options, list[Tensor | None]]:
@@ -149,7 +164,7 @@ def scan_backward(
 ) -> Tensors:
     """See autograd.Engine, and kernels.scan.backward."""
     tensors = grouped(inputs)
-    x, _, _, w_ih, w_hh, _, _, params, extra, dropout = tensors
+    x, _, _, w_ih, w_hh, _, b_hh, params, extra, dropout = tensors
     assert x is not None and w_ih is not None and buffers[0] is not None and buffers[1] is not None
     y, c, saved = buffers[0].contiguous(), buffers[1].contiguous(), buffers[2]
     at, (K, H) = places(options.cell), y.shape[2:]
@@ -158,7 +173,7 @@ def scan_backward(
         saved = _recomputed(options, tensors, mask, u, (y, c))
     found = None
     if saved is not None:
-        found = _gradients(options, grads, u, (y, c, saved.contiguous()), mask, (params, dropout))
+        found = _gradients(options, grads, u, (y, c, saved.contiguous()), mask, (params, dropout, b_hh))
     if found is None:  # the kernels failed: the loop, from its own forward
         options, given = _explicit(replace(options, traced=False, single="", notes={}), tensors, H)
         _, again = loop.forward(options, "gates", given, mask)
@@ -189,18 +204,36 @@ def _gradients(
     u: Tensor,
     buffers: tuple[Tensor, Tensor, Tensor],
     mask: Tensor | None,
-    vectors: tuple[Tensor | None, Tensor | None],
+    others: tuple[Tensor | None, Tensor | None, Tensor | None],
 ) -> Gradients | None:
-    """kernels.scan.backward; None if the kernels failed. vectors: params and dropout."""
+    """kernels.scan.backward; None if the kernels failed. others: params, dropout and b_hh."""
     cell, (dy, dhn, dcn, dcs), (y, c, saved) = options.cell, grads, buffers
     keywords: Any = {"dcs": dcs, "reversed": options.reversed, "precision": options.precision}
-    keywords |= dict(zip(("params", "dropout"), vectors, strict=True))
+    params, dropout, b_hh = others
+    keywords |= {"params": params, "dropout": dropout}
     call = partial(kernels.scan.backward, kernels.cells.get(cell), dy, dhn, dcn, u, y, c, saved, mask, **keywords)
-    size = (u.shape[0], u.shape[2])
-    planned = partial(plan_for, cell, y.shape[1], size, (u.dtype, u.device), precision=options.precision, backward=True)
+    size, rows, like = (u.shape[0], u.shape[2]), y.shape[1], (u.dtype, u.device)
+    planned = partial(plan_for, cell, rows, size, like, precision=options.precision)
+    how = (options.reversed, options.precision, options.save, None if mask is None else mask.dtype)
+    given = (dy is not None, dhn is not None, dcn is not None, dcs is not None, b_hh is not None)
+    of = ("backward", cell, *like, *size, *how, given)
+    before, planned = partial(_of_forward, partial(planned, backward=False), of), partial(planned, backward=True)
     if options.schedule != "auto":
-        return call(plan=planned(schedule=options.schedule))
-    return fallback.first_that_runs(_kernel(cell, "backward", y, u), _attempts(planned, call), lambda: None)
+        chosen = planned(schedule=options.schedule)
+        if CURRENT.policy == "always":
+            insist(of, chosen, rows, partial(before, options.schedule))
+        return call(plan=chosen)
+    attempts = _attempts(planned, partial(_verified, call, of, rows, before))
+    return fallback.first_that_runs(_kernel(cell, "backward", y, u), attempts, lambda: None)
+
+
+def _of_forward(planned: Callable[..., Plan], of: tuple[Any, ...], schedule: str = "auto") -> Plan:
+    """The plan by which forward ran, of a scan whose backward is asked for."""
+    if schedule != "auto":
+        return planned(schedule=schedule)
+    kernel = fallback.Kernel(of[1], "forward", of[2], of[5], of[3])
+    attempts = _attempts(planned, lambda plan: plan)
+    return next(attempt() for schedule, attempt in attempts if not fallback.failed(kernel, schedule))
 
 
 def _recomputed(
@@ -268,24 +301,29 @@ def _step(options: Options, save: str, inputs: Tensors) -> Forward:
     call = partial(
         kernels.single.forward,
         *(kernels.cells.get(cell), x[0], w_ih, u, *step_biases(at, b_ih, b_hh, H), h0, c0),
-        plan=chosen,
         save=save,
         params=params,
         precision=options.precision,
         input_precision=options.single,
     )
 
-    def by_kernel(launch: Callable[[kernels.scan.Launch], None]) -> Forward:
-        y, c, saved, *final = call(launch=launch)
+    def by_kernel(plan: Single, launch: Callable[[kernels.scan.Launch], None] = kernels.scan.run) -> Forward:
+        y, c, saved, *final = call(plan=plan, launch=launch)
         return (final[0][None], *_finals(at, *final)), (y, c, saved)
 
     def by_scan() -> Forward:
         (y, *final), buffers = forward(replace(options, single=""), save, inputs, None)
         return (y, *(s[0] for s in final if s is not None)), buffers
 
+    like, given = (x.dtype, x.device), (b_ih is not None, b_hh is not None)
+    of = ("step", cell, *like, 1, H, 0, options.precision, save, None, given, x.shape[2], options.single)
+    rows = x.shape[1]
+    back = partial(plan_for, cell, rows, (1, H), like, "", options.precision, True) if save == "gates" else None
     if options.schedule != "auto":
-        return by_kernel(kernels.scan.run)
-    attempts = [("single", partial(by_kernel, _launch))]
+        if CURRENT.policy == "always":
+            insist(of, chosen, rows, back)
+        return by_kernel(chosen)
+    attempts = [("single", partial(_verified, by_kernel, of, rows, back, plan=chosen))]
     return fallback.first_that_runs(_kernel(cell, "step", x, u), attempts, by_scan)
 
 

@@ -15,10 +15,11 @@ import torch
 
 import seqcells
 
-from .. import backends, explanation, precisions, testing
+from .. import backends, explanation, precisions, testing, verdicts
 from ..cell import Cell, named
 from ..kernels.devices import KNOWN
 from ..kernels.registry import BUILT_IN
+from ..verification import CURRENT
 from . import TASKS, files, plots, suite
 from .base import CELLS, definition
 from .progress import bar
@@ -88,6 +89,10 @@ def info(_: argparse.Namespace) -> int:
     for cell in BUILT_IN:
         chosen = explanation.explain(cell, batch=32, hidden_size=128, device=device)
         print(f"{cell:<11} {chosen.backend:<9} because {chosen.why}")
+    print(f"verification: {CURRENT.policy}; the verdicts are in {verdicts.folder() or 'memory'}")
+    for key, verdict in verdicts.read(verdicts.path(device) if backends.installed() else None).items():
+        if not verdict.good:
+            print(f"wrong: {key}: its {verdict.tensor} is {verdict.worst:.1f} times as far off as is allowed")
     return 0
 
 
