@@ -3,6 +3,7 @@
     python benchmarks/overhead.py                        the time of each case
     python benchmarks/overhead.py --against CHECKOUT     beside the same in another checkout of this repository
     TRITON_INTERPRET=1 python benchmarks/overhead.py --calls     the functions that a call goes through
+    python benchmarks/overhead.py --verification         what the first use of a kernel costs beside its own work
 
 The kernels of the triton cases are launched by a function that does nothing. Times are the smallest median of runs that
 alternate between the two checkouts, one process each; only their ratios mean something.
@@ -11,11 +12,13 @@ alternate between the two checkouts, one process each; only their ratios mean so
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -105,14 +108,44 @@ def times(checkout: Path) -> dict[str, float]:
     return json.loads(out.splitlines()[-1])
 
 
+def first_use() -> None:
+    """Print the time of the reference of a check (seqcells/kernel_check.py), and of compiling the kernels it checks."""
+    from triton.backends.compiler import GPUTarget
+
+    from seqcells import kernel_check
+    from seqcells.kernels import report
+
+    torch.set_num_threads(1)
+    os.environ["TRITON_ALWAYS_COMPILE"] = "1"  # not what an earlier run has compiled
+    for hidden in (20, 20, 128, 1024, 2048):  # the first also derives the cell
+        case = report.Case("lstm", "train", "bf16", 8, hidden, "sm_90")
+        launches = [*report.launches(case), *report.launches(dataclasses.replace(case, direction="backward"))]
+        start = time.perf_counter()
+        for launch in launches:
+            report.compile_launch(launch, GPUTarget("cuda", 90, 32))
+        compiling, start = time.perf_counter() - start, time.perf_counter()
+        size = (torch.bfloat16, torch.device("cpu"), 1, hidden, 0, "ieee", "gates", None)
+        v = kernel_check.Variant("backward", "lstm", *size, (True, True, True, False, False))
+        exact = kernel_check._Exact(v, kernel_check._case(v, launches[0].plan.block_b + 3))
+        exact.backward(kernel_check._grads(v, exact))
+        checking = time.perf_counter() - start
+        print(
+            f"LSTM, H={hidden}: the reference {checking:.3f} s, compiling both directions for sm_90 {compiling:.1f} s"
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=textwrap.dedent(str(__doc__)), formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("--against", type=Path, help="another checkout, of the commit to compare with")
     parser.add_argument("--calls", action="store_true", help="print the functions of three calls, and exit")
+    parser.add_argument("--verification", action="store_true", help="time what a first use adds, and exit")
     parser.add_argument("--runs", type=int, default=5, help="processes of each checkout (default: 5)")
     options = parser.parse_args()
+    if options.verification:
+        first_use()
+        return
     for name in LIMITS if options.calls else ():
         found = calls(name)
         print(f"{name}: {len(found)} calls in {len({f.partition(':')[0] for f in found})} files", *found, sep="\n    ")
