@@ -98,11 +98,8 @@ def compiled(cell: str, target: str, batch: int, hidden: int) -> str:
 
 def static(target: str, names: Sequence[str]) -> str:
     """The table of STATIC."""
-    with_masks = [
-        drawn.dropped(named(cell), ("recurrent", "candidate", *(f"zoneout {s}" for s in named(cell).states))).key
-        for cell in ("lstm", "gru")
-        if cell in names
-    ]
+    masked = [named(cell) for cell in ("lstm", "gru") if cell in names]
+    with_masks = [drawn.dropped(cell, drawn.every_mask(cell)).key for cell in masked]
     lines = ["| cell |" + "".join(f" B={b} H={h} |" for b, h in SIZES), f"|---|{'---|' * len(SIZES)}"]
     for cell in (*names, *with_masks):
         lines.append(f"| {cell} | {' | '.join(compiled(cell, target, b, h) for b, h in SIZES)} |")

@@ -172,9 +172,12 @@ def checks(device: str, dry: bool) -> Iterator[jobs.Job]:
                     sizes = [shape.T, shape.B, shape.I, shape.H]
                     yield {"do": "parity", "cell": cell, "backend": backend, "kind": kind, "shape": sizes}
         if kind in ("bfloat16", "float64"):
-            for cell in GALLERY:
+            for cell in (*GALLERY, "gru_before"):
                 for backend in schedules:
-                    yield {"do": "parity", "cell": cell, "backend": backend, "kind": kind, "shape": [9, 17, 3, 33]}
+                    small = {"backend": backend, "kind": kind, "shape": [9, 17, 3, 33]}
+                    yield {"do": "parity", "cell": cell, **small}
+                    if cell in ("gru_before", "slstm", "dreamer_gru"):
+                        yield {"do": "parity", "cell": cell, "dropout": True, **small}
 
 
 def parity(device: str, workers: int, deadline: float, dry: bool) -> dict[str, Any]:

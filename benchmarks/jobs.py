@@ -25,12 +25,16 @@ sys.path.insert(0, str(ROOT))  # to run from a checkout without installing
 Job = dict[str, Any]
 
 
-def parity(cell: str, backend: str, kind: str, shape: list[int], device: str) -> Job:
-    """The largest errors of a cell at one shape, as `python -m seqcells check` finds them."""
-    from seqcells import testing
+def parity(cell: str, backend: str, kind: str, shape: list[int], device: str, dropout: bool = False) -> Job:
+    """The largest errors of a cell at one shape, as `python -m seqcells check` finds them. dropout: with all masks."""
+    from seqcells import drawn, testing
+    from seqcells.cell import named
 
+    known = named(cell)
+    if dropout:
+        known = drawn.dropped(known, drawn.every_mask(known))
     with testing.poisoned():
-        (found,) = testing.sweep(device, [cell], [kind], [backend], [testing.Shape(*shape)])
+        (found,) = testing.sweep(device, [known], [kind], [backend], [testing.Shape(*shape)])
     return {**asdict(found), "good": found.good}
 
 

@@ -50,6 +50,11 @@ def dropped(cell: Cell, kinds: tuple[str, ...]) -> Cell:
     return replace(cell, key=key, constants={}, base=None, dropout="", drawn=masks, step=step)  # type: ignore[arg-type]  # a function
 
 
+def every_mask(cell: Cell) -> tuple[str, ...]:
+    """All kinds of masks that a cell may have, for `dropped`."""
+    return (RECURRENT, *[CANDIDATE] * bool(cell.dropout), *(f"{ZONEOUT} {state}" for state in cell.states))
+
+
 @cache
 def averaged(cell: Cell, kept: tuple[float, ...]) -> Cell:
     """The cell with zoneout outside training: each state is the mean of old and new. kept: the old one's shares."""

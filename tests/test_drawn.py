@@ -387,8 +387,7 @@ def test_a_mask_s_numbers_depend_on_nothing_but_the_place(steps, rows, units, se
 @pytest.mark.parametrize("cell", ["lstm", "gru", "gru_before", "slstm", "peephole_lstm", "gru_d", "mgu"])
 def test_checked(cell):
     base = named(cell)
-    kinds = ("recurrent", *["candidate"] * bool(base.dropout), *(f"zoneout {s}" for s in base.states))
-    testing.check(drawn.dropped(base, kinds), device=DEVICE)
+    testing.check(drawn.dropped(base, drawn.every_mask(base)), device=DEVICE)
 
 
 @pytest.mark.slow
@@ -396,7 +395,7 @@ def test_checked(cell):
 @pytest.mark.parametrize("cell", ["lstm", "gru", "gru_before"])
 def test_no_kernel_spills(cell, target):
     base = named(cell)
-    made = drawn.dropped(base, ("recurrent", "candidate", *(f"zoneout {s}" for s in base.states)))
+    made = drawn.dropped(base, drawn.every_mask(base))
     for direction in ("train", "backward"):
         for dtype, batch, hidden in (("bf16", 1024, 1024), ("fp32", 8, 64), ("fp32", 1024, 1024), ("bf16", 64, 512)):
             assert all(
