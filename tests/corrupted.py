@@ -1,7 +1,10 @@
 """Launches of kernels that go wrong, for tests of what notices it."""
 
+import warnings
+
 import torch
 
+from seqcells import testing
 from seqcells.kernels import scan, single
 
 # By kernel, what it gives. Schedules but `resident` keep the last states and their gradients in scratch buffers.
@@ -69,3 +72,25 @@ class Corrupted:
         if wrong != self.last:  # a later launch may not have written it again
             wrong.copy_(-wrong - 1)
             self.last = wrong.item()
+
+
+def trained(module, x, call=None, **how):
+    """All results and gradients, of call instead of module if given."""
+    x = x.detach().requires_grad_()
+    y, state = (module if call is None else call)(x, **how)
+    outputs = [y, *(state if isinstance(state, tuple) else (state,))]
+    loss = sum((o.double() ** 2).sum() for o in outputs)
+    return [o.detach() for o in outputs] + list(torch.autograd.grad(loss, [x, *module.parameters()]))
+
+
+def told(call, *arguments, **options):
+    """The result, and the warnings."""
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        result = call(*arguments, **options)
+    return result, [str(w.message) for w in found if w.category is RuntimeWarning]
+
+
+def close(found, expected):
+    for a, b in zip(found, expected, strict=True):
+        assert testing.relative(a.detach(), b.detach()) <= testing.TOLERANCE[b.dtype]

@@ -6,11 +6,11 @@ those that a test makes fail.
 
 import copy
 import re
-import warnings
 
 import pytest
 import torch
 from conftest import DEVICE
+from corrupted import close, told, trained
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
@@ -74,23 +74,6 @@ def a_device_for_the_kernels(monkeypatch):
         monkeypatch.setattr(fallback, name, set())
 
 
-def trained(module, x, call=None, **how):
-    """All results and gradients, of call instead of module if given."""
-    x = x.detach().requires_grad_()
-    y, state = (module if call is None else call)(x, **how)
-    outputs = [y, *(state if isinstance(state, tuple) else (state,))]
-    loss = sum((o.double() ** 2).sum() for o in outputs)
-    return [o.detach() for o in outputs] + list(torch.autograd.grad(loss, [x, *module.parameters()]))
-
-
-def told(call, *arguments, **options):
-    """The result, and the warnings."""
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        result = call(*arguments, **options)
-    return result, [str(w.message) for w in found if w.category is RuntimeWarning]
-
-
 def pair(cell="lstm", dtype=torch.float64, **options):
     """A layer under "auto", the same by the reference, and an input."""
     torch.manual_seed(0)
@@ -99,11 +82,6 @@ def pair(cell="lstm", dtype=torch.float64, **options):
     exact = copy.deepcopy(module)
     exact.backend = "reference"
     return module, exact, torch.randn(3, 2, 3, dtype=dtype, device=DEVICE)
-
-
-def close(found, expected):
-    for a, b in zip(found, expected, strict=True):
-        assert testing.relative(a.detach(), b.detach()) <= testing.TOLERANCE[b.dtype]
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

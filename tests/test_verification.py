@@ -8,7 +8,6 @@ import contextlib
 import copy
 import importlib
 import json
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -16,13 +15,13 @@ import own_cells
 import pytest
 import torch
 from conftest import DEVICE
-from corrupted import OUTPUTS, Corrupted
+from corrupted import OUTPUTS, Corrupted, close, told, trained
 from shapes import SCHEDULES, spread
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import seqcells
-from seqcells import dispatch, fallback, kernel_check, testing, verdicts
+from seqcells import dispatch, fallback, kernel_check, verdicts
 from seqcells.cell import named
 from seqcells.engines import triton
 from seqcells.engines.triton import plan_for
@@ -105,27 +104,6 @@ def layer(kind=seqcells.LSTM, **options):
     exact = copy.deepcopy(made)
     exact.backend = "reference"
     return made, exact, torch.randn(3, 2, 3, dtype=torch.float64, device=DEVICE)
-
-
-def trained(module, x, call=None, **how):
-    x = x.detach().requires_grad_()
-    y, state = (module if call is None else call)(x, **how)
-    outputs = [y, *(state if isinstance(state, tuple) else (state,))]
-    loss = sum((o.double() ** 2).sum() for o in outputs)
-    return [o.detach() for o in outputs] + list(torch.autograd.grad(loss, [x, *module.parameters()]))
-
-
-def told(call, *arguments, **options):
-    """The result, and the warnings."""
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        result = call(*arguments, **options)
-    return result, [str(w.message) for w in found if w.category is RuntimeWarning]
-
-
-def close(found, expected):
-    for a, b in zip(found, expected, strict=True):
-        assert testing.relative(a.detach(), b.detach()) <= testing.TOLERANCE[b.dtype]
 
 
 WRONG = [("forward", "y_ptr"), ("forward", "step"), ("backward", "dgx_ptr"), ("backward", "gates")]
