@@ -162,7 +162,9 @@ def test_modules_are_compiled_in_place():
     torch.testing.assert_close(module(x), expected)
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell"])
+@pytest.mark.parametrize(
+    "name", ["LSTM", "GRUCell", *(pytest.param(n, marks=pytest.mark.slow) for n in ("GRU", "RNN", "LSTMCell"))]
+)
 def test_an_exported_program_needs_no_operator_of_our_own(name, tmp_path):
     """What is saved of plain layers is loaded and run where seqcells is not installed."""
     options = {} if name.endswith("Cell") else {"num_layers": 2, "bidirectional": True}

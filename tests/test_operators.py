@@ -189,7 +189,7 @@ BATCHED = {  # what vmap's dimension is in
 }
 
 
-@pytest.mark.parametrize(("engine", "name", "which"), by_engine(["lstm", "gru", *DERIVED], BATCHED, kernels=2))
+@pytest.mark.parametrize(("engine", "name", "which"), by_engine(["lstm", "gru", *DERIVED], BATCHED, kernels=1))
 def test_vmap_as_one_after_another(engine, name, which, keys):
     """Of two groups, one reversed; with a mask of its own for each, too; every gradient of each."""
     V, key = 3, keys[name]

@@ -107,7 +107,7 @@ def test_gradcheck(cell, schedule, save, fast):
     assert torch.autograd.gradcheck(call(f"triton:{schedule}", save), tensors, fast_mode=fast)
 
 
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", [CELLS[0], *(pytest.param(c, marks=pytest.mark.slow) for c in CELLS[1:])])
 def test_gradcheck_over_several_tiles(cell):
     """resident; grid's is in test_grid.py, and stepwise's tiles are its programs."""
     tensors, call = gradcheck_inputs(cell, 3, 9, 2, 17)

@@ -103,7 +103,7 @@ def test_slstm_over_two_thousand_steps(backend):
 
 @pytest.mark.parametrize(
     "backend",
-    ["loop", "triton:resident", *(pytest.param(f"triton:{s}", marks=pytest.mark.slow) for s in ("grid", "stepwise"))],
+    ["loop", *(pytest.param(f"triton:{s}", marks=pytest.mark.slow) for s in ("resident", "grid", "stepwise"))],
 )
 def test_slstm_s_states_are_float32_in_bfloat16(backend):
     """With open gates y is the mean of tanh(z) so far. n counts the steps: in bfloat16 it would stop at 256."""
