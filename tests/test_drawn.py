@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pack_sequence
 from torch.utils.checkpoint import checkpoint
 
 import seqcells
-from seqcells import autograd, drawn, dropouts, testing
+from seqcells import autograd, cells, drawn, dropouts, testing
 from seqcells.cell import named
 from seqcells.engines import operators
 from seqcells.kernels import report
@@ -26,6 +26,8 @@ ENGINES = ("reference", "loop", "triton:resident", "triton:grid", "triton:stepwi
 
 def layer_of(cell, dtype=torch.float64, **options):
     torch.manual_seed(0)
+    if isinstance(cell, str):
+        cell = getattr(cells, cell)  # the name may be another's by now, such as of an example in a page
     return seqcells.Recurrent(cell, I, H, dtype=dtype, device=DEVICE, **options)
 
 
@@ -258,7 +260,7 @@ def test_heads_and_packed_rows():
     expected, last = layer(nn.utils.rnn.pad_sequence(rows), lengths=lengths.tolist())
     torch.testing.assert_close((padded, h), (expected, last))
     torch.manual_seed(0)
-    wide = seqcells.Recurrent("mgu", I, 6, heads=2, recurrent_dropout=0.4, dtype=torch.float64, device=DEVICE)
+    wide = seqcells.Recurrent(cells.mgu, I, 6, heads=2, recurrent_dropout=0.4, dtype=torch.float64, device=DEVICE)
     found = [results(copy.deepcopy(wide)), None]
     wide.backend = "reference"
     found[1] = results(wide)
@@ -320,7 +322,7 @@ def test_as_modules():
 
 @pytest.mark.parametrize("make", [seqcells.LSTM, seqcells.GRU, seqcells.RNN, None])
 def test_wrong_options(make):
-    make = make or (lambda *sizes, **options: seqcells.Recurrent("ugrnn", *sizes, **options))
+    make = make or (lambda *sizes, **options: seqcells.Recurrent(cells.ugrnn, *sizes, **options))
     for option in ("recurrent_dropout", "zoneout"):
         for value, error, words in (
             (1.5, ValueError, f"{option} must be a probability, from 0 to 1, got 1.5"),
@@ -386,7 +388,7 @@ def test_a_mask_s_numbers_depend_on_nothing_but_the_place(steps, rows, units, se
 @pytest.mark.slow
 @pytest.mark.parametrize("cell", ["lstm", "gru", "gru_before", "slstm", "peephole_lstm", "gru_d", "mgu"])
 def test_checked(cell):
-    base = named(cell)
+    base = getattr(cells, cell)
     testing.check(drawn.dropped(base, drawn.every_mask(base)), device=DEVICE)
 
 
@@ -394,7 +396,7 @@ def test_checked(cell):
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "gru_before"])
 def test_no_kernel_spills(cell, target):
-    base = named(cell)
+    base = getattr(cells, cell)
     made = drawn.dropped(base, drawn.every_mask(base))
     for direction in ("train", "backward"):
         for dtype, batch, hidden in (("bf16", 1024, 1024), ("fp32", 8, 64), ("fp32", 1024, 1024), ("bf16", 64, 512)):
