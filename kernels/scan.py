@@ -444,7 +444,7 @@ def recompute(
     reversed: int = 0,
     launch: Callable[[Launch], None] = run,
 ) -> Tensor:
-    """What save="gates" would have not_reset, from what save="states" keeps."""
+    """What save="gates" would have saved, from what save="states" saves."""
     T, B, K, H = steps(y, reversed), *y.shape[1:]
     saved = allocate_saved(cell, gx)
     if not cell.saved:

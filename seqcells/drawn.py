@@ -96,6 +96,12 @@ def explicit(cell: Cell) -> Cell:
     return replace(cell, key=f"{cell.key} explicit", inputs=(*cell.inputs, *cell.drawn), drawn={})
 
 
+def example(cell: Cell, dtype: torch.dtype) -> Tensor:
+    """A tensor dropout for checks of a cell on data of that dtype, in which all of its numbers are exact."""
+    numbers = [5.0, 7.0, *(0.75, 1.25) * len(cell.drawn)]
+    return torch.tensor(numbers, dtype=torch.promote_types(dtype, torch.float32), device="cpu")
+
+
 @constant_to_compilers
 def _explicit_key(cell: str) -> str:
     return explicit(get(cell)).key

@@ -111,10 +111,7 @@ def _case(v: Variant, rows: int) -> _Case:
         step = (x[0], w_ih[0], u[0], *products.step_biases(at, first, second, H))
     else:
         gx, bias = round(gx), None if bias is None else round(bias)
-    dropout = None
-    if cell.drawn:  # two seeds, and of each mask the probability that an element is kept, and its value
-        numbers = [5.0, 7.0, *(0.75, 1.25) * len(cell.drawn)]
-        dropout = torch.tensor(numbers, dtype=torch.promote_types(v.dtype, torch.float32))
+    dropout = drawn.example(cell, v.dtype) if cell.drawn else None
     resets = lengths = None
     if v.mask is not None:
         resets = (torch.arange(shape.T)[:, None] + torch.arange(rows)) % 3 == 1

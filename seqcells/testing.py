@@ -168,13 +168,7 @@ def scan(cell: str | Cell, tensors: Sequence[Tensor], *, backend: str | None, **
     states = tuple(given[f"{state}0"] for state in known.states)
     weights = w_ih, w_hh, b_ih, b_hh = [given.get(name) for name in ("w_ih", "w_hh", "b_ih", "b_hh")]
     params, steps = ({n: given[n] for n in wanted} for wanted in (known.params, known.inputs))
-    dropout = None
-    if known.drawn:  # two seeds, and of each mask the probability that an element is kept, and its value
-        dropout = (
-            given["x"]
-            .new_tensor([5.0, 7.0, *(0.75, 1.25) * len(known.drawn)])
-            .to(torch.promote_types(given["x"].dtype, torch.float32))
-        )
+    dropout = drawn.example(known, given["x"].dtype).to(given["x"].device) if known.drawn else None
     if backend is None:
         wide = (t if t.dim() == 3 else t[..., None].expand(*t.shape, states[0].shape[-1]) for t in steps.values())
         rounded: dict[str, object] = {n: options.get(n) for n in ("resets", "lengths")}

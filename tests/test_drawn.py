@@ -161,9 +161,12 @@ def test_torch_s_generator_decides():
     assert len(torch.stack(masks)[..., :2].reshape(-1, 2).unique(dim=0)) == 4, "each layer and call has its own"
 
 
-@pytest.mark.parametrize("engine", ["loop", "triton", "reference"])
-def test_checkpointing_draws_the_same_masks(engine):
-    layer = layer_of("lstm", backend=engine, recurrent_dropout=0.4, candidate_dropout=0.4, zoneout=0.4)
+@pytest.mark.parametrize("engine", [None, "loop", "triton", "reference"])
+@pytest.mark.parametrize(
+    "options", [("recurrent_dropout", "candidate_dropout", "zoneout"), ("weight_dropout",)], ids=len
+)
+def test_checkpointing_draws_the_same_masks(engine, options):
+    layer = layer_of("lstm", backend=engine, **dict.fromkeys(options, 0.4))
     x = torch.randn(T, B, I, dtype=torch.float64, device=DEVICE)
     found = []
     for run in (lambda: layer(x)[0], lambda: checkpoint(lambda: layer(x)[0], use_reentrant=False)):
