@@ -356,7 +356,7 @@ _ADVICE = {
     ),
     **dict.fromkeys(
         ["bernoulli", "bernoulli_", "rand", "rand_like", "randn", "randn_like", "normal_", "uniform_"],
-        "a step draws no random numbers: name a mask, dropout=, or draw them before the call, and take them as an input "
+        "a step draws no random numbers: name a mask, dropout=, or draw them before the call and take them as an input "
         "of each step, inputs=",
     ),
     "lift_fresh": "for a tensor that is made in the step: take a number, or a trained vector, params=, or an input of "
