@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+FUNCTIONS = ("operands_1", "operands_2", "forward", "backward_2", "backward", "finish")  # of a cell, see `cells`
+
 
 @dataclass(frozen=True)
 class Operand:
@@ -43,8 +45,8 @@ class Form:
 
     adds: for each product the tile of gx to which it only adds, so that both have one gradient; -1: it is apart, has a
     gradient of its own (in dhu), and its bias is added in the kernel. late: tiles of gx whose gradient an operand's
-    gradient reaches (`finish`). means: whether its functions take means over units, so that they need all units of a
-    row at once. drawn: dropout masks, drawn in the kernel: for each whether it is drawn once for a sequence, not at
+    gradient reaches (`finish`). means: for each of FUNCTIONS, how many means over units it takes in each exchange (see
+    `exchange`), those at once that do not depend on each other; empty if none takes any. drawn: dropout masks, drawn in the kernel: for each whether it is drawn once for a sequence, not at
     each step; those that are come first.
     """
 
@@ -56,7 +58,7 @@ class Form:
     adds: tuple[int, ...]
     params: int = 0
     late: tuple[int, ...] = ()
-    means: bool = False
+    means: tuple[tuple[int, ...], ...] = ()
     drawn: tuple[bool, ...] = ()
     # What follows from these, as plain attributes: every scan asks for it.
     products: int = field(init=False, repr=False, compare=False)  # row blocks of U
@@ -80,6 +82,12 @@ class Form:
             stored=tuple(n for n, o in enumerate(self.operands) if o.state is None),
             published=bool(first) and [o.state for o in first] != [0],
         )
+
+    @property
+    def exchanges(self) -> tuple[int, int]:
+        """How many exchanges of means a step has, forward and backward."""
+        counts = [len(sizes) for sizes in self.means]
+        return sum(counts[:3]), sum(counts[3:])
 
     @property
     def finishes(self) -> bool:

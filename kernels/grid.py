@@ -40,6 +40,7 @@ Shapes are those of `resident`; scratch is that of `stepwise`, but
 import triton
 import triton.language as tl
 
+from .exchange import arrive, exchanges_before, of_function, spread, wait
 from .random import draw
 from .slices import operand_products, operand_slices, segment_slices, through_u
 from .tiles import (
@@ -68,29 +69,6 @@ from .tiles import (
 )
 
 
-@triton.jit
-def arrive(counter_ptr):
-    """Publish what this program has stored, and count it in. See the module's docstring."""
-    tl.debug_barrier()
-    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
-
-
-@triton.jit
-def wait(counter_ptr, target, PTX: tl.constexpr):
-    """Until the counter reaches target; then every load sees what was published. Returns the next target."""
-    if PTX:  # every thread polls for itself: no block barrier, and nothing through shared memory
-        tl.inline_asm_elementwise(
-            "{ .reg .pred %early;\nagain_${:uid}:\nld.acquire.gpu.global.s32 $0, [$1];\n"
-            "setp.lt.s32 %early, $0, $2;\n@%early bra again_${:uid}; }",
-            "=&r,l,r", [counter_ptr.to(tl.int64), target], dtype=tl.int32, is_pure=False, pack=1,
-        )  # fmt: skip
-    else:  # an atomic that adds nothing is the portable acquiring load
-        while tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu") < target:
-            pass
-        tl.debug_barrier()
-    return target + tl.num_programs(0)
-
-
 @triton.constexpr_function
 def _stored_in(tile, adds, late, first_products):
     """The part of a backward step that stores a tile of dgx, once: with the second products (0), since other programs
@@ -111,17 +89,17 @@ def _load_gx(
     return loaded, code
 
 
-@triton.jit(do_not_specialize=["first", "last", "T", "B"])
+@triton.jit(do_not_specialize=["first", "last", "done", "T", "B"])
 def forward_kernel(
     gx_ptr, u_ptr, bias_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, sh_ptr, sc_ptr, hu_first_ptr,
-    m_ptr, v_ptr, counter_ptr, first, last, T, B,
+    m_ptr, v_ptr, sums_ptr, counter_ptr, first, last, done, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
     CHUNKS: tl.constexpr, ACC: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr,
     STATE_OF: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr,
     OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr, PADDING: tl.constexpr, PHASE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr, PTX: tl.constexpr,
-    DRAWN: tl.constexpr,
+    DRAWN: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
     """Steps first..last-1. PHASE -1: all of each. 0: the operands that are published. 1: the first products, and the
     step if they are all. 2: the second products and the step."""
@@ -139,6 +117,7 @@ def forward_kernel(
     LAST: tl.constexpr = 2 if SECOND > 0 else 1  # the part that ends the step
     # The next step's input is loaded before a wait: for the operands of others, which needs this step's; or for y.
     EARLY: tl.constexpr = PUBLISHED or OPERANDS == 0
+    of_units = spread(units, sums_ptr, counter_ptr, MEANS, H, BLOCK_H, BLOCK_B, ACC)
     if OPERANDS > 0:
         counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
     target = tl.num_programs(0)
@@ -198,10 +177,12 @@ def forward_kernel(
         if mask_ptr is not None:
             states = keep_rows(states, not_reset(code, PADDING), STATES)
         params = fixed + draw(dropout_ptr, at_h + line * H + (step + sign * (i - first)) * per_step, DRAWN, False, ACC)
+        met = done + (i - first) * exchanges_before(MEANS, 3)
         if PUBLISHED and PHASE < 1:
             at_v = r[None, :] * (GROUPS * LEVEL * H) + units[:, None]
             v_now = v_ptr + (i % 2) * (per_step * LEVEL)
-            store_tiles(v_now, at_v, mask, OPERANDS_1(gx, states, params, FAST), 0, LEVEL, H)
+            own = params + of_function(of_units, met, MEANS, 0, BLOCK_B)
+            store_tiles(v_now, at_v, mask, OPERANDS_1(gx, states, own, FAST), 0, LEVEL, H)
             if WAITS:
                 arrive(counter_ptr)
         if EARLY:
@@ -232,7 +213,8 @@ def forward_kernel(
         if SECOND > 0:
             if PHASE == -1 or PHASE == 1:
                 at_m = r[None, :] * (GROUPS * SECOND * H) + units[:, None]
-                store_tiles(m_ptr, at_m, mask, OPERANDS_2(gx, hu, states, params, FAST), 0, SECOND, H)
+                own = params + of_function(of_units, met, MEANS, 1, BLOCK_B)
+                store_tiles(m_ptr, at_m, mask, OPERANDS_2(gx, hu, states, own, FAST), 0, SECOND, H)
             if PHASE == 1:
                 store_tiles(hu_first_ptr, at_first, mask, hu, 0, FIRST_PRODUCTS, H)
             if WAITS:
@@ -244,7 +226,8 @@ def forward_kernel(
                     ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, WARPS, PRECISION,
                 )  # fmt: skip
         if PHASE == -1 or PHASE == LAST:
-            new, saved = STEP(gx, hu, states, params, FAST)
+            own = params + of_function(of_units, met, MEANS, 2, BLOCK_B)
+            new, saved = STEP(gx, hu, states, own, FAST)
             states, stored = after_step(new, states, code_now, group, STATES, REVERSED, PADDING)
             y_ptr += advance
             store_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
@@ -269,6 +252,8 @@ def forward_kernel(
             if WAITS and not PUBLISHED:
                 target = wait(counter_ptr, target, PTX)
 
+    if len(MEANS) > 0 and PHASE != -1:
+        mask &= done == exchanges_before(MEANS, 3 if PHASE == LAST else PHASE + 1)
     tl.debug_barrier()  # sh and sc are in place, and a launch may be less than a step
     store_tiles(sh_ptr, at_state, mask, states, 0, 1, 0)
     if STATES > 1:
@@ -305,16 +290,17 @@ def _store_gx(
             tl.store(dgx_ptr + at_g + n * H, dgx[n].to(dgx_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["first", "last", "T", "B"])
+@triton.jit(do_not_specialize=["first", "last", "done", "T", "B"])
 def backward_kernel(
     dy_ptr, dcs_ptr, u_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, dgx_ptr, dhu_ptr, m_ptr,
-    dparams_ptr, dsh_ptr, dsc_ptr, counter_ptr, first, last, T, B,
+    dparams_ptr, dsh_ptr, dsc_ptr, sums_ptr, counter_ptr, first, last, done, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr, H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr,
     CHUNKS: tl.constexpr, ACC: tl.constexpr, G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr,
     STATE_OF: tl.constexpr, ADDS: tl.constexpr, LATE: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr,
     PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, SEGMENTS: tl.constexpr, PACK: tl.constexpr, STEP: tl.constexpr,
     BACKWARD_2: tl.constexpr, FINISH: tl.constexpr, PADDING: tl.constexpr, PHASE: tl.constexpr, PRECISION: tl.constexpr,
     FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr, PTX: tl.constexpr, DRAWN: tl.constexpr,
+    MEANS: tl.constexpr,
 ):  # fmt: skip
     """Steps T-1-first..T-last, back in time. PHASE -1: all of each. 0: up to the second products. 1: the pointwise
     step. 2: its gradients through U^T, and with FINISH what follows (for which it forms the step once more)."""
@@ -335,6 +321,7 @@ def backward_kernel(
     WAITS: tl.constexpr = PHASE == -1 and OPERANDS > 0
     LAST: tl.constexpr = 1 if FINISH is None else 2  # the part that has all gradients of the trained vectors
     STEPS: tl.constexpr = (PHASE == -1 or PHASE == 1) or (PHASE == 2 and FINISH is not None)
+    of_units = spread(units, sums_ptr, counter_ptr, MEANS, H, BLOCK_H, BLOCK_B, ACC)
     if OPERANDS > 0:
         counter_ptr += group * tl.num_programs(1) + tl.program_id(1)
     target = tl.num_programs(0)
@@ -407,10 +394,12 @@ def backward_kernel(
         if (1 if SECOND > 0 else 2) > PHASE:
             dstates = add_outer(dstates, dy, dcs, code, PADDING)
         params = fixed + draw(dropout_ptr, at_h + line * H + (step - sign * (i - first)) * per_step, DRAWN, False, ACC)
+        met = done + (i - first) * exchanges_before(MEANS, 3)
         dm = ()
         if SECOND > 0:
             if PHASE < 1:
-                dhu_2, operands_2 = BACKWARD_2(dstates, saved, entering, after, params, FAST)
+                own = params + of_function(of_units, met, MEANS, 0, BLOCK_B)
+                dhu_2, operands_2 = BACKWARD_2(dstates, saved, entering, after, own, FAST)
                 if PADDING:
                     dhu_2 = keep_rows(dhu_2, active(code), PRODUCTS - FIRST_PRODUCTS)
                     operands_2 = keep_rows(operands_2, active(code), SECOND)
@@ -429,7 +418,8 @@ def backward_kernel(
                         BLOCK_B, H, SEGMENTS, CHUNKS, WARPS, PRECISION,
                     ),)  # fmt: skip
         if STEPS:
-            dgx, dhu, new, dparams, operands = STEP(dstates, dm, saved, entering, after, params, FAST)
+            own = params + of_function(of_units, met, MEANS, 1, BLOCK_B)
+            dgx, dhu, new, dparams, operands = STEP(dstates, dm, saved, entering, after, own, FAST)
             dgx, dhu, new, operands = before_step(dgx, dhu, new, operands, dstates, code, PADDING)
             if FINISH is None or PHASE != 1:
                 dstates = new
@@ -463,8 +453,9 @@ def backward_kernel(
                         BLOCK_B, H, SEGMENTS, CHUNKS, WARPS, PRECISION,
                     ),)  # fmt: skip
             if FINISH is not None:
+                own = params + of_function(of_units, met, MEANS, 2, BLOCK_B)
                 dgx, dstates, dparams = finish_step(
-                    FINISH, dgx, dstates, dparams, dv, saved, entering, after, params, code, FAST, PADDING
+                    FINISH, dgx, dstates, dparams, dv, saved, entering, after, own, code, FAST, PADDING
                 )
                 _store_gx(dgx_ptr, at_g, mask, dgx, 2, G, ADDS, LATE, FIRST_PRODUCTS, H)
             for n in tl.static_range(LEVEL):
@@ -485,6 +476,10 @@ def backward_kernel(
             m_ptr += advance * M
         after = before
 
+    exists = units < H
+    if len(MEANS) > 0 and PHASE != -1:
+        mask &= done == exchanges_before(MEANS, PHASE + 1)
+        exists &= done == exchanges_before(MEANS, PHASE + 1)
     shares = ()
     if PARAMS > 0:
         dparams_ptr += (tl.program_id(1) * GROUPS + group) * (PARAMS * H)
@@ -495,4 +490,4 @@ def backward_kernel(
     store_tiles(dsh_ptr, at_state, mask, dstates, 0, 1, 0)
     if STATES > 1:
         store_tiles(dsc_ptr, at_others, mask, dstates, 1, STATES, H)
-    store_tiles(dparams_ptr, units, units < H, shares, 0, PARAMS, H)
+    store_tiles(dparams_ptr, units, exists, shares, 0, PARAMS, H)

@@ -70,12 +70,6 @@ def expm1(x):
 
 
 @triton.jit
-def mean(x, share):
-    """The mean of x over its units, as a tile [1, rows]. share: see `tiles.shares`. Units beyond H may be anything."""
-    return tl.sum(tl.where(share > 0, x * share, 0.0), 0, keep_dims=True)
-
-
-@triton.jit
 def operand(x, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """x as an operand of `product`: in TYPE, and for a TF32 product such that cutting off its last 13 bits, which the
     tensor cores do, rounds it to nearest (ties away from zero, as PTX's cvt.rna.tf32.f32)."""

@@ -1,4 +1,7 @@
-"""Plans of cells that take means over units (`Form.means`): a launch that computes one has all units of its rows."""
+"""Plans of cells that take means over units (`Form.means`).
+
+In `resident` and `stepwise` a program that takes one has all units of its rows; in `grid` programs exchange their sums.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,9 @@ if TYPE_CHECKING:
 
 def unfit(cell: Form, H: int, itemsize: int, tiles: int, backward: bool, device: Device) -> dict[str, str]:
     """Why schedules cannot run such a cell, by their names, beside what keeps them from others. tiles: see `plan`."""
-    why = {"grid": "its step takes means over units, which are spread over programs"}
+    why = {}
+    if not cell.products:
+        why["grid"] = "without products its programs do not wait for each other, as means over units would have to"
     # More, and a step would spill a thread's registers (found with the report).
     most = 512 if itemsize == 8 else 2048 if cell.gates + len(cell.apart) + cell.params < 10 else 1024
     if most < H:
@@ -26,7 +31,8 @@ def unfit(cell: Form, H: int, itemsize: int, tiles: int, backward: bool, device:
     elif device is not INTERPRETER and itemsize == 4 and H % 2:
         # Rows of an odd number of 32-bit words are loaded one by one, in a register layout whose sums over units
         # Triton 3.7 compiles to shuffles of the wrong lanes.
-        why["resident"] = "Triton adds up an odd number of float32 units wrongly in the layout that they are loaded in"
+        wrong = "Triton adds up an odd number of float32 units wrongly in the layout that they are loaded in"
+        why |= {"resident": wrong, "grid": wrong}
     return why
 
 

@@ -336,7 +336,7 @@ class _Problem:
                 in_registers = self._u_in_registers(block_b, u_bytes)
                 exchange = sum(c for _, c in cut) * min(block_b, self.B) * self.itemsize
                 links = self.links(max(sum(each) // parts(r, block_b, num_warps) for r, each in sizes) * self.levels)
-                start = device.microseconds(BARRIER * self.levels)
+                start = device.microseconds(BARRIER * (self.levels + self.cell.exchanges[self.backward]))
                 read = 0.0 if in_registers else u_bytes / SHARED_RATE
                 cost = self.cost(read, block_b, GRID_UNITS, columns, links, exchange, start)
                 made = self.made("grid", tile, num_warps, 1, programs, "", cost.total)
@@ -411,7 +411,7 @@ class _Problem:
 
     def stepwise(self) -> Plan:
         tile, num_warps, num_stages, programs, cost, us = min(self._tiles(), key=lambda found: found[-1])
-        end = f"rows{', then one with all units of a row in a program' * self.cell.means}; {cost}"
+        end = f"rows{', then one with all units of a row in a program' * bool(self.cell.means)}; {cost}"
         why = f"every step is a launch of {programs} programs over tiles of {tile[0]} units and {tile[1]} {end}"
         return self.made("stepwise", tile, num_warps, num_stages, programs, why, us)
 
@@ -422,7 +422,8 @@ class _Problem:
         first = cell.first_products
         gates = 1 if self.backward else _power_of_2(max(first, cell.products - first), 1, 1 << 10)
         columns = (cell.products if self.backward else 1) * H
-        launches = max(1, self.levels) + (cell.published and not self.backward) + cell.means * self.levels
+        launches = max(1, self.levels) + (cell.published and not self.backward)
+        launches += self.levels * bool(cell.means)
         # Long turns wait less often; in other types and before Hopper they spill (found with the report).
         most = 128 if itemsize == 2 and device.capability >= 90 and not (cell.means and H % 128) else 128 // itemsize
         block_k = _power_of_2(H, 16, most)

@@ -9,6 +9,7 @@ rest is pointwise. Shapes as in `resident`, with N = T*B rows and
 import triton
 import triton.language as tl
 
+from .exchange import shares
 from .random import draw
 from .tiles import (
     apart_before,
@@ -20,7 +21,6 @@ from .tiles import (
     load_tiles,
     not_reset,
     pack_tiles,
-    shares,
     store_tiles,
 )
 

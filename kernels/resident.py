@@ -21,6 +21,7 @@ A tile's units beyond H are computed from zeros, and may be anything; the operan
 import triton
 import triton.language as tl
 
+from .exchange import shares
 from .layout import (
     arrived,
     in_layout_of,
@@ -58,7 +59,6 @@ from .tiles import (
     pack_tiles,
     products,
     replace_tile,
-    shares,
     sum_products,
     unpack_tiles,
     zero_sums,

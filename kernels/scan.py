@@ -146,6 +146,7 @@ def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[st
         flat = [(s.operand, s.first, s.count, int(s.apart), s.column) for s in cell.segments]
         constants["SEGMENTS"] = tuple(number for segment in flat for number in segment)
     if plan.schedule == "grid":
+        constants["MEANS"] = cell.means[3:] if backward else cell.means[:3]
         constants["PTX"] = plan.nvidia and plan.block_b < 64  # its address and target a thread would spill with 64 rows
         # Into how many chunks the columns of each slice of U are cut (the last chunk may be smaller).
         cut = slices(cell, hidden, plan.block_h, backward)
@@ -250,20 +251,30 @@ def _launch_grid(
     launch: Callable[[Launch], None],
 ) -> None:
     """The `grid` schedule: one launch for all steps; or, interpreted, one for each part of a step between barriers."""
-    counter = None
+    counter = sums = None
+    exchanges, like = arguments["MEANS"], arguments["y_ptr"]
     if plan.waits:
-        if 2 * T * programs[0] >= 1 << 31:  # at most two arrivals a program and step
+        # At most two arrivals a program and step, and those of its means.
+        if max(2, sum(len(sizes) for sizes in exchanges)) * T * programs[0] >= 1 << 31:
             raise ValueError(
                 f"sequence length {T} is too long for the grid schedule's counters: ask for triton:stepwise"
             )
-        counter = torch.zeros(programs[1] * programs[2], dtype=torch.int32, device=arguments["y_ptr"].device)
-    arguments = {**arguments, "counter_ptr": counter}
+        tiles = programs[1] * programs[2]
+        counter = torch.zeros(2 if exchanges else 1, tiles, dtype=torch.int32, device=like.device)
+        if exchanges:
+            sums = _scratch(like, tiles, sum(map(sum, exchanges)), programs[0], plan.block_b)
+    arguments = {**arguments, "counter_ptr": counter, "sums_ptr": sums}
     if plan.nvidia or not plan.waits:
-        launch(Launch(kernel, programs, {**arguments, "first": 0, "last": T, "PHASE": -1}, plan))
+        launch(Launch(kernel, programs, {**arguments, "first": 0, "last": T, "done": 0, "PHASE": -1}, plan))
         return
     for t in range(T):
+        done = 0
         for phase in phases:
-            launch(Launch(kernel, programs, {**arguments, "first": t, "last": t + 1, "PHASE": phase}, plan))
+            # The functions up to this part's: one more launch for each exchange of means.
+            of_part = exchanges[: 3 if phase == phases[-1] else phase + 1]
+            for done in range(done, sum(len(sizes) for sizes in of_part) + 1):
+                varying = {"first": t, "last": t + 1, "done": done, "PHASE": phase}
+                launch(Launch(kernel, programs, {**arguments, **varying}, plan))
 
 
 def forward(
@@ -316,7 +327,8 @@ def forward(
     _fill(sh, h0)
     _fill(sc, c0)
     second = len(cell.operands) - cell.level
-    kept = cell.products if cell.means else cell.first_products if second else 0
+    apart = cell.means and plan.schedule == "stepwise"  # products are launches of their own
+    kept = cell.products if apart else cell.first_products if second else 0
     arguments |= {
         "sh_ptr": sh,
         "sc_ptr": sc,
@@ -336,7 +348,7 @@ def forward(
         for t in range(T):
             for phase in phases:
                 varying: dict[str, object] = {"t": t, "PHASE": phase, "BLOCK_K": plan.block_k}
-                varying |= {"h_ptr": h[t % 2], "h_after_ptr": h[1 - t % 2], "WHOLE": cell.means}
+                varying |= {"h_ptr": h[t % 2], "h_after_ptr": h[1 - t % 2], "WHOLE": bool(cell.means)}
                 if phase and cell.means and cell.operands:
                     launch(_products(streamed.forward_kernel, {**arguments, **varying}, plan))
                 launch(Launch(stepwise.forward_kernel, programs, {**arguments, **varying}, units))

@@ -22,6 +22,7 @@ otherwise h is None, and y is read. (Rounded where they stream, U and h would do
 import triton
 import triton.language as tl
 
+from .exchange import shares
 from .math import operand
 from .random import draw_all
 from .streamed import stream, through
@@ -47,7 +48,6 @@ from .tiles import (
     others_are_operands,
     pack_tiles,
     replace_tile,
-    shares,
     store_tiles,
     unpack_tiles,
     zeros,

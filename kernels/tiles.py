@@ -300,12 +300,6 @@ def load_params(params_ptr, units, PARAMS: tl.constexpr, H: tl.constexpr, ACC: t
 
 
 @triton.jit
-def shares(units, H: tl.constexpr, ACC: tl.constexpr):
-    """What `math.mean` multiplies: a tuple of one tile [units, 1], 1/H of the units that exist and 0 beyond H."""
-    return (tl.where(units < H, tl.full([1], 1, ACC) / H, 0.0)[:, None],)
-
-
-@triton.jit
 def zeros(N: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr):
     """N tiles of zeros."""
     out = ()

@@ -170,7 +170,7 @@ class Cell:
     @_Found
     def form(self) -> Form:
         """The numbers of the kernels' inputs and outputs."""
-        return self._derived.parts.form
+        return self._derived.form
 
     @_Found
     def x_gates(self) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ import torch
 
 from . import backends, checks, fallback, verdicts
 from .kernels import registry
+from .kernels.form import FUNCTIONS
 from .kernels.plan import Plan
 from .verdicts import Verdict
 
@@ -154,7 +155,7 @@ def _key(v: Variant, plans: Sequence[Plan], rows: int) -> str:
 @cache
 def _of_declared(cell: Any) -> str:
     parts = [f"{f.name}={getattr(cell, f.name)}" for f in fields(cell) if f.type not in ("object", object)]
-    for name in ("operands_1", "operands_2", "forward", "backward_2", "backward", "finish"):
+    for name in FUNCTIONS:
         function = getattr(cell, name)
         parts.append("" if function is None else inspect.getsource(getattr(function, "fn", function)))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

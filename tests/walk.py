@@ -29,7 +29,7 @@ def functions(cell):
     """The Triton functions of a cell as functions on tensors; params [H]."""
     space = {
         "tl": Language,
-        "mean": lambda x, _: x.mean(-1, keepdim=True),
+        "means": lambda tiles, *_: tuple(x.mean(-1, keepdim=True) for x in tiles),
         **{n: (lambda f: lambda x, *_: f(x))(getattr(torch, n)) for n in FROM_MATH},
     }
     exec(cell.source, space)
@@ -111,7 +111,7 @@ class Walk:
             if tile >= 0:
                 self.gx[tile] = self.gx[tile] + self.b[n]
         self.gx += self.of("input", cell.inputs)
-        self.params = (*(p.expand(H) for p in self.of("param", cell.params)), None)  # the last is what `mean` is given
+        self.params = (*(p.expand(H) for p in self.of("param", cell.params)), None)  # the last is what `means` is given
         ends = [sum(o.products for o in form.operands[: n + 1]) for n in range(len(form.operands))]
         self.of_operand = [range(e - o.products, e) for e, o in zip(ends, form.operands, strict=True)]
         self.unknown = (torch.full((B, H), float("nan")).double(),) * self.extra  # an output is no state before

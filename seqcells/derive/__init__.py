@@ -17,11 +17,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from types import FunctionType
 from typing import TYPE_CHECKING
 
+from ..kernels.form import FUNCTIONS, Form
 from . import emit
 from .errors import (
     CapturedTensor,
@@ -60,15 +61,26 @@ class Derived:
     parts: Parts
 
     @cached_property
+    def _emitted(self) -> tuple[str, dict[str, tuple[int, ...]]]:
+        return emit.triton_source(self.parts)
+
+    @property
     def source(self) -> str:
         """The Triton functions."""
-        return emit.triton_source(self.parts)
+        return self._emitted[0]
+
+    @cached_property
+    def form(self) -> Form:
+        """The form of the cell, with the means that its functions take."""
+        if "mean" not in self.parts.operations:
+            return self.parts.form
+        return replace(self.parts.form, means=tuple(self._emitted[1].get(name, ()) for name in FUNCTIONS))
 
     def kernels(self) -> Cell:
         """The kernels' functions and their form. Imports triton."""
         from ..kernels.cells import Cell
 
-        form = self.parts.form
+        form = self.form
         facts = {f.name: getattr(form, f.name) for f in fields(form) if f.init}
         return Cell(**facts, **emit.triton_functions(self.source, form.name))
 
@@ -135,7 +147,7 @@ class Derived:
             a, b = (self._described(v, words, short=True) for v in self.parts.graph.orders[value])
             return f"which is larger, {a} or {b}"
         text = emit.Function("", words | {v: n for v, n in called.items() if v is not value}, {}, "h").text(value)
-        text = text.replace(", FAST)", ")").replace(", params[-1])", ")").replace("tl.", "")
+        text = text.replace(", FAST)", ")").replace("tl.", "")
         return f"{called[value]} = {text}" if value in called else text
 
     @property

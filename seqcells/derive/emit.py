@@ -14,7 +14,7 @@ from .values import COMPARISONS, FROM_MATH, FROM_TRITON, Value, ancestors, const
 _numbers = itertools.count(1)  # numbers of sources: a cell that is defined again gets a new file name
 _RESERVED = {
     *("gx", "hu", "states", "saved", "before", "after", "params", "dstates", "dm", "dv", "dgx", "dbefore", "dparams"),
-    *("FAST", "tl", "mean", *FROM_MATH),
+    *("FAST", "tl", "means", *FROM_MATH),
 }
 _SIGNS = {**COMPARISONS, "add": "+", "sub": "-", "product": "*", "times": "*", "div": "/", "and": "&", "or": "|"}
 _BINDS = {"add": 3, "sub": 3, "product": 4, "times": 4, "div": 4}  # precedence; comparisons, & and | get parentheses
@@ -26,11 +26,12 @@ class Function:
     """One generated function.
 
     leaves: the names of its arguments' values. names: the names of values that it computes, as far as they have one.
-    like: a tile of full size.
+    like: a tile of full size. exchanges: how many means each call of `means` takes.
     """
 
     def __init__(self, head: str, leaves: Mapping[Value, str], names: Mapping[Value, str], like: str = "") -> None:
         self.lines, self.leaves, self.names = [head], dict(leaves), names
+        self.exchanges: list[int] = []
         self.like = like
         self.taken = {s for s in leaves.values() if s.isidentifier()} | _RESERVED
 
@@ -45,7 +46,13 @@ class Function:
         results = [v for t in tuples for v in t]
         order = [v for v in ancestors(results, self.leaves) if v not in self.leaves and constant(v) is None]
         uses = Counter(v for value in order for v in value.inputs) + Counter(results)
-        for value in order:
+        after = self._after(order)
+        # Means that do not depend on each other are taken together, as soon as all of their values are there.
+        for value in sorted(order, key=lambda v: (after[v], v.op != "mean")):
+            if value.op == "mean":
+                if value not in self.leaves:
+                    self._means([v for v in order if v.op == "mean" and after[v] == after[value]])
+                continue
             text = self.text(value)
             if uses[value] > 1 or value in self.names or len(text) > _LONG:
                 name = self._fresh(value)
@@ -56,6 +63,19 @@ class Function:
 
     def source(self) -> str:
         return "\n".join(self.lines) + "\n"
+
+    def _after(self, order: list[Value]) -> dict[Value, int]:
+        """For each value how many means, one of the other, come before it, itself included."""
+        after: dict[Value, int] = {}
+        for value in order:
+            after[value] = (value.op == "mean") + max((after.get(v, 0) for v in value.inputs), default=0)
+        return after
+
+    def _means(self, values: list[Value]) -> None:
+        """Print the line that takes means, which become leaves."""
+        of = tuple_of([self._full(v.inputs[0]) for v in values])
+        self.unpack(values, f"means({of}, params[-1], {sum(self.exchanges)}, {len(self.exchanges)})")
+        self.exchanges.append(len(values))
 
     def _fresh(self, value: Value) -> str:
         name = self.names.get(value, "")
@@ -86,8 +106,8 @@ class Function:
         elif value.op in FROM_MATH:
             fast = ", FAST" if value.op in FROM_MATH[:2] else ""
             text, mine = f"{value.op}({self.text(value.inputs[0])}{fast})", _ATOM
-        elif value.op == "mean":
-            text, mine = f"mean({self.text(value.inputs[0])}, params[-1])", _ATOM
+        elif value.op == "mean":  # in a function it is a leaf by now
+            text, mine = f"mean({self.text(value.inputs[0])})", _ATOM
         elif value.op in FROM_TRITON:
             text, mine = f"tl.{value.op}({self.text(value.inputs[0])})", _ATOM
         elif value.op == "where":
@@ -124,11 +144,12 @@ def compiled(source: str, name: str, space: Mapping[str, object]) -> dict[str, o
     return found
 
 
-def triton_source(parts: Parts) -> str:
-    """The functions of `kernels.cells`."""
+def triton_source(parts: Parts) -> tuple[str, dict[str, tuple[int, ...]]]:
+    """The functions of `kernels.cells`, and by their names how many means each exchange takes (see `Form.means`)."""
     form, first = parts.form, parts.form.level
     totals, dhu, finished = _shared(parts)
     texts: list[str] = []
+    exchanges: dict[str, tuple[int, ...]] = {}
 
     def function(head: str, leaves: Mapping[Value, str], like: str, *results: list[Value]) -> None:
         backward = "saved" in head
@@ -138,6 +159,7 @@ def triton_source(parts: Parts) -> str:
             made.unpack(parts.saved, "saved")
         made.give(*results)
         texts.append(made.source())
+        exchanges[head[: head.index("(")]] = tuple(made.exchanges)
 
     stored = [v for v, o in zip(parts.operands, form.operands, strict=True) if o.state is None]
     second = len(parts.operands) - first
@@ -156,7 +178,7 @@ def triton_source(parts: Parts) -> str:
     if form.finishes:
         head = "finish(dgx, dbefore, dparams, dv, saved, before, after, params"
         function(head, back, "dbefore[0]", finished.dgx, finished.dbefore, finished.dparams)
-    return "\n\n".join(texts)
+    return "\n\n".join(texts), exchanges
 
 
 def _shared(parts: Parts) -> tuple[Totals, list[Value], Totals]:
@@ -200,8 +222,9 @@ def triton_functions(source: str, name: str) -> dict[str, Any]:  # Triton's, wit
     """The functions of a source as Triton functions, by name. This imports triton."""
     import triton.language as tl
 
-    from ..kernels import math
+    from ..kernels import exchange, math
 
     jit: type = type(math.sigmoid)  # not triton.jit, which decides anew whether kernels are interpreted
-    space: dict[str, object] = {"__name__": __name__, "tl": tl, **{n: getattr(math, n) for n in ("mean", *FROM_MATH)}}
+    space: dict[str, object] = {"__name__": __name__, "tl": tl, **{n: getattr(math, n) for n in FROM_MATH}}
+    space["means"] = exchange.means
     return {n: jit(f) for n, f in compiled(source, f"cell {name}", space).items() if n not in space and callable(f)}

@@ -127,7 +127,6 @@ def arrange(name: str, names: Names, found: Traced) -> Parts:
         adds=tuple(adds[g] for g in kernel),
         params=len(params),
         late=tuple(n for n, v in enumerate(through.dgx) if v is not graph.number(0)),
-        means=any(v.op == "mean" for v in ancestors([*found.new, *operands, *dhu, *early.every, *through.every])),
         drawn=tuple(names.drawn.values()),
     )
     return Parts(
