@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from measure import interleaved
 
-from seqcells.kernels.grid import arrive, wait
+from seqcells.kernels.exchange import arrive, wait
 
 
 @triton.jit

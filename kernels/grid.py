@@ -4,7 +4,8 @@ Each program owns BLOCK_H hidden units with all their gates, of BLOCK_B batch ro
 of U on chip (see `slices`). What the others need of a step goes through global memory and L2, with a barrier before it
 is read: forward the operands of level 1 through v (where that is h alone, it is in y), then those of level 2 through m;
 backward the gradients of the products of level 2, then of level 1, in dgx and dhu, where they belong anyway. A cell
-without a product has no barrier: its units are spread, and do not depend on each other.
+without a product has no barrier: its units are spread, and do not depend on each other. Means over units are exchanged
+while a function runs (see `exchange`).
 
 The barrier
 -----------
@@ -27,14 +28,15 @@ waits a program does finite work and then arrives; so the counter reaches every 
 two streams, or a graph replayed, cannot see each other's. Programs of other tiles and groups are never waited for.
 
 Without a device the interpreter runs programs one after another and a barrier would hang: PHASE then names the part
-of a step between two barriers, and a launch does that part of one step only. Parts hand each other what registers
-would hold through `sh`, `sc` and `hu_first`; the code is the same.
+of a step between two barriers, and a launch does that part of one step only (more than once where it exchanges means).
+Parts hand each other what registers would hold through `sh`, `sc` and `hu_first`; the code is the same.
 
 Shapes are those of `resident`; scratch is that of `stepwise`, but
     v            [2, B, K, .*H]  the operands of level 1 (forward), in the data's type; of step t in v[t % 2]
     m            [B, K, .*H]     the operands of level 2 (forward)
     dparams      [batch tiles, K, P*H]  added to at the end of a launch
-    counter      [groups * batch tiles] int32, zero
+    counter      [groups, batch tiles] int32, zero; with means [2, groups, batch tiles], see `exchange.spread`
+    sums         [groups, batch tiles, means, programs, BLOCK_B]  in the accumulation type
 """
 
 import triton
@@ -102,7 +104,7 @@ def forward_kernel(
     DRAWN: tl.constexpr, MEANS: tl.constexpr,
 ):  # fmt: skip
     """Steps first..last-1. PHASE -1: all of each. 0: the operands that are published. 1: the first products, and the
-    step if they are all. 2: the second products and the step."""
+    step if they are all. 2: the second products and the step. done: see `exchange`."""
     group = tl.program_id(2).to(tl.int64)
     unit0 = tl.program_id(0) * BLOCK_H
     units = unit0 + tl.arange(0, BLOCK_H)
@@ -303,7 +305,8 @@ def backward_kernel(
     MEANS: tl.constexpr,
 ):  # fmt: skip
     """Steps T-1-first..T-last, back in time. PHASE -1: all of each. 0: up to the second products. 1: the pointwise
-    step. 2: its gradients through U^T, and with FINISH what follows (for which it forms the step once more)."""
+    step. 2: its gradients through U^T, and with FINISH what follows (for which it forms the step once more). done: see
+    `exchange`."""
     group = tl.program_id(2).to(tl.int64)
     unit0 = tl.program_id(0) * BLOCK_H
     units = unit0 + tl.arange(0, BLOCK_H)

@@ -23,10 +23,10 @@ from collections import deque
 import pytest
 
 
-def program(steps, exchanges, programs, leader=True, without="", published=False, each=True):
+def program(steps, exchanges, programs, leader=True, without="", published=False, each=True, sums=False):
     """What one warp does in a launch. Of the two warps of a program the first is the leader. published: the first
     exchange of a step goes through v, else through y. each: every warp polls for itself (CUDA), or the leader, with a
-    block barrier after it."""
+    block barrier after it. sums: a step also exchanges sums for a mean, in one buffer s and with a counter of its own."""
     code, barriers = [], 0
 
     def barrier():
@@ -51,6 +51,10 @@ def program(steps, exchanges, programs, leader=True, without="", published=False
             code += [("load", "v", row, t)]
         else:
             code += [("load", "y", row, t)]
+        if sums:
+            wait = [] if without == "the wait for s" else [("wait", "acquire", programs * (t + 1), "sums")]
+            code += [("store", "s", 0, t), ("block", "before")]
+            code += [("arrive", "release", "sums")] * leader + wait + [("load", "s", 0, t)]
         if exchanges == 2:
             code += [("store", "m", 0, t), *barrier(), ("load", "m", 0, t)]
         if not published:
@@ -71,22 +75,23 @@ class Model:
     released into it; and what is in each program's cache. A view is the newest step of each place, -1 before the first.
     """
 
-    def __init__(self, programs, warps, steps, exchanges, without, resident, launches, counters, published, each):
+    def __init__(self, programs, warps, steps, exchanges, without, resident, launches, counters, published, each, sums):
         self.programs, self.warps, self.without, self.counters = programs, warps, without, counters or launches
         self.crews = [range(p * warps, (p + 1) * warps) for p in range(launches * programs)]
         self.code = [
-            program(steps, exchanges, programs, w == crew[0], without, published, each)
+            program(steps, exchanges, programs, w == crew[0], without, published, each, sums)
             for crew in self.crews
             for w in crew
         ]
         self.resident = resident or len(self.crews)
         rows = [*([("v", 0), ("v", 1)] if published else [("y", t) for t in range(steps + 1)]), ("m", 0)]
+        rows += [("s", 0)] * sums
         each = ((*row, w) for w in range(len(self.code)) for row in rows)
         self.places = {place: i for i, place in enumerate(each)}
 
     def first(self):
         """The state before any move."""
-        n, counters = len(self.code), self.counters
+        n, counters = len(self.code), 2 * self.counters  # the second half: of sums
         empty = tuple(0 if (buffer, row) == ("y", 0) else -1 for buffer, row, _ in self.places)
         arrived = self.programs if self.without == "a counter at zero" else 0
         cached = (frozenset(),) * len(self.crews)
@@ -120,11 +125,13 @@ class Model:
                 together = tuple(max(known) for known in zip(*(knows[v] for v in crews[p]), strict=True))
                 for v in crews[p]:
                     at[v], knows[v] = at[v] + (v != w), together
-            case "arrive", order:
+            case "arrive", order, *of:
+                counter += self.counters * bool(of)
                 counts[counter] += 1
                 if order == "release":
                     released[counter] = tuple(map(max, released[counter], knows[w]))
-            case "wait", order, arrivals:
+            case "wait", order, arrivals, *of:
+                counter += self.counters * bool(of)
                 if counts[counter] < arrivals:
                     return None
                 if order == "acquire":
@@ -154,14 +161,24 @@ class Model:
 
 
 def explore(
-    programs, warps, steps, exchanges, without="", resident=None, launches=1, counters=None, published=False, each=True
+    programs,
+    warps,
+    steps,
+    exchanges,
+    without="",
+    resident=None,
+    launches=1,
+    counters=None,
+    published=False,
+    each=True,
+    sums=False,
 ):
     """Tries every order of moves. Yields what can come of it, each once, with a shortest way there: "finished",
     "deadlock" or what is wrong with a load, after which the search goes on as if it had been right. Each launch has a
     counter of its own, or they share `counters`. A program that is not among the first `resident` starts when another
     has ended.
     """
-    model = Model(programs, warps, steps, exchanges, without, resident, launches, counters, published, each)
+    model = Model(programs, warps, steps, exchanges, without, resident, launches, counters, published, each, sums)
     first = model.first()
     before, queue, found = {first: None}, deque([first]), set()
 
@@ -253,6 +270,27 @@ PUBLISHED = {
 def test_whatever_is_taken_away_of_what_is_published_is_missed(without, exchanges):
     found = dict(explore(2, 1, 3, exchanges, without, published=True))
     assert found.keys() == PUBLISHED[without][exchanges - 1] | {"finished"}, found
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize(("programs", "warps", "steps", "exchanges"), [(2, 2, 3, 1), (2, 1, 4, 2), (3, 1, 3, 1)])
+def test_sums_are_read_in_time(programs, warps, steps, exchanges, published):
+    found = dict(explore(programs, warps, steps, exchanges, published=published, sums=True))
+    assert found.keys() == {"finished"}, found
+
+
+SUMS = {
+    "the wait for s": {"s too old"},
+    "cg of s": {"s too old in L1"},
+    # The other barrier of a step lies between the loads of s and the next stores into it.
+    "the barrier after y": {"y too old", "s overwritten"},
+}
+
+
+@pytest.mark.parametrize("without", SUMS)
+def test_whatever_is_taken_away_of_sums_is_missed(without):
+    found = dict(explore(2, 1, 3, 1, without, sums=True))
+    assert found.keys() == SUMS[without] | {"finished"}, found
 
 
 @pytest.mark.parametrize("exchanges", [1, 2])

@@ -14,6 +14,7 @@ import seqcells
 from seqcells import cells, testing
 from seqcells.derive.cut import smallest
 from seqcells.derive.values import Graph
+from seqcells.kernels.cost import BARRIER
 from seqcells.kernels.devices import KNOWN
 from seqcells.kernels.plan import plan
 from seqcells.kernels.plan_single import unfit
@@ -49,6 +50,12 @@ def undefined_at_zero(x, U, h):
     """As units beyond H are: their logarithm is infinite."""
     a = torch.log(x.a.abs())
     return torch.tanh(a - a.mean(-1, keepdim=True) + U.a(h))
+
+
+@seqcells.cell(gates="a", states="h")
+def alone(x, U, h):
+    """Without a product."""
+    return torch.tanh(x.a + h - h.mean(-1, keepdim=True))
 
 
 STEPS = [by_layer_norm, two_levels, broadcast, undefined_at_zero]
@@ -102,6 +109,12 @@ def test_engines(cell, engine, poison):
         assert max(found.values()) <= testing.TOLERANCE[torch.float64], found
 
 
+@pytest.mark.parametrize("engine", ["loop", "triton:resident", "triton:stepwise"])
+def test_without_a_product(engine, poison):
+    found = testing.errors(alone, Shape(3, 9, 2, 20), torch.float64, DEVICE, backend=engine, **MASKED)
+    assert max(found.values()) <= testing.TOLERANCE[torch.float64], found
+
+
 @pytest.mark.parametrize(("cell", "how"), spread(NORMED, [(e, how) for how in ({}, MASKED) for e in ENGINES], most=2))
 def test_the_gallerys_cells(cell, how, poison):
     engine, masks = how
@@ -109,10 +122,10 @@ def test_the_gallerys_cells(cell, how, poison):
     assert max(found.values()) <= testing.TOLERANCE[torch.float64], found
 
 
-@pytest.mark.parametrize("cell", [by_layer_norm, two_levels], ids=lambda c: c.name)
-def test_stepwise_with_several_programs_of_products(cell):
-    """Ten of units by two of rows; the others have 256 units, of which 106 do not exist."""
-    found = testing.errors(cell, Shape(2, 9, 2, 150), torch.float32, DEVICE, backend="triton:stepwise", **MASKED)
+@pytest.mark.parametrize(("cell", "schedule"), spread([by_layer_norm, two_levels], ["grid", "stepwise"], most=1))
+def test_several_programs_of_products(cell, schedule):
+    """Ten of units by two of rows; the others of stepwise have 256 units, of which 106 do not exist."""
+    found = testing.errors(cell, Shape(2, 9, 2, 150), torch.float32, DEVICE, backend=f"triton:{schedule}", **MASKED)
     assert max(found.values()) <= testing.TOLERANCE[torch.float32], found
 
 
@@ -235,9 +248,9 @@ def planned(cell, schedule=None, H=64, **more):
 
 def test_what_the_plan_refuses():
     for backward in (False, True):
-        with pytest.raises(ValueError, match=r"the grid schedule does not fit .*: its step takes means over units"):
-            planned(cells.lngru, "grid", backward=backward)
-        assert "no grid: its step takes means over units, which are spread" in planned(cells.lngru).why
+        with pytest.raises(ValueError, match=r"the grid schedule does not fit .*: without products its programs do not"):
+            planned(alone, "grid", backward=backward)
+        assert planned(cells.lngru, "grid", backward=backward).waits
         assert ", then one with all units of a row" in planned(cells.lngru, H=1024, backward=backward).why
         assert ", then one with all units" not in planned(cells.lstm, "stepwise", backward=backward).why
         with pytest.raises(ValueError, match=r"stepwise schedule does not fit .*, and one program has 1024 at most"):
@@ -253,27 +266,40 @@ def test_what_the_plan_refuses():
     for H, backward in ((64, False), (128, True)):
         assert planned(cells.lnlstm, H=H, backward=backward, device=KNOWN["sm_90"]).schedule == "resident"
     for H, backward in ((128, False), (20, True)):
-        assert planned(cells.lnlstm, H=H, backward=backward, device=KNOWN["sm_100"]).schedule == "stepwise"
+        assert planned(cells.lnlstm, H=H, backward=backward, device=KNOWN["sm_100"]).schedule == "grid"
     for H, itemsize in ((33, 2), (34, 4), (33, 4)):
         call = partial(planned, cells.lngru, "resident", H=H, itemsize=itemsize)
         if H % 2 and itemsize == 4:
-            with pytest.raises(ValueError, match="adds up an odd number of float32 units wrongly"):
-                call()
+            for of in (call, partial(planned, cells.lngru, "grid", H=H, itemsize=4)):
+                with pytest.raises(ValueError, match="adds up an odd number of float32 units wrongly"):
+                    of()
             assert planned(cells.lngru, H=H, itemsize=4).schedule == "stepwise"
         else:
             assert call().schedule == "resident"
     assert "means over units" in unfit(cells.dreamer_gru.form, 4, 4) and unfit(cells.lstm.form, 4, 4) is None
 
 
+def test_grid_pays_where_units_do_not_fit_one_program():
+    """By the plan's model. A barrier for each exchange is less than the launches of `stepwise`."""
+    for cell in NORMED:
+        for backward in (False, True):
+            chosen = planned(cell, H=512, backward=backward)
+            assert chosen.schedule == "grid"
+            apart = planned(cell, "stepwise", H=512, backward=backward)
+            assert chosen.microseconds < apart.microseconds
+            barriers = cell.form.exchanges[backward] + 1
+            assert chosen.microseconds > barriers * KNOWN["sm_90"].microseconds(BARRIER)
+
+
 def test_grid_is_refused_where_it_is_asked_for():
-    layer = seqcells.Recurrent(by_layer_norm, 2, 5, backend="triton:grid", device=DEVICE)
-    with pytest.raises(ValueError, match="the grid schedule does not fit hidden size 5, batch 3: its step takes means"):
+    layer = seqcells.Recurrent(alone, 2, 5, backend="triton:grid", device=DEVICE)
+    with pytest.raises(ValueError, match="the grid schedule does not fit hidden size 5, batch 3: without products"):
         layer(torch.ones(2, 3, 2, device=DEVICE))
 
 
 def test_check_leaves_out_what_cannot_run():
-    results = testing.check(by_layer_norm, device=DEVICE, backends=["triton:grid", "loop"], dtypes=["float64"])
-    assert [bool(r.errors) for r in results] == [False, True] and "takes means over units" in results[0].missing
+    results = testing.check(alone, device=DEVICE, backends=["triton:grid", "loop"], dtypes=["float64"])
+    assert [bool(r.errors) for r in results] == [False, True] and "without products" in results[0].missing
 
 
 def test_the_words_of_explain():
