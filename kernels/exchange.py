@@ -138,7 +138,7 @@ def means(tiles, given, BEFORE: tl.constexpr, AT: tl.constexpr):
     if len(given) == 1:
         return sums
     else:
-        share, sums_ptr, counter_ptr, done, program = given
+        _, sums_ptr, counter_ptr, done, program = given
         rows = tl.arange(0, sums[0].shape[1])[None, :]
         count = tl.num_programs(0)
         sums_ptr += BEFORE * count * rows.shape[1]
@@ -151,13 +151,11 @@ def means(tiles, given, BEFORE: tl.constexpr, AT: tl.constexpr):
         at = program[:, None] * rows.shape[1] + rows
         for n in tl.static_range(len(tiles)):
             of_mean = sums_ptr + n * count * rows.shape[1]
-            every = every + (
-                tl.load(of_mean + at, mask=(program < count)[:, None], other=0.0, cache_modifier=".cg"),
-            )
+            every = every + (tl.load(of_mean + at, mask=(program < count)[:, None], other=0.0, cache_modifier=".cg"),)
         out = ()
         for n in tl.static_range(len(tiles)):
             total = tl.sum(every[n], 0, keep_dims=True)
             if INTERPRETED:
-                total = tl.where(AT < done, total, sums[n])
+                total = tl.where(done > AT, total, sums[n])
             out = out + (total,)
         return out

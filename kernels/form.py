@@ -45,9 +45,9 @@ class Form:
 
     adds: for each product the tile of gx to which it only adds, so that both have one gradient; -1: it is apart, has a
     gradient of its own (in dhu), and its bias is added in the kernel. late: tiles of gx whose gradient an operand's
-    gradient reaches (`finish`). means: for each of FUNCTIONS, how many means over units it takes in each exchange (see
-    `exchange`), those at once that do not depend on each other; empty if none takes any. drawn: dropout masks, drawn in the kernel: for each whether it is drawn once for a sequence, not at
-    each step; those that are come first.
+    gradient reaches (`finish`). means: for each of FUNCTIONS, how many means over units it takes in each exchange, as
+    they do not depend on each other (see `exchange`); empty if none takes any. drawn: dropout masks, drawn in the
+    kernel: for each whether it is drawn once for a sequence, not at each step; those that are come first.
     """
 
     name: str

@@ -5,6 +5,7 @@ In `resident` and `stepwise` a program that takes one has all units of its rows;
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from .plan import Plan
 
 
-def unfit(cell: Form, H: int, itemsize: int, tiles: int, backward: bool, device: Device) -> dict[str, str]:
+def refusals(cell: Form, H: int, itemsize: int, tiles: int, backward: bool, device: Device) -> dict[str, str]:
     """Why schedules cannot run such a cell, by their names, beside what keeps them from others. tiles: see `plan`."""
     why = {}
     if not cell.products:
@@ -34,6 +35,28 @@ def unfit(cell: Form, H: int, itemsize: int, tiles: int, backward: bool, device:
         wrong = "Triton adds up an odd number of float32 units wrongly in the layout that they are loaded in"
         why |= {"resident": wrong, "grid": wrong}
     return why
+
+
+def most_rows(cell: Form, H: int, itemsize: int, tiles: int) -> int:
+    """Rows of a `grid` program beyond which the step would spill registers for its means alone (found with the report).
+    tiles: see `plan`."""
+    if not cell.means:
+        return 64
+    if itemsize == 8:
+        return 8 if (64 if tiles > 10 else 128) >= H and tiles <= 16 else 0
+    if itemsize == 4 and H > 512 and cell.gates + len(cell.apart) > 6:
+        return 0
+    return 8 if tiles > 10 else 32
+
+
+def parts(phases: Sequence[int], exchanges: Sequence[Sequence[int]]) -> Iterator[tuple[int, int]]:
+    """The launches of a step of `grid`, interpreted: (phase, exchanges of means done). exchanges: `Form.means` of a
+    direction's three functions, of which a phase calls the one of its number; the last phase also those after it."""
+    done = 0
+    for phase in phases:
+        needed = sum(map(len, exchanges[: 3 if phase == phases[-1] else phase + 1]))
+        for done in range(done, needed + 1):  # noqa: B020  (each phase goes on where the one before ended)
+            yield phase, done
 
 
 def whole(plan: Plan, H: int, itemsize: int) -> Plan:

@@ -24,7 +24,7 @@ from .cost import (
 )
 from .devices import INTERPRETER, KB, Device
 from .form import Form
-from .means import unfit as unfit_means
+from .means import most_rows, refusals
 
 SCHEDULES = ("resident", "grid", "stepwise")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -309,7 +309,7 @@ class _Problem:
             programs = _ceil(self.H, GRID_UNITS) * _ceil(self.B, block_b) * self.groups
             if (block_b > 8 and block_b >= 2 * self.B) or (programs > device.processors and not interpreted):
                 continue
-            if block_b > self._most_rows():
+            if block_b > min(self._most_rows(), most_rows(self.cell, self.H, self.itemsize, self.tiles)):
                 continue
             num_warps = 4 if block_b <= 16 else 8
             # A thread carries at most 256 bytes of the operand from L2 to shared memory at once; more would spill, and
@@ -422,8 +422,7 @@ class _Problem:
         first = cell.first_products
         gates = 1 if self.backward else _power_of_2(max(first, cell.products - first), 1, 1 << 10)
         columns = (cell.products if self.backward else 1) * H
-        launches = max(1, self.levels) + (cell.published and not self.backward)
-        launches += self.levels * bool(cell.means)
+        launches = self.levels * bool(cell.means) + max(1, self.levels) + (cell.published and not self.backward)
         # Long turns wait less often; in other types and before Hopper they spill (found with the report).
         most = 128 if itemsize == 2 and device.capability >= 90 and not (cell.means and H % 128) else 128 // itemsize
         block_k = _power_of_2(H, 16, most)
@@ -484,7 +483,7 @@ def plan(
         raise ValueError(f"hidden size {H} is too large: the recurrent weights must have less than 2^31 elements")
     problem = _Problem(cell, B, H, groups, itemsize, device, precision, backward)
     unfit = {"resident": problem.unfit_resident(), "grid": problem.unfit_grid(), "stepwise": None}
-    unfit |= unfit_means(cell, H, itemsize, problem.tiles, backward, device) if cell.means else {}
+    unfit |= refusals(cell, H, itemsize, problem.tiles, backward, device) if cell.means else {}
     if schedule is not None and unfit[schedule]:
         raise ValueError(f"the {schedule} schedule does not fit hidden size {H}, batch {B}: {unfit[schedule]}")
     names = [schedule] if schedule else [name for name in SCHEDULES if not unfit[name] and name not in avoid]

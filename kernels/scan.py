@@ -255,12 +255,11 @@ def _launch_grid(
     exchanges, like = arguments["MEANS"], arguments["y_ptr"]
     if plan.waits:
         # At most two arrivals a program and step, and those of its means.
-        if max(2, sum(len(sizes) for sizes in exchanges)) * T * programs[0] >= 1 << 31:
-            raise ValueError(
-                f"sequence length {T} is too long for the grid schedule's counters: ask for triton:stepwise"
-            )
+        if max(2, sum(map(len, exchanges))) * T * programs[0] >= 1 << 31:
+            too_long = f"sequence length {T} is too long for the grid schedule's counters"
+            raise ValueError(f"{too_long}: ask for triton:stepwise")
         tiles = programs[1] * programs[2]
-        counter = torch.zeros(2 if exchanges else 1, tiles, dtype=torch.int32, device=like.device)
+        counter = torch.zeros(1 + bool(exchanges), tiles, dtype=torch.int32, device=like.device)
         if exchanges:
             sums = _scratch(like, tiles, sum(map(sum, exchanges)), programs[0], plan.block_b)
     arguments = {**arguments, "counter_ptr": counter, "sums_ptr": sums}
@@ -268,13 +267,9 @@ def _launch_grid(
         launch(Launch(kernel, programs, {**arguments, "first": 0, "last": T, "done": 0, "PHASE": -1}, plan))
         return
     for t in range(T):
-        done = 0
-        for phase in phases:
-            # The functions up to this part's: one more launch for each exchange of means.
-            of_part = exchanges[: 3 if phase == phases[-1] else phase + 1]
-            for done in range(done, sum(len(sizes) for sizes in of_part) + 1):
-                varying = {"first": t, "last": t + 1, "done": done, "PHASE": phase}
-                launch(Launch(kernel, programs, {**arguments, **varying}, plan))
+        for phase, done in means.parts(phases, exchanges):
+            varying = {"first": t, "last": t + 1, "done": done, "PHASE": phase}
+            launch(Launch(kernel, programs, {**arguments, **varying}, plan))
 
 
 def forward(

@@ -26,7 +26,7 @@ import pytest
 def program(steps, exchanges, programs, leader=True, without="", published=False, each=True, sums=False):
     """What one warp does in a launch. Of the two warps of a program the first is the leader. published: the first
     exchange of a step goes through v, else through y. each: every warp polls for itself (CUDA), or the leader, with a
-    block barrier after it. sums: a step also exchanges sums for a mean, in one buffer s and with a counter of its own."""
+    block barrier after it. sums: a step also exchanges sums for a mean, in one buffer and with a counter of its own."""
     code, barriers = [], 0
 
     def barrier():

@@ -248,7 +248,9 @@ def planned(cell, schedule=None, H=64, **more):
 
 def test_what_the_plan_refuses():
     for backward in (False, True):
-        with pytest.raises(ValueError, match=r"the grid schedule does not fit .*: without products its programs do not"):
+        with pytest.raises(
+            ValueError, match=r"the grid schedule does not fit .*: without products its programs do not"
+        ):
             planned(alone, "grid", backward=backward)
         assert planned(cells.lngru, "grid", backward=backward).waits
         assert ", then one with all units of a row" in planned(cells.lngru, H=1024, backward=backward).why

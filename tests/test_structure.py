@@ -24,12 +24,13 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.tiles": {"kernels.math"},
     "kernels.random": set(),
     "kernels.layout": {"kernels.math"},
-    "kernels.resident": {"kernels.layout", "kernels.math", "kernels.random", "kernels.tiles"},
+    "kernels.exchange": {"kernels.math"},
+    "kernels.resident": {"kernels.exchange", "kernels.layout", "kernels.math", "kernels.random", "kernels.tiles"},
     "kernels.slices": {"kernels.layout", "kernels.math", "kernels.plan", "kernels.tiles"},
-    "kernels.grid": {"kernels.random", "kernels.slices", "kernels.tiles"},
+    "kernels.grid": {"kernels.exchange", "kernels.random", "kernels.slices", "kernels.tiles"},
     "kernels.streamed": {"kernels.math", "kernels.tiles"},
-    "kernels.stepwise": {"kernels.math", "kernels.random", "kernels.streamed", "kernels.tiles"},
-    "kernels.recompute": {"kernels.random", "kernels.tiles"},
+    "kernels.stepwise": {"kernels.exchange", "kernels.math", "kernels.random", "kernels.streamed", "kernels.tiles"},
+    "kernels.recompute": {"kernels.exchange", "kernels.random", "kernels.tiles"},
     "kernels.buffers": set(),
     "kernels.scan": {
         f"kernels.{n}"
@@ -52,7 +53,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "precisions": {"kernels.plan"},
     "arguments": {"backends", "cell", "checks", "precisions"},
     "reference": {"arguments", "cell", "cells"},
-    "derive": {"kernels.cells", "kernels.form", "kernels.math"},
+    "derive": {"kernels.cells", "kernels.exchange", "kernels.form", "kernels.math"},
     "cell": {"checks", "derive", "kernels.form", "kernels.registry"},
     "cells": {"cell"},
     # Of cell_modules and recurrent, types alone.
@@ -66,7 +67,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "flops": set(),
     "verdicts": set(),
     "verification": {
-        *("backends", "checks", "fallback", "verdicts", "kernels.plan", "kernels.registry"),
+        *("backends", "checks", "fallback", "verdicts", "kernels.form", "kernels.plan", "kernels.registry"),
         "kernel_check",  # when something is verified, for it imports what imports this
     },
     "kernel_check": {
