@@ -21,7 +21,6 @@ DTYPES = ["float64", "float32", "float16", "bfloat16"]
 
 # The kernels in float64, with their second derivatives, and by grid take long here. Both are in test_any_cell, smaller.
 HOW = list(product(BACKENDS, reversed(DTYPES)))
-WITH_MEANS = ("lnlstm", "lngru", "dreamer_gru")  # which grid refuses, see test_means
 LONG = [how for how in HOW if how[0] == "triton:grid" or (how[0] != "loop" and how[1] == "float64")]
 
 
@@ -29,18 +28,13 @@ LONG = [how for how in HOW if how[0] == "triton:grid" or (how[0] != "loop" and h
     ("name", "how"),
     [
         *spread(GALLERY, [how for how in HOW if how not in LONG], most=1),
-        *(
-            pytest.param(name, how, marks=pytest.mark.slow)
-            for name, how in product(GALLERY, LONG)
-            if how[0] != "triton:grid" or name not in WITH_MEANS
-        ),
+        *(pytest.param(name, how, marks=pytest.mark.slow) for name, how in product(GALLERY, LONG)),
     ],
     ids=str,
 )
 def test_the_gallery(name, how):
     """At two shapes, of which one takes three programs a tile and two tiles in the grid schedule."""
     cell = getattr(cells, name)
-    assert cell.form.means == (name in WITH_MEANS)
     results = testing.check(cell, device=DEVICE, backends=[how[0]], dtypes=[how[1]])
     assert len(results) == 1 and results[0].errors and not results[0].missing
 
