@@ -83,7 +83,8 @@ SIZES = ((16, 64), (16, 256), (64, 1024))  # batch and hidden size
 
 def compiled(cell: str, target: str, batch: int, hidden: int) -> str:
     """What a cell's kernels of that size cost, in training."""
-    found = []
+    found: list[str] = []
+    before = ""
     for direction in ("train", "backward"):
         case = report.Case(cell, direction, "bf16", batch, hidden, target)
         try:
@@ -92,8 +93,10 @@ def compiled(cell: str, target: str, batch: int, hidden: int) -> str:
             return "-"
         cycles = [f"{r.cycles.low:.0f}-{r.cycles.high:.0f}" for r in rows if r.cycles is not None]
         spills = "" if all(r.good for r in rows) else ", spills"
-        found.append(f"{' + '.join(cycles) or '-'} ({max(r.registers for r in rows)}{spills})")
-    return f"{rows[0].schedule}: {' / '.join(found)}"
+        schedule = f"{rows[0].schedule}: " * (rows[0].schedule != before)
+        before = rows[0].schedule
+        found.append(f"{schedule}{' + '.join(cycles) or '-'} ({max(r.registers for r in rows)}{spills})")
+    return " / ".join(found)
 
 
 def static(target: str, names: Sequence[str]) -> str:

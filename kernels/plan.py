@@ -146,6 +146,7 @@ class _Problem:
         self.device, self.precision, self.backward = device, precision, backward
         self.products = cell.products
         self.levels = len({operand.level for operand in cell.operands})
+        self.barriers = self.levels + cell.exchanges[backward]  # of a step, by `grid`
         # What a thread has of a step: a tile for each gate and each product apart; two states take as much as three,
         # each more than two another, as does each further operand (found with the report).
         tiles = max(cell.gates + len(cell.apart), 3 if cell.states > 1 else 1) + max(0, cell.states - 2)
@@ -336,7 +337,7 @@ class _Problem:
                 in_registers = self._u_in_registers(block_b, u_bytes)
                 exchange = sum(c for _, c in cut) * min(block_b, self.B) * self.itemsize
                 links = self.links(max(sum(each) // parts(r, block_b, num_warps) for r, each in sizes) * self.levels)
-                start = device.microseconds(BARRIER * (self.levels + self.cell.exchanges[self.backward]))
+                start = device.microseconds(BARRIER * self.barriers)
                 read = 0.0 if in_registers else u_bytes / SHARED_RATE
                 cost = self.cost(read, block_b, GRID_UNITS, columns, links, exchange, start)
                 made = self.made("grid", tile, num_warps, 1, programs, "", cost.total)
@@ -382,7 +383,7 @@ class _Problem:
         why = (
             f"U ({self.products}x{self.H}x{self.H}) is spread over {chosen.programs} programs of {GRID_UNITS} units "
             f"and {chosen.block_b} rows, {needed // KB} KB of {self.device.shared // KB} KB of shared memory each, "
-            f"with a barrier a step; {cost}"
+            f"with {self.barriers} barrier{'s' * (self.barriers > 1)} a step; {cost}"
         )
         return replace(chosen, why=why, waits=True)
 
