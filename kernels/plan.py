@@ -144,8 +144,7 @@ class _Problem:
     ) -> None:
         self.cell, self.B, self.H, self.groups, self.itemsize = cell, B, H, groups, itemsize
         self.device, self.precision, self.backward = device, precision, backward
-        self.products = cell.products
-        self.levels = len({operand.level for operand in cell.operands})
+        self.products, self.levels = cell.products, len({operand.level for operand in cell.operands})
         self.barriers = self.levels + cell.exchanges[backward]  # of a step, by `grid`
         # What a thread has of a step: a tile for each gate and each product apart; two states take as much as three,
         # each more than two another, as does each further operand (found with the report).
