@@ -36,10 +36,10 @@ def refusals(cell: Form, H: int, itemsize: int, tiles: int, backward: bool, devi
     return why
 
 
-def most_rows(cell: Form, H: int, itemsize: int, tiles: int) -> int:
+def most_rows(cell: Form, H: int, itemsize: int, tiles: int, device: Device) -> int:
     """Rows of a `grid` program beyond which the step would spill registers for its means alone (found with the report).
     tiles: see `plan`."""
-    if not cell.means:
+    if not cell.means or device is INTERPRETER:
         return 64
     if itemsize == 8:
         return 8 if (64 if tiles > 10 else 128) >= H and tiles <= 16 else 0

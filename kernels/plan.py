@@ -309,7 +309,7 @@ class _Problem:
             programs = _ceil(self.H, GRID_UNITS) * _ceil(self.B, block_b) * self.groups
             if (block_b > 8 and block_b >= 2 * self.B) or (programs > device.processors and not interpreted):
                 continue
-            if block_b > min(self._most_rows(), most_rows(self.cell, self.H, self.itemsize, self.tiles)):
+            if block_b > min(self._most_rows(), most_rows(self.cell, self.H, self.itemsize, self.tiles, device)):
                 continue
             num_warps = 4 if block_b <= 16 else 8
             # A thread carries at most 256 bytes of the operand from L2 to shared memory at once; more would spill, and
