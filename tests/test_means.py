@@ -122,6 +122,7 @@ def test_the_gallerys_cells(cell, how, poison):
     assert max(found.values()) <= testing.TOLERANCE[torch.float64], found
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # likewise
 @pytest.mark.parametrize(("cell", "schedule"), spread([by_layer_norm, two_levels], ["grid", "stepwise"], most=1))
 def test_several_programs_of_products(cell, schedule):
     """Ten of units by two of rows; the others of stepwise have 256 units, of which 106 do not exist."""
