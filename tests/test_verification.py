@@ -137,6 +137,15 @@ def test_the_next_schedule_runs(kind, kernel, how, monkeypatch):
     close(again, found)
 
 
+def test_what_is_slow_is_trusted(monkeypatch):
+    """Verification compares results, not times. A kernel that hangs cannot be left, here or in the call itself."""
+    module, exact, x = layer()
+    corrupted = Corrupted(monkeypatch, "slow", "forward")
+    found, said = told(trained, module, x)
+    close(found, trained(exact, x))
+    assert corrupted.wrong >= 2 and not said
+
+
 @pytest.mark.parametrize("kernel, how", [("forward", "hn_ptr"), ("forward", "saved_ptr"), ("backward", "dgx_ptr")])
 def test_torch_runs_where_every_schedule_is_wrong(kernel, how, monkeypatch):
     module, exact, x = layer(bidirectional=True)
