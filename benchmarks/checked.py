@@ -162,7 +162,7 @@ def sanitized(running: Running, deadline: float) -> dict[str, Any]:
     found = {}
     for name, process in running.items():
         try:
-            printed = process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0]
+            printed = process.communicate(timeout=max(0.3, deadline - time.monotonic()))[0]
             end = [line for line in printed.splitlines() if "SUMMARY" in line]
             found[name] = f"ended with {process.returncode}: {' '.join(end)}"
             if process.returncode:

@@ -170,7 +170,7 @@ def test_compute_sanitizer(tmp_path, monkeypatch):
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tool.parent}:{os.environ['PATH']}")
     monkeypatch.setattr(checked, "ENVIRONMENT", dict(os.environ))
-    found = checked.sanitized(checked.sanitizers("cuda"), time.monotonic() + 2)
+    found = checked.sanitized(checked.sanitizers("cuda"), time.monotonic() + 1.5)
     assert len(found) == 12
     for name, said in found.items():
         what = name.split(",")[0]
