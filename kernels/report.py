@@ -40,8 +40,8 @@ POINTERS |= {torch.uint8: "*u8", torch.int32: "*i32", torch.int64: "*i64"}
 MASKS = {"resets": torch.bool, "lengths": torch.uint8}
 
 
-# Not all of KNOWN: Triton compiles for sm_89 as for sm_80, with less shared memory, which the plan takes into account; and
-# what the plan gives sm_75 does not fit it everywhere (docs/verification.md).
+# Not all of KNOWN: Triton compiles for sm_89 as for sm_80, with less shared memory, which the plan takes into account;
+# and what the plan gives sm_75 does not fit it everywhere (docs/verification.md).
 TARGETS = ("sm_80", "sm_90", "sm_100")
 
 

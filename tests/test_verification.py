@@ -157,6 +157,44 @@ def test_torch_runs_where_every_schedule_is_wrong(kernel, how, monkeypatch):
     assert "the kernels failed there" in chosen.why
 
 
+def explained(**more):
+    found = seqcells.explain("lstm", batch=2, hidden_size=4, dtype=torch.float64, device=DEVICE, **more)
+    return found, found.verified
+
+
+def test_explain_says_what_was_verified(monkeypatch):
+    """What is stored or known of the kernels that it names, of a device that is present; nothing is measured for it."""
+    module, _, x = layer()
+    count = counted(monkeypatch)
+    assert explained()[1] == ("not verified yet: at its first use",) * 2
+    assert explained(backend="triton")[1] == ("not verified: it is asked for by name",) * 2
+    with seqcells.verification("off"):
+        assert explained()[1] == ("not verified: the policy is off",) * 2
+    assert not count
+    trained(module, x)
+    trained(module, x, lengths=[3, 2])
+    verification.forget()  # as in another process
+    found, (forward, backward) = explained()
+    for text in (forward, backward):
+        assert text.startswith("verified on this device (2 of its kind): max error ")
+        assert float(text.split()[-5]) < 0.5 and text.endswith(" of what is allowed")
+    lines = str(found).splitlines()
+    assert lines[lines.index("") + 2] == forward and max(map(len, lines)) <= 80
+    elsewhere = seqcells.explain("lstm", batch=2, hidden_size=4, dtype=torch.float64, device="H100")
+    assert elsewhere.verified == ("", "") and "verified" not in str(elsewhere)
+    assert explained()[0] == found and len(count) == 4
+
+
+def test_explain_says_what_was_refused(monkeypatch):
+    module, _, x = layer()
+    Corrupted(monkeypatch, "y_ptr", "forward", ["resident"])
+    told(module, x)
+    found, (forward, backward) = explained(grad=False)
+    assert found.plan.schedule == "resident" and forward.startswith("refused: its y is ")
+    assert backward.startswith("not verified yet")
+    assert max(map(len, str(found).splitlines())) <= 80
+
+
 @pytest.mark.parametrize("kind", ["heads", "dropout", "states", "own"])
 def test_other_layers(kind, monkeypatch):
     """Heads, dropout masks, save="states", a cell with trained vectors and per-step inputs: verified, and right."""
