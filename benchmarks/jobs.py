@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # to run from a checkout without installing
 
 Job = dict[str, Any]
+NOTE: list[Callable[[str], None]] = [lambda text: None]  # the last one: told what is about to run
 GRACE = 5.0  # seconds after the deadline that a job which runs then has left
 TILE = ("schedule", "block_h", "block_b", "block_k", "num_warps", "u_in_registers")  # of a plan: what it costs by
 
@@ -68,7 +69,7 @@ def case(case: Job, device: str, seconds: float, providers: list[str], checked: 
     import cases
     import compare
 
-    return {"rows": compare.compared(cases.Case(**case), device, seconds, providers, checked)}
+    return {"rows": compare.compared(cases.Case(**case), device, seconds, providers, checked, NOTE[-1])}
 
 
 def kernel(
@@ -161,6 +162,7 @@ def work(path: Path, parent: int) -> None:
     os.dup2(2, 1)  # what a job prints is not an answer
     launches = launched.Launches(path)
     launches.watch()
+    NOTE.append(launches.say)
     for line in sys.stdin:
         launches.clear()
         text = json.dumps(result(json.loads(line)))

@@ -31,6 +31,10 @@ def words(launch: Any) -> str:
     return f"{kernel} {getattr(step, '__name__', '')} {tile}, {', '.join(shown)}"
 
 
+def _padded(text: str) -> bytes:
+    return text.encode()[:WIDTH].ljust(WIDTH, b"\0")
+
+
 class Launches:
     """The process's side. path: of the file, which is made."""
 
@@ -38,22 +42,25 @@ class Launches:
         path.write_bytes(bytes(SLOTS * WIDTH + 1))
         with path.open("r+b") as file:
             self.page = mmap.mmap(file.fileno(), 0)
-        self.known: dict[tuple[int, int, object], tuple[bytes, Any]] = {}
+        self.known: dict[tuple[object, ...], tuple[bytes, Any, Any]] = {}
         self.next = 0
 
     def note(self, launch: Any) -> None:
         """Write a launch down. Its words are put together once for each variant."""
-        at = id(launch.kernel), id(launch.plan), launch.arguments.get("PHASE")
+        given = launch.arguments
+        at = id(launch.kernel), id(launch.plan), given.get("PHASE"), given.get("SAVED"), given.get("mask_ptr") is None
         found = self.known.get(at)
         if found is None:
             if len(self.known) > 1000:
                 self.known.clear()
-            text = words(launch).encode()[:WIDTH].ljust(WIDTH, b"\0")
-            self.known[at] = found = text, launch  # which keeps what has the id
-        self.write(found[0])
+            found = self.known[at] = _padded(words(launch)), launch.kernel, launch.plan  # what has the ids; no tensors
+        self._write(found[0])
 
-    def write(self, text: bytes) -> None:
-        """text: WIDTH bytes."""
+    def say(self, text: str) -> None:
+        """Write down what is about to run and is no launch of seqcells' kernels."""
+        self._write(_padded(text))
+
+    def _write(self, text: bytes) -> None:
         first = 1 + self.next * WIDTH
         self.page[first : first + WIDTH] = text
         self.next = (self.next + 1) % SLOTS

@@ -96,7 +96,9 @@ def compare(timed: Timed) -> Compared:
     cell, direction, dtype, batch, hidden, *by = timed.name.split()
     case = report.Case(cell, direction, DTYPES[dtype], int(batch[2:]), int(hidden[2:]), f"sm_{timed.capability}")
     launches = report.launches(replace(case, schedule=by[1] if by else None))
-    return Compared(timed, launches[0].plan.schedule, model(launches, timed.capability, timed.clock))
+    schedule = launches[0].plan.schedule
+    found = None if schedule == "stepwise" else model(launches, timed.capability, timed.clock)  # each distinct one once
+    return Compared(timed, schedule, found)
 
 
 def summary(found: list[Compared]) -> str:

@@ -62,14 +62,27 @@ def own_jobs(tmp_path, monkeypatch):
     monkeypatch.setattr(jobs, "__file__", str(path))
 
 
+class Impatient(jobs._Worker):
+    """Takes the time for up once the kernel that hangs was launched, and not before, however slow the machine is."""
+
+    @property
+    def deadline(self):
+        return 0.0 if self.job.get("how") == "hang" and "backward_kernel" in self.last() else float("inf")
+
+    @deadline.setter
+    def deadline(self, when):
+        pass
+
+
 @pytest.mark.skipif(DEVICE != "cpu", reason="the interpreter's launches are the fake")
-def test_a_job_that_hangs_or_dies_is_named_and_the_next_begins(own_jobs):
+def test_a_job_that_hangs_or_dies_is_named_and_the_next_begins(own_jobs, monkeypatch):
     """Of a kernel that hangs, and of one that takes its process with it, the variant; the next job is not told."""
+    monkeypatch.setattr(jobs, "_Worker", Impatient)
     asked = [{"do": "stuck", "how": "hang"}, {"do": "stuck", "how": "die"}, {"do": "die"}, {"do": "fail"}]
     asked += [{"do": "lose"}, *({"do": "answer", "n": n} for n in range(3))]
-    found = {tuple(job.values()): result for job, result in jobs.run(asked, 2, 9, time.monotonic() + 100, True)}
+    found = {tuple(job.values()): result for job, result in jobs.run(asked, 2, 40, time.monotonic() + 200, True)}
     assert len(found) == len(asked)
-    for how, start in (("hang", "no result after 9 s: stopped"), ("die", "its process ended with -11")):
+    for how, start in (("hang", "no result after 40 s: stopped"), ("die", "its process ended with -11")):
         text = found["stuck", how]["failed"]
         assert text.startswith(f"{start}; launched last: resident.backward_kernel ")
         assert " | before it: resident.forward_kernel " in text and "16x8x16, " in text
@@ -80,14 +93,14 @@ def test_a_job_that_hangs_or_dies_is_named_and_the_next_begins(own_jobs):
     assert [found["answer", n] for n in range(3)] == [{"n": n} for n in range(3)]
 
 
-def test_launches_are_kept_in_order_and_cost_little(tmp_path):
+def test_launches_are_kept_in_order(tmp_path):
     page = launched.Launches(tmp_path / "page")
     assert launched.last(tmp_path / "page") == [] == launched.last(tmp_path / "none")
     for n in (1, 2, 3, 2):
-        page.write(str(n).encode().ljust(launched.WIDTH, b"\0"))
+        page.say(str(n))
     assert launched.last(tmp_path / "page") == ["2", "3", "1"]
     for n in range(20):
-        page.write(str(n).encode().ljust(launched.WIDTH, b"\0"))
+        page.say(str(n))
     assert launched.last(tmp_path / "page") == [str(n) for n in range(19, 11, -1)]
     page.clear()
     assert launched.last(tmp_path / "page") == []
