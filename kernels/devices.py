@@ -30,7 +30,7 @@ class Device:
 
 KB = 1024
 # Vendors' data sheets and tuning guides; the largest part of each kind. T4: Triton 3.7 compiles no products for the
-# tensor cores of Turing, so `tensor` is its multiply-adds; l2 is Jia et al.'s (arXiv:1903.07486), 1270 GB/s of all.
+# tensor cores of Turing, so `tensor` is its multiply-adds; its l2 is a guess, from the RTX 4090's.
 KNOWN = {
     "sm_75": Device("T4 (sm_75)", 75, 40, 64 * KB, 1.59, 128, 20, 320, 4 << 20),
     "sm_80": Device("A100 (sm_80)", 80, 108, 163 * KB, 1.41, 2048, 47, 2039, 40 << 20),
