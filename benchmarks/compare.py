@@ -52,11 +52,17 @@ def planned(problem: Problem) -> tuple[str, float | None]:
 
 
 def compared(
-    case: Case, device: str, seconds: float, names: Iterable[str] | None = None, checked: bool = False
+    case: Case,
+    device: str,
+    seconds: float,
+    names: Iterable[str] | None = None,
+    checked: bool = False,
+    note: Callable[[str], None] = lambda text: None,
 ) -> list[dict[str, Any]]:
     """One row for each provider: its error against the judge and its times, or why there are none.
 
-    seconds: about how long to time them; negative: not at all, only parity. checked: parity was seen before.
+    seconds: about how long to time them; negative: not at all, only parity. checked: parity was seen before. note: told
+    what is about to run.
     """
     problem = Problem(case, device)
     plan, floor = planned(problem)
@@ -67,6 +73,7 @@ def compared(
     for name in names or PROVIDERS:
         row: dict[str, Any] = {**start, "provider": name}
         rows.append(row)
+        note(f"the provider {name}")
         try:
             work = PROVIDERS[name](problem)
             if judged is not None:
@@ -83,6 +90,7 @@ def compared(
         return rows
     if (floor := measure.products(problem)) is not None:
         runs[alone] = floor
+    note(f"timing {', '.join(runs)} in turn")
     samples = measure.interleaved(runs, problem.device, seconds)
     if floor is not None:
         for row in rows:

@@ -3,12 +3,13 @@
     python benchmarks/gpu.py --out DIR [--minutes 8]              # on a CUDA machine
     python benchmarks/gpu.py --out DIR --device cpu --dry         # the same code at tiny sizes, interpreted
 
-In order: the device and its clocks; what it can do (copy, product, barrier, L2) and what single instructions cost;
-parity of every kernel, in as many processes as there are cores, the most in doubt first; compute-sanitizer if it is
-there; torch.nn and the kernels on every case, the most telling first; then the loops and peers; the task suite with the
-kernels. All but the first run in processes of their own (see jobs.py): a kernel that hangs or an illegal access is
-recorded, with its job, and the next one begins. DIR/gpu.json and DIR/gpu.md are rewritten after each part, so that an
-interruption loses only the current one. Needs no network and no build tool.
+In order: the device and its clocks; parity of every kernel with verification's verdicts, in as many processes as there
+are cores, the most in doubt first; compute-sanitizer if it is there; every kernel's steps timed alone; what the device
+can do (copy, product, barrier, L2) and what single instructions cost; torch.nn and the kernels on every case, the most
+telling first; then the loops and peers; the task suite with the kernels. All but the first run in processes of their
+own (see jobs.py): a kernel that hangs or an illegal access is recorded, with its job and the kernel's variant, and the
+next one begins. DIR/gpu.json and DIR/gpu.md are rewritten after each part and during the long ones, and say which part
+they end in. Needs no network and no build tool. Afterwards: python benchmarks/calibrate.py DIR/gpu.json
 """
 
 from __future__ import annotations
@@ -36,14 +37,11 @@ sys.path.insert(0, str(ROOT))  # to run from a checkout without installing
 import cases
 import compare
 import jobs
+from checked import ENVIRONMENT, Running, parity, sanitized, sanitizers
 from providers import PROVIDERS
 
-from seqcells import cells as seqcells_cells
-from seqcells import testing
-from seqcells.kernels.registry import BUILT_IN
+from seqcells.kernels.scan import device_facts
 from seqcells.tasks import suite
-
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": str(ROOT)}
 
 
 def said(command: list[str], seconds: float) -> dict[str, Any]:
@@ -66,6 +64,9 @@ def seqcells(*arguments: str) -> list[str]:
 def facts(device: str) -> dict[str, Any]:
     """The machine, and nvidia-smi's clocks and limits."""
     found: dict[str, Any] = dict(compare.machine(device))
+    if torch.device(device).type == "cuda":
+        known = device_facts(torch.device(device))
+        found |= {name: str(getattr(known, name)) for name in ("capability", "processors", "shared")}
     if shutil.which("nvidia-smi"):
         asked = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.limit,temperature.gpu"
         found["nvidia-smi"] = said(["nvidia-smi", f"--query-gpu={asked}", "--format=csv"], 20)["out"].strip()
@@ -73,19 +74,27 @@ def facts(device: str) -> dict[str, Any]:
 
 
 class Report:
-    """The results so far, written after each part."""
+    """The results so far, written before and after each part."""
 
     def __init__(self, out: Path, command: str) -> None:
-        self.out, self.content = out, {"command": command, "parts": {}}
+        self.out, self.content = out, {"command": command, "ends in": "", "parts": {}}
 
     def part(self, name: str, find: Callable[[], Any]) -> None:
         print(f"{name} ...", file=sys.stderr, flush=True)
         started = time.monotonic()
+        self.content["ends in"] = name
+        self.write()
         try:
             self.content["parts"][name] = find()
         except Exception as error:  # continue with the other parts
             self.content["parts"][name] = {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
         print(f"{name}: {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
+        self.content["ends in"] = ""
+        self.write()
+
+    def note(self, name: str, found: Any) -> None:
+        """What there is so far of a part."""
+        self.content["parts"][name] = found
         self.write()
 
     def write(self) -> None:
@@ -95,6 +104,8 @@ class Report:
     def document(self) -> str:
         parts = self.content["parts"]
         lines = ["# One run on a device", "", f"Written by `{self.content['command']}`.", ""]
+        if self.content["ends in"]:
+            lines += [f"Interrupted, or not done yet: it ends in the part {self.content['ends in']}.", ""]
         for name, found in parts.items():
             lines += [f"## {name}", ""]
             if name == "grid" and isinstance(found, list):
@@ -117,8 +128,17 @@ class Report:
                 lines += [f"`{found['command']}` ended with {found['code']} after {found['seconds']:.0f} s.", "", "```"]
                 lines += [(found["out"] or found["error"])[-8000:].strip(), "```", ""]
             else:
-                lines += [f"- {k}: {v}" for k, v in found.items()] + [""]
+                lines += [line for k, v in found.items() for line in listed(k, v)] + [""]
         return "\n".join(lines)
+
+
+def listed(name: str, found: Any) -> list[str]:
+    """Lines of a list, with what is within below."""
+    if isinstance(found, list):
+        return [f"- {name}: {len(found) or 'none'}", *(f"  - {each}" for each in found)]
+    if isinstance(found, dict):
+        return [f"- {name}:", *(f"  {line}" for k, v in found.items() for line in listed(k, v))]
+    return [f"- {name}: {found}"]
 
 
 def floors(rows: list[dict[str, Any]]) -> str:
@@ -154,109 +174,43 @@ def peaks(rows: list[dict[str, Any]]) -> str:
 
 
 FIRST = ("torch.nn", "triton", "triton, states")
-GALLERY = [name for name in seqcells_cells.__all__ if name not in BUILT_IN]
 
 
-def checks(device: str, dry: bool) -> Iterator[jobs.Job]:
-    """Jobs for parity: the grid schedule before the others, since it alone depends on programs that wait."""
+def kernels(dry: bool) -> Iterator[jobs.Job]:
+    """The kernels whose steps are timed alone: as they are planned, and where schedules meet, by each that fits."""
     if dry:
-        yield {"do": "parity", "cell": "lstm", "backend": "triton:grid", "kind": "float32", "shape": [2, 3, 2, 5]}
-        return
-    shapes = [testing.LARGE[n] for n in (1, 3, 0, 2, 4)]
-    kinds = ["bfloat16", "tf32", "float16", "float64", "float32", "tf32x3"]
-    schedules = ["triton:grid", "triton:resident", "triton:stepwise"]
-    for kind in kinds:
-        for shape in shapes:
-            for backend in schedules:
-                for cell in BUILT_IN:
-                    sizes = [shape.T, shape.B, shape.I, shape.H]
-                    yield {"do": "parity", "cell": cell, "backend": backend, "kind": kind, "shape": sizes}
-        if kind in ("bfloat16", "float64"):
-            for cell in (*GALLERY, "gru_before"):
-                for backend in schedules:
-                    small = {"backend": backend, "kind": kind, "shape": [9, 17, 3, 33]}
-                    yield {"do": "parity", "cell": cell, **small}
-                    if cell in ("gru_before", "slstm", "dreamer_gru"):
-                        yield {"do": "parity", "cell": cell, "dropout": True, **small}
-
-
-def parity(device: str, workers: int, deadline: float, dry: bool) -> dict[str, Any]:
-    """Every check's largest error, and what failed."""
-    asked = [{**job, "device": device} for job in checks(device, dry)]
-    lines, good, missed, worst = [], 0, 0, {}
-    for job, found in jobs.run(asked, workers, 60, deadline):
-        name = f"{job['cell']} {job['backend']} {job['kind']} {job['shape']}"
-        if "not_reached" in found:
-            missed += 1
-        elif found.get("good"):
-            good += 1
-            if found["errors"]:
-                key = f"{job['backend']} {job['kind']}"
-                worst[key] = max(worst.get(key, (0.0, "")), (max(found["errors"].values()), name))
-        else:
-            lines.append(f"{name}: {found.get('failed') or found['errors']}")
-    shown = {key: f"{error:.1e} ({name})" for key, (error, name) in sorted(worst.items())}
-    return {"within tolerance": good, "not reached": missed, "wrong": lines, **shown}
-
-
-Running = dict[str, subprocess.Popen[str]]
-
-
-def sanitizers(device: str) -> Running:
-    """compute-sanitizer on the smallest checks, its tools side by side, begun."""
-    tool, running = shutil.which("compute-sanitizer"), {}
-    if tool is None or torch.device(device).type == "cpu":
-        return {}
-    for name in ("memcheck", "racecheck", "initcheck", "synccheck"):
-        for schedule in ("grid", "resident", "stepwise"):
-            start = {"do": "parity", "backend": f"triton:{schedule}", "shape": [2, 3, 2, 33], "device": device}
-            asked = [{**start, "cell": cell, "kind": kind} for cell, kind in
-                     (("lstm", "bfloat16"), ("gru_before", "tf32"), ("gru", "float32"))]  # fmt: skip
-            # Without PyTorch's cache, so that each tensor is an allocation of its own.
-            environment = ENVIRONMENT | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-            command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "benchmarks/jobs.py"]
-            running[f"{name}, {schedule}"] = subprocess.Popen(
-                [*command, json.dumps(asked)], env=environment, cwd=ROOT, text=True, stdout=-1, stderr=subprocess.STDOUT
-            )
-    return running
-
-
-def sanitized(running: Running, deadline: float) -> dict[str, Any]:
-    """What compute-sanitizer found."""
-    found = {}
-    for name, process in running.items():
-        try:
-            printed = process.communicate(timeout=max(1.0, deadline - time.monotonic()))[0]
-            end = [line for line in printed.splitlines() if "SUMMARY" in line]
-            found[name] = f"ended with {process.returncode}: {' '.join(end)}"
-            if process.returncode:
-                found[name] += "\n" + printed[:1500] + "\n...\n" + printed[-1500:]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            found[name] = "stopped: out of time"
-    return found or {"left out": "it is for CUDA, or not there"}
-
-
-def kernels(device: str, dry: bool) -> Iterator[jobs.Job]:
-    """The kernels whose steps are timed alone."""
-    if dry:
-        yield {"do": "kernel", "cell": "lstm", "direction": "train", "dtype": "float32", "B": 3, "H": 5, "T": 3}
+        yield {"do": "kernel", "cell": "lstm", "direction": "train", "dtype": "float32", "size": [3, 5, 3]}
         return
     for dtype in ("bfloat16", "tf32"):
         for B, H in ((8, 64), (16, 64), (8, 128), (16, 768), (16, 1024), (16, 512), (16, 256), (8, 32), (64, 1024)):
             for cell in ("lstm", "gru"):
                 for direction in ("infer", "train", "backward"):
                     if dtype == "bfloat16" or H in (64, 128, 512):
-                        yield {"do": "kernel", "cell": cell, "direction": direction, "dtype": dtype, "B": B, "H": H}
+                        yield {
+                            "do": "kernel",
+                            "cell": cell,
+                            "direction": direction,
+                            "dtype": dtype,
+                            "size": [B, H, 1000],
+                        }
+    for B, H in ((16, 128), (64, 256), (512, 256), (512, 384), (64, 1024), (64, 1536)):
+        for schedule in ("resident", "grid", "stepwise"):
+            for direction in ("train", "backward"):
+                one = {"do": "kernel", "cell": "lstm", "direction": direction, "dtype": "bfloat16", "size": [B, H, 100]}
+                yield one | {"schedule": schedule}
+
+
+def kernel_name(job: jobs.Job) -> str:
+    B, H, _ = job["size"]
+    by = f" by {job['schedule']}" if "schedule" in job else ""
+    return f"{job['cell']} {job['direction']} {job['dtype']} B={B} H={H}{by}"
 
 
 def kernel_times(device: str, deadline: float, dry: bool) -> dict[str, jobs.Job]:
     """Of each kernel, microseconds a step: measured, by the latency model (low, middle, high), and the plan's model."""
-    asked = [{**job, "device": device, "seconds": 0.0 if dry else 0.15} for job in kernels(device, dry)]
-    return {
-        f"{job['cell']} {job['direction']} {job['dtype']} B={job['B']} H={job['H']}": found
-        for job, found in jobs.run(asked, 1, 40, deadline)
-    }
+    asked = [{**job, "device": device, "seconds": 0.0 if dry else 0.15} for job in kernels(dry)]
+    done = jobs.run(asked, 1, 40, deadline)
+    return {kernel_name(job): found for job, found in done if "left_out" not in found}
 
 
 def model_table(found: dict[str, jobs.Job]) -> str:
@@ -310,12 +264,14 @@ class Run:
             self.cases = [c for c in self.cases if any(text in f"{c.name} {c.why}" for text in options.case)]
         parts = {
             "device": lambda: facts(self.device),
-            "ceilings": lambda: self.probe("ceilings"),
-            "instructions": lambda: self.probe("instructions"),
-            "parity": lambda: parity(self.device, self.workers, self.until(0.3), self.dry),
+            "parity": lambda: parity(
+                self.device, self.workers, self.until(0.3), self.dry, lambda found: report.note("parity", found)
+            ),
             "compute-sanitizer": lambda: sanitized(self.running, self.until(0.35)),
             "compile": self.compiled,
             "kernels": lambda: kernel_times(self.device, self.until(0.55), self.dry),
+            "ceilings": lambda: self.probe("ceilings"),
+            "instructions": lambda: self.probe("instructions"),
             "grid": self.timed,
             "task suite": self.suite,
         }
@@ -333,15 +289,15 @@ class Run:
 
     def probe(self, name: str) -> Any:
         job = {"do": "probe", "name": name, "device": self.device, "dry": self.dry}
-        return next(found for _, found in jobs.run([job], 1, 60, self.until(0.95)))
+        return next(found for _, found in jobs.run([job], 1, 60, self.until(0.65)))
 
     def compiled(self) -> dict[str, Any]:
         """Compile and check all that is timed after it, on all cores."""
         alone = {"device": self.device, "seconds": -1}
-        asked = [{**alone, **job} for job in kernels(self.device, self.dry)]
+        asked = [{**alone, **job} for job in kernels(self.dry)]
         asked += [{"do": "case", "case": asdict(c), **alone, "providers": list(FIRST)} for c in self.cases]
         wrong = []
-        for job, found in jobs.run(asked, self.workers, 60, self.until(0.5)):
+        for job, found in jobs.run(asked, self.workers, 60, self.until(0.5), blocking=True):
             name = cases.Case(**job["case"]).name if "case" in job else str(job)
             rows = found.get("rows", [found])
             wrong += [f"{name}, {r.get('provider', '')}: {r['failed']}" for r in rows if "failed" in r]
@@ -351,8 +307,7 @@ class Run:
         """torch.nn and the kernels on every case, then the others on a few."""
 
         def note(rows: list[dict[str, Any]]) -> None:
-            self.report.content["parts"]["grid"] = [*rows]
-            self.report.write()
+            self.report.note("grid", [*rows])
 
         if self.dry:
             return timed(self.cases, self.device, list(PROVIDERS), self.until(1), True, False, note)
@@ -368,7 +323,7 @@ class Run:
     def suite(self) -> dict[str, Any]:
         wanted = ("memorize", "--case", "1", "--cell", "lstm") if self.dry else ("--all",)
         command = seqcells("run", *wanted, "--device", self.device, "--backend", "reference" if self.dry else "triton")
-        return said(command, max(30.0, self.until(1.05) - time.monotonic()))
+        return said(command, max(1.0, self.until(1) - time.monotonic()))
 
 
 def main() -> int:

@@ -3,6 +3,7 @@
 A job is a dictionary: `do`, the name of a function in JOBS, and its arguments, which JSON can hold. `run` hands jobs to
 worker processes, one at a time each, and yields what came of them. A kernel that never ends takes its worker's time
 limit; an illegal access leaves the process unusable, so after any CUDA error the worker ends and another one starts.
+What failed names the kernels that were launched last (launched.py). Workers end with the process that started them.
 """
 
 from __future__ import annotations
@@ -13,8 +14,11 @@ import selectors
 import statistics
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,19 +27,41 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # to run from a checkout without installing
 
 Job = dict[str, Any]
+NOTE: list[Callable[[str], None]] = [lambda text: None]  # the last one: told what is about to run
+GRACE = 5.0  # seconds after the deadline that a job which runs then has left
+TILE = ("schedule", "block_h", "block_b", "block_k", "num_warps", "u_in_registers")  # of a plan: what it costs by
 
 
-def parity(cell: str, backend: str, kind: str, shape: list[int], device: str, dropout: bool = False) -> Job:
-    """The largest errors of a cell at one shape, as `python -m seqcells check` finds them. dropout: with all masks."""
+def parity(
+    cell: str, backend: str, kind: str, shape: list[int], device: str, dropout: bool = False, verify: bool = True
+) -> Job:
+    """The largest errors of a cell at one shape, as `python -m seqcells check` finds them; and the verdicts of
+    `seqcells.verification("always")` on the kernels that ran. dropout: with all masks. verify: whether to verify them.
+
+    Where verification refuses a kernel, the errors are those without it: they tell whether it was right to.
+    """
+    import seqcells
     from seqcells import drawn, testing
     from seqcells.cell import named
 
-    known = named(cell)
+    verifying = sys.modules["seqcells.verification"]  # the class hides the module
+    known, refused = named(cell), ""
     if dropout:
         known = drawn.dropped(known, drawn.every_mask(known))
-    with testing.poisoned():
-        (found,) = testing.sweep(device, [known], [kind], [backend], [testing.Shape(*shape)])
-    return {**asdict(found), "good": found.good}
+
+    def found(policy: str) -> Any:
+        with seqcells.verification(policy), testing.poisoned():
+            return next(testing.sweep(device, [known], [kind], [backend], [testing.Shape(*shape)]))
+
+    verifying.forget()
+    try:
+        errors = found("always" if verify else "off")
+    except RuntimeError as error:
+        if "please report this" not in str(error):
+            raise
+        refused, errors = str(error)[:300], found("off")
+    verdicts = [[key.rpartition(", ")[0], v.worst, v.tensor] for (_, key), v in verifying._known.items()]
+    return {**asdict(errors), "good": errors.good, "verdicts": verdicts, "refused": refused}
 
 
 def case(case: Job, device: str, seconds: float, providers: list[str], checked: bool = False) -> Job:
@@ -43,12 +69,15 @@ def case(case: Job, device: str, seconds: float, providers: list[str], checked: 
     import cases
     import compare
 
-    return {"rows": compare.compared(cases.Case(**case), device, seconds, providers, checked)}
+    return {"rows": compare.compared(cases.Case(**case), device, seconds, providers, checked, NOTE[-1])}
 
 
-def kernel(cell: str, direction: str, dtype: str, B: int, H: int, device: str, seconds: float, T: int = 1000) -> Job:
+def kernel(
+    cell: str, direction: str, dtype: str, size: list[int], device: str, seconds: float, schedule: str | None = None
+) -> Job:
     """Microseconds a step of one kernel alone, or of its launches, measured and by the latency model: "infer", "train"
-    (forward, with and without saving) or "backward". seconds: as for `case`."""
+    (forward, with and without saving) or "backward". size: B, H and T. seconds: as for `case`. schedule: None is the
+    plan's; {"left_out": why} if it does not fit."""
     import predicted
     import torch
     from measure import interleaved
@@ -56,22 +85,26 @@ def kernel(cell: str, direction: str, dtype: str, B: int, H: int, device: str, s
     from seqcells.kernels import cells, scan
     from seqcells.kernels.plan import plan
 
-    known, place = cells.get(cell), torch.device(device)
+    known, place, (B, H, T) = cells.get(cell), torch.device(device), size
     precision = "tf32" if dtype == "tf32" else "ieee"
     kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
     torch.manual_seed(0)
     gx = torch.randn(T, B, 1, known.gates * H, device=place).to(kind)
     u = (torch.randn(1, known.products * H, H, device=place) * H**-0.5).to(kind)
     bias = torch.randn(1, len(known.apart) * H, device=place).to(kind) if known.apart else None
-    size = {"B": B, "H": H, "itemsize": kind.itemsize, "precision": precision, "device": scan.device_facts(gx.device)}
-    there = plan(known, backward=False, **size)
-    chosen = plan(known, backward=True, **size) if direction == "backward" else there
+    of: Job = {"itemsize": kind.itemsize, "precision": precision, "device": scan.device_facts(gx.device)}
+    of |= {"B": B, "H": H, "schedule": schedule}
+    try:
+        there, back = (plan(known, backward=backward, **of) for backward in (False, True))
+    except ValueError as error:
+        return {"left_out": str(error)}
+    chosen = back if direction == "backward" else there
     save = "none" if direction == "infer" else "gates"
 
     launches: list[scan.Launch] = []
 
     def forward(**more: Any) -> scan.Scanned:
-        how: Job = {"save": save, "plan": there, "precision": precision} | more
+        how = {"save": save, "plan": there, "precision": precision} | more
         return scan.forward(known, gx, u, bias, None, None, None, **how)
 
     run: Callable[..., object] = forward
@@ -91,7 +124,8 @@ def kernel(cell: str, direction: str, dtype: str, B: int, H: int, device: str, s
     clock = getattr(torch.cuda.get_device_properties(place), "clock_rate", 0) / 1e6 if place.type == "cuda" else 0.0
     model = predicted.model(launches, facts.capability, clock or facts.clock)
     plan_text = f"{chosen.schedule} {chosen.block_h}x{chosen.block_b}, {chosen.num_warps} warps"
-    return {"measured": found / T * 1e6, "model": model, "floor": chosen.microseconds, "plan": plan_text}
+    tile = {name: getattr(chosen, name) for name in TILE}
+    return {"measured": found / T * 1e6, "model": model, "floor": chosen.microseconds, "plan": plan_text, "tile": tile}
 
 
 def probe(name: str, device: str, dry: bool) -> Job:
@@ -112,11 +146,25 @@ def result(job: Job) -> Job:
         return {"failed": f"{type(error).__name__}: {str(error)[:500]}"}
 
 
-def work() -> None:
-    """A worker: a job a line in, a result a line out, until there are no more."""
+def _end_with(parent: int) -> None:
+    """End this process when the one that started it has: killed, it cannot stop us, and a kernel may never end."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os._exit(1)
+
+
+def work(path: Path, parent: int) -> None:
+    """A worker: a job a line in, a result a line out, until there are no more. path: where it notes its launches."""
+    import launched
+
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a job prints is not an answer
+    launches = launched.Launches(path)
+    launches.watch()
+    NOTE.append(launches.say)
     for line in sys.stdin:
+        launches.clear()
         text = json.dumps(result(json.loads(line)))
         print(text, file=answers, flush=True)
         if "CUDA error" in text or "CUDA_ERROR" in text or "Triton Error [CUDA]" in text:
@@ -124,11 +172,16 @@ def work() -> None:
 
 
 class _Worker:
-    def __init__(self) -> None:
+    def __init__(self, blocking: bool) -> None:
         # Triton's kernels are compiled once for all workers, in its cache on disk.
-        command = [sys.executable, str(Path(__file__)), "--work"]
-        one = os.environ | {"OMP_NUM_THREADS": "1"}  # there may be as many workers as cores
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=one)
+        handle, name = tempfile.mkstemp(prefix="seqcells-launched-")
+        os.close(handle)
+        self.launched = Path(name)
+        command = [sys.executable, str(Path(__file__)), "--work", name, str(os.getpid())]
+        # There may be as many workers as cores. What is verified here is not for other programs.
+        own = os.environ | {"OMP_NUM_THREADS": "1", "SEQCELLS_CACHE": ""}
+        own |= {"CUDA_LAUNCH_BLOCKING": "1"} if blocking else {}
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=ROOT, env=own)
         self.job: Job = {}
         self.deadline = 0.0
         self.text = b""
@@ -146,7 +199,14 @@ class _Worker:
         self.text += more
         if self.text.endswith(b"\n"):
             return json.loads(self.text)
-        return None if more else {"failed": f"its process ended with {self.process.wait()}"}
+        return None if more else {"failed": f"its process ended with {self.process.wait()}{self.last()}"}
+
+    def last(self) -> str:
+        """The kernels that it launched last, in words."""
+        import launched
+
+        names = launched.last(self.launched)
+        return f"; launched last: {' | before it: '.join(names[:3])}" if names else ""
 
     def alive(self) -> bool:
         """Whether it takes another job. One that ends after a CUDA error does so at once after its answer."""
@@ -156,13 +216,18 @@ class _Worker:
 
     def stop(self) -> None:
         self.process.kill()
-        self.process.wait()
+        with suppress(subprocess.TimeoutExpired):  # a driver may hold a process that it cannot end
+            self.process.wait(10)
+        self.launched.unlink(missing_ok=True)
 
 
-def run(jobs: list[Job], workers: int, limit: float, deadline: float) -> Iterator[tuple[Job, Job]]:
+def run(
+    jobs: list[Job], workers: int, limit: float, deadline: float, blocking: bool = False
+) -> Iterator[tuple[Job, Job]]:
     """Each job with its result, as they come: {"failed": why} of one that failed or took more than `limit` seconds.
 
-    No job begins after deadline (of time.monotonic), and one that runs then is stopped: {"not_reached": True}.
+    No job begins after deadline (of time.monotonic), and one that runs then is stopped soon: {"not_reached": True}.
+    blocking: each launch is waited for, so that the last one is the one that hangs or fails; not for what is timed.
     """
     waiting = list(reversed(jobs))
     with selectors.DefaultSelector() as busy:
@@ -175,7 +240,7 @@ def run(jobs: list[Job], workers: int, limit: float, deadline: float) -> Iterato
             busy.register(worker.process.stdout, selectors.EVENT_READ, worker)  # type: ignore[arg-type]  # a pipe: see _Worker
 
         for _ in range(min(workers, len(jobs))):
-            begin(_Worker())
+            begin(_Worker(blocking))
         while busy.get_map():
             for key, _ in busy.select(timeout=0.2):
                 worker = key.data
@@ -184,26 +249,26 @@ def run(jobs: list[Job], workers: int, limit: float, deadline: float) -> Iterato
                     continue
                 busy.unregister(key.fileobj)
                 yield worker.job, found
-                begin(worker if worker.alive() else _Worker())
+                if worker.alive():
+                    begin(worker)
+                else:
+                    worker.stop()
+                    begin(_Worker(blocking))
             now = time.monotonic()
-            for key in [key for key in busy.get_map().values() if now > min(key.data.deadline, deadline + 5)]:
+            for key in [key for key in busy.get_map().values() if now > min(key.data.deadline, deadline + GRACE)]:
                 worker = key.data
                 busy.unregister(key.fileobj)
+                late, why = now > worker.deadline, f"no result after {limit:.0f} s: stopped{worker.last()}"
                 worker.stop()
-                yield (
-                    worker.job,
-                    {"failed": f"no result after {limit:.0f} s: stopped"}
-                    if now > worker.deadline
-                    else {"not_reached": True},
-                )
-                begin(_Worker())
+                yield worker.job, {"failed": why} if late else {"not_reached": True}
+                begin(_Worker(blocking))
     for job in reversed(waiting):
         yield job, {"not_reached": True}
 
 
 if __name__ == "__main__":
     if "--work" in sys.argv:
-        work()
+        work(Path(sys.argv[2]), int(sys.argv[3]))
     else:  # jobs as JSON, done here, one after another: for compute-sanitizer
         found = [result(job) for job in json.loads(sys.argv[1])]
         print(json.dumps(found))

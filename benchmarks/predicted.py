@@ -17,7 +17,7 @@ import statistics
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,12 @@ def read(content: Any, target: str) -> Iterator[Timed]:
 def compare(timed: Timed) -> Compared:
     from seqcells.kernels import report
 
-    cell, direction, dtype, batch, hidden = timed.name.split()
+    cell, direction, dtype, batch, hidden, *by = timed.name.split()
     case = report.Case(cell, direction, DTYPES[dtype], int(batch[2:]), int(hidden[2:]), f"sm_{timed.capability}")
-    launches = report.launches(case)
-    return Compared(timed, launches[0].plan.schedule, model(launches, timed.capability, timed.clock))
+    launches = report.launches(replace(case, schedule=by[1] if by else None))
+    schedule = launches[0].plan.schedule
+    found = None if schedule == "stepwise" else model(launches, timed.capability, timed.clock)  # each distinct one once
+    return Compared(timed, schedule, found)
 
 
 def summary(found: list[Compared]) -> str:

@@ -29,12 +29,15 @@ class Device:
 
 
 KB = 1024
-# Vendors' data sheets and tuning guides; the largest part of each kind.
+# Vendors' data sheets and tuning guides; the largest part of each kind. T4: Triton 3.7 compiles no products for the
+# tensor cores of Turing, so `tensor` is its multiply-adds; its l2 is a guess, from the RTX 4090's.
 KNOWN = {
+    "sm_75": Device("T4 (sm_75)", 75, 40, 64 * KB, 1.59, 128, 20, 320, 4 << 20),
     "sm_80": Device("A100 (sm_80)", 80, 108, 163 * KB, 1.41, 2048, 47, 2039, 40 << 20),
     "sm_89": Device("RTX 4090 (sm_89)", 89, 128, 99 * KB, 2.52, 512, 20, 1008, 72 << 20),
     "sm_90": Device("H100 (sm_90)", 90, 132, 227 * KB, 1.83, 4096, 39, 3350, 50 << 20),
     "sm_100": Device("B200 (sm_100)", 100, 148, 227 * KB, 1.85, 8192, 39, 8000, 126 << 20),
+    "T4": Device("T4", 75, 40, 64 * KB, 1.59, 128, 20, 320, 4 << 20),
     "A100": Device("A100", 80, 108, 163 * KB, 1.41, 2048, 47, 2039, 40 << 20),
     "H100": Device("H100", 90, 132, 227 * KB, 1.83, 4096, 39, 3350, 50 << 20),
     "H200": Device("H200", 90, 132, 227 * KB, 1.83, 4096, 39, 4800, 50 << 20),

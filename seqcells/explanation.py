@@ -21,14 +21,16 @@ WIDTH = 80  # of a printed line
 class Explanation:
     """Which backend a scan would use, and why; for triton also the Plans of forward and backward, with their reasons.
 
-    choice: the Choice that the call itself would make; case: the facts it is based on. str() returns a description in
-    lines of at most 80 characters.
+    choice: the Choice that the call itself would make; case: the facts it is based on. verified: of a device that is
+    present, whether the kernels of forward and of backward were verified on it (see `verification`), in words. str()
+    returns a description in lines of at most 80 characters.
     """
 
     case: Case
     choice: Choice
     plan: Plan | None = None
     backward: Plan | None = None
+    verified: tuple[str, str] = ("", "")
 
     @property
     def backend(self) -> str:
@@ -40,10 +42,11 @@ class Explanation:
 
     def __str__(self) -> str:
         lines = textwrap.wrap(f"{self.backend}: {self.why}", WIDTH)
-        for direction, plan in (("forward", self.plan), ("backward", self.backward)):
+        plans = (("forward", self.plan), ("backward", self.backward))
+        for (direction, plan), verified in zip(plans, self.verified, strict=True):
             if plan is not None:
                 headline = f"{direction}: the {plan.schedule} schedule, {plan.microseconds:.2f} us a step"
-                lines += ["", headline, *_described(plan)]
+                lines += ["", headline, *textwrap.wrap(verified, WIDTH), *_described(plan)]
         if self.plan is not None:
             lines += ["", "U: the recurrent weights. us: microseconds, by the plan's model; not measured."]
         return "\n".join(lines)
@@ -78,7 +81,8 @@ def explain(
     backend: str | None = None,
     precision: str | None = None,
 ) -> Explanation:
-    """Explain which backend a scan of this shape would use, and why, without running it.
+    """Explain which backend a scan of this shape would use, and why, without running it. Of kernels on a GPU that is
+    present it also says whether they were verified there (see `verification`).
 
     cell: the cell or its name. batch, hidden_size, dtype, backend, precision: those of the scan. resets: whether there
     are resets.
@@ -127,7 +131,19 @@ def explain(
     if choice.engine != "triton":
         return Explanation(case, choice)
     forward, backward = (_planned(case, choice, (batch, groups), precision, elsewhere, back) for back in (False, True))
-    return Explanation(case, choice, forward, backward)
+    return Explanation(case, choice, forward, backward, ("", "") if elsewhere else _verified(case, forward, backward))
+
+
+def _verified(case: Case, forward: Plan, backward: Plan) -> tuple[str, str]:
+    """What is stored of the kernels of two plans, for a device that is present."""
+    from .verification import said  # the package's name is a class
+
+    there = case.device.type != "cuda" or torch.cuda.is_available()
+    if case.device.type not in dispatch.KERNEL_DEVICES or not there:
+        return "", ""
+    of, size, by_name = (case.device, case.cell), (case.dtype, case.hidden_size), case.backend != "auto"
+    forth, back = ((direction, p.schedule) for direction, p in (("forward", forward), ("backward", backward)))
+    return said(*of, *forth, *size, by_name), said(*of, *back, *size, by_name)
 
 
 def _planned(

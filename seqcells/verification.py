@@ -148,8 +148,37 @@ def _key(v: Variant, plans: Sequence[Plan], rows: int) -> str:
     compiled = [[f.name, getattr(p, f.name)] for p in plans for f in fields(p) if f.name not in _NOT_COMPILED]
     own = [str(part) for name, part in v._asdict().items() if name not in ("cell", "device")]
     digest = hashlib.sha256(json.dumps([_source(v.cell), own, compiled, rows]).encode()).hexdigest()
-    dtype = str(v.dtype).removeprefix("torch.")
-    return f"{v.cell} {v.direction} by {schedule}, {dtype}, hidden size {v.hidden_size}, {digest[:32]}"
+    return _words(v.cell, v.direction, schedule, v.dtype, v.hidden_size) + digest[:32]
+
+
+def _words(cell: str, direction: str, schedule: str, dtype: torch.dtype, hidden_size: int) -> str:
+    return f"{cell} {direction} by {schedule}, {str(dtype).removeprefix('torch.')}, hidden size {hidden_size}, "
+
+
+def said(
+    device: torch.device,
+    cell: str,
+    direction: str,
+    schedule: str,
+    dtype: torch.dtype,
+    hidden_size: int,
+    by_name: bool = False,
+) -> str:
+    """Whether kernels of that kind (with and without masks, of any tile) were verified on a device: what is known or
+    stored, without a check. by_name: whether the user asks for the kernels, which then are verified only by "always".
+    """
+    words = _words(cell, direction, schedule, dtype, hidden_size)
+    here = {key: verdict for (place, key), verdict in list(_known.items()) if place == device}
+    found = [verdict for key, verdict in (_stored(device) | here).items() if key.startswith(words)]
+    wrong = [verdict for verdict in found if not verdict.good]
+    if wrong:
+        return f"refused: {fallback.Wrong(*max(wrong, key=lambda v: v.worst)[1:])}"
+    if found:
+        worst = max(verdict.worst for verdict in found)
+        return f"verified on this device ({len(found)} of its kind): max error {worst:.2g} of what is allowed"
+    if CURRENT.policy == "off" or (by_name and CURRENT.policy != "always"):
+        return "not verified: " + ("the policy is off" if CURRENT.policy == "off" else "it is asked for by name")
+    return "not verified yet: at its first use"
 
 
 @cache

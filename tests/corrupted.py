@@ -1,5 +1,6 @@
 """Launches of kernels that go wrong, for tests of what notices it."""
 
+import time
 import warnings
 
 import torch
@@ -28,8 +29,9 @@ class Corrupted:
     """Launches, of which those of some schedules and one kernel go wrong.
 
     how: the name of an output, of which one element is wrong after the kernel's last launch; or "gates" (the first two
-    products are exchanged), "mask" (it is ignored) or "step" (one is left out). seed: which element. wrong, right: how
-    many launches went wrong, and the schedules of the others.
+    products are exchanged), "mask" (it is ignored), "step" (one is left out), "slow" (late, but right) or "hang" (it
+    never ends: nothing in a process notices, only whoever can end it, as benchmarks/jobs.py). seed: which element.
+    wrong, right: how many launches went wrong, and the schedules of the others.
     """
 
     def __init__(self, monkeypatch, how, kernel, schedules=("resident", "grid", "stepwise", "single"), seed=0):
@@ -46,7 +48,9 @@ class Corrupted:
             return
         given, T = dict(launch.arguments), launch.arguments.get("T", 1)
         at = given.get("t", given.get("first", 0))
-        if self.how == "gates":
+        if self.how in ("slow", "hang"):
+            time.sleep(0.01 if self.how == "slow" else 1e6)
+        elif self.how == "gates":
             u, H = given["u_ptr"].clone(), given["H"]
             u[..., :H, :], u[..., H : 2 * H, :] = given["u_ptr"][..., H : 2 * H, :], given["u_ptr"][..., :H, :]
             given["u_ptr"] = u

@@ -3,7 +3,6 @@
 import json
 import struct
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +14,6 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import cases
 import compare
-import jobs
 import measure
 import providers
 
@@ -247,35 +245,3 @@ def test_no_committed_picture_is_higher_than_a_screen():
     assert pictures
     for picture in pictures:
         assert struct.unpack(">II", picture.read_bytes()[16:24])[1] <= 1000, picture.name
-
-
-@pytest.fixture
-def slow_and_dying(tmp_path, monkeypatch):
-    """benchmarks/jobs.py with three jobs of its own: one that answers, one that never does, one whose process dies."""
-    source = (Path(jobs.__file__)).read_text()
-    source = source.replace(
-        "JOBS: dict[str, Callable[..., Job]] = {",
-        "JOBS: dict[str, Callable[..., Job]] = {"
-        "'answer': lambda n: {'n': n}, 'hang': lambda: time.sleep(600), 'die': lambda: os._exit(3), "
-        "'fail': lambda: 1 / 0, 'lose': lambda: {'failed': 'CUDA error: an illegal memory access'}, ",
-    )
-    source = source.replace("parent.parent\n", f"parent.parent\nROOT = Path({str(jobs.ROOT)!r})\n", 1)
-    path = tmp_path / "jobs.py"
-    path.write_text(source)
-    monkeypatch.setattr(jobs, "__file__", str(path))
-
-
-def test_a_job_that_hangs_or_dies_is_named_and_the_next_begins(slow_and_dying):
-    asked = [{"do": what} for what in ("hang", "die", "fail", "lose")] + [{"do": "answer", "n": n} for n in range(3)]
-    found = {str(job): result for job, result in jobs.run(asked, 2, 3, time.monotonic() + 100)}
-    assert len(found) == len(asked)
-    assert found["{'do': 'hang'}"]["failed"] == "no result after 3 s: stopped"
-    assert found["{'do': 'die'}"]["failed"] == "its process ended with 3"
-    assert found["{'do': 'fail'}"]["failed"].startswith("ZeroDivisionError")
-    assert "illegal memory access" in found["{'do': 'lose'}"]["failed"]
-    assert [found[str({"do": "answer", "n": n})] for n in range(3)] == [{"n": n} for n in range(3)]
-
-
-def test_no_job_begins_after_the_deadline():
-    asked = [{"do": "probe", "name": "ceilings", "device": "cpu", "dry": True}] * 3
-    assert [found for _, found in jobs.run(asked, 2, 10, time.monotonic() - 1)] == [{"not_reached": True}] * 3

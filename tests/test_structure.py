@@ -98,7 +98,7 @@ ARROWS = {  # room: the rooms of the project it may import
     },
     "explanation": {
         *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "fallback", "precisions"),
-        *(f"kernels.{n}" for n in ("cells", "devices", "plan", "scan")),
+        *("verification", *(f"kernels.{n}" for n in ("cells", "devices", "plan", "scan"))),
     },
     "packing": set(),
     "modules": {"cell", "checks"},

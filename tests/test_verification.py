@@ -137,6 +137,15 @@ def test_the_next_schedule_runs(kind, kernel, how, monkeypatch):
     close(again, found)
 
 
+def test_what_is_slow_is_trusted(monkeypatch):
+    """Verification compares results, not times. A kernel that hangs cannot be left, here or in the call itself."""
+    module, exact, x = layer()
+    corrupted = Corrupted(monkeypatch, "slow", "forward")
+    found, said = told(trained, module, x)
+    close(found, trained(exact, x))
+    assert corrupted.wrong >= 2 and not said
+
+
 @pytest.mark.parametrize("kernel, how", [("forward", "hn_ptr"), ("forward", "saved_ptr"), ("backward", "dgx_ptr")])
 def test_torch_runs_where_every_schedule_is_wrong(kernel, how, monkeypatch):
     module, exact, x = layer(bidirectional=True)
@@ -146,6 +155,44 @@ def test_torch_runs_where_every_schedule_is_wrong(kernel, how, monkeypatch):
     assert len(said) == 1 and "a loop of torch operations" in said[0] and said[0].count("Wrong: its ") == 3
     chosen = seqcells.explain("lstm", batch=2, hidden_size=4, dtype=torch.float64, device=DEVICE)
     assert "the kernels failed there" in chosen.why
+
+
+def explained(**more):
+    found = seqcells.explain("lstm", batch=2, hidden_size=4, dtype=torch.float64, device=DEVICE, **more)
+    return found, found.verified
+
+
+def test_explain_says_what_was_verified(monkeypatch):
+    """What is stored or known of the kernels that it names, of a device that is present; nothing is measured for it."""
+    module, _, x = layer()
+    count = counted(monkeypatch)
+    assert explained()[1] == ("not verified yet: at its first use",) * 2
+    assert explained(backend="triton")[1] == ("not verified: it is asked for by name",) * 2
+    with seqcells.verification("off"):
+        assert explained()[1] == ("not verified: the policy is off",) * 2
+    assert not count
+    trained(module, x)
+    trained(module, x, lengths=[3, 2])
+    verification.forget()  # as in another process
+    found, (forward, backward) = explained()
+    for text in (forward, backward):
+        assert text.startswith("verified on this device (2 of its kind): max error ")
+        assert float(text.split()[-5]) < 0.5 and text.endswith(" of what is allowed")
+    lines = str(found).splitlines()
+    assert lines[lines.index("") + 2] == forward and max(map(len, lines)) <= 80
+    elsewhere = seqcells.explain("lstm", batch=2, hidden_size=4, dtype=torch.float64, device="H100")
+    assert elsewhere.verified == ("", "") and "verified" not in str(elsewhere)
+    assert explained()[0] == found and len(count) == 4
+
+
+def test_explain_says_what_was_refused(monkeypatch):
+    module, _, x = layer()
+    Corrupted(monkeypatch, "y_ptr", "forward", ["resident"])
+    told(module, x)
+    found, (forward, backward) = explained(grad=False)
+    assert found.plan.schedule == "resident" and forward.startswith("refused: its y is ")
+    assert backward.startswith("not verified yet")
+    assert max(map(len, str(found).splitlines())) <= 80
 
 
 @pytest.mark.parametrize("kind", ["heads", "dropout", "states", "own"])
