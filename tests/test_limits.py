@@ -280,7 +280,7 @@ def test_two_streams_do_not_share_a_counter():
     for _ in range(2):
         scan.forward(declared, gx, u, bias, h0, None, None, save="none", plan=chosen, launch=launches.append)
     first, second = (launch.arguments["counter_ptr"] for launch in launches)
-    assert first.data_ptr() != second.data_ptr() and len(first) == -(-20 // chosen.block_b)
+    assert first.data_ptr() != second.data_ptr() and first.numel() == -(-20 // chosen.block_b)
     assert not first.any() and not second.any()
 
 
