@@ -336,7 +336,8 @@ def choose(case: Case) -> Choice:
         return Choice("aten", "", "it was asked for", reset_steps, stack)
     if name != "auto":
         return Choice(name, "", "it was asked for")
-    # 3. "auto": what was measured here; else on CUDA the kernels, where they run.
+    # 3. "auto": what was measured here; else on CUDA the kernels, where they run. No sizes are known at which cuDNN is
+    # faster, but for one shape in float16 (benchmarks/results/gpu-h200.md).
     where = "the tensors are on the CPU"
     if case.device.type in KERNEL_DEVICES:
         problem = _triton_lacks(case.device, case.dtype)
