@@ -54,7 +54,7 @@ class Case(NamedTuple):
     engine must use its operators, because tensors have no values or because the operators are recorded. problem: why
     neither kernels nor a loop can be derived from the cell's step. refused: its kernels failed before (see `fallback`).
     projected: the size of a projection, 0 without one. heads: a layer has several; hidden_size is that of each. groups:
-    its directions, times its heads. width: the number of the input's features.
+    its directions, times its heads. width: the number of the input's features. dropping: dropout between layers is on.
     """
 
     cell: str
@@ -90,6 +90,7 @@ class Case(NamedTuple):
     layers: int = 1
     precision: str | None = None
     width: int = 0
+    dropping: bool = False
 
 
 class Choice(NamedTuple):
@@ -144,11 +145,11 @@ def case_of(
     hidden_size: int,
     *,
     packed: tuple[int, int] | None = None,
-    kind: tuple[int, int, int] = (0, 1, 1),
+    kind: tuple[int, int, int, bool] = (0, 1, 1, False),
 ) -> Case:
     """The facts about a scan of x. found: see `survey`; packed: T and B of a PackedSequence whose data is x; kind: the
-    size of the projection, the numbers of heads and of layers."""
-    projected, heads, layers = kind
+    size of the projection, the numbers of heads and of layers, and whether there is dropout between layers."""
+    projected, heads, layers, dropping = kind
     key, device, dtype, (grad, plain), backend = cell.key, x.device, x.dtype, found, options.backend
     compiling = torch.compiler.is_compiling()
     transforming = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -178,7 +179,8 @@ def case_of(
     size = (hidden_size, *((None, None) if compiling else (T, B)), grad and torch.is_grad_enabled())
     problem = "" if key in backends.ATEN_CELLS else cell.problem  # those have kernels
     refused = bool(fallback.refused_kernels) and fallback.refused(device, key, dtype, hidden_size, grad)
-    more = (heads > 1, heads * len(options.reverse), layers, options.precision, 0 if compiling else x.shape[-1])
+    several = (heads > 1, heads * len(options.reverse), layers)
+    more = (*several, options.precision, 0 if compiling else x.shape[-1], dropping)
     facts = (*size, *asked, options.one_step, B == 0, onednn, plain, *context, problem, refused, *more)
     return Case(key, backend, device, dtype, *facts)
 
@@ -221,18 +223,25 @@ def own_layers(module: Recurrent, x: Tensor, size: tuple[int, int], grad: bool) 
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0 or torch.jit.is_tracing():
         return False
     drops = module.weight_dropout or module.recurrent_dropout or module.candidate_dropout
-    if module.heads > 1 or module.zoneout or (drops and module.training) or measured.ON_CPU:  # which `choose` reads
+    if module.heads > 1 or module.zoneout or (drops and module.training):
         return False
     backend = backend or chosen.of_context() or chosen.backend
     if backend not in ("auto", "aten") or torch._C._len_torch_dispatch_stack() > 0:
         return False
+    packed, H, grad = x.dim() == 2, module.hidden_size, grad and torch.is_grad_enabled()
+    if measured.ON_CPU and backend == "auto":
+        if measured.recorded():
+            return False  # so that `choose` is asked
+        of, both = (key, backend, x.device, x.dtype, H, *size, grad, module.save), module.bidirectional
+        case = Case(*of, lengths=packed, projected=module.proj_size, groups=1 + both, layers=module.num_layers)
+        if (found := measured.best(case, False)) is not None:
+            return found[0] == "aten"
     if backend == "aten" or size[0] == 1 or module.proj_size:
         return True
-    packed, H = x.dim() == 2, module.hidden_size
     onednn = not packed and (key, "cpu", x.dtype) in aten.ONEDNN and bool(torch.backends.mkldnn.enabled)
     if onednn and size[0] * size[1] * H < _WORKSPACE:  # as loop_pays would say
         return True
-    return not loop_pays(key, (*size, H), grad and torch.is_grad_enabled(), onednn, packed)
+    return not loop_pays(key, (*size, H), grad, onednn, packed)
 
 
 def _looped(case: Case, lengths: bool) -> bool:
@@ -293,8 +302,8 @@ def own_step(cell: str, backend: str | None, on_cpu: bool) -> bool:
     """Whether torch's own cell runs one step: the first rule, which a cell applies before it gathers a Case."""
     if not on_cpu or cell not in backends.ATEN_CELLS or (backend or chosen.backend) not in ("auto", "aten"):
         return False
-    if measured.ON_CPU and not torch.compiler.is_compiling():  # `choose` reads it
-        return False
+    if measured.ON_CPU and not torch.compiler.is_compiling() and measured.recorded():
+        return False  # so that `choose` is asked
     return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -149,17 +151,22 @@ def _planned(
     """The plan of forward or backward. Imports triton. size: batch and groups."""
     from .kernels import cells, plan, scan
 
-    return plan.plan(
+    planned = partial(
+        plan.plan,
         cells.get(case.cell),
         B=size[0],
         H=case.hidden_size,
         itemsize=case.dtype.itemsize,
         device=elsewhere or scan.device_facts(case.device),
         groups=size[1],
-        schedule=choice.schedule.removeprefix("auto").removeprefix(":") or None,
         precision=precisions.of_products(precision, case.dtype, case.device),
         backward=backward,
     )
+    name, _, first = choice.schedule.partition(":")
+    if first:
+        with suppress(ValueError):  # it was measured in inference, and backward does not fit
+            return planned(schedule=first)
+    return planned(schedule=None if name == "auto" else name or None)
 
 
 def _place(device: str | torch.device) -> torch.device:

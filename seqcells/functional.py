@@ -61,7 +61,7 @@ def run(
         vectors, beside = extras.params(cell, params, x, H), extras.inputs(cell, inputs, x, H, options.lengths)
     tensors = (*given, *(t for weights in groups for t in weights), vectors, beside)
     projection = groups[0][4] if len(groups[0]) == 5 else None
-    kind = (0 if projection is None else projection.shape[0], 1, 1)
+    kind = (0 if projection is None else projection.shape[0], 1, 1, False)
     case = dispatch.case_of(cell, x, dispatch.survey(x, tensors), options, H, kind=kind)
     choice = dispatch.choose(case)
     x, given, options, mask = dispatch.prepared(case, choice, x, given, options)

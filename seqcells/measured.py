@@ -22,8 +22,10 @@ if TYPE_CHECKING:
     from .dispatch import Case
 
 Record = dict[str, float]  # by each backend, its median milliseconds
+Answer = tuple[str, str, str]  # an engine, a schedule and a reason
 ON_CPU: dict[str, Record] = {}  # by class. While it is empty, calls on the CPU look no further.
 _known: dict[torch.device, dict[str, Record]] = {torch.device("cpu"): ON_CPU}
+_answers: dict[tuple[torch.device, str], Answer] = {}  # of `best`, by device and class
 _here, _recorders = threading.local(), list[object]()
 LONGEST = 1 << 10  # steps on the CPU; more make no difference
 
@@ -47,13 +49,14 @@ def of(device: torch.device) -> dict[str, Record]:
 def add(device: torch.device, name: str, record: Record) -> None:
     """Keep what was measured of a class, in this process and on disk."""
     of(device)[name] = record
+    _answers.clear()
     verdicts.add(verdicts.path(device, MEASUREMENTS), {name: record}, MEASUREMENTS)
 
 
 def forget() -> None:
     """Forget what this process knows."""
-    ON_CPU.clear()
-    _known.clear()
+    for known in (ON_CPU, _known, _answers):
+        known.clear()
     _known[torch.device("cpu")] = ON_CPU
 
 
@@ -72,21 +75,28 @@ def recording() -> Iterator[list[Case]]:
             ON_CPU.pop("", None)
 
 
-def best(case: Case, kernels: bool) -> tuple[str, str, str] | None:
+def recorded() -> bool:
+    """Whether `recording` is active in this thread."""
+    return getattr(_here, "seen", None) is not None
+
+
+def best(case: Case, kernels: bool) -> Answer | None:
     """The engine, the schedule and the reason, if a case's class was measured; else None.
 
     kernels: the kernels run there. There, `torch.backends.cudnn.benchmark` has a new class measured.
     """
     seen = getattr(_here, "seen", None)
-    if seen is not None:
-        seen.append(case)
     if case.transforming or case.jit or case.exporting or case.onnx or case.empty or not case.plain:
         return None
+    if seen is not None:
+        seen.append(case)
     known = of(case.device)
     wanted = kernels and seen is None and torch.backends.cudnn.benchmark
     if not (known or wanted) or torch.are_deterministic_algorithms_enabled():
         return None
     name = class_of(case, kernels)
+    if (answer := _answers.get((case.device, name))) is not None:
+        return answer
     record = known.get(name)
     if record is None and wanted:
         from . import tuning  # which imports what imports this
@@ -94,18 +104,14 @@ def best(case: Case, kernels: bool) -> tuple[str, str, str] | None:
         record = tuning.at_first_call(case)
     if not record:
         return None
-    backend = min(record, key=record.__getitem__)
-    engine, _, schedule = backend.partition(":")
+    medians = sorted(record.items(), key=lambda of: of[1])
+    engine, _, schedule = medians[0][0].partition(":")
     if engine not in (("triton", "aten") if kernels else ("aten", "loop")):  # a file that somebody edited
         return None
     if engine == "triton":
         schedule = f"auto:{schedule}" if schedule else "auto"
-    return engine, schedule, f"measured here: {spelled(record)} ({_batches(case)})"
-
-
-def spelled(record: Record) -> str:
-    """The medians in words, the best first."""
-    return ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(record.items(), key=lambda of: of[1]))
+    why = f"measured here: {', '.join(f'{backend} {ms:.3g} ms' for backend, ms in medians)} ({_batches(case.batch)})"
+    return _answers.setdefault((case.device, name), (engine, schedule, why))
 
 
 def power(n: int) -> int:
@@ -113,51 +119,48 @@ def power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _batches(case: Case) -> str:
-    most = power(case.batch or 1)
+def _batches(batch: int | None) -> str:
+    most = power(batch or 1)
     return f"batches of {most // 2 + 1} to {most}" if most > 2 else f"batches of {most}"
 
 
 def class_of(case: Case, kernels: bool) -> str:
     """The class of a case, in words."""
-    steps, threads = case.steps or 0, 0
-    if kernels:
-        steps = 0 if steps != 1 else 1
-    else:
-        steps, threads = min(power(steps or LONGEST), LONGEST), torch.get_num_threads()
-    how = precisions.of_products(case.precision, case.dtype, case.device), case.precision is not None
-    size = (case.hidden_size, case.groups, case.layers, case.projected, steps, threads)
-    with_ = (case.heads, case.one_step, case.resets, case.lengths, case.all_states)
-    return _words((case.cell, kernels), case.dtype, how, size, with_, case.save if case.grad else "", _batches(case))
+    steps, threads, precision = 0 if case.steps != 1 else 1, 0, ""
+    if not kernels:
+        steps, threads = min(power(case.steps or LONGEST), LONGEST), torch.get_num_threads()
+    elif case.dtype == torch.float32:
+        by_name = "" if case.precision is None else " by name"
+        precision = f" ({precisions.of_products(case.precision, case.dtype, case.device)}{by_name})"
+    size = (case.hidden_size, power(case.batch or 1), case.groups, case.layers, case.projected, steps, threads)
+    asked = (case.heads, case.one_step, case.resets, case.lengths, case.all_states, kernels and case.dropping)
+    return _words(case.cell, case.dtype, precision, size, asked, case.save if case.grad else "", kernels)
 
 
 @lru_cache(maxsize=1 << 12)
 def _words(
-    cell: tuple[str, bool],
+    cell: str,
     dtype: torch.dtype,
-    precision: tuple[str, bool],
-    size: tuple[int, int, int, int, int, int],
-    with_: tuple[bool, bool, bool, bool, bool],
+    precision: str,
+    size: tuple[int, ...],
+    asked: tuple[bool, ...],
     save: str,
-    batches: str,
+    kernels: bool,
 ) -> str:
     """See `class_of`."""
-    (key, kernels), (H, groups, layers, projection, steps, threads) = cell, size
-    parts = [key, str(dtype).removeprefix("torch."), f"hidden size {H}", batches]
-    if dtype == torch.float32 and kernels:
-        parts[1] += f" ({precision[0]}{' by name' * precision[1]})"
-    counts = {"groups": groups, "layers": layers}
-    parts += [f"{n} {name}" for name, n in counts.items() if n > 1]
+    H, batch, groups, layers, projection, steps, threads = size
+    parts = [cell, str(dtype).removeprefix("torch.") + precision, f"hidden size {H}", _batches(batch)]
+    parts += [f"{n} {name}" for name, n in (("groups", groups), ("layers", layers)) if n > 1]
     parts += [f"projection {projection}"] * (projection > 0)
-    names = ("heads", "a cell's step", "resets", "lengths", "all states")
-    parts += [name for name, there in zip(names, with_, strict=True) if there]
+    names = ("heads", "a cell's step", "resets", "lengths", "all states", "dropout between layers")
+    parts += [name for name, there in zip(names, asked, strict=True) if there]
     parts.append(f"training, saving {save}" if save else "inference")
-    if steps == 1 and not with_[1]:
+    if steps == 1 and not asked[1]:
         parts.append("one step")
     elif steps > 1:
         parts.append(f"up to {steps} steps" if steps < LONGEST else f"more than {LONGEST // 2} steps")
     if threads:
         parts.append(f"{threads} threads" if threads > 1 else "1 thread")
-    if kernels and key not in backends.ATEN_CELLS:
-        parts.append(source_of(key)[:16])  # a cell of that name may be another tomorrow
+    if kernels and cell not in backends.ATEN_CELLS:
+        parts.append(source_of(cell)[:16])  # a cell of that name may be another tomorrow
     return ", ".join(parts)

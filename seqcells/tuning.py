@@ -208,11 +208,11 @@ def candidates(case: Case) -> list[str]:
     if case.problem or get(case.cell).drawn or (case.groups > 2 and not case.heads):
         return []
     own = not (case.resets or case.lengths or dispatch.aten_lacks(case))
-    if not _on_kernels(case):
-        return ["aten", "loop"] if own else []
-    # torch's own would ignore both.
-    own = own and not (case.precision and case.dtype == torch.float32) and not (case.grad and case.save == "states")
-    return [*_schedules(case), *["aten"] * own]
+    if not _on_kernels(case):  # of one step by a cell, torch's own costs no more than its call
+        return ["aten", "loop"] if own and not case.one_step else []
+    # torch's own would ignore the first two, and draw the dropout between layers from other random numbers.
+    asked = (case.precision and case.dtype == torch.float32) or (case.grad and case.save == "states") or case.dropping
+    return [*_schedules(case), *["aten"] * (own and not asked)]
 
 
 def _schedules(case: Case) -> Iterator[str]:
