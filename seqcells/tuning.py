@@ -83,7 +83,7 @@ def tune(module: nn.Module, *inputs: Any, **options: Any) -> Tuned:
     A class is: the cell, dtype, precision, hidden size, layers and directions, what is saved, resets, lengths, and the
     batch size up to the next power of two; on CUDA for any number of steps, on the CPU for that up to the next power of
     two and the number of threads. Calls with dropout inside the recurrence are not measured, nor on the CPU those with
-    resets or lengths, whose time depends on their values.
+    resets or lengths, whose time depends on their values, and single steps of cells.
 
     Args:
         module: A layer or cell of seqcells, or any module that has some. Its buffers, the gradients in ``.grad`` and

@@ -215,6 +215,23 @@ def test_a_wrong_kernel_does_not_win(kernel, how, benchmark, monkeypatch):
     assert not told(trained, module, x)[1]
 
 
+def test_a_schedule_that_does_not_fit():
+    """Backward, where forward was measured; or of a file that somebody edited: the plan's choice."""
+    H = 40 if DEVICE == "cpu" else 1000
+    case = explained(hidden_size=H, grad=False).case
+    measured.add(case.device, measured.class_of(case, True), {"triton:resident": 1.0, "aten": 2.0})
+    choice = explained(hidden_size=H, grad=False)
+    assert choice.choice.schedule == "auto:resident" and choice.plan.schedule != "resident"
+    module = seqcells.LSTM(3, H, dtype=torch.float64, device=DEVICE)
+    exact = copy.deepcopy(module)
+    exact.backend = "reference"
+    with torch.no_grad():
+        x = torch.randn(2, 2, 3, dtype=torch.float64, device=DEVICE)
+        found, said = told(module, x)
+        close([found[0]], [exact(x)[0]])
+    assert not said
+
+
 def test_one_measurement_for_all_threads(benchmark, monkeypatch):
     module, _, x = layer()
     seen = clock(monkeypatch, "aten")
