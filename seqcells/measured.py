@@ -98,7 +98,7 @@ def best(case: Case, kernels: bool) -> Answer | None:
     if (answer := _answers.get((case.device, name))) is not None:
         return answer
     record = known.get(name)
-    if record is None and wanted:
+    if not record and wanted:
         from . import tuning  # which imports what imports this
 
         record = tuning.at_first_call(case)

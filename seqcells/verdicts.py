@@ -58,8 +58,8 @@ def _medians(fields: dict[str, Any]) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Kind(Generic[T]):
-    """A kind of what is stored. name: of its files, and in them; made: from JSON, or raises ValueError, TypeError,
-    KeyError or AttributeError; plain: to JSON; then: what happens if a file is lost."""
+    """A kind of what is stored. name: of its files, and in them; made: from JSON, or raises an error for what is not of
+    this kind; plain: to JSON; then: what happens if a file is lost."""
 
     name: str
     made: Callable[[Any], T]
@@ -141,7 +141,7 @@ def read(file: Path | None, kind: Kind[T]) -> dict[str, T]:
         if found["version"] != VERSION:
             raise ValueError(f"its version is {found['version']!r}, not {VERSION}")
         return {key: kind.made(fields) for key, fields in found[kind.name].items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RecursionError) as error:
         _warn_once(str(file), kind.name, f"{type(error).__name__}: {str(error)[:100]}", kind.then)
         return {}
 

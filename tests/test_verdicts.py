@@ -138,6 +138,10 @@ WRONG_FILES = {
     "one that is never measured": '{"version": 1, "measurements": {"a": {"reference": 1}}}',
     "no number": '{"version": 1, "measurements": {"a": {"aten": NaN, "loop": 1}}}',
     "no time": '{"version": 1, "measurements": {"a": {"aten": true, "loop": -1}}}',
+    "a number beyond all": (
+        '{"version": 1, "verdicts": {"a": {"good": true, "worst": HUGE, "tensor": "y"}}, '
+        '"measurements": {"a": {"aten": HUGE}}}'
+    ).replace("HUGE", "1" + "0" * 400),
     "nested": "[" * 100_000,
 }
 
