@@ -157,7 +157,8 @@ def case_of(
     traced = compiling or jit or transforming or observed or not plain
     if backend is None:
         backend = chosen.backend if compiling else chosen.of_context() or chosen.backend
-    T, B = packed or x.shape[:2]
+    shape = x.shape
+    T, B = packed or shape[:2]
     exporting = onnx = False
     if compiling or jit or torch.compiler.is_exporting():
         onnx = torch.onnx.is_in_onnx_export()
@@ -170,7 +171,7 @@ def case_of(
     real = 1.0
     if options.lengths is not None and not compiling and B > 0:
         if packed is not None:
-            real = x.shape[0] / (T * B)
+            real = shape[0] / (T * B)
         elif onednn and plain and not (projected or transforming or jit):
             real = int(options.lengths.sum()) / (T * B)
     packs = packed is not None and type(x) is Tensor
@@ -179,8 +180,7 @@ def case_of(
     size = (hidden_size, *((None, None) if compiling else (T, B)), grad and torch.is_grad_enabled())
     problem = "" if key in backends.ATEN_CELLS else cell.problem  # those have kernels
     refused = bool(fallback.refused_kernels) and fallback.refused(device, key, dtype, hidden_size, grad)
-    several = (heads > 1, heads * len(options.reverse), layers)
-    more = (*several, options.precision, 0 if compiling else x.shape[-1], dropping)
+    more = (heads > 1, heads * len(options.reverse), layers, options.precision, 0 if compiling else shape[-1], dropping)
     facts = (*size, *asked, options.one_step, B == 0, onednn, plain, *context, problem, refused, *more)
     return Case(key, backend, device, dtype, *facts)
 
