@@ -1,6 +1,6 @@
 """Recurrent cells for PyTorch with fused Triton kernels: torch.nn's API and parameters, plus what torch.nn lacks."""
 
-from . import backends, cells, functional, init, interop, reference, subclasses, testing
+from . import backends, cells, functional, init, interop, measured, reference, subclasses, testing, tuning
 from .backends import backend
 from .cell import Cell, CellError, cell
 from .cell_modules import GRUCell, LSTMCell, RecurrentCell, RNNCell
@@ -9,6 +9,7 @@ from .explanation import explain
 from .functional import gru, lstm, rnn
 from .layers import GRU, LSTM, RNN
 from .recurrent import Recurrent
+from .tuning import tune
 from .verification import verification
 
 __version__ = "0.1.0"
@@ -40,5 +41,8 @@ __all__ = [
     "rnn",
     "subclasses",
     "testing",
+    "tune",
+    "tuning",
     "verification",
 ]
+measured.load()

@@ -5,10 +5,11 @@
     loop       a loop over time in torch operations with a hand-written backward: any device
     reference  the pure-PyTorch loop that autograd differentiates: supports everything, but is slow
 
-"auto" is triton on CUDA (for kernels that fail, see `fallback`). On the CPU it is aten or loop, whichever was measured
-to be faster at similar sizes. aten supports resets only for the LSTM in float32 on the CPU, without a projection (see
-`engines.reset_steps`; if a value is not finite, loop runs instead). Programs that torch.jit.trace makes of triton and
-loop can be run and saved, but have no gradients; those of aten have gradients.
+"auto" is what was measured on this machine (see `tuning`); else triton on CUDA (for kernels that fail, see `fallback`),
+and on the CPU aten or loop, whichever was measured elsewhere to be faster at similar sizes. aten supports resets only
+for the LSTM in float32 on the CPU, without a projection (see `engines.reset_steps`; if a value is not finite, loop runs
+instead). Programs that torch.jit.trace makes of triton and loop can be run and saved, but have no gradients; those of
+aten have gradients.
 "triton:resident", "triton:grid" and "triton:stepwise" also name a schedule.
 """
 

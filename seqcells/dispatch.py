@@ -14,18 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import (
-    autograd,
-    backends,
-    chosen,
-    drawn,
-    fallback,
-    flops,
-    masks,
-    precisions,
-    projection,
-    reference,
-)
+from . import autograd, backends, chosen, drawn, fallback, flops, masks, measured, precisions, projection, reference
 from .cell import Cell, constant_to_compilers
 from .engines import aten, reset_steps, triton
 
@@ -64,7 +53,8 @@ class Case(NamedTuple):
     exporting: to a program that can contain torch's own layers. observed: a TorchDispatchMode is active. traced: an
     engine must use its operators, because tensors have no values or because the operators are recorded. problem: why
     neither kernels nor a loop can be derived from the cell's step. refused: its kernels failed before (see `fallback`).
-    heads: a layer has several; hidden_size is that of each.
+    projected: the size of a projection, 0 without one. heads: a layer has several; hidden_size is that of each. groups:
+    its directions, times its heads. width: the number of the input's features. dropping: dropout between layers is on.
     """
 
     cell: str
@@ -81,7 +71,7 @@ class Case(NamedTuple):
     packed: bool = False
     real: float = 1.0
     all_states: bool = False
-    projected: bool = False
+    projected: int = 0
     one_step: bool = False
     empty: bool = False
     onednn: bool = False
@@ -96,14 +86,19 @@ class Case(NamedTuple):
     problem: str = ""
     refused: bool = False
     heads: bool = False
+    groups: int = 1
+    layers: int = 1
+    precision: str | None = None
+    width: int = 0
+    dropping: bool = False
 
 
 class Choice(NamedTuple):
     """What runs a call, and why. engine: triton, aten, loop or reference.
 
     schedule: for triton: "" is the plan's choice; "auto" is, too, but if it fails, another schedule or engine may run;
-    else the requested one. reset_steps: aten adds steps for resets and padding (see `engines.reset_steps`). stack: aten
-    runs all layers of a module in one call.
+    "auto:grid": the same, but grid first; else the requested one. reset_steps: aten adds steps for resets and padding
+    (see `engines.reset_steps`). stack: aten runs all layers of a module in one call.
     """
 
     engine: str
@@ -150,10 +145,11 @@ def case_of(
     hidden_size: int,
     *,
     packed: tuple[int, int] | None = None,
-    projected: bool = False,
-    heads: bool = False,
+    kind: tuple[int, int, int, bool] = (0, 1, 1, False),
 ) -> Case:
-    """The facts about a scan of x. found: see `survey`; packed: T and B of a PackedSequence whose data is x."""
+    """The facts about a scan of x. found: see `survey`; packed: T and B of a PackedSequence whose data is x; kind: the
+    size of the projection, the numbers of heads and of layers, and whether there is dropout between layers."""
+    projected, heads, layers, dropping = kind
     key, device, dtype, (grad, plain), backend = cell.key, x.device, x.dtype, found, options.backend
     compiling = torch.compiler.is_compiling()
     transforming = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
@@ -161,7 +157,8 @@ def case_of(
     traced = compiling or jit or transforming or observed or not plain
     if backend is None:
         backend = chosen.backend if compiling else chosen.of_context() or chosen.backend
-    T, B = packed or x.shape[:2]
+    shape = x.shape
+    T, B = packed or shape[:2]
     exporting = onnx = False
     if compiling or jit or torch.compiler.is_exporting():
         onnx = torch.onnx.is_in_onnx_export()
@@ -174,7 +171,7 @@ def case_of(
     real = 1.0
     if options.lengths is not None and not compiling and B > 0:
         if packed is not None:
-            real = x.shape[0] / (T * B)
+            real = shape[0] / (T * B)
         elif onednn and plain and not (projected or transforming or jit):
             real = int(options.lengths.sum()) / (T * B)
     packs = packed is not None and type(x) is Tensor
@@ -183,7 +180,8 @@ def case_of(
     size = (hidden_size, *((None, None) if compiling else (T, B)), grad and torch.is_grad_enabled())
     problem = "" if key in backends.ATEN_CELLS else cell.problem  # those have kernels
     refused = bool(fallback.refused_kernels) and fallback.refused(device, key, dtype, hidden_size, grad)
-    facts = (*size, *asked, options.one_step, B == 0, onednn, plain, *context, problem, refused, heads)
+    more = (heads > 1, heads * len(options.reverse), layers, options.precision, 0 if compiling else shape[-1], dropping)
+    facts = (*size, *asked, options.one_step, B == 0, onednn, plain, *context, problem, refused, *more)
     return Case(key, backend, device, dtype, *facts)
 
 
@@ -230,13 +228,20 @@ def own_layers(module: Recurrent, x: Tensor, size: tuple[int, int], grad: bool) 
     backend = backend or chosen.of_context() or chosen.backend
     if backend not in ("auto", "aten") or torch._C._len_torch_dispatch_stack() > 0:
         return False
+    packed, H, grad = x.dim() == 2, module.hidden_size, grad and torch.is_grad_enabled()
+    if measured.ON_CPU and backend == "auto":
+        if measured.recorded():
+            return False  # so that `choose` is asked
+        of, both = (key, backend, x.device, x.dtype, H, *size, grad, module.save), module.bidirectional
+        case = Case(*of, lengths=packed, projected=module.proj_size, groups=1 + both, layers=module.num_layers)
+        if (found := measured.best(case, False)) is not None:
+            return found[0] == "aten"
     if backend == "aten" or size[0] == 1 or module.proj_size:
         return True
-    packed, H = x.dim() == 2, module.hidden_size
     onednn = not packed and (key, "cpu", x.dtype) in aten.ONEDNN and bool(torch.backends.mkldnn.enabled)
     if onednn and size[0] * size[1] * H < _WORKSPACE:  # as loop_pays would say
         return True
-    return not loop_pays(key, (*size, H), grad and torch.is_grad_enabled(), onednn, packed)
+    return not loop_pays(key, (*size, H), grad, onednn, packed)
 
 
 def _looped(case: Case, lengths: bool) -> bool:
@@ -297,6 +302,8 @@ def own_step(cell: str, backend: str | None, on_cpu: bool) -> bool:
     """Whether torch's own cell runs one step: the first rule, which a cell applies before it gathers a Case."""
     if not on_cpu or cell not in backends.ATEN_CELLS or (backend or chosen.backend) not in ("auto", "aten"):
         return False
+    if measured.ON_CPU and not torch.compiler.is_compiling() and measured.recorded():
+        return False  # so that `choose` is asked
     return not (torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
@@ -338,14 +345,17 @@ def choose(case: Case) -> Choice:
         return Choice("aten", "", "it was asked for", reset_steps, stack)
     if name != "auto":
         return Choice(name, "", "it was asked for")
-    # 3. "auto": on CUDA the kernels, where they run.
+    # 3. "auto": what was measured here; else on CUDA the kernels, where they run. No sizes are known at which cuDNN is
+    # faster, but for one shape in float16 (benchmarks/results/gpu-h200.md).
     where = "the tensors are on the CPU"
     if case.device.type in KERNEL_DEVICES:
         problem = _triton_lacks(case.device, case.dtype)
         if case.onnx:
             problem = "ONNX has no operators for the kernels"
         if not problem and not case.refused and not case.problem and not case.empty:
-            return Choice("triton", "auto", "the tensors are on CUDA")
+            found = None if case.compiling else measured.best(case, True)
+            engine, schedule, why = found or ("triton", "auto", "the tensors are on CUDA")
+            return Choice(engine, schedule, why, stack=stack and engine == "aten")
         where = problem or "the kernels failed there (a RuntimeWarning said how)"
         if case.empty:
             where = "there are no rows"
@@ -353,6 +363,8 @@ def choose(case: Case) -> Choice:
             where = f"the tensors are on the {case.device.type.upper()}"
     elif case.device.type != "cpu":
         where = f"the tensors are on the {case.device.type.upper()}"
+    elif not case.compiling and measured.ON_CPU and (found := measured.best(case, False)):
+        return Choice(*found, stack=stack and found[0] == "aten")
     # 4. "auto" elsewhere: torch's own layer or the loop.
     engine, why = _without_kernels(case, reset_steps, lacking)
     own = engine == "aten"
@@ -423,7 +435,7 @@ def execute(cell: Cell, call: Call, options: ScanOptions, case: Case, choice: Ch
         found = reset_steps.scan(call.x, call.states, call.groups, call.mask, options.reverse)
         # None if a value is not finite, which reset steps cannot separate.
         return (*found, None) if found else _differentiable(cell, call, options, case, Choice("loop", "", choice.why))
-    full = starts(call.x, call.states, call.groups, case.hidden_size)
+    full = aten.starts(call.x, call.states, call.groups, case.hidden_size)
     if choice.engine == "aten" and options.one_step:
         final = aten.step(cell.key, call.x[0], tuple(s[0] for s in full), call.groups[0])
         return final[0][None], final, None
@@ -485,13 +497,3 @@ def _stacked(call: Call) -> tuple[aten.Weights, Tensor | None]:
     if call.stacked is not None:
         return call.stacked, params[None] if params is not None and params.dim() == 1 else params
     return [None if ts[0] is None else torch.stack(ts) for ts in zip(*call.groups, strict=True)], params
-
-
-def starts(
-    x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[aten.Weights], H: int, batch: int | None = None
-) -> tuple[Tensor, ...]:
-    """The given states [K, B, .]; zeros for one that is None."""
-    K, B = len(groups), x.shape[1] if batch is None else batch
-    w_hh = groups[0][1]
-    sizes = (H if w_hh is None else w_hh.shape[1], *(H,) * (len(given) - 1))
-    return tuple(x.new_zeros(K, B, n) if s is None else s.reshape(K, B, n) for s, n in zip(given, sizes, strict=True))

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import textwrap
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
-from . import arguments, backends, checks, dispatch, fallback, precisions
+from . import arguments, backends, checks, dispatch, fallback, measured, precisions
 from .cell import Cell, named
 from .dispatch import Case, Choice
 from .engines import aten
@@ -74,6 +76,7 @@ def explain(
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     groups: int = 1,
+    layers: int = 1,
     steps: int | None = None,
     resets: bool = False,
     lengths: bool = False,
@@ -88,8 +91,9 @@ def explain(
     are resets.
     device: a torch device; or the name or architecture of a GPU, which need not be present, in upper or lower case:
     "H100", "sm_90", "RTX 4090" (all are in kernels.devices.KNOWN).
-    groups: the number of groups, see `scan_groups`. steps: the number of steps; None means many. lengths: whether there
-    are lengths, with little padding. grad: whether gradients are wanted, as in training.
+    groups: the number of groups, see `scan_groups`; of a layer with both directions 2. layers: the number of layers,
+    which matters where such calls were measured (see `tune`). steps: the number of steps; None means many. lengths:
+    whether there are lengths, with little padding. grad: whether gradients are wanted, as in training.
     Raises the errors of `scan`, and ValueError for an unknown device.
 
         >>> print(seqcells.explain("gru", batch=16, hidden_size=64, device="cpu"))
@@ -98,7 +102,8 @@ def explain(
     made = named(cell)
     cell = made.key
     arguments.options(backend, precision)
-    for name, size in (("batch", batch), ("hidden_size", hidden_size), ("groups", groups), ("steps", steps)):
+    sizes = {"batch": batch, "hidden_size": hidden_size, "groups": groups, "layers": layers, "steps": steps}
+    for name, size in sizes.items():
         if size is not None or name != "steps":
             checks.integer(name, size, least=1)
     for name, flag in (("resets", resets), ("lengths", lengths), ("grad", grad)):
@@ -125,9 +130,14 @@ def explain(
         lengths=lengths,
         onednn=aten.onednn(cell, place, dtype),
         problem="" if cell in backends.ATEN_CELLS else made.problem,
+        plain=place.type == "cpu" or (not elsewhere and torch.cuda.is_available()),  # else nothing was measured there
         refused=not elsewhere and fallback.refused(place, cell, dtype, hidden_size, grad),
+        groups=groups,
+        layers=layers,
+        precision=precision,
     )
-    choice = dispatch.choose(case)
+    with measured.recording():  # which measures nothing
+        choice = dispatch.choose(case)
     if choice.engine != "triton":
         return Explanation(case, choice)
     forward, backward = (_planned(case, choice, (batch, groups), precision, elsewhere, back) for back in (False, True))
@@ -157,17 +167,22 @@ def _planned(
     """The plan of forward or backward. Imports triton. size: batch and groups."""
     from .kernels import cells, plan, scan
 
-    return plan.plan(
+    planned = partial(
+        plan.plan,
         cells.get(case.cell),
         B=size[0],
         H=case.hidden_size,
         itemsize=case.dtype.itemsize,
         device=elsewhere or scan.device_facts(case.device),
         groups=size[1],
-        schedule=choice.schedule.removeprefix("auto") or None,
         precision=precisions.of_products(precision, case.dtype, case.device),
         backward=backward,
     )
+    name, _, first = choice.schedule.partition(":")
+    if first:
+        with suppress(ValueError):  # it was measured in inference, and backward does not fit
+            return planned(schedule=first)
+    return planned(schedule=None if name == "auto" else name or None)
 
 
 def _place(device: str | torch.device) -> torch.device:

@@ -17,8 +17,7 @@ from . import arguments, backends, checks, dispatch, drawn, extras
 from .arguments import NAMES
 from .cell import Cell, named
 from .dispatch import ScanOptions
-from .engines import operators
-from .engines.aten import Weights
+from .engines import aten, operators
 from .precisions import autocast
 
 
@@ -31,9 +30,9 @@ def run(
     cell: Cell,
     x: Tensor,
     states: tuple[Tensor | None, ...] | None,
-    groups: Sequence[Weights],
+    groups: Sequence[aten.Weights],
     options: ScanOptions,
-    stacked: Weights | None = None,
+    stacked: aten.Weights | None = None,
     params: Sequence[Mapping[str, Tensor] | None] | None = None,
     inputs: Mapping[str, Tensor] | None = None,
 ) -> dispatch.Result:
@@ -56,14 +55,15 @@ def run(
     arguments.fit(x, given, groups, cell.rows)
     H = arguments.hidden_size(cell, groups[0], given, params, inputs)
     if not cell.rows[0]:
-        given = dispatch.starts(x, given, groups, H)  # which say what H is
+        given = aten.starts(x, given, groups, H)  # which say what H is
     vectors = beside = None
     if cell.params or params or cell.inputs or inputs:
         vectors, beside = extras.params(cell, params, x, H), extras.inputs(cell, inputs, x, H, options.lengths)
     tensors = (*given, *(t for weights in groups for t in weights), vectors, beside)
-    choice = dispatch.choose(
-        case := dispatch.case_of(cell, x, dispatch.survey(x, tensors), options, H, projected=len(groups[0]) == 5)
-    )
+    projection = groups[0][4] if len(groups[0]) == 5 else None
+    kind = (0 if projection is None else projection.shape[0], 1, 1, False)
+    case = dispatch.case_of(cell, x, dispatch.survey(x, tensors), options, H, kind=kind)
+    choice = dispatch.choose(case)
     x, given, options, mask = dispatch.prepared(case, choice, x, given, options)
     return dispatch.execute(
         cell, dispatch.Call(x, given, groups, stacked, vectors, beside, mask), options, case, choice

@@ -428,8 +428,8 @@ class Recurrent(modules.Layer):
             found = dispatch.survey(x, (*weights, *states, *beside))
         else:
             found = plain[1], True
-        kind = {"projected": self.proj_size > 0, "heads": heads > 1}
-        case = dispatch.case_of(cell, x, found, options, H // heads, packed=size, **kind)
+        kind = (self.proj_size, heads, self.num_layers, self.dropout > 0 and self.training and self.num_layers > 1)
+        case = dispatch.case_of(cell, x, found, options, H // heads, packed=size, kind=kind)
         choice = dispatch.choose(case)
         if packed is not None and size is not None and not choice.stack:
             where = packing.layout(packed.batch_sizes, size[1], x.shape[0], x.device)

@@ -25,7 +25,7 @@ from . import backends, checks, fallback, verdicts
 from .kernels import registry
 from .kernels.form import FUNCTIONS
 from .kernels.plan import Plan
-from .verdicts import Verdict
+from .verdicts import VERDICTS, Verdict
 
 if TYPE_CHECKING:
     from .kernel_check import Variant
@@ -125,7 +125,7 @@ def verify(of: tuple[Any, ...], plan: Plan, rows: int, other: Callable[[], Plan]
     if verdict is None and CURRENT.policy != "always":
         verdict = _stored(v.device).get(at[1])
     if verdict is None:
-        if not _possible(v.device):
+        if not possible(v.device):
             return
         verdict = _measured(v, plans, size, at)
     if not verdict.good:
@@ -147,7 +147,7 @@ def _key(v: Variant, plans: Sequence[Plan], rows: int) -> str:
     schedule = plans[v.direction == "backward"].schedule
     compiled = [[f.name, getattr(p, f.name)] for p in plans for f in fields(p) if f.name not in _NOT_COMPILED]
     own = [str(part) for name, part in v._asdict().items() if name not in ("cell", "device")]
-    digest = hashlib.sha256(json.dumps([_source(v.cell), own, compiled, rows]).encode()).hexdigest()
+    digest = hashlib.sha256(json.dumps([source_of(v.cell), own, compiled, rows]).encode()).hexdigest()
     return _words(v.cell, v.direction, schedule, v.dtype, v.hidden_size) + digest[:32]
 
 
@@ -190,18 +190,18 @@ def _of_declared(cell: Any) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _source(cell: str) -> str:
+def source_of(cell: str) -> str:
     """A hash of a cell's form and Triton functions."""
     return _of_declared(registry.get(cell))
 
 
 def _stored(device: torch.device) -> dict[str, Verdict]:
     if device not in _read:
-        _read[device] = verdicts.read(verdicts.path(device))
+        _read[device] = verdicts.read(verdicts.path(device, VERDICTS), VERDICTS)
     return _read[device]
 
 
-def _possible(device: torch.device) -> bool:
+def possible(device: torch.device) -> bool:
     """Whether tensors have values here, and more kernels may be launched."""
     if backends.traced() or torch._C._len_torch_dispatch_stack() > 0:
         return False
@@ -227,7 +227,7 @@ def _measured(v: Variant, plans: Sequence[Plan], rows: int, at: tuple[torch.devi
             )
             return _known.setdefault(at, Verdict(True, 0.0, ""))
         verdict = _known[at] = Verdict(worst <= 1, worst, tensor)
-        verdicts.add(verdicts.path(v.device), {at[1]: verdict})
+        verdicts.add(verdicts.path(v.device, VERDICTS), {at[1]: verdict}, VERDICTS)
         return verdict
 
 

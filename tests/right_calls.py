@@ -231,7 +231,7 @@ def swap(random):
 def explain(random):
     given = {"cell": random.choice(CELLS), "batch": 4, "hidden_size": 8}
     more = {"dtype": torch.float32, "device": random.choice(["cpu", "sm_90"]), "groups": 2, "steps": 20, "resets": True}
-    more |= {"lengths": False, "grad": True} | options(random, ("backend", "precision"))
+    more |= {"lengths": False, "grad": True, "layers": 2} | options(random, ("backend", "precision"))
     if more["device"] != "cpu":
         more.pop("backend", None)
     given |= {k: more[k] for k in random.sample(list(more), min(5, len(more)))}

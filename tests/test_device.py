@@ -1,10 +1,12 @@
-"""What only a CUDA device can show of the grid schedule: no hang, no race, streams, graphs. Skipped without one."""
+"""What only a CUDA device can show: of the grid schedule no hang, no race, streams, graphs; what is measured between
+events. Skipped without one."""
 
 import pytest
 import torch
 from conftest import DEVICE
 
-from seqcells import functional
+import seqcells
+from seqcells import functional, measured
 from seqcells.testing import Shape, inputs
 
 pytestmark = pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device")
@@ -65,3 +67,29 @@ def test_a_cuda_graph_replays(schedule):
         x.normal_()
         graph.replay()
         assert torch.equal(y, run())
+
+
+@pytest.mark.parametrize("H", [64, 512])
+def test_what_was_measured_runs_and_can_be_captured(H):
+    """By torch's switch, between CUDA events; a graph of it is captured afterwards, which measures nothing."""
+    own = {"device": DEVICE, "dtype": torch.bfloat16}
+    layer, x = seqcells.LSTM(32, H, **own), torch.randn(20, 16, 32, **own)
+    torch.backends.cudnn.benchmark, before = True, set(measured.of(x.device))
+    try:
+        with torch.no_grad():
+            expected = layer(x)[0]
+            (name,) = set(measured.of(x.device)) - before
+            record = dict(measured.of(x.device)[name])
+            assert len(record) > 1 and all(0 < ms < 1000 for ms in record.values()), record
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                layer(x)
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                y = layer(x)[0]
+            graph.replay()
+            assert torch.equal(y, expected) and measured.of(x.device)[name] == record
+    finally:
+        torch.backends.cudnn.benchmark = False
+        seqcells.tuning.clear()

@@ -65,10 +65,18 @@ ARROWS = {  # room: the rooms of the project it may import
     "autograd": {"backends", "cell", "dispatch", "drawn", "masks", "products", "reference"},  # likewise
     "fallback": set(),
     "flops": set(),
-    "verdicts": set(),
+    "verdicts": {"backends"},
     "verification": {
         *("backends", "checks", "fallback", "verdicts", "kernels.form", "kernels.plan", "kernels.registry"),
         "kernel_check",  # when something is verified, for it imports what imports this
+    },
+    "measured": {
+        *("backends", "precisions", "verdicts", "verification"),
+        *("dispatch", "tuning"),  # of dispatch its type alone; tuning when something is measured
+    },
+    "tuning": {
+        *("backends", "cell", "cell_modules", "checks", "dispatch", "engines.triton", "fallback", "layers", "measured"),
+        *("precisions", "recurrent", "verdicts", "verification"),
     },
     "kernel_check": {
         *("cell", "drawn", "fallback", "kernels", "kernels.buffers", "kernels.cells", "kernels.scan", "kernels.single"),
@@ -87,7 +95,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "projection": {"dispatch"},  # its types alone
     "extras": {"cell", "checks", "masks"},  # of cell its type alone
     "dispatch": {
-        *("autograd", "backends", "cell", "chosen", "drawn", "fallback", "flops", "masks"),
+        *("autograd", "backends", "cell", "chosen", "drawn", "fallback", "flops", "masks", "measured"),
         *("engines.aten", "engines.loop", "engines.reset_steps", "engines.triton"),
         *("precisions", "projection", "reference"),
         "recurrent",  # its type alone
@@ -97,7 +105,7 @@ ARROWS = {  # room: the rooms of the project it may import
         *("extras", "precisions"),
     },
     "explanation": {
-        *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "fallback", "precisions"),
+        *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "fallback", "measured", "precisions"),
         *("verification", *(f"kernels.{n}" for n in ("cells", "devices", "plan", "scan"))),
     },
     "packing": set(),
@@ -120,7 +128,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "heads": {"dispatch"},
     "tasks": {  # which nothing imports but __main__
         *("arguments", "backends", "cell", "checks", "explanation", "init", "layers", "precisions", "recurrent"),
-        *("testing", "verdicts", "verification", "kernels.devices", "kernels.registry"),
+        *("testing", "tuning", "verdicts", "verification", "kernels.devices", "kernels.registry"),
     },
     "integrations": {"cell_modules", "convert", "recurrent"},
 }

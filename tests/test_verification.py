@@ -252,33 +252,33 @@ def test_one_step(how, grad, monkeypatch):
 def test_in_a_capture_what_is_stored_decides(monkeypatch):
     module, _, x = layer()
     count = counted(monkeypatch)
-    captures = verification._possible
+    captures = verification.possible
     with torch.no_grad():
-        monkeypatch.setattr(verification, "_possible", lambda device: False)
+        monkeypatch.setattr(verification, "possible", lambda device: False)
         module(x)
         assert not count
-        monkeypatch.setattr(verification, "_possible", captures)
+        monkeypatch.setattr(verification, "possible", captures)
         module(x)
         assert len(count) == 1
         verification.forget()
-        file = verdicts.path(x.device)
+        file = verdicts.path(x.device, verdicts.VERDICTS)
         stored = json.loads(file.read_text())
         for verdict in stored["verdicts"].values():
             verdict |= {"good": False, "worst": 7.0, "tensor": "y"}
         file.write_text(json.dumps(stored))
-        monkeypatch.setattr(verification, "_possible", lambda device: False)
+        monkeypatch.setattr(verification, "possible", lambda device: False)
         _, said = told(module, x)
         assert len(said) == 1 and "its y is 7.0 times as far from the float64 reference as is allowed" in said[0]
 
 
 def test_a_capture_and_a_compiler_are_recognized(monkeypatch):
     cuda = torch.device("cuda")
-    assert verification._possible(torch.device("cpu"))
+    assert verification.possible(torch.device("cpu"))
     for capturing in (False, True):
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda answer=capturing: answer)
-        assert verification._possible(cuda) is not capturing
+        assert verification.possible(cuda) is not capturing
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert not verification._possible(torch.device("cpu"))
+    assert not verification.possible(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("where", ["compiled", "vmap", "counting", "inference", "autocast", "checkpoint", "meta"])
@@ -319,7 +319,7 @@ def test_once(monkeypatch):
         module(x)
     trained(module, x, resets=torch.ones(3, 2, dtype=torch.bool, device=DEVICE))
     assert [v.direction for v in count] == ["forward", "backward", "forward", "forward", "backward"]
-    assert len(json.loads(verdicts.path(x.device).read_text())["verdicts"]) == 5
+    assert len(json.loads(verdicts.path(x.device, verdicts.VERDICTS).read_text())["verdicts"]) == 5
 
 
 def test_threads_wait_for_one_check(monkeypatch):
@@ -349,7 +349,7 @@ def test_what_differs_has_another_key():
                 keys.add(verification._key(v, [plan], 9))
     assert len(keys) == 20
     other = own_cells.four.with_constants(leak=0.5)
-    assert verification._source(own_cells.four.key) != verification._source(other.key)
+    assert verification.source_of(own_cells.four.key) != verification.source_of(other.key)
 
 
 def test_policies(monkeypatch):
@@ -393,7 +393,7 @@ def test_a_check_that_fails_itself(monkeypatch):
     found, said = told(trained, module, x)
     close(found, trained(exact, x))
     assert len(said) == 2 and "could not be verified, and runs: MemoryError: none left" in said[0]
-    assert not told(trained, module, x)[1] and not verdicts.path(x.device).exists()
+    assert not told(trained, module, x)[1] and not verdicts.path(x.device, verdicts.VERDICTS).exists()
 
 
 def test_a_step_that_random_inputs_do_not_suit():

@@ -61,6 +61,8 @@ def functions(x: Tensor) -> None:
     assert_type(seqcells.lstm(x, None, w_ih, w_hh), tuple[Tensor, Pair])
     assert_type(seqcells.convert(nn.LSTM(4, 8)), nn.LSTM)
     assert_type(seqcells.explain("lstm", batch=2, hidden_size=8).backend, str)
+    assert_type(seqcells.tune(seqcells.GRU(4, 8), x), seqcells.tuning.Tuned)
+    seqcells.tuning.clear()
     seqcells.verification("first use")
     with seqcells.verification("off"), seqcells.backend("reference"):
         seqcells.init.forget_bias_(seqcells.LSTM(4, 8), 1.0)

@@ -115,6 +115,13 @@ def _trains(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def starts(x: Tensor, given: tuple[Tensor | None, ...], groups: Sequence[Weights], H: int) -> tuple[Tensor, ...]:
+    """The given states [K, B, .]; zeros for one that is None."""
+    K, B, w_hh = len(groups), x.shape[1], groups[0][1]
+    sizes = (H if w_hh is None else w_hh.shape[1], *(H,) * (len(given) - 1))
+    return tuple(x.new_zeros(K, B, n) if s is None else s.reshape(K, B, n) for s, n in zip(given, sizes, strict=True))
+
+
 def layer(
     cell: str, x: Tensor, states: Sequence[Tensor], groups: Sequence[Weights]
 ) -> tuple[Tensor, tuple[Tensor, ...]]:

@@ -4,7 +4,8 @@ Those are the input's product for all steps and the weight gradients, one large 
 this engine's functions are called directly, because the dispatcher of operators costs tens of microseconds.
 
 options.schedule is "" for the plan's choice, a schedule's name, or "auto": the plan's choice; if that does not compile
-or launch or is wrong (see `verification`), another schedule; and at last the loop engine (see `fallback`).
+or launch or is wrong (see `verification`), another schedule; and at last the loop engine (see `fallback`). "auto:grid"
+is the same, but grid comes first: it was measured to be the fastest.
 
 The first call imports triton.
 """
@@ -12,6 +13,7 @@ The first call imports triton.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any, TypeVar
@@ -60,8 +62,13 @@ def plan_for(
         schedule=schedule or None,
         precision=precision,
         backward=backward,
-        avoid=(*avoid, *kernels.scan.doubtful(facts, dtype)),
+        avoid=(*avoid, *doubtful(dtype, device)),
     )
+
+
+def doubtful(dtype: torch.dtype, device: torch.device) -> tuple[str, ...]:
+    """The schedules that run there only by name."""
+    return kernels.scan.doubtful(kernels.scan.device_facts(device), dtype)
 
 
 def _launch(launch: kernels.scan.Launch) -> None:
@@ -69,10 +76,18 @@ def _launch(launch: kernels.scan.Launch) -> None:
     fallback.guarded(partial(kernels.scan.run, launch))
 
 
-def _attempts(planned: Callable[..., Plan], call: Callable[..., Any]) -> Iterator[tuple[str, Callable[[], Any]]]:
+def _attempts(
+    planned: Callable[..., Plan], call: Callable[..., Any], schedule: str
+) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The schedules for `fallback.first_that_runs`, the best first, with what gives call's result or raises an error.
-    planned(avoid=...): the plan without those. call(plan=...)."""
+    planned(avoid=...): the plan without those. call(plan=...). schedule: "auto", or "auto:" and the first."""
     avoid: tuple[str, ...] = ()
+    if first := schedule[5:]:
+        with suppress(ValueError):  # it does not fit
+            chosen = planned(schedule=first)
+            avoid = (first,)
+    if avoid:
+        yield first, partial(call, plan=chosen)
     while True:
         try:
             chosen = planned(schedule="", avoid=avoid)
@@ -113,7 +128,7 @@ def scan(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> S
     planned = partial(plan_for, cell, rows, size, like, precision=options.precision, backward=False)
     how = (options.reversed, options.precision, save, None if mask is None else mask.dtype)
     of = ("forward", cell, *like, *size, *how, (bias is not None,))
-    if options.schedule != "auto":
+    if options.schedule[:4] != "auto":
         chosen = planned(schedule=options.schedule)
         if CURRENT.policy == "always":
             insist(of, chosen, rows)
@@ -129,7 +144,7 @@ def scan(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> S
             outputs(out.c, options.reversed).copy_(c)
         return out._replace(hn=hn if hn.dim() > 1 else out.hn, cn=cn)
 
-    attempts = _attempts(planned, partial(_verified, call, of, rows, None))
+    attempts = _attempts(planned, partial(_verified, call, of, rows, None), options.schedule)
     return fallback.first_that_runs(_kernel(cell, "forward", gx, u), attempts, by_loop)
 
 
@@ -217,22 +232,23 @@ def _gradients(
     how = (options.reversed, options.precision, options.save, None if mask is None else mask.dtype)
     given = (dy is not None, dhn is not None, dcn is not None, dcs is not None, b_hh is not None)
     of = ("backward", cell, *like, *size, *how, given)
-    before, planned = partial(_of_forward, partial(planned, backward=False), of), partial(planned, backward=True)
-    if options.schedule != "auto":
+    before = partial(_of_forward, partial(planned, backward=False), of, options.schedule)
+    planned = partial(planned, backward=True)
+    if options.schedule[:4] != "auto":
         chosen = planned(schedule=options.schedule)
         if CURRENT.policy == "always":
-            insist(of, chosen, rows, partial(before, options.schedule))
+            insist(of, chosen, rows, before)
         return call(plan=chosen)
-    attempts = _attempts(planned, partial(_verified, call, of, rows, before))
+    attempts = _attempts(planned, partial(_verified, call, of, rows, before), options.schedule)
     return fallback.first_that_runs(_kernel(cell, "backward", y, u), attempts, lambda: None)
 
 
-def _of_forward(planned: Callable[..., Plan], of: tuple[Any, ...], schedule: str = "auto") -> Plan:
+def _of_forward(planned: Callable[..., Plan], of: tuple[Any, ...], schedule: str) -> Plan:
     """The plan by which forward ran, of a scan whose backward is asked for."""
-    if schedule != "auto":
+    if schedule[:4] != "auto":
         return planned(schedule=schedule)
     kernel = fallback.Kernel(of[1], "forward", of[2], of[5], of[3])
-    attempts = _attempts(planned, lambda plan: plan)
+    attempts = _attempts(planned, lambda plan: plan, schedule)
     return next(attempt() for schedule, attempt in attempts if not fallback.failed(kernel, schedule))
 
 
@@ -244,11 +260,11 @@ def _recomputed(
     cell, H = options.cell, u.shape[2]
     assert x is not None and w_ih is not None
     gx, bias = input_projection(places(cell), x, w_ih, b_ih, b_hh, H, extra)
-    schedule = "" if options.schedule == "auto" else options.schedule
+    schedule = options.schedule if options.schedule[:4] != "auto" else ""
     chosen = plan_for(cell, gx.shape[1], (u.shape[0], H), (u.dtype, u.device), schedule, options.precision, False)
     keywords: Any = {"plan": chosen, "reversed": options.reversed, "params": params, "dropout": dropout}
     call = partial(kernels.scan.recompute, kernels.cells.get(cell), gx.contiguous(), u, bias, *states, mask, **keywords)
-    if options.schedule != "auto":
+    if options.schedule[:4] != "auto":
         return call()
     attempts = [("recompute", partial(call, launch=_launch))]
     return fallback.first_that_runs(_kernel(cell, "recompute", gx, u), attempts, lambda: None)
@@ -319,7 +335,7 @@ def _step(options: Options, save: str, inputs: Tensors) -> Forward:
     of = ("step", cell, *like, 1, H, 0, options.precision, save, None, given, x.shape[2], options.single)
     rows = x.shape[1]
     back = partial(plan_for, cell, rows, (1, H), like, "", options.precision, True) if save == "gates" else None
-    if options.schedule != "auto":
+    if options.schedule[:4] != "auto":
         if CURRENT.policy == "always":
             insist(of, chosen, rows, back)
         return by_kernel(chosen)

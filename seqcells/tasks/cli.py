@@ -1,4 +1,4 @@
-"""The command line: python -m seqcells info | check | explain | tasks | run"""
+"""The command line: python -m seqcells info | check | explain | tune | tasks | run"""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ import torch
 
 import seqcells
 
-from .. import backends, explanation, precisions, testing, verdicts
+from .. import backends, checks, explanation, precisions, testing, tuning, verdicts
 from ..cell import Cell, named
 from ..kernels.devices import KNOWN
 from ..kernels.registry import BUILT_IN
+from ..verdicts import VERDICTS
 from ..verification import CURRENT
 from . import TASKS, files, plots, suite
 from .base import CELLS, definition
@@ -90,7 +91,8 @@ def info(_: argparse.Namespace) -> int:
         chosen = explanation.explain(cell, batch=32, hidden_size=128, device=device)
         print(f"{cell:<11} {chosen.backend:<9} because {chosen.why}")
     print(f"verification: {CURRENT.policy}; the verdicts are in {verdicts.folder() or 'memory'}")
-    for key, verdict in verdicts.read(verdicts.path(device) if backends.installed() else None).items():
+    file = verdicts.path(device, VERDICTS) if backends.installed() else None
+    for key, verdict in verdicts.read(file, VERDICTS).items():
         if not verdict.good:
             print(f"wrong: {key}: its {verdict.tensor} is {verdict.worst:.1f} times as far off as is allowed")
     return 0
@@ -162,6 +164,8 @@ def explain(options: argparse.Namespace) -> int:
         hidden_size=options.hidden,
         dtype=getattr(torch, options.dtype),
         device=options.device or _default_device(),
+        layers=options.layers,
+        groups=2 if options.bidirectional else 1,
         steps=options.steps,
         resets=options.resets,
         lengths=options.lengths,
@@ -170,6 +174,33 @@ def explain(options: argparse.Namespace) -> int:
         precision=options.precision,
     )
     print(found)
+    return 0
+
+
+def tune(options: argparse.Namespace) -> int:
+    """Measure which backend is the fastest for a layer, for "auto" to use from now on."""
+    if options.clear:
+        tuning.clear()
+        print("what was measured on this machine is forgotten")
+        return 0
+    for name in ("cell", "hidden", "batch"):
+        if getattr(options, name) is None:
+            raise ValueError(f"expected --{name}, or --clear")
+    for name in ("hidden", "batch", "input", "steps", "layers"):
+        if getattr(options, name) is not None:
+            checks.integer(f"--{name}", getattr(options, name), least=1)
+    device, dtype = _device(options), getattr(torch, options.dtype)
+    cell, width = _found(options.cell if ":" in options.cell else options.cell.lower()), options.input or options.hidden
+    both = {"num_layers": options.layers, "bidirectional": options.bidirectional, "device": device, "dtype": dtype}
+    layer = seqcells.Recurrent(cell, width, options.hidden, precision=options.precision, **both)
+    size = options.steps, options.batch
+    x = torch.zeros(*size, width, device=device, dtype=dtype)
+    inputs = {name: x.new_zeros(size) for name in cell.inputs}
+    with torch.set_grad_enabled(not options.inference):
+        tuned = tuning.tune(layer, x, **inputs)
+    print(tuned)
+    if any(m.medians for m in tuned.measurements):
+        print(f"\nstored in {verdicts.folder() or 'memory, for no longer than this command'}")
     return 0
 
 
@@ -281,6 +312,8 @@ def _add_explain(commands: Commands) -> None:
     p.add_argument("--dtype", type=dtype, default="float32", help="default: float32; short names too, as bf16")
     p.add_argument("--device", help=f"cpu, cuda, or one that need not be present: {', '.join(KNOWN)}")
     p.add_argument("--steps", type=int, help="of how many steps; default: many")
+    p.add_argument("--layers", type=int, default=1, help="default: 1")
+    p.add_argument("--bidirectional", action="store_true")
     p.add_argument("--resets", action="store_true", help="with a reset mask")
     p.add_argument("--lengths", action="store_true", help="rows of different lengths")
     p.add_argument("--inference", action="store_true", help="without gradients")
@@ -288,6 +321,25 @@ def _add_explain(commands: Commands) -> None:
     more = "of float32 products; default: PyTorch's switches"
     p.add_argument("--precision", type=str.lower, choices=precisions.PRECISIONS, help=more)
     p.set_defaults(call=explain)
+
+
+def _add_tune(commands: Commands) -> None:
+    p = commands.add_parser("tune", help=tune.__doc__)
+    p.add_argument("--cell", help="by its name or as FILE.py:NAME or MODULE:NAME")
+    p.add_argument("--hidden", "--hidden-size", type=int, help="the hidden size")
+    p.add_argument("--batch", type=int, help="the result holds for batches up to the next power of two")
+    p.add_argument("--input", type=int, metavar="I", help="the input size; default: the hidden size")
+    p.add_argument("--steps", type=int, default=128, help="default: 128; matters on the CPU only")
+    dtype = _dtype("float64", "float32", "float16", "bfloat16")
+    p.add_argument("--dtype", type=dtype, default="float32", help="default: float32; short names too, as bf16")
+    p.add_argument("--device", help="default: cuda if there is one")
+    p.add_argument("--layers", type=int, default=1, help="default: 1")
+    p.add_argument("--bidirectional", action="store_true")
+    p.add_argument("--inference", "--infer", action="store_true", help="without gradients")
+    more = "of float32 products; default: PyTorch's switches"
+    p.add_argument("--precision", type=str.lower, choices=precisions.PRECISIONS, help=more)
+    p.add_argument("--clear", action="store_true", help="forget what was measured on this machine, and exit")
+    p.set_defaults(call=tune)
 
 
 def _add_run(commands: Commands) -> None:
@@ -318,7 +370,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("info", help=info.__doc__).set_defaults(call=info)
     commands.add_parser("tasks", help=tasks.__doc__).set_defaults(call=tasks)
-    for add in (_add_check, _add_explain, _add_run):
+    for add in (_add_check, _add_explain, _add_tune, _add_run):
         add(commands)
     options = parser.parse_args(argv)
     options.command_line = sys.argv[1:] if argv is None else argv
