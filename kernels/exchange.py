@@ -69,8 +69,8 @@ def spread(
 ):  # fmt: skip
     """What `of_function` takes in `grid`; empty if the cell takes no means.
 
-    sums_ptr [groups, batch tiles, means, programs, rows]; counter_ptr [2, groups, batch tiles]: the second half counts
-    arrivals of these exchanges alone.
+    sums_ptr [groups, batch tiles, means, programs, rows]; counter_ptr [2 * groups * batch tiles]: the second half
+    counts arrivals of these exchanges alone.
     """
     if len(MEANS) == 0:
         return ()

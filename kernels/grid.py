@@ -35,7 +35,7 @@ Shapes are those of `resident`; scratch is that of `stepwise`, but
     v            [2, B, K, .*H]  the operands of level 1 (forward), in the data's type; of step t in v[t % 2]
     m            [B, K, .*H]     the operands of level 2 (forward)
     dparams      [batch tiles, K, P*H]  added to at the end of a launch
-    counter      [groups, batch tiles] int32, zero; with means [2, groups, batch tiles], see `exchange.spread`
+    counter      [groups * batch tiles] int32, zero; with means twice as many, see `exchange.spread`
     sums         [groups, batch tiles, means, programs, BLOCK_B]  in the accumulation type
 """
 

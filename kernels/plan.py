@@ -145,6 +145,9 @@ class _Problem:
         self.cell, self.B, self.H, self.groups, self.itemsize = cell, B, H, groups, itemsize
         self.device, self.precision, self.backward = device, precision, backward
         self.products, self.levels = cell.products, len({operand.level for operand in cell.operands})
+        # Without tensor cores: Triton 3.7 has no products for those of before Ampere.
+        self.exact = itemsize == 8 or (itemsize == 4 and precision == "ieee") or 0 < device.capability < 80
+        self.width = max(itemsize, 4 * self.exact)  # bytes of an operand's element: then 16 bits become 32
         self.barriers = self.levels + cell.exchanges[backward]  # of a step, by `grid`
         # What a thread has of a step: a tile for each gate and each product apart; two states take as much as three,
         # each more than two another, as does each further operand (found with the report).
@@ -180,7 +183,7 @@ class _Problem:
     def links(self, columns: int) -> int:
         """Of a sum of so many products that one warp adds up in one chain. Without tensor cores it is no chain, but
         work."""
-        if self.itemsize == 8 or (self.itemsize == 4 and self.precision == "ieee"):
+        if self.exact:
             return 0
         return _ceil(columns, 16 if self.itemsize == 2 else 8)
 
@@ -211,8 +214,8 @@ class _Problem:
             return f"U would take {needed // KB} KB of the {device.shared // KB} KB of shared memory on {device.name}"
         if itemsize == 8 and H > 32:
             return "beyond 32 hidden units float64 products spill registers"  # found with the report, sm_90 and sm_100
-        if itemsize == 4 and self.precision == "ieee" and (most := 32 if products > 2 else 64) < H:
-            return f"beyond {most} hidden units float32 products without TF32 spill registers"  # likewise
+        if itemsize < 8 and self.exact and (most := 32 if products > 2 else 64) < H:
+            return f"beyond {most} hidden units products without tensor cores spill registers"  # likewise
         if itemsize == 4 and self.precision == "tf32x3" and (most := 32 if products > 2 else 64) < H:
             return f"beyond {most} hidden units float32 products by three TF32 products spill registers"  # likewise
         return None
@@ -240,10 +243,9 @@ class _Problem:
         # Tiles beyond 16 KB in all, and beyond 4 KB or 64 columns a warp, spill registers on some target (found with
         # the report; float64 at half that, with padded units at a quarter, and products without tensor cores at half or
         # a quarter of the columns).
-        tensor_cores = itemsize < 4 or (itemsize == 4 and self.precision != "ieee")
         most = min(16384 if itemsize < 8 else 8192 if block_h == H else 4096, block_h * 256)
         while block_b > 8 and (
-            tiles * block_b > (64 if tensor_cores else 32 if block_h < 64 else 16)
+            tiles * block_b > (64 if not self.exact else 32 if block_h < 64 else 16)
             or tiles * block_h * block_b * itemsize > most
             or resident_bytes(products, H, itemsize, block_b, self.precision) > device.shared
         ):
@@ -251,12 +253,12 @@ class _Problem:
         wide = block_h > 128 or block_h * block_b >= 4096
         num_warps = 8 if wide or tiles * block_h * block_b * itemsize > 8192 else 4
         # Triton gives every warp 16 units or more; others would repeat their work (without tensor cores fewer spill).
-        num_warps = min(num_warps, block_h // 16) if tensor_cores else 8 if self.heavy else 4
+        num_warps = min(num_warps, block_h // 16) if not self.exact else 8 if self.heavy else 4
         # U in registers is read from shared memory once, not at every step. Half of a thread's registers is what it can
         # have beside the tiles of eight rows; three TF32 products keep U twice.
         u_bytes = products * block_h * block_h * itemsize
         in_registers = u_bytes * _copies(itemsize, self.precision)
-        u_in_registers = products > 0 and block_b == 8 and tensor_cores and not (self.backward and self.heavy)
+        u_in_registers = products > 0 and block_b == 8 and not (self.exact or (self.backward and self.heavy))
         most = (384 if self.cell.means else 512) * 32 * min(8, block_h // 16)  # means over units need some themselves
         u_in_registers = u_in_registers and in_registers <= most
         if u_in_registers and in_registers > 512 * 32 * num_warps:
@@ -283,10 +285,10 @@ class _Problem:
     def unfit_grid(self) -> str | None:
         if not self.products:
             return None  # nothing to wait for
-        exact = self.itemsize == 4 and self.precision == "ieee" and self.device is not INTERPRETER
+        exact = self.itemsize < 8 and self.exact and self.device is not INTERPRETER
         if exact and (self.backward or self.heavy):
             which = "backward" if self.backward else "of so many tiles"
-            return f"{which}, float32 products without TF32 spill registers"  # found with the report
+            return f"{which}, products without tensor cores spill registers"  # found with the report
         if self.itemsize == 8 and self.device.capability >= 100:
             return "float64 products spill registers there"  # likewise
         if max(operand.products for operand in self.cell.operands) > 8:
@@ -341,7 +343,7 @@ class _Problem:
                 cost = self.cost(read, block_b, GRID_UNITS, columns, links, exchange, start)
                 made = self.made("grid", tile, num_warps, 1, programs, "", cost.total)
                 made = replace(made, u_in_registers=in_registers)
-                needed = grid_bytes(self.cell, self.H, self.itemsize, made, self.backward, self.precision)
+                needed = grid_bytes(self.cell, self.H, self.width, made, self.backward, self.precision)
                 if needed <= device.shared:
                     yield cost, made, needed
                     break
@@ -353,9 +355,8 @@ class _Problem:
         they do not spill (found with the report). Eight warps would have twice as many, but a step of so few elements
         leaves half of their threads idle and costs six more block barriers (tried: slower where U fits shared memory).
         """
-        tensor_cores = self.itemsize == 2 or (self.itemsize == 4 and self.precision == "tf32")
         most = 4 * 32 * (256 if self.backward and block_b == 16 else 512)
-        return tensor_cores and block_b <= 16 and not self.heavy and u_bytes <= most
+        return not (self.exact or self.precision == "tf32x3" or self.heavy) and block_b <= 16 and u_bytes <= most
 
     def _most_rows(self) -> int:
         """Rows of a `grid` program beyond which some target spills registers (found with the report)."""
@@ -370,10 +371,10 @@ class _Problem:
             return 32 if self.H <= 512 else 16 if self.H <= 768 else 0
         if self.heavy:
             return 32 if self.H <= 512 else 8 if self.H <= 768 else 0
-        if self.H <= 512:
+        if self.H <= 512 and not self.exact:
             heavy = self.backward or self.levels > 1
             return 32 if heavy and self.device.capability >= 100 else 64
-        return 32 if self.backward or self.H <= 1024 else 8
+        return 8 if self.exact else 32 if self.backward or self.H <= 1024 else 8
 
     def grid(self) -> Plan:
         if not self.products:
@@ -418,7 +419,7 @@ class _Problem:
     def _tiles(self) -> Iterator[tuple[tuple[int, int, int], int, int, int, Cost, float]]:
         """Tiles of `stepwise`: (tile, warps, stages, programs, its cost, and that with what does not overlap)."""
         cell, B, H, itemsize, device = self.cell, self.B, self.H, self.itemsize, self.device
-        exact = itemsize == 8 or (itemsize == 4 and self.precision != "tf32")
+        exact = self.exact or (itemsize == 4 and self.precision != "tf32")
         first = cell.first_products
         gates = 1 if self.backward else _power_of_2(max(first, cell.products - first), 1, 1 << 10)
         columns = (cell.products if self.backward else 1) * H
@@ -439,10 +440,9 @@ class _Problem:
                 programs = _ceil(H, block_h) * _ceil(B, block_b) * self.groups
                 waves = _ceil(programs, device.processors)
                 num_stages = 3 if 3 * (rows + block_b) * block_k * itemsize <= device.shared - 2 * KB else 2
-                cost = self.cost(
-                    (rows + block_b) * columns * itemsize * waves / device.l2, block_b, block_h * waves,
-                    columns * (1 if self.backward else cell.products), self.links(columns), 0, LAUNCH * launches,
-                )  # fmt: skip
+                read = (rows + block_b) * columns * itemsize * waves / device.l2
+                sums = columns * (1 if self.backward else cell.products)
+                cost = self.cost(read, block_b, block_h * waves, sums, self.links(columns), 0, LAUNCH * launches)
                 # U streams from L2 if it stays there, else from memory.
                 u_bytes = cell.products * H * H * itemsize * self.groups
                 memory = u_bytes / device.memory / 1000 if u_bytes > 0.7 * device.cache else 0.0

@@ -41,7 +41,7 @@ MASKS = {"resets": torch.bool, "lengths": torch.uint8}
 
 
 # Not all of KNOWN: Triton compiles for sm_89 as for sm_80, with less shared memory, which the plan takes into account;
-# and what the plan gives sm_75 does not fit it everywhere (docs/verification.md).
+# and for sm_75 without tensor cores, where a few kernels spill (docs/verification.md).
 TARGETS = ("sm_80", "sm_90", "sm_100")
 
 

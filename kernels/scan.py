@@ -259,7 +259,7 @@ def _launch_grid(
             too_long = f"sequence length {T} is too long for the grid schedule's counters"
             raise ValueError(f"{too_long}: ask for triton:stepwise")
         tiles = programs[1] * programs[2]
-        counter = torch.zeros(1 + bool(exchanges), tiles, dtype=torch.int32, device=like.device)
+        counter = torch.zeros((1 + bool(exchanges)) * tiles, dtype=torch.int32, device=like.device)
         if exchanges:
             sums = _scratch(like, tiles, sum(map(sum, exchanges)), programs[0], plan.block_b)
     arguments = {**arguments, "counter_ptr": counter, "sums_ptr": sums}

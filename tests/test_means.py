@@ -100,8 +100,7 @@ def test_each_norm_is_two_reductions_forward_and_they_share_exchanges():
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # of numpy, which interprets units that do not exist
-@pytest.mark.parametrize("engine", ENGINES)
-@pytest.mark.parametrize("cell", STEPS, ids=lambda c: c.name)
+@pytest.mark.parametrize(("cell", "engine"), spread(STEPS, ENGINES, most=2))
 def test_engines(cell, engine, poison):
     """H of no tile's size, and two programs of rows."""
     for how in ({}, MASKED):
@@ -130,7 +129,9 @@ def test_several_programs_of_products(cell, schedule):
     assert max(found.values()) <= testing.TOLERANCE[torch.float32], found
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine", [pytest.param(e, marks=pytest.mark.slow if e == "triton:stepwise" else ()) for e in ENGINES]
+)
 def test_two_directions_and_heads(engine):
     """A head's norm is over its own units."""
     torch.manual_seed(0)
