@@ -151,10 +151,9 @@ def test_two_directions_and_heads(engine):
 @pytest.mark.parametrize(
     ("cell", "engine"),
     [
-        (by_layer_norm, "triton:stepwise"),
         (two_levels, "loop"),
         (cells.dreamer_gru, "loop"),
-        *(pytest.param(c, e, marks=pytest.mark.slow) for c in NORMED for e in ENGINES),
+        *(pytest.param(c, e, marks=pytest.mark.slow) for c in (by_layer_norm, *NORMED) for e in ENGINES),
     ],
     ids=lambda of: getattr(of, "name", of),
 )

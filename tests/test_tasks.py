@@ -99,7 +99,6 @@ QUICK = {
     "memorize-3-gru",
     "memorize-6-replay-lstm",
     "temporal-order-order-lstm",
-    "temporal-order-notebook-rnn",
     "echo-whole-lstm",
     "echo-stateful-gru",
 }
@@ -392,6 +391,7 @@ def test_a_cell_of_a_file_trains(tmp_path, capsys):
     assert plot.stat().st_size > 1000
 
 
+@pytest.mark.slow
 def test_check_command_starts_the_interpreter_itself():
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "seqcells", "check", "--device", "cpu", "--cell", "indrnn"]

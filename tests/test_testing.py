@@ -95,8 +95,9 @@ def test_slstm_over_two_thousand_steps(backend):
     weights = torch.randn(T, B, H, generator=generator).to(DEVICE)
     ours = torch.autograd.grad((y * weights).sum(), list(layer.parameters()))
     theirs = torch.autograd.grad((expected * weights).sum(), list(exact.values()))
+    allowed = testing.tolerance("slstm", torch.float32, testing.Shape(100, B, 4 * H, H))  # of a part of the steps
     for a, b in zip(ours, theirs, strict=True):
-        assert testing.relative(a, b) < testing.tolerance("slstm", torch.float32, testing.Shape(T, B, 4 * H, H))
+        assert testing.relative(a, b) < allowed
 
 
 @pytest.mark.parametrize(
@@ -147,8 +148,8 @@ def test_kernels_written_by_hand_are_judged_by_the_same_check(overridden):
 def test_a_wrong_derivative_is_found(overridden):
     """Not by its size, which a tolerance may allow, but by gradcheck."""
     overridden("rnn_relu")
-    with pytest.raises(AssertionError, match=r"elman, triton:grid: (.|\n)*Jacobian"):
-        testing.derivatives(elman, DEVICE, ["triton:grid"])
+    with pytest.raises(AssertionError, match=r"elman, triton:resident: (.|\n)*Jacobian"):
+        testing.derivatives(elman, DEVICE, ["triton:resident"])
 
 
 def test_a_schedule_that_does_not_exist_says_why():
