@@ -12,8 +12,8 @@ place of those. Every schedule (`resident`, `grid`, `stepwise`), dtype, mask and
 ``forward(gx, hu, states, params, FAST) -> (new_states, saved)``
     gx: G tiles, the input products with the biases that only add, and the per-step inputs. hu: all products; those that
     are apart include their b_hh. states: before the step, zero where it is reset. saved: tiles for backward.
-    params: the trained vectors, as tiles [units, 1], then the dropout masks; the last is what
-    `exchange.means` takes.
+    params: the trained vectors, as tiles [units, 1], then the dropout masks; the last is what `exchange.means`
+    takes.
 ``backward_2(dstates, saved, before, after, params, FAST) -> (dhu, operands)``
     The gradients of the products of level 2, and the operands of level 2 again. None where there is no level 2.
     dstates: gradients of the states after the step. before, after: the states.

@@ -218,7 +218,8 @@ def test_what_is_most_in_doubt_comes_first():
     ]
     first = asked[:60]
     assert {j["cell"] for j in first if j.get("dropout")} >= {"lstm", "gru", "dreamer_gru"}
-    assert {j["cell"] for j in first if not j.get("dropout")} >= set(checked.NORMS)
+    norms = {(j["cell"], j["backend"]) for j in first if not j.get("dropout")}
+    assert norms >= {(c, b) for c in checked.NORMS for b in checked.SCHEDULES}, "exchanges of means never ran on a GPU"
     for name in checked.BUILT_IN:
         mine = {(j["backend"], j["kind"]) for j in asked if j["cell"] == name}
         assert {b for b, _ in mine} == set(checked.SCHEDULES) and len({k for _, k in mine}) == 6

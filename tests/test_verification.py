@@ -17,6 +17,7 @@ import torch
 from conftest import DEVICE
 from corrupted import OUTPUTS, Corrupted, close, told, trained
 from shapes import SCHEDULES, spread
+from timed import layer
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -101,15 +102,6 @@ def test_in_half_precision(direction, dtype, monkeypatch):
         with monkeypatch.context() as patches:
             Corrupted(patches, how, direction)
             assert measured("lstm", direction, "resident", dtype)[0] > 1, how
-
-
-def layer(kind=seqcells.LSTM, **options):
-    """A layer under "auto", the same by the reference, and an input."""
-    torch.manual_seed(0)
-    made = kind(3, 4, dtype=torch.float64, device=DEVICE, **options)
-    exact = copy.deepcopy(made)
-    exact.backend = "reference"
-    return made, exact, torch.randn(3, 2, 3, dtype=torch.float64, device=DEVICE)
 
 
 WRONG = [("forward", "y_ptr"), ("forward", "step"), ("backward", "dgx_ptr"), ("backward", "gates")]
