@@ -21,18 +21,24 @@ from .math import INTERPRETED
 
 
 @triton.jit
-def arrive(counter_ptr):
-    """Publish what this program has stored, and count it in. See `grid`."""
-    tl.debug_barrier()
-    tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+def arrive(counter_ptr, FLAGGED: tl.constexpr = False):
+    """Publish what this program has stored, and count it in. See `grid`. FLAGGED: it is counted in before it can be
+    seen, since what others read tells whether it is there."""
+    if FLAGGED:
+        tl.atomic_add(counter_ptr, 1, sem="relaxed", scope="gpu")
+    else:
+        tl.debug_barrier()
+        tl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
 
 
 @triton.jit
-def wait(counter_ptr, target, PTX: tl.constexpr):
-    """Until the counter reaches target; then every load sees what was published. Returns the next target."""
+def wait(counter_ptr, target, PTX: tl.constexpr, FLAGGED: tl.constexpr = False):
+    """Until the counter reaches target; then every load sees what was published. Returns the next target.
+    FLAGGED: what the others published will be there soon (see `load_flagged`)."""
     if PTX:  # every thread polls for itself: no block barrier, and nothing through shared memory
+        ORDER: tl.constexpr = "relaxed" if FLAGGED else "acquire"
         tl.inline_asm_elementwise(
-            "{ .reg .pred %early;\nagain_${:uid}:\nld.acquire.gpu.global.s32 $0, [$1];\n"
+            "{ .reg .pred %early;\nagain_${:uid}:\nld." + ORDER + ".gpu.global.s32 $0, [$1];\n"
             "setp.lt.s32 %early, $0, $2;\n@%early bra again_${:uid}; }",
             "=&r,l,r", [counter_ptr.to(tl.int64), target], dtype=tl.int32, is_pure=False, pack=1,
         )  # fmt: skip
@@ -41,6 +47,117 @@ def wait(counter_ptr, target, PTX: tl.constexpr):
             pass
         tl.debug_barrier()
     return target + tl.num_programs(0)
+
+
+@triton.constexpr_function
+def _store_text(bits):
+    """PTX that stores one value, and its constraints. Operands: nothing, address, the value's bits, whether to."""
+    narrow, value = (".reg .b16 %half; cvt.u16.u32 %half, $2;", "%half") if bits == 16 else ("", "$2")
+    text = f"{{ .reg .pred %there; {narrow}\nsetp.ne.s32 %there, $3, 0;\n"
+    return text + f"@%there st.relaxed.gpu.global.b{bits} [$1], {value};\nmov.b32 $0, 0; }}", "=r,l,r,r"
+
+
+@triton.jit
+def store_flagged(ptr, offsets, tile, mask):
+    """Store a tile for `load_flagged`: no element is all ones, which of numbers is a NaN that no arithmetic yields."""
+    x = tile.to(ptr.dtype.element_ty)
+    if x.dtype.primitive_bitwidth == 16:
+        bits = x.to(tl.int16, bitcast=True).to(tl.int32)
+    else:
+        bits = x.to(tl.int32, bitcast=True)
+    bits = tl.where(bits == -1, -2, bits)  # another NaN
+    STORE: tl.constexpr = _store_text(x.dtype.primitive_bitwidth)
+    inputs = [(ptr + offsets).to(tl.int64), bits, mask.to(tl.int32)]
+    tl.inline_asm_elementwise(STORE[0], STORE[1], inputs, dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.constexpr_function
+def _find(kind, words, most, look):
+    """PTX: whether a NaN is among the words: a quick look, since all ones is one. Nothing is, if look is 0."""
+    lines = [f"mov.b32 {most}{word}, ${word};" for word in range(words)]
+    half = words // 2
+    while half:
+        lines += [f"max.NaN.{kind} {most}{word}, {most}{word}, {most}{word + half};" for word in range(half)]
+        half //= 2
+    lines += [f"and.b32 {most}0, {most}0, ${look};"]
+    if kind == "f32":
+        return [*lines, f"setp.num.f32 %there, {most}0, {most}0;"]
+    # A half is a NaN if its bits but the sign are more than those of infinity.
+    more = (0x7F81 if kind == "bf16x2" else 0x7C01) * 0x10001
+    lines += [f"and.b32 {most}0, {most}0, 0x7FFF7FFF;", f"or.b32 {most}0, {most}0, 0x80008000;"]
+    lines += [f"sub.s32 {most}0, {most}0, {more:#x};", f"and.b32 {most}0, {most}0, 0x80008000;"]
+    return [*lines, f"setp.eq.s32 %there, {most}0, 0;"]
+
+
+@triton.constexpr_function
+def _find_all_ones(bits, words):
+    """PTX: whether an element of the words is all ones."""
+    lines = ["mov.b32 %all, 0;"]
+    if bits == 32:
+        return [*lines, *(f"max.u32 %all, %all, ${word};" for word in range(words)), "setp.ne.s32 %there, %all, -1;"]
+    for word in range(words):  # a half of x is all ones where x has its top bit and ~x - 0x00010001 borrows into it
+        lines += [f"sub.s32 %one, 0xFFFEFFFE, ${word};", f"and.b32 %one, %one, ${word};", "or.b32 %all, %all, %one;"]
+    return [*lines, "and.b32 %all, %all, 0x80008000;", "setp.eq.s32 %there, %all, 0;"]
+
+
+@triton.constexpr_function
+def _load_again(n, run, bits, address, offset):
+    """PTX that loads all elements again: 16 bytes at a time where a thread's registers have `run` neighbours in the
+    order of the memory, as they should; else one by one."""
+    per = 32 // bits
+    lines = []
+    for element in range(n):
+        lines += [f"cvt.s64.s32 %at, ${offset + element};", f"add.s64 %at, %at, ${address + element};"]
+        if bits == 32:
+            lines.append(f"ld.relaxed.gpu.global.b32 ${element}, [%at];")
+        elif element % 2 == 0:
+            lines.append("ld.relaxed.gpu.global.b16 %low, [%at];")
+        else:
+            lines += ["ld.relaxed.gpu.global.b16 %high, [%at];", f"mov.b32 ${element // 2}, {{%low, %high}};"]
+    lines += ["bra look_${:uid};", "wide_${:uid}:"]
+    vector = {4: ".v4", 2: ".v2", 1: ""}[run // per]
+    for first in range(0, n, run):
+        words = ", ".join(f"${word}" for word in range(first // per, (first + run) // per))
+        lines.append(f"ld.relaxed.gpu.global{vector}.b32 {{{words}}}, [${address + first}];")
+    return [*lines, "bra look_${:uid};"]
+
+
+@triton.constexpr_function
+def _complete_text(n, run, dtype):
+    """PTX that loads n elements again until none is all ones, and its constraints. Operands: the elements out and in,
+    in registers of 32 bits; of each an address and an offset in bytes; n times -1, or 0 to take them as they are."""
+    bits = dtype.primitive_bitwidth
+    words = n * bits // 32
+    kind = {"bf16": "bf16x2", "fp16": "f16x2", "fp32": "f32"}[dtype.name]
+    address, offset, look = 2 * words, 2 * words + n, 2 * words + 2 * n
+    lines = [f"{{ .reg .pred %there, %wide; .reg .b64 %at, %differ; .reg .b32 %all, %one; .reg .b32 %most<{words}>;"]
+    if bits == 16:
+        lines[0] += " .reg .b16 %low, %high;"
+    lines += [f"mov.b32 ${word}, ${words + word};" for word in range(words)]
+    lines += [*_find(kind, words, "%most", look), "@%there bra done_${:uid};", "mov.b64 %differ, 0;"]
+    for element in range(n):
+        first = element - element % run
+        lines += [f"sub.s64 %at, ${address + element}, ${address + first};", "or.b64 %differ, %differ, %at;"]
+        lines += [f"cvt.s64.s32 %at, ${offset + element};", f"sub.s64 %at, %at, {element % run * bits // 8};"]
+        lines += ["or.b64 %differ, %differ, %at;"]
+    lines += ["setp.eq.s64 %wide, %differ, 0;", "look_${:uid}:", *_find_all_ones(bits, words)]
+    lines += ["@%there bra done_${:uid};", "@%wide bra wide_${:uid};"]
+    lines += [*_load_again(n, run, bits, address, offset), "done_${:uid}: }"]
+    return "\n".join(lines), ",".join(["=&r"] * words + ["r"] * words + ["l"] * n + ["r"] * (2 * n))
+
+
+@triton.jit
+def complete(x, ptr, offsets, more, again, N: tl.constexpr, RUN: tl.constexpr):
+    """x, which was loaded of ptr + offsets + more, once all its elements have been stored by `store_flagged`. N: how
+    many a thread has, of which RUN that differ only in more are neighbours. If again is false, they have been
+    stored."""
+    TEXT: tl.constexpr = _complete_text(N, RUN, x.dtype)
+    look = tl.where(again, -1, 0).to(tl.int32)
+    address = (ptr + offsets).to(tl.int64)
+    return tl.inline_asm_elementwise(
+        TEXT[0], TEXT[1], [x, address, more * (x.dtype.primitive_bitwidth // 8), look], dtype=x.dtype, is_pure=False,
+        pack=N,
+    )  # fmt: skip
 
 
 @triton.constexpr_function

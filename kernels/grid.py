@@ -42,7 +42,7 @@ Shapes are those of `resident`; scratch is that of `stepwise`, but
 import triton
 import triton.language as tl
 
-from .exchange import arrive, exchanges_before, of_function, spread, wait
+from .exchange import arrive, exchanges_before, of_function, spread, store_flagged, wait
 from .random import draw
 from .slices import operand_products, operand_slices, segment_slices, through_u
 from .tiles import (
@@ -101,7 +101,7 @@ def forward_kernel(
     PARAMS: tl.constexpr, PUBLISHED: tl.constexpr, PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr,
     OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr, PADDING: tl.constexpr, PHASE: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr, PTX: tl.constexpr,
-    DRAWN: tl.constexpr, MEANS: tl.constexpr,
+    DRAWN: tl.constexpr, MEANS: tl.constexpr, FLAGGED: tl.constexpr,
 ):  # fmt: skip
     """Steps first..last-1. PHASE -1: all of each. 0: the operands that are published. 1: the first products, and the
     step if they are all. 2: the second products and the step. done: see `exchange`."""
@@ -115,7 +115,7 @@ def forward_kernel(
     OPERANDS: tl.constexpr = len(GATES)
     SECOND: tl.constexpr = OPERANDS - LEVEL
     FIRST_PRODUCTS: tl.constexpr = first_product(GATES, LEVEL)
-    WAITS: tl.constexpr = PHASE == -1 and OPERANDS > 0
+    WAITS: tl.constexpr = PHASE == -1 and OPERANDS > 0 and FLAGGED < 2
     LAST: tl.constexpr = 2 if SECOND > 0 else 1  # the part that ends the step
     # The next step's input is loaded before a wait: for the operands of others, which needs this step's; or for y.
     EARLY: tl.constexpr = PUBLISHED or OPERANDS == 0
@@ -202,12 +202,12 @@ def forward_kernel(
         if PHASE == -1 or PHASE == 1:
             if PUBLISHED:
                 hu = operand_products(
-                    U, v_ptr + (i % 2) * (per_step * LEVEL), last_row, valid, start, GROUPS * LEVEL * H, GATES, 0,
+                    U, v_ptr + (i % 2) * (per_step * LEVEL), last_row, None, valid, start, GROUPS * LEVEL * H, GATES, 0,
                     LEVEL, ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, WARPS, PRECISION,
                 )  # fmt: skip
             else:
                 hu = operand_products(
-                    U, y_ptr, last_row, not_reset(code_now, PADDING), start, GROUPS * H, GATES, 0, LEVEL,
+                    U, y_ptr, last_row, i > first if FLAGGED > 0 else None, not_reset(code_now, PADDING), start, GROUPS * H, GATES, 0, LEVEL,
                     ACC, BLOCK_H, BLOCK_B, H, CHUNKS, mask_ptr is not None, WARPS, PRECISION,
                 )  # fmt: skip
         if PHASE == 2:
@@ -224,7 +224,7 @@ def forward_kernel(
                 target = wait(counter_ptr, target, PTX)
             if PHASE == -1 or PHASE == 2:
                 hu = hu + operand_products(
-                    U, m_ptr, last_row, valid, start, GROUPS * SECOND * H, GATES, LEVEL, OPERANDS,
+                    U, m_ptr, last_row, None, valid, start, GROUPS * SECOND * H, GATES, LEVEL, OPERANDS,
                     ACC, BLOCK_H, BLOCK_B, H, CHUNKS, False, WARPS, PRECISION,
                 )  # fmt: skip
         if PHASE == -1 or PHASE == LAST:
@@ -232,9 +232,12 @@ def forward_kernel(
             new, saved = STEP(gx, hu, states, own, FAST)
             states, stored = after_step(new, states, code_now, group, STATES, REVERSED, PADDING)
             y_ptr += advance
-            store_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
+            if FLAGGED > 0:
+                store_flagged(y_ptr, at_h, stored[0], mask)
+            else:
+                store_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
             if WAITS and not PUBLISHED:
-                arrive(counter_ptr)
+                arrive(counter_ptr, FLAGGED == 1)
             # Nobody waits for the rest of the step: it comes after the arrival.
             if SAVE and STATES > 1:
                 store_tiles(c_ptr, at_c, mask, stored, 1, STATES, H)
@@ -252,7 +255,7 @@ def forward_kernel(
                     TYPE, REVERSED, PADDING,
                 )  # fmt: skip
             if WAITS and not PUBLISHED:
-                target = wait(counter_ptr, target, PTX)
+                target = wait(counter_ptr, target, PTX, FLAGGED == 1)
 
     if len(MEANS) > 0 and PHASE != -1:
         mask &= done == exchanges_before(MEANS, 3 if PHASE == LAST else PHASE + 1)

@@ -115,6 +115,9 @@ def _rounded(x: Tensor) -> Tensor:
 # doing it at every call would cost more than the launch.
 _per_scan = lru_cache(maxsize=1024)
 
+# Bytes of y that all programs of a batch tile may read from L2 at each poll.
+_READ_AT_EACH_POLL = 128 << 10
+
 
 def _constants(
     cell: Cell, plan: Plan, shape: tuple[int, int, int], dtype: torch.dtype, mask: torch.dtype | None, precision: str
@@ -134,7 +137,27 @@ def _constants(
     return {**tiles, **layout, "PRECISION": precision, "FAST": fast, "PADDING": mask == torch.uint8}
 
 
-def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[str, object]:
+@_per_scan
+def _flagged(cell: Cell, plan: Plan, shape: tuple[int, int, int], itemsize: int) -> int:
+    """How forward by `grid` waits for y (see there). 0: at a barrier. 1, 2: its values are their own flags; with 1 a
+    counter is polled first. Only where y is all that programs read from each other, and each thread reads all of its
+    part at once, 16 bytes at a time."""
+    hidden = shape[1]
+    if plan.schedule != "grid" or not plan.nvidia or len(cell.operands) != 1 or cell.published or cell.means:
+        return 0
+    ((rows, columns),) = slices(cell, hidden, plan.block_h, False)
+    whole = chunks(columns, 16 * parts(rows, plan.block_b, plan.num_warps), plan.block_k)
+    read = hidden * plan.block_b * itemsize
+    # A thread of more than 128 bytes would wait for all of them where it now begins with the first.
+    fits = plan.block_b <= 16 and len(whole) == 1 and read <= 128 * 32 * plan.num_warps
+    if itemsize not in (2, 4) or hidden * itemsize % 16 or not fits:
+        return 0
+    return 2 if -(-hidden // plan.block_h) * read <= _READ_AT_EACH_POLL else 1
+
+
+def _of_schedule(
+    cell: Cell, plan: Plan, hidden: int, backward: bool, flagged: int = 0
+) -> dict[str, object]:
     """The constexprs of the plan's schedule alone."""
     constants: dict[str, object] = {}
     if plan.schedule != "stepwise":
@@ -147,6 +170,8 @@ def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[st
         constants["SEGMENTS"] = tuple(number for segment in flat for number in segment)
     if plan.schedule == "grid":
         constants["MEANS"] = cell.means[3:] if backward else cell.means[:3]
+        if not backward:
+            constants["FLAGGED"] = flagged
         constants["PTX"] = plan.nvidia and plan.block_b < 64  # its address and target a thread would spill with 64 rows
         # Into how many chunks the columns of each slice of U are cut (the last chunk may be smaller).
         cut = slices(cell, hidden, plan.block_h, backward)
@@ -168,7 +193,7 @@ def _forward_constants(
     constants = _constants(cell, plan, shape, dtype, mask, precision)
     constants |= {"SAVE": save != "none", "SAVED": cell.saved if save == "gates" else 0}
     constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
-    return constants | _of_schedule(cell, plan, shape[1], False)
+    return constants | _of_schedule(cell, plan, shape[1], False, _flagged(cell, plan, shape, dtype.itemsize))
 
 
 @_per_scan
@@ -298,6 +323,8 @@ def forward(
     """
     T, B, K, H = *gx.shape[:3], u.shape[2]
     out = allocate(cell, gx, save, reversed)
+    if T > 1 and _flagged(cell, plan, (K, H, reversed), gx.element_size()):
+        out.y.view(torch.int32).fill_(-1)
     _start(out.y, h0, reversed)
     if cell.states > 1 and (save != "none" or plan.schedule == "resident"):
         _start(out.c, c0, reversed if save != "none" else 0)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from . import plan
+from .exchange import complete
 from .layout import in_order
 from .math import INTERPRETED, operand, product
 from .tiles import first_product, gate_rows, split_gates
@@ -108,7 +109,7 @@ def _load_u(
 
 @triton.jit
 def _load_x(
-    x_ptr, last, k0, ROW: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
+    x_ptr, last, again, k0, ROW: tl.constexpr, K: tl.constexpr, PARTS: tl.constexpr, SIZE: tl.constexpr,
     BLOCK_B: tl.constexpr, WARPS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The operand that meets it, from L2: [SIZE, rows], or [PARTS, SIZE / PARTS, rows] with a part's columns in an
@@ -140,10 +141,18 @@ def _load_x(
         row = tl.arange(0, BLOCK_B // 8)[None, None, :, None, None, None, None] * 8
         row += tl.arange(0, 8)[None, None, None, None, :, None, None]
         lane = tl.arange(0, 4)[None, None, None, None, None, :, None]
-        ks = k0 + part * PART + (turn * 4 + lane) * RUN + tl.arange(0, RUN)[None, None, None, None, None, None, :]
+        run = tl.arange(0, RUN)[None, None, None, None, None, None, :]
+        k = k0 + part * PART + (turn * 4 + lane) * RUN
+        ks = k + run
         # Rows before columns: what differs between a thread's addresses is then a constant, and takes no registers.
         at = x_ptr + tl.minimum(row, last) * ROW + ks
-        if WHOLE:
+        if again is not None:
+            x = tl.load(in_order(at), volatile=True)
+            from_ = tl.broadcast_to(tl.minimum(row, last) * ROW + k, at.shape)
+            more = tl.broadcast_to(run, at.shape)
+            x = complete(x, x_ptr, in_order(from_), in_order(more), again, EACH * TURNS * (BLOCK_B // 8) * RUN, RUN)
+            x = in_order(x)
+        elif WHOLE:
             x = in_order(tl.load(in_order(at), cache_modifier=".cg"))
         else:
             mask = in_order(tl.broadcast_to(ks < K, at.shape))
@@ -193,10 +202,11 @@ def _sum(acc, N: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr):
 
 @triton.jit
 def _product(
-    U, x_ptr, last, ROW: tl.constexpr, ACC: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr, K: tl.constexpr,
-    CHUNK: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
+    U, x_ptr, last, again, ROW: tl.constexpr, ACC: tl.constexpr, M: tl.constexpr, BLOCK_B: tl.constexpr,
+    K: tl.constexpr, CHUNK: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """U @ x [M, BLOCK_B], U as `_slice` returns it, x[k, row] at x_ptr + row * ROW + k: what others have published."""
+    """U @ x [M, BLOCK_B], U as `_slice` returns it, x[k, row] at x_ptr + row * ROW + k: what others have published.
+    again: None, or what `exchange.load_flagged` takes, if x was stored for it."""
     PARTS: tl.constexpr = _parts(M, BLOCK_B, WARPS)
     SIZES: tl.constexpr = _sizes(K, CHUNK, PARTS)
     if PARTS == 1:  # noqa: SIM108  (the compiler needs the two shapes apart)
@@ -204,7 +214,7 @@ def _product(
     else:
         acc = tl.zeros([PARTS, M, BLOCK_B], ACC)
     for n in tl.static_range(len(SIZES)):
-        x = _load_x(x_ptr, last, n * CHUNK, ROW, K, PARTS, SIZES[n], BLOCK_B, WARPS, n < K // CHUNK)
+        x = _load_x(x_ptr, last, again, n * CHUNK, ROW, K, PARTS, SIZES[n], BLOCK_B, WARPS, n < K // CHUNK)
         acc = product(U[n], operand(x, U[n].dtype, PRECISION), acc, PRECISION)
     return acc if PARTS == 1 else _sum(acc, PARTS, M, BLOCK_B)
 
@@ -226,13 +236,13 @@ def operand_slices(
 
 @triton.jit
 def _operand_products(
-    U, x_ptr, last, keep, start, ROW: tl.constexpr, FROM: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
+    U, x_ptr, last, again, keep, start, ROW: tl.constexpr, FROM: tl.constexpr, COUNT: tl.constexpr, ACC: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, MASKED: tl.constexpr,
     WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """start + the COUNT products of one operand, as a tuple. MASKED: its rows are zero where keep is false."""
     PADDED: tl.constexpr = triton.next_power_of_2(COUNT)
-    acc = _product(U, x_ptr, last, ROW, ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK, WARPS, PRECISION)
+    acc = _product(U, x_ptr, last, again, ROW, ACC, PADDED * BLOCK_H, BLOCK_B, H, CHUNK, WARPS, PRECISION)
     sums = split_gates(acc, COUNT, PADDED, BLOCK_H, BLOCK_B)
     out = ()
     for n in tl.static_range(COUNT):
@@ -242,7 +252,7 @@ def _operand_products(
 
 @triton.jit
 def operand_products(
-    U, x_ptr, last, keep, start, ROW: tl.constexpr, GATES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
+    U, x_ptr, last, again, keep, start, ROW: tl.constexpr, GATES: tl.constexpr, FROM: tl.constexpr, TO: tl.constexpr,
     ACC: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, H: tl.constexpr, CHUNKS: tl.constexpr,
     MASKED: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -250,7 +260,7 @@ def operand_products(
     out = ()
     for n in tl.static_range(FROM, TO):
         out = out + _operand_products(
-            U[n], x_ptr + (n - FROM) * H, last, keep, start, ROW, first_product(GATES, n), GATES[n], ACC, BLOCK_H,
+            U[n], x_ptr + (n - FROM) * H, last, again, keep, start, ROW, first_product(GATES, n), GATES[n], ACC, BLOCK_H,
             BLOCK_B, H, CHUNKS[n], MASKED, WARPS, PRECISION,
         )  # fmt: skip
     return out
@@ -282,12 +292,12 @@ def through_u(
         if SEGMENTS[5 * s] == OPERAND:
             if SEGMENTS[5 * s + 3]:
                 found = _product(
-                    UT[s], dhu_ptr + SEGMENTS[5 * s + 4] * H, last, HU_ROW, ACC, BLOCK_H, BLOCK_B,
+                    UT[s], dhu_ptr + SEGMENTS[5 * s + 4] * H, last, None, HU_ROW, ACC, BLOCK_H, BLOCK_B,
                     SEGMENTS[5 * s + 2] * H, CHUNKS[s], WARPS, PRECISION,
                 )  # fmt: skip
             else:
                 found = _product(
-                    UT[s], dgx_ptr + SEGMENTS[5 * s + 4] * H, last, GX_ROW, ACC, BLOCK_H, BLOCK_B,
+                    UT[s], dgx_ptr + SEGMENTS[5 * s + 4] * H, last, None, GX_ROW, ACC, BLOCK_H, BLOCK_B,
                     SEGMENTS[5 * s + 2] * H, CHUNKS[s], WARPS, PRECISION,
                 )  # fmt: skip
             acc = found if acc is None else acc + found
