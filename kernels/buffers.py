@@ -6,10 +6,13 @@ and contiguous. reversed: an integer; group k goes from the last step to the fir
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .form import Form
 
 # Codes of a mask of dtype uint8 [T, B]. A mask of dtype bool has resets only, for groups that go forward.
 RESET = 1  # the states before the step are reset to zero, for groups that go forward
@@ -72,3 +75,58 @@ def previous_outputs(y: Tensor, mask: Tensor | None, reversed: int, group: int) 
     T, first = steps(y, reversed), 2 if back else 0
     h = y[first : first + T, :, group]
     return h if mask is None else h.masked_fill(reset_rows(mask, back)[..., None], 0)
+
+
+def scratch(like: Tensor, *shape: int) -> Tensor:
+    """An uninitialised buffer in the accumulation type."""
+    return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
+
+
+def allocate_saved(cell: Form, gx: Tensor) -> Tensor:
+    """Room for the saved tiles [T, B, K, W, H]: W 64-bit words of them, or the one tile of a cell that saves one."""
+    T, B, K, H = *gx.shape[:3], gx.shape[3] // cell.gates
+    pack = 8 // gx.element_size() if cell.saved > 1 else 1
+    return gx.new_empty(T, B, K, -(-cell.saved // pack), H, dtype=gx.dtype if pack == 1 else torch.int64)
+
+
+def allocate(cell: Form, gx: Tensor, save: str, reversed: int = 0) -> Scanned:
+    """The uninitialised outputs of `forward`."""
+    T, B, K, H = *gx.shape[:3], gx.shape[3] // cell.gates
+    others = (cell.states - 1) * H
+    rows = T + (2 if reversed else 1)
+    return Scanned(
+        gx.new_empty(rows, B, K, H),
+        gx.new_empty(1 if save == "none" else rows, B, K, others) if others else gx.new_empty(0),
+        allocate_saved(cell, gx) if save == "gates" else gx.new_empty(0),
+        gx.new_empty(K, B, H),
+        gx.new_empty(K, B, others) if others else gx.new_empty(0),
+    )
+
+
+def allocate_gradients(cell: Form, y: Tensor, reversed: int = 0) -> Gradients:
+    """The uninitialised outputs of `backward`."""
+    T, B, K, H = steps(y, reversed), *y.shape[1:]
+    apart, stored, others = len(cell.apart), len(cell.stored), cell.states - 1
+    return Gradients(
+        y.new_empty(T, B, K, cell.gates * H),
+        y.new_empty(T, B, K, apart * H) if apart else y.new_empty(0),
+        y.new_empty(T, B, K, stored * H) if stored else y.new_empty(0),
+        y.new_empty(K, B, H),
+        y.new_empty(K, B, others * H) if others else y.new_empty(0),
+        scratch(y, K, cell.params * H) if cell.params else scratch(y, 0),
+    )
+
+
+def start_rows(rows: Tensor, start: Tensor | None, reversed: int) -> None:
+    """start [K, B, .] into the row of the buffer [., B, K, .] that each group starts from; zero at the other end."""
+    if start is None:
+        rows[0].zero_()
+        if reversed:
+            rows[-1].zero_()
+    elif not reversed:
+        rows[0].transpose(0, 1).copy_(start)
+    else:
+        for k in range(rows.shape[2]):
+            first, last = (-1, 0) if is_reversed(k, reversed) else (0, -1)
+            rows[first, :, k].copy_(start[k])
+            rows[last, :, k].zero_()

@@ -9,6 +9,15 @@ The sums have a place for each mean of a step, which the next step takes again. 
 another barrier, for the operands, and it does that when it has read the sums. So none is overwritten too early. What
 `grid` says of its values holds for the sums: they are stored before the block barrier of `arrive`, and read from L2.
 
+Values that are their own flags: where y is all that programs of `grid` read from each other, forward needs no fence.
+All of y but the first row is filled before the launch with elements of which all bits are ones, a NaN that no
+arithmetic yields; if a value should be that all the same, `store_flagged` stores another NaN. Who needs an element
+loads it until it is not all ones (`complete`). Every element tells of itself alone, so the order in which stores arrive
+does not matter; each is stored and loaded by one strong instruction, so none is half there; and each is stored once a
+launch, so none is stale. The row that a launch starts from is taken as it is. To poll a small y costs little (FLAGGED
+2). A larger one would keep the second-level cache busy: there a counter is polled first, which says that the values
+will be there soon (FLAGGED 1).
+
 Interpreted, a launch is one program after the other, and nobody can wait. A part of a step is then launched once more
 for each exchange: `done` says how many of the step's exchanges have all their sums. Beyond those a program goes on with
 its own sums, as if they were all; what it stores then is replaced by the last of these launches.

@@ -5,7 +5,7 @@ of U on chip (see `slices`). What the others need of a step goes through global 
 is read: forward the operands of level 1 through v (where that is h alone, it is in y), then those of level 2 through m;
 backward the gradients of the products of level 2, then of level 1, in dgx and dhu, where they belong anyway. A cell
 without a product has no barrier: its units are spread, and do not depend on each other. Means over units are exchanged
-while a function runs (see `exchange`).
+while a function runs, and some of forward's y is read without a barrier (FLAGGED); see `exchange` for both.
 
 The barrier
 -----------
@@ -207,8 +207,9 @@ def forward_kernel(
                 )  # fmt: skip
             else:
                 hu = operand_products(
-                    U, y_ptr, last_row, i > first if FLAGGED > 0 else None, not_reset(code_now, PADDING), start, GROUPS * H, GATES, 0, LEVEL,
-                    ACC, BLOCK_H, BLOCK_B, H, CHUNKS, mask_ptr is not None, WARPS, PRECISION,
+                    U, y_ptr, last_row, i > first if FLAGGED > 0 else None, not_reset(code_now, PADDING), start,
+                    GROUPS * H, GATES, 0, LEVEL, ACC, BLOCK_H, BLOCK_B, H, CHUNKS, mask_ptr is not None, WARPS,
+                    PRECISION,
                 )  # fmt: skip
         if PHASE == 2:
             hu = load_tiles(hu_first_ptr, at_first, mask, FIRST_PRODUCTS, H, ACC)

@@ -50,6 +50,8 @@ LATENCY: dict[str, tuple[float, float, float]] = {
     # From the atomic of a barrier until a poll can see that all have arrived. H200: 672 from one processor to another
     # (1245, data and a flag, less the fence), up to 424 more with 132 programs; that programs differ is a guess.
     "flag": (900, 1500, 1900),
+    # From a store until another program can load the word. H200: 519; that programs differ is a guess, as above.
+    "word": (519, 1000, 1400),
     "invalidation": (20, 40, 60),  # H200: 42, the difference of an acquiring and a plain load
     "operands": (9, 12, 20),  # guess: until a memory instruction has read its registers
     "other": (15, 25, 40),  # guess
@@ -163,17 +165,20 @@ def bounds(code: Sequence[tuple[int, str]]) -> tuple[int, int] | None:
 
 def path(code: list[Instruction], begin: int, end: int, trips: int = 1) -> list[Instruction]:
     """What a warp issues from begin to end or the first unconditional EXIT: loops within `trips` times, and no
-    conditional branch forward taken. A loop within that reads with an acquire is a poll, and done once."""
+    conditional branch forward taken, but over a loop that loads what others store until it is there. A loop within that
+    reads with an acquire is a poll, and done once."""
     at = {i.address: n for n, i in enumerate(code)}
     inner = [(i.target, i.address) for i in code if i.target is not None and begin <= i.target < i.address < end]
+    strong = [i.address for i in code if i.unit == "load" and "STRONG" in i.name]
+    again = [(first, last) for first, last in inner if any(first <= address <= last for address in strong)]
     found: list[Instruction] = []
     returns: list[int] = []
     left = {last: trips - 1 for _, last in inner}
     n = at[begin]
     while n < len(code) and len(found) < LONGEST:
         i = code[n]
-        strong = i.op in ("ATOM", "ATOMG") or (i.unit == "load" and "STRONG" in i.name)
-        poll = strong and any(first <= i.address <= last for first, last in inner)
+        polls = i.op in ("ATOM", "ATOMG") or i.address in strong
+        poll = polls and any(first <= i.address <= last for first, last in inner)
         found.append(replace(i, poll=True) if poll else i)
         if poll:
             left |= {last: 0 for first, last in inner if first <= i.address <= last}
@@ -186,12 +191,17 @@ def path(code: list[Instruction], begin: int, end: int, trips: int = 1) -> list[
             n = at[i.target]
         elif i.op == "RET" and returns:
             n = returns.pop()
-        elif i.op == "BRA" and always and i.target in at and i.target > i.address:
+        elif i.op == "BRA" and i.target in at and i.target > i.address and (always or _over(i, again)):
             n = at[i.target]
         elif left.get(i.address, 0) > 0 and i.target is not None:
             left[i.address] -= 1
             n = at[i.target]
     return found
+
+
+def _over(branch: Instruction, loops: list[tuple[int, int]]) -> bool:
+    """Whether one of the loops lies between the branch and its target."""
+    return any(branch.address < first and last < (branch.target or 0) for first, last in loops)
 
 
 @dataclass
@@ -219,6 +229,7 @@ class Processor:
         self.free: dict[tuple[str, int], float] = defaultdict(float)  # when a scheduler's unit takes the next one
         self.shared = self.memory = self.l2 = 0.0  # when the processor's do
         self.visible = self.flag = 0.0  # when the last store is seen by all, and the last arrival at a barrier
+        self.word = 0.0  # when others' last words are there
         self.arrived: list[tuple[_Warp, float]] = []
 
     def run(self, iterations: int) -> list[float]:
@@ -343,6 +354,8 @@ class Processor:
         self.memory = begin + max(i.bytes, min(SECTOR[self.setting] * sectors, 16))
         if i.unit == "store":
             self.visible = self.memory + self.latency["fence"]
+            if "STRONG" in i.name:
+                self.word = begin + self.latency["word"]
             return self.memory, self.memory + self.latency["operands"]
         if i.poll:
             return max(begin + self.latency["acquire" if i.unit == "load" else "atomic"], self.flag), read
@@ -350,6 +363,7 @@ class Processor:
         rate = EXCHANGE_BYTES[self.setting] if strong else self.rate
         self.l2 = max(begin, self.l2) + 32 * sectors / rate
         done = self.l2 + self.latency["exchange" if strong else "global"]
+        done = max(done, self.word) if strong else done
         if i.op == "LDGSTS":
             w.copies = max(w.copies, done)
         return done, read

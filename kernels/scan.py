@@ -21,7 +21,17 @@ from torch import Tensor
 
 from . import grid, means, resident, stepwise, streamed
 from . import recompute as recompute_schedule
-from .buffers import Gradients, Scanned, is_reversed, previous_outputs, steps
+from .buffers import (
+    Gradients,
+    Scanned,
+    allocate,
+    allocate_gradients,
+    allocate_saved,
+    previous_outputs,
+    scratch,
+    start_rows,
+    steps,
+)
 from .cells import Cell
 from .devices import INTERPRETER, Device, present
 from .plan import Plan, chunks, parts, slices
@@ -150,14 +160,12 @@ def _flagged(cell: Cell, plan: Plan, shape: tuple[int, int, int], itemsize: int)
     read = hidden * plan.block_b * itemsize
     # A thread of more than 128 bytes would wait for all of them where it now begins with the first.
     fits = plan.block_b <= 16 and len(whole) == 1 and read <= 128 * 32 * plan.num_warps
-    if itemsize not in (2, 4) or hidden * itemsize % 16 or not fits:
+    if itemsize not in (2, 4) or hidden * itemsize % 16 or not fits:  # so that a run of 16 bytes is whole
         return 0
     return 2 if -(-hidden // plan.block_h) * read <= _READ_AT_EACH_POLL else 1
 
 
-def _of_schedule(
-    cell: Cell, plan: Plan, hidden: int, backward: bool, flagged: int = 0
-) -> dict[str, object]:
+def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool, flagged: int = 0) -> dict[str, object]:
     """The constexprs of the plan's schedule alone."""
     constants: dict[str, object] = {}
     if plan.schedule != "stepwise":
@@ -205,52 +213,11 @@ def _backward_constants(
     return constants | _of_schedule(cell, plan, shape[1], True)
 
 
-def _scratch(like: Tensor, *shape: int) -> Tensor:
-    """An uninitialised buffer in the accumulation type."""
-    return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
-
-
 def _fill(state: Tensor, start: Tensor | None) -> None:
     if start is None:
         state.zero_()
     else:
         state.copy_(start)
-
-
-def _start(rows: Tensor, start: Tensor | None, reversed: int) -> None:
-    """start [K, B, .] into the row of the buffer [., B, K, .] that each group starts from; zero at the other end."""
-    if start is None:
-        rows[0].zero_()
-        if reversed:
-            rows[-1].zero_()
-    elif not reversed:
-        rows[0].transpose(0, 1).copy_(start)
-    else:
-        for k in range(rows.shape[2]):
-            first, last = (-1, 0) if is_reversed(k, reversed) else (0, -1)
-            rows[first, :, k].copy_(start[k])
-            rows[last, :, k].zero_()
-
-
-def allocate_saved(cell: Cell, gx: Tensor) -> Tensor:
-    """Room for the saved tiles [T, B, K, W, H]: W 64-bit words of them, or the one tile of a cell that saves one."""
-    T, B, K, H = *gx.shape[:3], gx.shape[3] // cell.gates
-    pack = 8 // gx.element_size() if cell.saved > 1 else 1
-    return gx.new_empty(T, B, K, -(-cell.saved // pack), H, dtype=gx.dtype if pack == 1 else torch.int64)
-
-
-def allocate(cell: Cell, gx: Tensor, save: str, reversed: int = 0) -> Scanned:
-    """The uninitialised outputs of `forward`."""
-    T, B, K, H = *gx.shape[:3], gx.shape[3] // cell.gates
-    others = (cell.states - 1) * H
-    rows = T + (2 if reversed else 1)
-    return Scanned(
-        gx.new_empty(rows, B, K, H),
-        gx.new_empty(1 if save == "none" else rows, B, K, others) if others else gx.new_empty(0),
-        allocate_saved(cell, gx) if save == "gates" else gx.new_empty(0),
-        gx.new_empty(K, B, H),
-        gx.new_empty(K, B, others) if others else gx.new_empty(0),
-    )
 
 
 def _programs(plan: Plan, B: int, K: int, H: int) -> tuple[int, ...]:
@@ -286,7 +253,7 @@ def _launch_grid(
         tiles = programs[1] * programs[2]
         counter = torch.zeros((1 + bool(exchanges)) * tiles, dtype=torch.int32, device=like.device)
         if exchanges:
-            sums = _scratch(like, tiles, sum(map(sum, exchanges)), programs[0], plan.block_b)
+            sums = scratch(like, tiles, sum(map(sum, exchanges)), programs[0], plan.block_b)
     arguments = {**arguments, "counter_ptr": counter, "sums_ptr": sums}
     if plan.nvidia or not plan.waits:
         launch(Launch(kernel, programs, {**arguments, "first": 0, "last": T, "done": 0, "PHASE": -1}, plan))
@@ -325,9 +292,9 @@ def forward(
     out = allocate(cell, gx, save, reversed)
     if T > 1 and _flagged(cell, plan, (K, H, reversed), gx.element_size()):
         out.y.view(torch.int32).fill_(-1)
-    _start(out.y, h0, reversed)
+    start_rows(out.y, h0, reversed)
     if cell.states > 1 and (save != "none" or plan.schedule == "resident"):
-        _start(out.c, c0, reversed if save != "none" else 0)
+        start_rows(out.c, c0, reversed if save != "none" else 0)
     u, bias, params, dropout, mask = _aligned(u, bias, params, dropout, mask)
     mask_type = None if mask is None else mask.dtype
     units = plan  # of the launches that call the cell's functions
@@ -345,7 +312,7 @@ def forward(
         launch(Launch(resident.forward_kernel, programs, {**arguments, "hn_ptr": out.hn, "cn_ptr": out.cn}, plan))
         return out
 
-    sh, sc = _scratch(gx, K, B, H), _scratch(gx, *out.cn.shape)
+    sh, sc = scratch(gx, K, B, H), scratch(gx, *out.cn.shape)
     _fill(sh, h0)
     _fill(sc, c0)
     second = len(cell.operands) - cell.level
@@ -355,7 +322,7 @@ def forward(
         "sh_ptr": sh,
         "sc_ptr": sc,
         "v_ptr": gx.new_empty(2, B, K, cell.level * H) if cell.published else None,
-        "hu_first_ptr": _scratch(gx, K, B, kept * H) if kept else None,
+        "hu_first_ptr": scratch(gx, K, B, kept * H) if kept else None,
         "m_ptr": gx.new_empty(B, K, second * H) if second else None,
     }
     phases = (0,) * cell.published + (1, 2)[: 2 if second else 1]
@@ -377,20 +344,6 @@ def forward(
     out.hn.copy_(sh)
     out.cn.copy_(sc)
     return out
-
-
-def allocate_gradients(cell: Cell, y: Tensor, reversed: int = 0) -> Gradients:
-    """The uninitialised outputs of `backward`."""
-    T, B, K, H = steps(y, reversed), *y.shape[1:]
-    apart, stored, others = len(cell.apart), len(cell.stored), cell.states - 1
-    return Gradients(
-        y.new_empty(T, B, K, cell.gates * H),
-        y.new_empty(T, B, K, apart * H) if apart else y.new_empty(0),
-        y.new_empty(T, B, K, stored * H) if stored else y.new_empty(0),
-        y.new_empty(K, B, H),
-        y.new_empty(K, B, others * H) if others else y.new_empty(0),
-        _scratch(y, K, cell.params * H) if cell.params else _scratch(y, 0),
-    )
 
 
 def backward(
@@ -424,7 +377,7 @@ def backward(
         units = means.whole(plan, H, u.element_size())
     programs = _programs(units, B, K, H)
     # A program adds for its own rows, in a fixed order: two runs give the same bits.
-    shares = _scratch(y, -(-B // units.block_b), *out.dparams.shape).zero_() if cell.params else None
+    shares = scratch(y, -(-B // units.block_b), *out.dparams.shape).zero_() if cell.params else None
     dy, dhn, dcn, dcs, u, params, dropout, mask = _aligned(dy, dhn, dcn, dcs, u, params, dropout, mask)
     mask_type = None if mask is None else mask.dtype
     constants = _backward_constants(cell, units, (K, H, reversed), u.dtype, mask_type, precision)
@@ -438,7 +391,7 @@ def backward(
         launch(Launch(resident.backward_kernel, programs, arguments, plan))
         return out if shares is None else out._replace(dparams=shares.sum(0))
 
-    dsh, dsc = _scratch(y, K, B, H), _scratch(y, *out.dc0.shape)
+    dsh, dsc = scratch(y, K, B, H), scratch(y, *out.dc0.shape)
     _fill(dsh, dhn)
     _fill(dsc, dcn)
     arguments |= {"dsh_ptr": dsh, "dsc_ptr": dsc}
@@ -448,7 +401,7 @@ def backward(
     else:
         if _rounds_before(precision, u.dtype):
             arguments["u_ptr"] = _rounded(u)
-        arguments["dv_ptr"] = dv = _scratch(y, K, B, len(cell.operands) * H) if cell.means and cell.operands else None
+        arguments["dv_ptr"] = dv = scratch(y, K, B, len(cell.operands) * H) if cell.means and cell.operands else None
         for t in range(T - 1, -2, -1):
             for phase in phases if t >= 0 else phases[:1]:
                 varying = {"t": t, "PHASE": phase, "FIRST": t == T - 1, "LAST": t < 0, "BLOCK_K": plan.block_k}

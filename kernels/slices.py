@@ -113,7 +113,8 @@ def _load_x(
     BLOCK_B: tl.constexpr, WARPS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The operand that meets it, from L2: [SIZE, rows], or [PARTS, SIZE / PARTS, rows] with a part's columns in an
-    order of their own. ROW elements from row to row; a row past the last one reads that (rows do not mix).
+    order of their own. ROW elements from row to row; a row past the last one reads that (rows do not mix). again: None,
+    or what `exchange.complete` takes, if the operand's values are their own flags.
 
     Loaded in a shape whose layout, as Triton chooses it, is the one the tensor cores want of their right operand when
     reshaped (as in `layout`): a warp loads its own parts, straight into the registers of its products.
@@ -145,18 +146,23 @@ def _load_x(
         k = k0 + part * PART + (turn * 4 + lane) * RUN
         ks = k + run
         # Rows before columns: what differs between a thread's addresses is then a constant, and takes no registers.
-        at = x_ptr + tl.minimum(row, last) * ROW + ks
-        if again is not None:
-            x = tl.load(in_order(at), volatile=True)
-            from_ = tl.broadcast_to(tl.minimum(row, last) * ROW + k, at.shape)
-            more = tl.broadcast_to(run, at.shape)
-            x = complete(x, x_ptr, in_order(from_), in_order(more), again, EACH * TURNS * (BLOCK_B // 8) * RUN, RUN)
+        at_row = tl.minimum(row, last) * ROW
+        if again is not None:  # a run is whole or past the last column; then it is the last run, and left out
+            there = tl.minimum(k, K - RUN)
+            x = tl.load(in_order(x_ptr + at_row + there + run), volatile=True)
+            at_run, more = (
+                tl.broadcast_to(at_row + there, (at_row + ks).shape),
+                tl.broadcast_to(run, (at_row + ks).shape),
+            )
+            x = complete(x, x_ptr, in_order(at_run), in_order(more), again, EACH * TURNS * (BLOCK_B // 8) * RUN, RUN)
             x = in_order(x)
+            if not WHOLE:
+                x = tl.where(tl.broadcast_to(ks < K, x.shape), x, 0.0)
         elif WHOLE:
-            x = in_order(tl.load(in_order(at), cache_modifier=".cg"))
+            x = in_order(tl.load(in_order(x_ptr + at_row + ks), cache_modifier=".cg"))
         else:
-            mask = in_order(tl.broadcast_to(ks < K, at.shape))
-            x = in_order(tl.load(in_order(at), mask=mask, other=0.0, cache_modifier=".cg"))
+            mask = in_order(tl.broadcast_to(ks < K, (at_row + ks).shape))
+            x = in_order(tl.load(in_order(x_ptr + at_row + ks), mask=mask, other=0.0, cache_modifier=".cg"))
         x = tl.reshape(x, [EACH, TURNS, BLOCK_B // 8, W, 8, 4, RUN // PAIR, PAIR])
         x = tl.reshape(tl.permute(x, [0, 3, 1, 6, 5, 7, 2, 4]), [PARTS, PART, BLOCK_B])
     return x
@@ -206,7 +212,7 @@ def _product(
     K: tl.constexpr, CHUNK: tl.constexpr, WARPS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """U @ x [M, BLOCK_B], U as `_slice` returns it, x[k, row] at x_ptr + row * ROW + k: what others have published.
-    again: None, or what `exchange.load_flagged` takes, if x was stored for it."""
+    again: see `_load_x`."""
     PARTS: tl.constexpr = _parts(M, BLOCK_B, WARPS)
     SIZES: tl.constexpr = _sizes(K, CHUNK, PARTS)
     if PARTS == 1:  # noqa: SIM108  (the compiler needs the two shapes apart)
@@ -260,8 +266,8 @@ def operand_products(
     out = ()
     for n in tl.static_range(FROM, TO):
         out = out + _operand_products(
-            U[n], x_ptr + (n - FROM) * H, last, again, keep, start, ROW, first_product(GATES, n), GATES[n], ACC, BLOCK_H,
-            BLOCK_B, H, CHUNKS[n], MASKED, WARPS, PRECISION,
+            U[n], x_ptr + (n - FROM) * H, last, again, keep, start, ROW, first_product(GATES, n), GATES[n], ACC,
+            BLOCK_H, BLOCK_B, H, CHUNKS[n], MASKED, WARPS, PRECISION,
         )  # fmt: skip
     return out
 
