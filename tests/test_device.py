@@ -47,6 +47,18 @@ def test_two_streams_at_once():
     assert all(torch.equal(a, b) for got in found for a, b in zip(got, want, strict=True))
 
 
+@pytest.mark.parametrize("hidden", [256, 512])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_values_that_are_their_own_flags_may_be_nan(dtype, hidden):
+    """No value that is computed or given keeps a program waiting, and a NaN stays in its row."""
+    x, w_ih, w_hh, b_ih, b_hh, h0, c0 = inputs("lstm", Shape(20, 16, 8, hidden), dtype, DEVICE)
+    x[5, 0, 0] = torch.nan
+    h0.view(torch.int16 if dtype == torch.bfloat16 else torch.int32)[1] = -1
+    y, _ = functional.scan("lstm", x, (h0, c0), w_ih, w_hh, b_ih, b_hh, backend="triton:grid")
+    nan = y.isnan().any(2)
+    assert nan[5:, 0].all() and not nan[:5, 0].any() and nan[:, 1].all() and not nan[:, 2:].any()
+
+
 @pytest.mark.parametrize("schedule", ["resident", "grid", "stepwise"])
 def test_a_cuda_graph_replays(schedule):
     hidden = 64 if schedule == "resident" else 512

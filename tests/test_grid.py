@@ -4,6 +4,12 @@ The barrier itself is modelled in test_barrier.py; here programs run one after a
 between two barriers.
 """
 
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
 import kinds
 import pytest
 import torch
@@ -153,6 +159,68 @@ def test_counters_are_fresh_and_zero_for_each_launch():
     for _ in range(2):
         scan.forward(declared, gx, u, None, None, None, None, save="none", plan=chosen, launch=launch)
     assert len({id(counter) for counter in seen}) == 2
+
+
+@pytest.mark.parametrize(
+    ("cell", "B", "H", "dtype", "expected"),
+    [
+        ("lstm", 16, 256, torch.bfloat16, 2),
+        ("lstm", 3, 40, torch.float16, 2),
+        ("gru", 16, 512, torch.bfloat16, 1),  # what is polled would keep the second-level cache busy
+        ("rnn_tanh", 16, 256, torch.float32, 2),
+        ("lstm", 16, 1024, torch.bfloat16, 0),  # more than 64 bytes a thread
+        ("lstm", 256, 256, torch.bfloat16, 0),  # more than 16 rows
+        ("lstm", 16, 100, torch.bfloat16, 0),  # rows of y that are not whole pieces of 16 bytes
+        ("lstm", 16, 120, torch.float32, 2),
+        ("lstm", 16, 112, torch.float32, 0),  # U in more than one piece
+        ("lstm", 16, 64, torch.float64, 0),
+        ("gru_before", 16, 256, torch.bfloat16, 0),  # not y alone
+        ("all at once", 16, 256, torch.bfloat16, 0),
+    ],
+)
+def test_where_values_are_their_own_flags(cell, B, H, dtype, expected):
+    """And that no value is there before it is stored, but those that the scan starts from."""
+    ((launch,), (back,)) = recorded(cell, "sm_90", 5, B, H, "grid", dtype)
+    assert launch.arguments["FLAGGED"] == expected and "FLAGGED" not in back.arguments
+    if cell in KINDS:
+        return
+    declared, seen = cells.get(cell), []
+    for reverse in (0, 2):
+        gx = torch.zeros(5, B, 2, declared.gates * H, dtype=dtype)
+        u, h0 = torch.zeros(2, declared.products * H, H, dtype=dtype), torch.full((2, B, H), 7.0, dtype=dtype)
+        size = {"B": B, "H": H, "groups": 2, "itemsize": dtype.itemsize, "device": KNOWN["sm_90"]}
+        chosen = replace(plan(declared, **size, schedule="grid"), block_b=launch.plan.block_b)
+        bias = torch.zeros(2, len(declared.apart) * H, dtype=dtype) if declared.apart else None
+        out = scan.forward(
+            declared, gx, u, bias, h0, None, None, save="none", plan=chosen, reversed=reverse, launch=seen.append
+        )
+        rows = out.y[1:6]
+        bits = rows.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+        assert (bits == -1).all() == (seen[-1].arguments["FLAGGED"] > 0)
+        assert (out.y[0, :, 0] == 7).all() and (out.y[-1 if reverse else 0, :, 1] == 7).all()
+
+
+COMPILED = """
+from triton.backends.compiler import GPUTarget
+from seqcells.kernels import latency, report
+for cell, hidden, fences in (("lstm", 256, 0), ("gru", 512, 0), ("gru_before", 256, 2)):
+    (launch,) = report.launches(report.Case(cell, "train", "bf16", 16, hidden, "sm_90"))
+    compiled = report.compile_launch(launch, GPUTarget("cuda", 90, 32))
+    code = latency.decode(report.disassemble(compiled.asm["cubin"]))
+    begin, end = latency.bounds([(i.address, i.text) for i in code])
+    steps = [i for i in code if begin <= i.address <= end]
+    assert sum(i.op == "MEMBAR" for i in steps) == fences, (cell, hidden)
+    assert sum(i.op == "BAR" for i in steps) <= 2 + 2 * fences, (cell, hidden)
+    assert not any(i.op in ("LDL", "STL") for i in code), "spills"
+    if not fences:  # the operand is loaded straight into the registers of its products, 16 bytes at a time
+        first = next(i for i in steps if i.unit == "load" and "STRONG" in i.name)
+        assert first.bytes == 16 and not any(i.op == "LDSM" for i in steps)
+"""
+
+
+def test_values_that_are_their_own_flags_need_no_fence():
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    subprocess.run([sys.executable, "-c", COMPILED], check=True, env=environment, cwd=Path(__file__).parents[1])
 
 
 def test_interpreted_a_launch_does_one_part_of_one_step():

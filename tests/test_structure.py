@@ -26,12 +26,12 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.layout": {"kernels.math"},
     "kernels.exchange": {"kernels.math"},
     "kernels.resident": {"kernels.exchange", "kernels.layout", "kernels.math", "kernels.random", "kernels.tiles"},
-    "kernels.slices": {"kernels.layout", "kernels.math", "kernels.plan", "kernels.tiles"},
+    "kernels.slices": {"kernels.exchange", "kernels.layout", "kernels.math", "kernels.plan", "kernels.tiles"},
     "kernels.grid": {"kernels.exchange", "kernels.random", "kernels.slices", "kernels.tiles"},
     "kernels.streamed": {"kernels.math", "kernels.tiles"},
     "kernels.stepwise": {"kernels.exchange", "kernels.math", "kernels.random", "kernels.streamed", "kernels.tiles"},
     "kernels.recompute": {"kernels.exchange", "kernels.random", "kernels.tiles"},
-    "kernels.buffers": set(),
+    "kernels.buffers": {"kernels.form"},  # its type alone
     "kernels.scan": {
         f"kernels.{n}"
         for n in (
@@ -41,9 +41,10 @@ ARROWS = {  # room: the rooms of the project it may import
         )
     },
     "kernels.plan_single": {f"kernels.{n}" for n in ("cost", "devices", "form", "plan")},
-    "kernels.single": {f"kernels.{n}" for n in ("cells", "math", "plan", "plan_single", "scan", "tiles")},
+    "kernels.single": {f"kernels.{n}" for n in ("buffers", "cells", "math", "plan", "plan_single", "scan", "tiles")},
     "kernels.report": {
-        f"kernels.{n}" for n in ("cells", "devices", "latency", "plan", "plan_single", "registry", "scan", "single")
+        f"kernels.{n}"
+        for n in ("buffers", "cells", "devices", "latency", "plan", "plan_single", "registry", "scan", "single")
     },
     "kernels.latency": set(),
     "kernels": {"kernels.cells", "kernels.scan", "kernels.single"},
