@@ -13,9 +13,14 @@ A load that is not .cg goes through an L1 cache, one a program, which is as bad 
 at any time, an acquire does not empty it, and a line holds the whole buffer, so that a load brings in what it did not
 ask for.
 
+Where the values of y are their own flags, a look is loads that are made again until nothing they return is all ones:
+the fill, step -1, and the start, step 0, since h0 may be anything. Loads that return all ones leave nothing behind, and
+so only the last ones are a move. They may be made once all units have something else, and may return whatever else lies
+between, as above. To a look, an L1 cache that is as bad as can be gives for ever what is in it.
+
 Not modelled: arithmetic, more than one unit a warp, a load that is still under way at the next block barrier (an
 asynchronous copy), a store made before an earlier load or wait of its own warp, an overflow of the counter, the time a
-poll takes, what the compiler makes of the kernel.
+poll takes, what the compiler makes of the kernel, part of a unit's value (an element is stored and loaded whole).
 """
 
 from collections import deque
@@ -23,16 +28,19 @@ from collections import deque
 import pytest
 
 
-def program(steps, exchanges, programs, leader=True, without="", published=False, each=True, sums=False):
+def program(steps, exchanges, programs, leader=True, without="", published=False, each=True, sums=False, flagged=0):
     """What one warp does in a launch. Of the two warps of a program the first is the leader. published: the first
     exchange of a step goes through v, else through y. each: every warp polls for itself (CUDA), or the leader, with a
-    block barrier after it. sums: a step also exchanges sums for a mean, in one buffer and with a counter of its own."""
+    block barrier after it. sums: a step also exchanges sums for a mean, in one buffer and with a counter of its own.
+    flagged: the values of y are their own flags. 1: a counter is waited for first, which orders nothing. 2: none is."""
     code, barriers = [], 0
 
     def barrier():
         nonlocal barriers
         barriers += 1  # the counter is never reset: barrier n is open once every program arrived n times
         arrivals = programs * barriers - (without == "the last arrival")
+        if flagged:  # no block barrier: a program is counted in when its first warp has stored
+            return [*[("arrive", "relaxed")] * leader, ("wait", "relaxed", arrivals)] if flagged == 1 else []
         arrive = ("arrive", "relaxed" if without == "release" else "release")
         wait = ("wait", "relaxed" if without == "acquire" else "acquire", arrivals)
         if each:
@@ -50,7 +58,9 @@ def program(steps, exchanges, programs, leader=True, without="", published=False
                 code += barrier()
             code += [("load", "v", row, t)]
         else:
-            code += [("load", "y", row, t)]
+            # What was there before the launch is taken as it is.
+            look = flagged and without != "the look" and (t or without == "the start as it is")
+            code += [("look" if look else "load", "y", row, t)]
         if sums:
             wait = [] if without == "the wait for s" else [("wait", "acquire", programs * (t + 1), "sums")]
             code += [("store", "s", 0, t), ("block", "before")]
@@ -75,11 +85,13 @@ class Model:
     released into it; and what is in each program's cache. A view is the newest step of each place, -1 before the first.
     """
 
-    def __init__(self, programs, warps, steps, exchanges, without, resident, launches, counters, published, each, sums):
+    def __init__(
+        self, programs, warps, steps, exchanges, without, resident, launches, counters, published, each, sums, flagged
+    ):
         self.programs, self.warps, self.without, self.counters = programs, warps, without, counters or launches
         self.crews = [range(p * warps, (p + 1) * warps) for p in range(launches * programs)]
         self.code = [
-            program(steps, exchanges, programs, w == crew[0], without, published, each, sums)
+            program(steps, exchanges, programs, w == crew[0], without, published, each, sums, flagged)
             for crew in self.crews
             for w in crew
         ]
@@ -88,6 +100,14 @@ class Model:
         rows += [("s", 0)] * sums
         each = ((*row, w) for w in range(len(self.code)) for row in rows)
         self.places = {place: i for i, place in enumerate(each)}
+        # The values each place ever has.
+        self.values = [{0 if place[:2] == ("y", 0) else -1} for place in self.places]
+        for w, code in enumerate(self.code):
+            for _, buffer, row, step in (line for line in code if line[0] == "store"):
+                self.values[self.places[buffer, row, w]].add(step)
+        # All ones are the fill and, since h0 may be anything, the start.
+        ones = {-1: without != "the fill", 0: True, 1: without == "the other NaN"}
+        self.ones = {value for value in ones if flagged and ones[value]}
 
     def first(self):
         """The state before any move."""
@@ -114,8 +134,10 @@ class Model:
             return None
         wrong = set()
         match code[w][at[w]]:
-            case "load", buffer, row, step:
-                wrong = self.load(w, buffer, row, step, knows[w], made, cached)
+            case (("load" | "look"), *_):
+                wrong = self.load(w, code[w][at[w]], knows[w], made, cached)
+                if wrong is None:
+                    return None
             case "store", buffer, row, step:
                 place = self.places[buffer, row, w]
                 made, knows[w] = put(made, place, step), put(knows[w], place, step)
@@ -139,20 +161,29 @@ class Model:
         at[w] += 1
         return wrong, tuple(map(tuple, (at, knows, (made,), counts, released, cached)))
 
-    def load(self, w, buffer, row, step, known, made, cached):
-        """What may go wrong in a load; adds to `cached` what it leaves in the cache of warp w's program."""
+    def load(self, w, line, known, made, cached):
+        """What may go wrong in a load or a look; None if a look goes on. Adds to `cached` what it leaves in the cache
+        of warp w's program."""
+        kind, buffer, row, step = line
         p, places, wrong = w // self.warps, self.places, set()
         units = self.programs * self.warps  # of a launch
         first = w // units * units
         # All units in one move. A load changes nothing (but for the cache), so if one unit can be wrong at some time
-        # between the others, the search sees it where they are all loaded at that time.
+        # between the others, the search sees it where they are all loaded at that time; or, for a look, later, since
+        # what a unit may return only grows until the warp goes on.
         for v in range(first, first + units):
             place = places[buffer, row, v]
-            if known[place] < step:
-                wrong.add(f"{buffer} too old")
+            may = {value for value in self.values[place] if known[place] <= value <= made[place]}
+            old = {value for value in range(-1, step) if (place, value) in cached[p]}
+            if kind == "look":
+                may -= self.ones
+                beyond = self.without == "the end of the row" and made[places[buffer, row + 1, v]] in self.ones
+                if not may or old & self.ones or beyond:
+                    return None
+            wrong |= {f"{buffer} {'missing' if value in self.ones else 'too old'}" for value in may if value < step}
             if made[place] > step:
                 wrong.add(f"{buffer} overwritten")
-            if any((place, old) in cached[p] for old in range(-1, step)):
+            if old:
                 wrong.add(f"{buffer} too old in L1")
         if self.without == f"cg of {buffer}":  # what the program stores itself is up to date in its cache
             line = {i for (b, _, v), i in places.items() if b == buffer and v not in self.crews[p]}
@@ -172,13 +203,16 @@ def explore(
     published=False,
     each=True,
     sums=False,
+    flagged=0,
 ):
     """Tries every order of moves. Yields what can come of it, each once, with a shortest way there: "finished",
     "deadlock" or what is wrong with a load, after which the search goes on as if it had been right. Each launch has a
     counter of its own, or they share `counters`. A program that is not among the first `resident` starts when another
     has ended.
     """
-    model = Model(programs, warps, steps, exchanges, without, resident, launches, counters, published, each, sums)
+    model = Model(
+        programs, warps, steps, exchanges, without, resident, launches, counters, published, each, sums, flagged
+    )
     first = model.first()
     before, queue, found = {first: None}, deque([first]), set()
 
@@ -192,7 +226,7 @@ def explore(
         if not moves:
             end = "finished" if all(model.ended(state[0], p) for p in range(len(model.crews))) else "deadlock"
             if end not in found:
-                yield end, way(*before[state])
+                yield end, way(*before[state]) if before[state] else []
             found.add(end)
         for w, (wrong, after) in moves:
             for what in sorted(wrong - found):
@@ -308,3 +342,50 @@ def test_two_launches_at_a_time_need_a_counter_each():
     what, way = next(explore(2, 1, 2, 1, launches=2, counters=1))
     assert what == "y too old"
     assert {int(line[0]) // 2 for line in way if "arrive" in line} == {0, 1}, way
+
+
+@pytest.mark.parametrize("flagged", [1, 2])
+@pytest.mark.parametrize(("programs", "warps", "steps"), [(2, 1, 6), (2, 2, 4), (3, 1, 4), (3, 2, 3), (4, 1, 3)])
+def test_values_that_are_their_own_flags_are_read_in_time(programs, warps, steps, flagged):
+    """With a start that is all ones, which nobody looks at."""
+    found = dict(explore(programs, warps, steps, 1, flagged=flagged))
+    assert found.keys() == {"finished"}, found
+
+
+WITHOUT_A_FENCE = {
+    "the fill": {"y too old", "finished"},  # what an earlier launch left
+    "the look": {"y missing", "finished"},
+    "cg of y": {"deadlock"},
+    "rows of y": {"y too old", "y overwritten", "finished"},
+    "the end of the row": {"deadlock"},  # a look that takes in the row after it
+    "the start as it is": {"deadlock"},
+    "the other NaN": {"deadlock"},  # for a result of all ones
+}
+
+
+@pytest.mark.parametrize("flagged", [1, 2])
+@pytest.mark.parametrize("warps", [1, 2])
+@pytest.mark.parametrize("without", WITHOUT_A_FENCE)
+def test_whatever_is_taken_away_of_the_flags_is_missed(without, warps, flagged):
+    found = dict(explore(2, warps, 3, 1, without, flagged=flagged))
+    assert found.keys() == WITHOUT_A_FENCE[without], found
+
+
+@pytest.mark.parametrize("without", ["wait", "the last arrival", "a counter at zero", "arrive"])
+@pytest.mark.parametrize("warps", [1, 2])
+def test_no_read_relies_on_the_counter_that_is_polled_before_the_flags(without, warps):
+    """A wrong counter lets programs look too early, which does no harm, or keeps them for ever."""
+    found = dict(explore(2, warps, 3, 1, without, flagged=1))
+    assert found.keys() == {"deadlock" if without == "arrive" else "finished"}, found
+
+
+@pytest.mark.parametrize("flagged", [1, 2])
+@pytest.mark.parametrize(("programs", "resident"), [(2, 1), (3, 1), (3, 2), (3, 3)])
+def test_flags_of_a_program_that_is_not_resident_keep_the_others_waiting(programs, resident, flagged):
+    found = dict(explore(programs, 1, 2, 1, resident=resident, flagged=flagged))
+    assert found.keys() == {"finished" if resident == programs else "deadlock"}, found
+
+
+def test_two_launches_whose_values_are_flags_may_even_share_a_counter():
+    found = dict(explore(2, 1, 2, 1, launches=2, counters=1, flagged=1))
+    assert found.keys() == {"finished"}, found
