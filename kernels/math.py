@@ -97,9 +97,11 @@ def product(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.constexpr_function
 def is_one_chain(depth, rows, dtype, precision):
-    """Whether a sum of products is best one chain. It is not in TF32 with 8 rows, unless a product is one instruction
-    (16 units). In 16 bits a chain is quicker on a device (see benchmarks/NOTES.md); more rows keep the tensor cores
-    busy anyway; other types do not use them."""
+    """Whether a sum of products is best one chain. It is not with 8 rows on the tensor cores, but for a product that is
+    one instruction, and, in 16 bits, for up to 64 units, where a chain was quicker on a device (benchmarks/NOTES.md).
+    More rows keep the tensor cores busy anyway; other types do not use them."""
+    if dtype.primitive_bitwidth == 16:
+        return rows > 8 or depth <= 64
     return not (dtype.is_fp32() and precision != "ieee" and rows <= 8 and depth > 8)
 
 

@@ -33,6 +33,7 @@ from .layout import (
     unit_order,
     write_tiles,
 )  # fmt: skip
+from .math import is_one_chain
 from .random import draw
 from .tiles import (
     active,
@@ -219,6 +220,22 @@ def _load_step(
     return before, read_tiles(saved_ptr, from_s, readable_words, WORDS, H), dy, dcs
 
 
+@triton.jit
+def _store_step(
+    dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, mask, dgx, dhu, computed, ADDS: tl.constexpr, LATE: tl.constexpr,
+    H: tl.constexpr,
+):  # fmt: skip
+    """What a step of backward stores of dgx, dhu and m, but for the tiles of dgx that are late."""
+    for n in tl.static_range(len(dgx)):
+        if not is_in(n, LATE):
+            write_tiles(dgx_ptr + n * H, at_g, mask, dgx, n, n + 1, H)
+    for n in tl.static_range(len(ADDS)):
+        if ADDS[n] < 0:
+            write_tiles(dhu_ptr + apart_before(ADDS, n) * H, at_i, mask, dhu, n, n + 1, H)
+    if len(computed) > 0:
+        write_tiles(m_ptr, at_m, mask, computed, 0, len(computed), H)
+
+
 @triton.jit(do_not_specialize=["T", "B"])
 def backward_kernel(
     dy_ptr, dcs_ptr, dhn_ptr, dcn_ptr, u_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr,
@@ -256,6 +273,9 @@ def backward_kernel(
     COMPUTED: tl.constexpr = computed_before(STATE_OF, LEVEL)  # operands of level 1 that are computed
     STORED: tl.constexpr = COMPUTED + OPERANDS - LEVEL
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
+    # Where products are chains of their own, their operands are all read before the first: what is stored before them
+    # would hold that up. (Stores and shared memory take turns.)
+    LATER: tl.constexpr = FIRST > 1 and not is_one_chain(BLOCK_H, BLOCK_B, TYPE, PRECISION)
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
     word_units = memory_units(BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
@@ -363,26 +383,22 @@ def backward_kernel(
                 dm = dm + (d,)
         dgx, dhu, new, dparams, computed = STEP(dstates, dm, saved, entering, after, params, FAST)
         dgx, dhu, dstates, computed = before_step(dgx, dhu, new, computed, dstates, code, PADDING)
-        for n in tl.static_range(G):
-            if not is_in(n, LATE):
-                write_tiles(dgx_ptr + n * H, at_g, mask, dgx, n, n + 1, H)
-        for n in tl.static_range(PRODUCTS):
-            if ADDS[n] < 0:
-                write_tiles(dhu_ptr + apart_before(ADDS, n) * H, at_i, mask, dhu, n, n + 1, H)
-        if COMPUTED > 0:
-            write_tiles(m_ptr, at_m, mask, computed, 0, COMPUTED, H)
-        dhu = inside_all(dhu, units, FIRST, H, TYPE, FAST)
-        dhu = operands(dhu, FIRST, TYPE, PRECISION)  # all before the first product: one barrier for them
+        if not LATER:
+            _store_step(dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, mask, dgx, dhu, computed, ADDS, LATE, H)
+        d_first = inside_all(dhu, units, FIRST, H, TYPE, FAST)
+        d_first = operands(d_first, FIRST, TYPE, PRECISION)  # all before the first product: one barrier for them
         dv = ()
         for n in tl.static_range(LEVEL):
             d = zero
             if STATE_OF[n] >= 0:
                 d = dstates[STATE_OF[n]]
-            d = sum_products(UT, dhu, d, zero, first_product(GATES, n), first_product(GATES, n + 1), 0, PRECISION)
+            d = sum_products(UT, d_first, d, zero, first_product(GATES, n), first_product(GATES, n + 1), 0, PRECISION)
             if STATE_OF[n] >= 0:
                 dstates = replace_tile(dstates, STATE_OF[n], d)
             else:
                 dv = dv + (d,)
+        if LATER:
+            _store_step(dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, mask, dgx, dhu, computed, ADDS, LATE, H)
         if FINISH is not None:
             dgx, dstates, dparams = finish_step(
                 FINISH, dgx, dstates, dparams, dv, saved, entering, after, params, code, FAST, PADDING

@@ -156,10 +156,11 @@ def _flagged(cell: Cell, plan: Plan, shape: tuple[int, int, int], itemsize: int)
     if plan.schedule != "grid" or not plan.nvidia or len(cell.operands) != 1 or cell.published or cell.means:
         return 0
     ((rows, columns),) = slices(cell, hidden, plan.block_h, False)
-    whole = chunks(columns, 16 * parts(rows, plan.block_b, plan.num_warps), plan.block_k)
+    share = parts(rows, plan.block_b, plan.num_warps)
+    whole = chunks(columns, 16 * share, plan.block_k)
     read = hidden * plan.block_b * itemsize
     # A thread of more than 64 bytes would wait for all of them where it now begins with the first.
-    fits = plan.block_b <= 16 and len(whole) == 1 and read <= 64 * 32 * plan.num_warps
+    fits = share > 1 and plan.block_b <= 16 and len(whole) == 1 and read <= 64 * 32 * plan.num_warps
     if itemsize not in (2, 4) or hidden * itemsize % 16 or not fits:  # so that a run of 16 bytes is whole
         return 0
     return 2 if -(-hidden // plan.block_h) * read <= _READ_AT_EACH_POLL else 1
