@@ -11,6 +11,9 @@ from typing import Any
 
 import torch
 
+_ROWS = "unsigned *q = mem + 4096 + threadIdx.x % 32 / 8 * 32 + threadIdx.x / 32 * 8 + threadIdx.x % 8;"
+_STORE_ROWS = 'asm volatile("st.global.u32 [%0], %1;" :: "l"(q + 128 * ((8 * i + {}) & 4095)), "r"(i) : "memory"); '
+
 # name: (threads of a block, what is there before the loop, one link of the chain). x, y, z: unsigned registers that the
 # chain goes through; a, d: a thread's address in shared memory; p: its address in global memory (mem).
 CHAINS = {
@@ -79,6 +82,22 @@ CHAINS = {
         128,
         "unsigned *q = mem + 4096 + threadIdx.x;",
         'asm volatile("st.global.u32 [%0], %1;" :: "l"(q + 128 * (i & 4095)), "r"(i) : "memory");',
+    ),
+    # As a tile is stored: the lanes of a warp cover four rows of 32 bytes, each of another line. Is it the bytes
+    # that take time, or the lines? Then whether what comes after such stores waits for them.
+    "st.global.u32 in rows of 32 bytes, 4 warps: 512 B": (128, _ROWS, _STORE_ROWS.format(0)),
+    "8 of these, 4 warps: 4 KB": (128, _ROWS, "".join(map(_STORE_ROWS.format, range(8)))),
+    "8 of these and an ldmatrix.x4": (
+        128,
+        _ROWS,
+        "".join(map(_STORE_ROWS.format, range(8)))
+        + 'asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0,%1,%2,%3}, [%4];" : "=r"(x), "=r"(y), "=r"(z), '
+        '"=r"(w) : "r"(b)); b = d + x;',
+    ),
+    "8 of these and an ld.global.cg": (
+        128,
+        _ROWS,
+        "".join(map(_STORE_ROWS.format, range(8))) + 'asm volatile("ld.global.cg.u64 %0, [%0];" : "+l"(p));',
     ),
     "st.global.v4 and a block barrier, 4 warps: 2 KB": (
         128,
