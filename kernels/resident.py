@@ -274,8 +274,9 @@ def backward_kernel(
     STORED: tl.constexpr = COMPUTED + OPERANDS - LEVEL
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
     # Where products are chains of their own, their operands are all read before the first: what is stored before them
-    # would hold that up. (Stores and shared memory take turns.)
-    LATER: tl.constexpr = FIRST > 1 and not is_one_chain(BLOCK_H, BLOCK_B, TYPE, PRECISION)
+    # would hold that up. (Stores and shared memory take turns. With tf32x3 there are no registers to keep it in.)
+    ONE: tl.constexpr = FIRST < 2 or is_one_chain(BLOCK_H, BLOCK_B, TYPE, PRECISION)
+    LATER: tl.constexpr = not ONE and PRECISION != "tf32x3"
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
     word_units = memory_units(BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
