@@ -43,7 +43,7 @@ def arrive(counter_ptr, FLAGGED: tl.constexpr = False):
 @triton.jit
 def wait(counter_ptr, target, PTX: tl.constexpr, FLAGGED: tl.constexpr = False):
     """Until the counter reaches target; then every load sees what was published. Returns the next target.
-    FLAGGED: what the others published will be there soon (see `load_flagged`)."""
+    FLAGGED: what the others published will be there soon (see `complete`)."""
     if PTX:  # every thread polls for itself: no block barrier, and nothing through shared memory
         ORDER: tl.constexpr = "relaxed" if FLAGGED else "acquire"
         tl.inline_asm_elementwise(
@@ -68,7 +68,7 @@ def _store_text(bits):
 
 @triton.jit
 def store_flagged(ptr, offsets, tile, mask):
-    """Store a tile for `load_flagged`: no element is all ones, which of numbers is a NaN that no arithmetic yields."""
+    """Store a tile for `complete`: no element is all ones, which of numbers is a NaN that no arithmetic yields."""
     x = tile.to(ptr.dtype.element_ty)
     if x.dtype.primitive_bitwidth == 16:
         bits = x.to(tl.int16, bitcast=True).to(tl.int32)
@@ -132,9 +132,10 @@ def _load_again(n, run, bits, address, offset):
 
 
 @triton.constexpr_function
-def _complete_text(n, run, dtype):
+def _complete_text(n, run, dtype, ampere):
     """PTX that loads n elements again until none is all ones, and its constraints. Operands: the elements out and in,
-    in registers of 32 bits; of each an address and an offset in bytes; n times -1, or 0 to take them as they are."""
+    in registers of 32 bits; of each an address and an offset in bytes; n times -1, or 0 to take them as they are.
+    ampere: the device is that, or newer."""
     bits = dtype.primitive_bitwidth
     words = n * bits // 32
     kind = {"bf16": "bf16x2", "fp16": "f16x2", "fp32": "f32"}[dtype.name]
@@ -143,7 +144,9 @@ def _complete_text(n, run, dtype):
     if bits == 16:
         lines[0] += " .reg .b16 %low, %high;"
     lines += [f"mov.b32 ${word}, ${words + word};" for word in range(words)]
-    lines += [*_find(kind, words, "%most", look), "@%there bra done_${:uid};", "mov.b64 %differ, 0;"]
+    # Older devices have no greatest that is NaN where one is, and look at each element.
+    quick = _find(kind, words, "%most", look) if ampere else [f"setp.eq.s32 %there, ${look}, 0;"]
+    lines += [*quick, "@%there bra done_${:uid};", "mov.b64 %differ, 0;"]
     for element in range(n):
         first = element - element % run
         lines += [f"sub.s64 %at, ${address + element}, ${address + first};", "or.b64 %differ, %differ, %at;"]
@@ -160,7 +163,7 @@ def complete(x, ptr, offsets, more, again, N: tl.constexpr, RUN: tl.constexpr):
     """x, which was loaded of ptr + offsets + more, once all its elements have been stored by `store_flagged`. N: how
     many a thread has, of which RUN that differ only in more are neighbours. If again is false, they have been
     stored."""
-    TEXT: tl.constexpr = _complete_text(N, RUN, x.dtype)
+    TEXT: tl.constexpr = _complete_text(N, RUN, x.dtype, tl.target_info.cuda_capability_geq(8))
     look = tl.where(again, -1, 0).to(tl.int32)
     address = (ptr + offsets).to(tl.int64)
     return tl.inline_asm_elementwise(

@@ -148,11 +148,10 @@ def _constants(
 
 
 @_per_scan
-def _flagged(cell: Cell, plan: Plan, shape: tuple[int, int, int], itemsize: int) -> int:
+def _flagged(cell: Cell, plan: Plan, hidden: int, itemsize: int) -> int:
     """How forward by `grid` waits for y (see there). 0: at a barrier. 1, 2: its values are their own flags; with 1 a
     counter is polled first. Only where y is all that programs read from each other, and each thread reads all of its
     part at once, 16 bytes at a time."""
-    hidden = shape[1]
     if plan.schedule != "grid" or not plan.nvidia or len(cell.operands) != 1 or cell.published or cell.means:
         return 0
     ((rows, columns),) = slices(cell, hidden, plan.block_h, False)
@@ -202,7 +201,7 @@ def _forward_constants(
     constants = _constants(cell, plan, shape, dtype, mask, precision)
     constants |= {"SAVE": save != "none", "SAVED": cell.saved if save == "gates" else 0}
     constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
-    return constants | _of_schedule(cell, plan, shape[1], False, _flagged(cell, plan, shape, dtype.itemsize))
+    return constants | _of_schedule(cell, plan, shape[1], False, _flagged(cell, plan, shape[1], dtype.itemsize))
 
 
 @_per_scan
@@ -291,7 +290,7 @@ def forward(
     """
     T, B, K, H = *gx.shape[:3], u.shape[2]
     out = allocate(cell, gx, save, reversed)
-    if T > 1 and _flagged(cell, plan, (K, H, reversed), gx.element_size()):
+    if T > 1 and _flagged(cell, plan, H, gx.element_size()):
         out.y.view(torch.int32).fill_(-1)
     start_rows(out.y, h0, reversed)
     if cell.states > 1 and (save != "none" or plan.schedule == "resident"):
