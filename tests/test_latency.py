@@ -113,6 +113,24 @@ def test_a_grid_barrier_is_a_fence_an_atomic_and_a_poll():
     assert three(cycles(*body, trips=9)) == three(cycles(*body))
 
 
+def test_words_that_others_store_come_late_and_are_there_at_once():
+    """A strong load waits for the last strong store's way to others, and what would load it again is passed over."""
+    body = [
+        ("STG.E.U16.STRONG.GPU desc[UR6][R2.64], R4", 1),
+        ("LDG.E.128.STRONG.SYS R8, desc[UR6][R2.64]", 1, 2),
+        ("LOP3.LUT P1, RZ, R8, R9, RZ, 0xc0, !PT", 13, NONE, NONE, 0b100),
+        ("@!P1 BRA 0x60", 5),
+        ("LDG.E.128.STRONG.GPU R8, desc[UR6][R2.64]", 4, 2),
+        ("@P1 BRA 0x40", 5, NONE, NONE, 0b100),
+        ("FADD R5, R8, R5", 4),
+    ]
+    for setting, found in enumerate(three(cycles(*body))):
+        word = latency.LATENCY["word"][setting]
+        assert word < found < word + 40
+    weak = [("STG.E.U16 desc[UR6][R2.64], R4", 1), *body[1:]]
+    assert cycles(*weak).middle < latency.LATENCY["exchange"][1] + 100
+
+
 def test_the_path_through_branches():
     work = ("FFMA R6, R6, R6, R6", 4)
     assert cycles(("@P1 BRA 0x20", 5), work, work).low == 5 + 8 + BACK  # not taken
