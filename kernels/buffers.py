@@ -82,27 +82,6 @@ def scratch(like: Tensor, *shape: int) -> Tensor:
     return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
 
 
-def allocate_saved(cell: Form, gx: Tensor) -> Tensor:
-    """Room for the saved tiles [T, B, K, W, H]: W 64-bit words of them, or the one tile of a cell that saves one."""
-    T, B, K, H = *gx.shape[:3], gx.shape[3] // cell.gates
-    pack = 8 // gx.element_size() if cell.saved > 1 else 1
-    return gx.new_empty(T, B, K, -(-cell.saved // pack), H, dtype=gx.dtype if pack == 1 else torch.int64)
-
-
-def allocate(cell: Form, gx: Tensor, save: str, reversed: int = 0) -> Scanned:
-    """The uninitialised outputs of `forward`."""
-    T, B, K, H = *gx.shape[:3], gx.shape[3] // cell.gates
-    others = (cell.states - 1) * H
-    rows = T + (2 if reversed else 1)
-    return Scanned(
-        gx.new_empty(rows, B, K, H),
-        gx.new_empty(1 if save == "none" else rows, B, K, others) if others else gx.new_empty(0),
-        allocate_saved(cell, gx) if save == "gates" else gx.new_empty(0),
-        gx.new_empty(K, B, H),
-        gx.new_empty(K, B, others) if others else gx.new_empty(0),
-    )
-
-
 def allocate_gradients(cell: Form, y: Tensor, reversed: int = 0) -> Gradients:
     """The uninitialised outputs of `backward`."""
     T, B, K, H = steps(y, reversed), *y.shape[1:]
@@ -115,18 +94,3 @@ def allocate_gradients(cell: Form, y: Tensor, reversed: int = 0) -> Gradients:
         y.new_empty(K, B, others * H) if others else y.new_empty(0),
         scratch(y, K, cell.params * H) if cell.params else scratch(y, 0),
     )
-
-
-def start_rows(rows: Tensor, start: Tensor | None, reversed: int) -> None:
-    """start [K, B, .] into the row of the buffer [., B, K, .] that each group starts from; zero at the other end."""
-    if start is None:
-        rows[0].zero_()
-        if reversed:
-            rows[-1].zero_()
-    elif not reversed:
-        rows[0].transpose(0, 1).copy_(start)
-    else:
-        for k in range(rows.shape[2]):
-            first, last = (-1, 0) if is_reversed(k, reversed) else (0, -1)
-            rows[first, :, k].copy_(start[k])
-            rows[last, :, k].zero_()

@@ -23,10 +23,39 @@ for each exchange: `done` says how many of the step's exchanges have all their s
 its own sums, as if they were all; what it stores then is replaced by the last of these launches.
 """
 
+from functools import lru_cache
+from typing import TYPE_CHECKING
+
 import triton
 import triton.language as tl
 
 from .math import INTERPRETED
+from .plan import chunks, parts, slices
+
+if TYPE_CHECKING:
+    from .form import Form
+    from .plan import Plan
+
+# Bytes of y that all programs of a batch tile may read from L2 at each poll.
+_READ_AT_EACH_POLL = 128 << 10
+
+
+@lru_cache(maxsize=1024)
+def flagged(cell: "Form", plan: "Plan", hidden: int, itemsize: int) -> int:
+    """How forward by `grid` waits for y. 0: at a barrier. 1, 2: its values are their own flags; with 1 a
+    counter is polled first. Only where y is all that programs read from each other, and each thread reads all of its
+    part at once, 16 bytes at a time."""
+    if plan.schedule != "grid" or not plan.nvidia or len(cell.operands) != 1 or cell.published or cell.means:
+        return 0
+    ((rows, columns),) = slices(cell, hidden, plan.block_h, False)
+    share = parts(rows, plan.block_b, plan.num_warps)
+    whole = chunks(columns, 16 * share, plan.block_k)
+    read = hidden * plan.block_b * itemsize
+    # A thread of more than 64 bytes would wait for all of them where it now begins with the first.
+    fits = share > 1 and plan.block_b <= 16 and len(whole) == 1 and read <= 64 * 32 * plan.num_warps
+    if itemsize not in (2, 4) or hidden * itemsize % 16 or not fits:  # so that a run of 16 bytes is whole
+        return 0
+    return 2 if -(-hidden // plan.block_h) * read <= _READ_AT_EACH_POLL else 1
 
 
 @triton.jit

@@ -31,7 +31,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import buffers, cells, devices, latency, plan, plan_single, registry, scan, single
+from . import cells, devices, latency, plan, plan_single, registry, scan, single
 
 KINDS = ("BAR", "HMMA", "HGMMA", "UTCHMMA", "LDS", "LDSM", "STS", "STSM", "LDG", "STG", "MUFU", "LDL", "STL")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -167,10 +167,10 @@ def launches(case: Case) -> list[scan.Launch]:
             launch=note,
         )
     elif case.direction == "recompute":
-        saved = buffers.allocate(cell, gx, "gates")
+        saved = scan.allocate(cell, gx, "gates")
         scan.recompute(cell, gx, u, bias, saved.y, saved.c, mask, plan=chosen, launch=note, **vectors)
     elif case.direction == "backward":
-        saved = buffers.allocate(cell, gx, "gates", back)
+        saved = scan.allocate(cell, gx, "gates", back)
         options["dcs"] = saved.c[1:] if case.dcs else None
         scan.backward(cell, gx[..., :H], state, others, u, saved.y, saved.c, saved.saved, mask, **vectors, **options)
     else:

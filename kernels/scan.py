@@ -24,16 +24,15 @@ from . import recompute as recompute_schedule
 from .buffers import (
     Gradients,
     Scanned,
-    allocate,
     allocate_gradients,
-    allocate_saved,
+    is_reversed,
     previous_outputs,
     scratch,
-    start_rows,
     steps,
 )
 from .cells import Cell
 from .devices import INTERPRETER, Device, present
+from .exchange import flagged
 from .plan import Plan, chunks, parts, slices
 
 ACCUMULATE = {
@@ -125,9 +124,6 @@ def _rounded(x: Tensor) -> Tensor:
 # doing it at every call would cost more than the launch.
 _per_scan = lru_cache(maxsize=1024)
 
-# Bytes of y that all programs of a batch tile may read from L2 at each poll.
-_READ_AT_EACH_POLL = 128 << 10
-
 
 def _constants(
     cell: Cell, plan: Plan, shape: tuple[int, int, int], dtype: torch.dtype, mask: torch.dtype | None, precision: str
@@ -147,25 +143,7 @@ def _constants(
     return {**tiles, **layout, "PRECISION": precision, "FAST": fast, "PADDING": mask == torch.uint8}
 
 
-@_per_scan
-def _flagged(cell: Cell, plan: Plan, hidden: int, itemsize: int) -> int:
-    """How forward by `grid` waits for y (see there). 0: at a barrier. 1, 2: its values are their own flags; with 1 a
-    counter is polled first. Only where y is all that programs read from each other, and each thread reads all of its
-    part at once, 16 bytes at a time."""
-    if plan.schedule != "grid" or not plan.nvidia or len(cell.operands) != 1 or cell.published or cell.means:
-        return 0
-    ((rows, columns),) = slices(cell, hidden, plan.block_h, False)
-    share = parts(rows, plan.block_b, plan.num_warps)
-    whole = chunks(columns, 16 * share, plan.block_k)
-    read = hidden * plan.block_b * itemsize
-    # A thread of more than 64 bytes would wait for all of them where it now begins with the first.
-    fits = share > 1 and plan.block_b <= 16 and len(whole) == 1 and read <= 64 * 32 * plan.num_warps
-    if itemsize not in (2, 4) or hidden * itemsize % 16 or not fits:  # so that a run of 16 bytes is whole
-        return 0
-    return 2 if -(-hidden // plan.block_h) * read <= _READ_AT_EACH_POLL else 1
-
-
-def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool, flagged: int = 0) -> dict[str, object]:
+def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool, flags: int = 0) -> dict[str, object]:
     """The constexprs of the plan's schedule alone."""
     constants: dict[str, object] = {}
     if plan.schedule != "stepwise":
@@ -179,7 +157,7 @@ def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool, flagged: i
     if plan.schedule == "grid":
         constants["MEANS"] = cell.means[3:] if backward else cell.means[:3]
         if not backward:
-            constants["FLAGGED"] = flagged
+            constants["FLAGGED"] = flags
         constants["PTX"] = plan.nvidia and plan.block_b < 64  # its address and target a thread would spill with 64 rows
         # Into how many chunks the columns of each slice of U are cut (the last chunk may be smaller).
         cut = slices(cell, hidden, plan.block_h, backward)
@@ -201,7 +179,7 @@ def _forward_constants(
     constants = _constants(cell, plan, shape, dtype, mask, precision)
     constants |= {"SAVE": save != "none", "SAVED": cell.saved if save == "gates" else 0}
     constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
-    return constants | _of_schedule(cell, plan, shape[1], False, _flagged(cell, plan, shape[1], dtype.itemsize))
+    return constants | _of_schedule(cell, plan, shape[1], False, flagged(cell, plan, shape[1], dtype.itemsize))
 
 
 @_per_scan
@@ -218,6 +196,42 @@ def _fill(state: Tensor, start: Tensor | None) -> None:
         state.zero_()
     else:
         state.copy_(start)
+
+
+def allocate_saved(cell: Cell, gx: Tensor) -> Tensor:
+    """Room for the saved tiles [T, B, K, W, H]: W 64-bit words of them, or the one tile of a cell that saves one."""
+    T, B, K, H = *gx.shape[:3], gx.shape[3] // cell.gates
+    pack = 8 // gx.element_size() if cell.saved > 1 else 1
+    return gx.new_empty(T, B, K, -(-cell.saved // pack), H, dtype=gx.dtype if pack == 1 else torch.int64)
+
+
+def allocate(cell: Cell, gx: Tensor, save: str, reversed: int = 0) -> Scanned:
+    """The uninitialised outputs of `forward`."""
+    T, B, K, H = *gx.shape[:3], gx.shape[3] // cell.gates
+    others = (cell.states - 1) * H
+    rows = T + (2 if reversed else 1)
+    return Scanned(
+        gx.new_empty(rows, B, K, H),
+        gx.new_empty(1 if save == "none" else rows, B, K, others) if others else gx.new_empty(0),
+        allocate_saved(cell, gx) if save == "gates" else gx.new_empty(0),
+        gx.new_empty(K, B, H),
+        gx.new_empty(K, B, others) if others else gx.new_empty(0),
+    )
+
+
+def _start(rows: Tensor, start: Tensor | None, reversed: int) -> None:
+    """start [K, B, .] into the row of the buffer [., B, K, .] that each group starts from; zero at the other end."""
+    if start is None:
+        rows[0].zero_()
+        if reversed:
+            rows[-1].zero_()
+    elif not reversed:
+        rows[0].transpose(0, 1).copy_(start)
+    else:
+        for k in range(rows.shape[2]):
+            first, last = (-1, 0) if is_reversed(k, reversed) else (0, -1)
+            rows[first, :, k].copy_(start[k])
+            rows[last, :, k].zero_()
 
 
 def _programs(plan: Plan, B: int, K: int, H: int) -> tuple[int, ...]:
@@ -290,11 +304,11 @@ def forward(
     """
     T, B, K, H = *gx.shape[:3], u.shape[2]
     out = allocate(cell, gx, save, reversed)
-    if T > 1 and _flagged(cell, plan, H, gx.element_size()):
+    if T > 1 and flagged(cell, plan, H, gx.element_size()):
         out.y.view(torch.int32).fill_(-1)
-    start_rows(out.y, h0, reversed)
+    _start(out.y, h0, reversed)
     if cell.states > 1 and (save != "none" or plan.schedule == "resident"):
-        start_rows(out.c, c0, reversed if save != "none" else 0)
+        _start(out.c, c0, reversed if save != "none" else 0)
     u, bias, params, dropout, mask = _aligned(u, bias, params, dropout, mask)
     mask_type = None if mask is None else mask.dtype
     units = plan  # of the launches that call the cell's functions

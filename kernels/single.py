@@ -28,11 +28,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .buffers import Scanned, allocate_saved
+from .buffers import Scanned
 from .cells import Cell
 from .math import operand, product
 from .plan_single import Single, parts, slots
-from .scan import ACCUMULATE, Launch, _aligned, _per_scan, run
+from .scan import ACCUMULATE, Launch, _aligned, _per_scan, allocate_saved, run
 from .tiles import (
     apart_before,
     load_params,
@@ -223,7 +223,7 @@ SAVES = ("none", "gates")
 
 
 def allocate(cell: Cell, x: Tensor, H: int, save: str) -> Scanned:
-    """The uninitialised outputs of `forward`: `buffers.allocate`'s for one step, but hn and cn [B, .].
+    """The uninitialised outputs of `forward`: `scan.allocate`'s for one step, but hn and cn [B, .].
 
     With save="none" these only.
     """

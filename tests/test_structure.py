@@ -24,7 +24,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.tiles": {"kernels.math"},
     "kernels.random": set(),
     "kernels.layout": {"kernels.math"},
-    "kernels.exchange": {"kernels.math"},
+    "kernels.exchange": {"kernels.form", "kernels.math", "kernels.plan"},  # of the last a type, and pure functions
     "kernels.resident": {"kernels.exchange", "kernels.layout", "kernels.math", "kernels.random", "kernels.tiles"},
     "kernels.slices": {"kernels.exchange", "kernels.layout", "kernels.math", "kernels.plan", "kernels.tiles"},
     "kernels.grid": {"kernels.exchange", "kernels.random", "kernels.slices", "kernels.tiles"},
@@ -35,7 +35,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.scan": {
         f"kernels.{n}"
         for n in (
-            *("buffers", "cells", "devices", "grid", "means", "plan", "recompute", "resident"),
+            *("buffers", "cells", "devices", "exchange", "grid", "means", "plan", "recompute", "resident"),
             "stepwise",
             "streamed",
         )
@@ -43,8 +43,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.plan_single": {f"kernels.{n}" for n in ("cost", "devices", "form", "plan")},
     "kernels.single": {f"kernels.{n}" for n in ("buffers", "cells", "math", "plan", "plan_single", "scan", "tiles")},
     "kernels.report": {
-        f"kernels.{n}"
-        for n in ("buffers", "cells", "devices", "latency", "plan", "plan_single", "registry", "scan", "single")
+        f"kernels.{n}" for n in ("cells", "devices", "latency", "plan", "plan_single", "registry", "scan", "single")
     },
     "kernels.latency": set(),
     "kernels": {"kernels.cells", "kernels.scan", "kernels.single"},
