@@ -6,13 +6,10 @@ and contiguous. reversed: an integer; group k goes from the last step to the fir
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from .form import Form
 
 # Codes of a mask of dtype uint8 [T, B]. A mask of dtype bool has resets only, for groups that go forward.
 RESET = 1  # the states before the step are reset to zero, for groups that go forward
@@ -80,17 +77,3 @@ def previous_outputs(y: Tensor, mask: Tensor | None, reversed: int, group: int) 
 def scratch(like: Tensor, *shape: int) -> Tensor:
     """An uninitialised buffer in the accumulation type."""
     return like.new_empty(shape, dtype=torch.float64 if like.dtype == torch.float64 else torch.float32)
-
-
-def allocate_gradients(cell: Form, y: Tensor, reversed: int = 0) -> Gradients:
-    """The uninitialised outputs of `backward`."""
-    T, B, K, H = steps(y, reversed), *y.shape[1:]
-    apart, stored, others = len(cell.apart), len(cell.stored), cell.states - 1
-    return Gradients(
-        y.new_empty(T, B, K, cell.gates * H),
-        y.new_empty(T, B, K, apart * H) if apart else y.new_empty(0),
-        y.new_empty(T, B, K, stored * H) if stored else y.new_empty(0),
-        y.new_empty(K, B, H),
-        y.new_empty(K, B, others * H) if others else y.new_empty(0),
-        scratch(y, K, cell.params * H) if cell.params else scratch(y, 0),
-    )

@@ -21,15 +21,7 @@ from torch import Tensor
 
 from . import grid, means, resident, stepwise, streamed
 from . import recompute as recompute_schedule
-from .buffers import (
-    Gradients,
-    Scanned,
-    allocate_gradients,
-    is_reversed,
-    previous_outputs,
-    scratch,
-    steps,
-)
+from .buffers import Gradients, Scanned, is_reversed, previous_outputs, scratch, steps
 from .cells import Cell
 from .devices import INTERPRETER, Device, present
 from .exchange import flagged
@@ -143,7 +135,7 @@ def _constants(
     return {**tiles, **layout, "PRECISION": precision, "FAST": fast, "PADDING": mask == torch.uint8}
 
 
-def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool, flags: int = 0) -> dict[str, object]:
+def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[str, object]:
     """The constexprs of the plan's schedule alone."""
     constants: dict[str, object] = {}
     if plan.schedule != "stepwise":
@@ -156,8 +148,6 @@ def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool, flags: int
         constants["SEGMENTS"] = tuple(number for segment in flat for number in segment)
     if plan.schedule == "grid":
         constants["MEANS"] = cell.means[3:] if backward else cell.means[:3]
-        if not backward:
-            constants["FLAGGED"] = flags
         constants["PTX"] = plan.nvidia and plan.block_b < 64  # its address and target a thread would spill with 64 rows
         # Into how many chunks the columns of each slice of U are cut (the last chunk may be smaller).
         cut = slices(cell, hidden, plan.block_h, backward)
@@ -179,7 +169,9 @@ def _forward_constants(
     constants = _constants(cell, plan, shape, dtype, mask, precision)
     constants |= {"SAVE": save != "none", "SAVED": cell.saved if save == "gates" else 0}
     constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
-    return constants | _of_schedule(cell, plan, shape[1], False, flagged(cell, plan, shape[1], dtype.itemsize))
+    if plan.schedule == "grid":
+        constants["FLAGGED"] = flagged(cell, plan, shape[1], dtype.itemsize)
+    return constants | _of_schedule(cell, plan, shape[1], False)
 
 
 @_per_scan
@@ -196,6 +188,21 @@ def _fill(state: Tensor, start: Tensor | None) -> None:
         state.zero_()
     else:
         state.copy_(start)
+
+
+def _start(rows: Tensor, start: Tensor | None, reversed: int) -> None:
+    """start [K, B, .] into the row of the buffer [., B, K, .] that each group starts from; zero at the other end."""
+    if start is None:
+        rows[0].zero_()
+        if reversed:
+            rows[-1].zero_()
+    elif not reversed:
+        rows[0].transpose(0, 1).copy_(start)
+    else:
+        for k in range(rows.shape[2]):
+            first, last = (-1, 0) if is_reversed(k, reversed) else (0, -1)
+            rows[first, :, k].copy_(start[k])
+            rows[last, :, k].zero_()
 
 
 def allocate_saved(cell: Cell, gx: Tensor) -> Tensor:
@@ -217,21 +224,6 @@ def allocate(cell: Cell, gx: Tensor, save: str, reversed: int = 0) -> Scanned:
         gx.new_empty(K, B, H),
         gx.new_empty(K, B, others) if others else gx.new_empty(0),
     )
-
-
-def _start(rows: Tensor, start: Tensor | None, reversed: int) -> None:
-    """start [K, B, .] into the row of the buffer [., B, K, .] that each group starts from; zero at the other end."""
-    if start is None:
-        rows[0].zero_()
-        if reversed:
-            rows[-1].zero_()
-    elif not reversed:
-        rows[0].transpose(0, 1).copy_(start)
-    else:
-        for k in range(rows.shape[2]):
-            first, last = (-1, 0) if is_reversed(k, reversed) else (0, -1)
-            rows[first, :, k].copy_(start[k])
-            rows[last, :, k].zero_()
 
 
 def _programs(plan: Plan, B: int, K: int, H: int) -> tuple[int, ...]:
@@ -358,6 +350,20 @@ def forward(
     out.hn.copy_(sh)
     out.cn.copy_(sc)
     return out
+
+
+def allocate_gradients(cell: Cell, y: Tensor, reversed: int = 0) -> Gradients:
+    """The uninitialised outputs of `backward`."""
+    T, B, K, H = steps(y, reversed), *y.shape[1:]
+    apart, stored, others = len(cell.apart), len(cell.stored), cell.states - 1
+    return Gradients(
+        y.new_empty(T, B, K, cell.gates * H),
+        y.new_empty(T, B, K, apart * H) if apart else y.new_empty(0),
+        y.new_empty(T, B, K, stored * H) if stored else y.new_empty(0),
+        y.new_empty(K, B, H),
+        y.new_empty(K, B, others * H) if others else y.new_empty(0),
+        scratch(y, K, cell.params * H) if cell.params else scratch(y, 0),
+    )
 
 
 def backward(

@@ -28,11 +28,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .buffers import Scanned
 from .cells import Cell
 from .math import operand, product
 from .plan_single import Single, parts, slots
-from .scan import ACCUMULATE, Launch, _aligned, _per_scan, allocate_saved, run
+from .scan import ACCUMULATE, Launch, Scanned, _aligned, _per_scan, allocate_saved, run
 from .tiles import (
     apart_before,
     load_params,

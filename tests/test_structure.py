@@ -32,7 +32,7 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.streamed": {"kernels.math", "kernels.tiles"},
     "kernels.stepwise": {"kernels.exchange", "kernels.math", "kernels.random", "kernels.streamed", "kernels.tiles"},
     "kernels.recompute": {"kernels.exchange", "kernels.random", "kernels.tiles"},
-    "kernels.buffers": {"kernels.form"},  # its type alone
+    "kernels.buffers": set(),
     "kernels.scan": {
         f"kernels.{n}"
         for n in (
@@ -42,7 +42,7 @@ ARROWS = {  # room: the rooms of the project it may import
         )
     },
     "kernels.plan_single": {f"kernels.{n}" for n in ("cost", "devices", "form", "plan")},
-    "kernels.single": {f"kernels.{n}" for n in ("buffers", "cells", "math", "plan", "plan_single", "scan", "tiles")},
+    "kernels.single": {f"kernels.{n}" for n in ("cells", "math", "plan", "plan_single", "scan", "tiles")},
     "kernels.report": {
         f"kernels.{n}" for n in ("cells", "devices", "latency", "plan", "plan_single", "registry", "scan", "single")
     },
