@@ -42,10 +42,10 @@ _READ_AT_EACH_POLL = 128 << 10
 
 @lru_cache(maxsize=1024)
 def flagged(cell: "Form", plan: "Plan", hidden: int, itemsize: int) -> int:
-    """How forward by `grid` waits for y. 0: at a barrier. 1, 2: its values are their own flags; with 1 a
-    counter is polled first. Only where y is all that programs read from each other, and each thread reads all of its
-    part at once, 16 bytes at a time."""
-    if plan.schedule != "grid" or not plan.nvidia or len(cell.operands) != 1 or cell.published or cell.means:
+    """How forward by `grid` waits for y. 0: at a barrier. 1, 2: its values are their own flags; with 1 a counter is
+    polled first. Only where y is all that programs read from each other, and each thread reads all of its part at once,
+    16 bytes at a time. From Ampere on: before, there is no greatest that is NaN where one is (`_find`)."""
+    if plan.schedule != "grid" or plan.capability < 80 or len(cell.operands) != 1 or cell.published or cell.means:
         return 0
     ((rows, columns),) = slices(cell, hidden, plan.block_h, False)
     share = parts(rows, plan.block_b, plan.num_warps)
@@ -161,10 +161,9 @@ def _load_again(n, run, bits, address, offset):
 
 
 @triton.constexpr_function
-def _complete_text(n, run, dtype, ampere):
+def _complete_text(n, run, dtype):
     """PTX that loads n elements again until none is all ones, and its constraints. Operands: the elements out and in,
-    in registers of 32 bits; of each an address and an offset in bytes; n times -1, or 0 to take them as they are.
-    ampere: the device is that, or newer."""
+    in registers of 32 bits; of each an address and an offset in bytes; n times -1, or 0 to take them as they are."""
     bits = dtype.primitive_bitwidth
     words = n * bits // 32
     kind = {"bf16": "bf16x2", "fp16": "f16x2", "fp32": "f32"}[dtype.name]
@@ -173,9 +172,7 @@ def _complete_text(n, run, dtype, ampere):
     if bits == 16:
         lines[0] += " .reg .b16 %low, %high;"
     lines += [f"mov.b32 ${word}, ${words + word};" for word in range(words)]
-    # Older devices have no greatest that is NaN where one is, and look at each element.
-    quick = _find(kind, words, "%most", look) if ampere else [f"setp.eq.s32 %there, ${look}, 0;"]
-    lines += [*quick, "@%there bra done_${:uid};", "mov.b64 %differ, 0;"]
+    lines += [*_find(kind, words, "%most", look), "@%there bra done_${:uid};", "mov.b64 %differ, 0;"]
     for element in range(n):
         first = element - element % run
         lines += [f"sub.s64 %at, ${address + element}, ${address + first};", "or.b64 %differ, %differ, %at;"]
@@ -192,7 +189,7 @@ def complete(x, ptr, offsets, more, again, N: tl.constexpr, RUN: tl.constexpr):
     """x, which was loaded of ptr + offsets + more, once all its elements have been stored by `store_flagged`. N: how
     many a thread has, of which RUN that differ only in more are neighbours. If again is false, they have been
     stored."""
-    TEXT: tl.constexpr = _complete_text(N, RUN, x.dtype, tl.target_info.cuda_capability_geq(8))
+    TEXT: tl.constexpr = _complete_text(N, RUN, x.dtype)
     look = tl.where(again, -1, 0).to(tl.int32)
     address = (ptr + offsets).to(tl.int64)
     return tl.inline_asm_elementwise(

@@ -35,7 +35,7 @@ class Plan:
     """How a scan runs.
 
     registers: the most a thread may take (left to itself, ptxas spills a few to make room for more programs on a
-    processor, which a scan does not have). nvidia: PTX may be used (the one-instruction tanh of float16 and bfloat16).
+    processor, which a scan does not have). capability: the device's, 0 where there is no PTX.
     programs: of one launch. microseconds: the model's time of one step. u_in_registers: each thread keeps its part
     of U. waits: programs wait for each other, so that all must be on the device at once.
     """
@@ -47,7 +47,7 @@ class Plan:
     num_warps: int
     num_stages: int
     registers: int
-    nvidia: bool
+    capability: int
     why: str
     programs: int = 1
     microseconds: float = 0.0
@@ -200,7 +200,7 @@ class _Problem:
     def made(
         self, schedule: str, tile: tuple[int, int, int], warps: int, stages: int, programs: int, why: str, us: float
     ) -> Plan:
-        return Plan(schedule, *tile, warps, stages, 255, self.device.capability > 0, why, programs, us)
+        return Plan(schedule, *tile, warps, stages, 255, self.device.capability, why, programs, us)
 
     # resident
 

@@ -205,6 +205,6 @@ def plan_single(
         f"{other}"
     )
     return Single(
-        "single", *tile, num_warps, num_stages, 255, device.capability > 0, why, programs, cost.total,
+        "single", *tile, num_warps, num_stages, 255, device.capability, why, programs, cost.total,
         cheaper=cheaper, elsewhere=us,
     )  # fmt: skip

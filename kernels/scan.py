@@ -72,7 +72,7 @@ def compile_options(plan: Plan) -> dict[str, object]:
     """What Triton is told beside the arguments. enable_fp_fusion: its default differs between releases."""
     num_stages = 1 if PIPELINES_RACE else plan.num_stages
     options: dict[str, object] = {"num_warps": plan.num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
-    if plan.nvidia:
+    if plan.capability > 0:
         options["maxnreg"] = plan.registers
         # The driver then starts all programs at once, or refuses: none can wait for one that never starts.
         options["launch_cooperative_grid"] = plan.waits
@@ -130,7 +130,7 @@ def _constants(
     layout |= {"STATE_OF": states, "ADDS": cell.adds, "LATE": cell.late, "PUBLISHED": cell.published}
     layout |= {"STATES": cell.states, "SAVED": cell.saved, "PARAMS": cell.params, "PACK": 8 // dtype.itemsize}
     layout |= {"DRAWN": cell.drawn}
-    fast = dtype in (torch.float16, torch.bfloat16) and plan.nvidia
+    fast = dtype in (torch.float16, torch.bfloat16) and plan.capability > 0
     # Only a mask of codes can mark padding; kernels for resets alone do not pay for it.
     return {**tiles, **layout, "PRECISION": precision, "FAST": fast, "PADDING": mask == torch.uint8}
 
@@ -148,7 +148,7 @@ def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[st
         constants["SEGMENTS"] = tuple(number for segment in flat for number in segment)
     if plan.schedule == "grid":
         constants["MEANS"] = cell.means[3:] if backward else cell.means[:3]
-        constants["PTX"] = plan.nvidia and plan.block_b < 64  # its address and target a thread would spill with 64 rows
+        constants["PTX"] = plan.capability > 0 and plan.block_b < 64  # with 64 rows its two operands would be spilled
         # Into how many chunks the columns of each slice of U are cut (the last chunk may be smaller).
         cut = slices(cell, hidden, plan.block_h, backward)
         least = [16 * parts(rows, plan.block_b, plan.num_warps) for rows, _ in cut]
@@ -261,7 +261,7 @@ def _launch_grid(
         if exchanges:
             sums = scratch(like, tiles, sum(map(sum, exchanges)), programs[0], plan.block_b)
     arguments = {**arguments, "counter_ptr": counter, "sums_ptr": sums}
-    if plan.nvidia or not plan.waits:
+    if plan.capability > 0 or not plan.waits:
         launch(Launch(kernel, programs, {**arguments, "first": 0, "last": T, "done": 0, "PHASE": -1}, plan))
         return
     for t in range(T):

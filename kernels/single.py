@@ -297,5 +297,5 @@ def _constants(
     constants |= {"STATES": cell.states, "PARAMS": cell.params, "STEP": cell.forward}
     constants |= {"SAVE": saved, "SAVED": cell.saved if saved else 0, "PACK": 8 // size}
     constants["PARTS"] = parts(plan.block_h * slots(cell))
-    constants["FAST"] = dtype in (torch.float16, torch.bfloat16) and plan.nvidia
+    constants["FAST"] = dtype in (torch.float16, torch.bfloat16) and plan.capability > 0
     return constants

@@ -225,7 +225,7 @@ def test_an_offset_of_32_bits_is_noticed(monkeypatch):
     """What the two tests above would say of a kernel that multiplies in 32 bits."""
     only = LastTile()
     x, y = torch.empty(2, ROWS, 64, dtype=torch.bfloat16, device="meta"), torch.empty(16, dtype=torch.bfloat16)
-    narrow = SimpleNamespace(schedule="stepwise", num_warps=4, num_stages=1, nvidia=False)
+    narrow = SimpleNamespace(schedule="stepwise", num_warps=4, num_stages=1, capability=0)
     for step, good in ((0, True), (1, False)):
         launch = scan.Launch(_narrow, (1, 1, 1), {"x_ptr": x, "y_ptr": y, "step": step, "B": ROWS, "N": 64}, narrow)
         monkeypatch.setattr(scan, "compile_options", lambda plan: {})
@@ -375,7 +375,7 @@ def test_what_a_part_of_a_gpu_runs_is_right(cell, H, schedule):
     declared, (gx, u, bias, h0, c0, resets) = scan_arguments(cell, shape, torch.float64)
     chosen = plan(declared, B=9, H=H, itemsize=2, device=MIG)
     assert chosen.schedule == schedule
-    here = replace(chosen, nvidia=False, waits=chosen.waits)
+    here = replace(chosen, capability=0, waits=chosen.waits)
     out = scan.forward(declared, gx, u, bias, h0, c0, resets, save="none", plan=here)
     x, w_ih, w_hh, b_ih, b_hh, *states = testing.inputs(cell, shape, torch.float64, DEVICE)
     own = torch.zeros_like(b_ih)
