@@ -9,7 +9,7 @@ barriers, backward 234 and 2; at commit 4e6d929, without this, the report says 1
 import triton
 import triton.language as tl
 
-from .math import new_chain
+from .math import new_chain, widened
 
 # A load's threads are dealt out along its axes, the contiguous one first. Among the others, Triton 3.6 begins with the
 # first axis, later releases with the last.
@@ -197,5 +197,5 @@ def arrived(tiles, N: tl.constexpr, TYPE: tl.constexpr, ACC: tl.constexpr):
         tile = tiles[n]
         if tile.dtype == tl.int32:
             tile = _halves(tile, TYPE)
-        out = out + (from_memory(tile).to(ACC),)
+        out = out + (widened(from_memory(tile), ACC),)
     return out

@@ -70,14 +70,26 @@ def expm1(x):
 
 
 @triton.jit
+def widened(x, TYPE: tl.constexpr):
+    """x in TYPE. A bfloat16 is the upper half of a float32: of two in a word each takes one instruction."""
+    if x.dtype.is_bf16() and TYPE.is_fp32():
+        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
+    else:
+        return x.to(TYPE)
+
+
+@triton.jit
 def operand(x, TYPE: tl.constexpr, PRECISION: tl.constexpr):
     """x as an operand of `product`: in TYPE, and for a TF32 product such that cutting off its last 13 bits, which the
     tensor cores do, rounds it to nearest (ties away from zero, as PTX's cvt.rna.tf32.f32)."""
     x = x.to(TYPE)
     if PRECISION == "tf32" and x.dtype == tl.float32:
-        bits = x.to(tl.int32, bitcast=True)
-        # Not of infinity and NaN: a NaN of all ones would become zero.
-        bits = tl.where(tl.abs(x) < float("inf"), bits + 0x1000, bits)
+        # A NaN of all ones would become zero. A device's sum with zero is the positive NaN, to which the integer sum
+        # overflows. (From Hopper on, that sum and the greater of two are one instruction.)
+        bits = (x + 0.0).to(tl.int32, bitcast=True)
+        if INTERPRETED:
+            bits = tl.where(x == x, bits, 0x7FFFFFFF)
+        bits = tl.maximum(bits + 0x1000, bits)
         if INTERPRETED:
             bits = bits & -0x2000
         return bits.to(tl.float32, bitcast=True)

@@ -33,7 +33,7 @@ from .layout import (
     unit_order,
     write_tiles,
 )  # fmt: skip
-from .math import is_one_chain
+from .math import is_one_chain, new_chain
 from .random import draw
 from .tiles import (
     active,
@@ -67,6 +67,24 @@ from .tiles import (
 )
 
 
+def loads(cell, plan, itemsize, saves):
+    """Where a step of forward loads the next one's inputs: before its products (0), between them and the step (1), or
+    after the step (2), from where the assembler moves the loads among the products. saves: for backward.
+
+    Measured or predicted, see benchmarks/NOTES.md. In training the step before has stored much, and loads wait behind
+    stores. After the step only where nothing keeps them there (another exchange through shared memory), and the step
+    is longer than they take.
+    """
+    few = plan.num_warps <= 4
+    if not cell.operands or cell.published or itemsize == 8:
+        return 0
+    if not saves:
+        return int(few and cell.states > 1)
+    if itemsize == 4:
+        return 0
+    return 2 if few and cell.level == len(cell.operands) and cell.gates > 1 and not cell.means else 1
+
+
 @triton.jit(do_not_specialize=["T", "B"])
 def forward_kernel(
     gx_ptr, u_ptr, bias_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, hn_ptr, cn_ptr, T, B,
@@ -76,8 +94,9 @@ def forward_kernel(
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
     PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr,
     PADDING: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr,
-    U_IN_REGISTERS: tl.constexpr, DRAWN: tl.constexpr,
+    U_IN_REGISTERS: tl.constexpr, DRAWN: tl.constexpr, LOADS: tl.constexpr,
 ):  # fmt: skip
+    """LOADS: see `loads`."""
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
     units = unit_order(BLOCK_H, W)
     r = tl.arange(0, BLOCK_B)
@@ -104,9 +123,6 @@ def forward_kernel(
     OPERANDS: tl.constexpr = len(GATES)
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
-    # Between the products and the step, not before them: in 16 bits, but not in the GRU's inference (measured: see
-    # benchmarks/NOTES.md), and where the products do not need the input.
-    LATER: tl.constexpr = TYPE.primitive_bitwidth == 16 and (SAVE or STATES > 1) and OPERANDS > 0 and not PUBLISHED
     word_units = memory_units(BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
     word_mask = (word_units < H) & row_mask
     at_s = rows * (GROUPS * WORDS * H) + word_units
@@ -156,7 +172,7 @@ def forward_kernel(
         # (see `load_next`). The last step loads its own inputs again.
         gx_ptr += tl.where(t + 1 < T, advance * G, 0)
         gx = ()
-        if not LATER:
+        if LOADS == 0:
             gx = arrived(loaded, G, TYPE, ACC)
             loaded = load_next(gx_ptr, from_g, readable, G, H)
         if mask_ptr is not None:
@@ -172,8 +188,9 @@ def forward_kernel(
             for n in tl.static_range(LEVEL):
                 x = inside(v[n], units, H, TYPE, FAST)
                 hu = hu + products(U, x, start, first_product(GATES, n), first_product(GATES, n + 1), PRECISION)
-            if LATER:
+            if LOADS > 0:
                 gx = arrived(loaded, G, TYPE, ACC)
+            if LOADS == 1:
                 loaded = load_next(gx_ptr, from_g, readable, G, H)
             if LEVEL < OPERANDS:
                 m = OPERANDS_2(gx, hu, states, params, FAST)
@@ -181,6 +198,8 @@ def forward_kernel(
                     x = inside(m[n - LEVEL], units, H, TYPE, FAST)
                     hu = hu + products(U, x, start, first_product(GATES, n), first_product(GATES, n + 1), PRECISION)
         new, saved = STEP(gx, hu, states, params, FAST)
+        if LOADS == 2:
+            loaded = load_next(gx_ptr, from_g, readable, G, H)
         states, stored = after_step(new, states, code, group, STATES, REVERSED, PADDING)
         y_ptr += advance
         write_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
@@ -274,7 +293,8 @@ def backward_kernel(
     STORED: tl.constexpr = COMPUTED + OPERANDS - LEVEL
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
     # Where products are chains of their own, their operands are all read before the first: what is stored before them
-    # would hold that up. (Stores and shared memory take turns. With tf32x3 there are no registers to keep it in.)
+    # would hold that up. (Stores and shared memory take turns. With tf32x3 there are no registers to keep it in.) So it
+    # is stored before the last product, which hides it.
     ONE: tl.constexpr = FIRST < 2 or is_one_chain(BLOCK_H, BLOCK_B, TYPE, PRECISION)
     LATER: tl.constexpr = not ONE and PRECISION != "tf32x3"
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
@@ -393,13 +413,18 @@ def backward_kernel(
             d = zero
             if STATE_OF[n] >= 0:
                 d = dstates[STATE_OF[n]]
-            d = sum_products(UT, d_first, d, zero, first_product(GATES, n), first_product(GATES, n + 1), 0, PRECISION)
+            if LATER and n == LEVEL - 1:
+                d = sum_products(UT, d_first, d, zero, first_product(GATES, n), FIRST - 1, 0, PRECISION)
+                _store_step(dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, mask, dgx, dhu, computed, ADDS, LATE, H)
+                d = d + sum_products(UT, d_first, new_chain(zero), zero, FIRST - 1, FIRST, 0, PRECISION)
+            else:
+                d = sum_products(
+                    UT, d_first, d, zero, first_product(GATES, n), first_product(GATES, n + 1), 0, PRECISION
+                )
             if STATE_OF[n] >= 0:
                 dstates = replace_tile(dstates, STATE_OF[n], d)
             else:
                 dv = dv + (d,)
-        if LATER:
-            _store_step(dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, mask, dgx, dhu, computed, ADDS, LATE, H)
         if FINISH is not None:
             dgx, dstates, dparams = finish_step(
                 FINISH, dgx, dstates, dparams, dv, saved, entering, after, params, code, FAST, PADDING

@@ -84,10 +84,7 @@ def run(launch: Launch) -> None:
     device = next(given for given in launch.arguments.values() if isinstance(given, Tensor)).device
     # Triton launches on the current device, whichever the tensors are on.
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        launch.kernel[launch.grid](
-            **launch.arguments,
-            **compile_options(launch.plan),
-        )
+        launch.kernel[launch.grid](**launch.arguments, **compile_options(launch.plan))
 
 
 def _aligned(*tensors: Tensor | None) -> list[Any]:  # None only where it is given
@@ -171,6 +168,8 @@ def _forward_constants(
     constants |= {"STEP": cell.forward, "OPERANDS_1": cell.operands_1, "OPERANDS_2": cell.operands_2}
     if plan.schedule == "grid":
         constants["FLAGGED"] = flagged(cell, plan, shape[1], dtype.itemsize)
+    elif plan.schedule == "resident":
+        constants["LOADS"] = resident.loads(cell, plan, dtype.itemsize, save != "none")
     return constants | _of_schedule(cell, plan, shape[1], False)
 
 
@@ -309,9 +308,8 @@ def forward(
     constants = _forward_constants(cell, units, (K, H, reversed), u.dtype, mask_type, precision, save)
     arguments = {
         "gx_ptr": gx, "u_ptr": u, "bias_ptr": bias, "params_ptr": params, "dropout_ptr": dropout, "y_ptr": out.y,
-        "c_ptr": out.c,
-        "saved_ptr": out.saved, "mask_ptr": None if mask is None else mask.view(torch.uint8), "T": T, "B": B,
-        **constants,
+        "c_ptr": out.c, "saved_ptr": out.saved, "mask_ptr": None if mask is None else mask.view(torch.uint8),
+        "T": T, "B": B, **constants,
     }  # fmt: skip
     programs = _programs(units, B, K, H)
     if plan.schedule == "resident":

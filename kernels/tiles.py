@@ -18,7 +18,7 @@ A row of memory holds one batch row's groups side by side.
 import triton
 import triton.language as tl
 
-from .math import INTERPRETED, is_one_chain, new_chain, operand, product
+from .math import INTERPRETED, is_one_chain, new_chain, operand, product, widened
 
 
 @triton.constexpr_function
@@ -67,7 +67,7 @@ def nth_step(group, n, T, REVERSED: tl.constexpr):
 def cast_tiles(tiles, N: tl.constexpr, TYPE: tl.constexpr):
     out = ()
     for n in tl.static_range(N):
-        out = out + (tiles[n].to(TYPE),)
+        out = out + (widened(tiles[n], TYPE),)
     return out
 
 
@@ -118,7 +118,7 @@ def products(U, x, start, FROM: tl.constexpr, TO: tl.constexpr, PRECISION: tl.co
 def sum_products(U, x, start, zero, FROM: tl.constexpr, TO: tl.constexpr, FIRST: tl.constexpr, PRECISION: tl.constexpr):
     """start + the sum of U[n] @ x[n - FIRST] for n in FROM..TO, all of them operands. Each product is a chain of its
     own, and they are added as a tree, unless one chain is shorter."""
-    if TO - FROM == 1 or is_one_chain(U[FROM].shape[1], zero.shape[1], U[FROM].dtype, PRECISION):
+    if TO - FROM < 2 or is_one_chain(U[FROM].shape[1], zero.shape[1], U[FROM].dtype, PRECISION):
         for n in tl.static_range(FROM, TO):
             start = product(U[n], x[n - FIRST], start, PRECISION)
         return start
@@ -237,10 +237,11 @@ def add_outer(dstates, dy, dcs, code, PADDING: tl.constexpr):
             out = out + (dstates[n],)
         elif PADDING:
             out = out + (
-                dstates[n] + tl.where(active(code)[None, :], outer[n - 1 if n > 0 else 0].to(dstates[n].dtype), 0.0),
+                dstates[n]
+                + tl.where(active(code)[None, :], widened(outer[n - 1 if n > 0 else 0], dstates[n].dtype), 0.0),
             )
         else:
-            out = out + (dstates[n] + outer[n - 1 if n > 0 else 0].to(dstates[n].dtype),)
+            out = out + (dstates[n] + widened(outer[n - 1 if n > 0 else 0], dstates[n].dtype),)
     return out
 
 
@@ -376,11 +377,11 @@ def unpack_tiles(words, N: tl.constexpr, PACK: tl.constexpr, TYPE: tl.constexpr,
     tiles = ()
     for n in tl.static_range(N):
         if PACK == 1:
-            tiles = tiles + (words[n].to(ACC),)
+            tiles = tiles + (widened(words[n], ACC),)
         elif TYPE.primitive_bitwidth == 16:
             bits = (words[n // PACK] >> (n % PACK * 16)).to(tl.uint16)
-            tiles = tiles + (bits.to(TYPE, bitcast=True).to(ACC),)
+            tiles = tiles + (widened(bits.to(TYPE, bitcast=True), ACC),)
         else:
             bits = (words[n // PACK] >> (n % PACK * 32)).to(tl.uint32)
-            tiles = tiles + (bits.to(TYPE, bitcast=True).to(ACC),)
+            tiles = tiles + (widened(bits.to(TYPE, bitcast=True), ACC),)
     return tiles
