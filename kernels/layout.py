@@ -2,8 +2,8 @@
 
 The compiler gives a product one register layout and loads and stores another; a tile that crosses costs a trip through
 shared memory and two barriers. Here tiles are loaded in a shape whose layout, as Triton chooses it, is the product's
-when reshaped. With the report (sm_90, bfloat16, 8 rows) the LSTM's step at 64 units costs 135 issue slots and 2
-barriers, backward 234 and 2; at commit 4e6d929, without this, the report says 191 and 6, 343 and 12.
+when reshaped. With the report (sm_90, bfloat16, 8 rows) the LSTM's step at 64 units costs 127 issue slots and 2
+barriers, backward 224 and 2; at commit 4e6d929, without this, the report says 191 and 6, 343 and 12.
 """
 
 import triton
@@ -44,13 +44,34 @@ def _unit(m, BLOCK_H: tl.constexpr, W: tl.constexpr):
     return (m // 16 % W * 8 + m % 8) * (BLOCK_H // (8 * W)) + m // (16 * W) * 2 + m // 8 % 2
 
 
+@triton.constexpr_function
+def together(units, hidden, BYTES):
+    """How many of a thread's units, neighbours of BYTES, one load takes: 16 bytes, and as far as rows are aligned."""
+    return min(units, max(16 // BYTES, 1), hidden & -hidden)
+
+
 @triton.jit
-def memory_units(BLOCK_H: tl.constexpr, W: tl.constexpr, BYTES: tl.constexpr):
+def memory_units(H: tl.constexpr, BLOCK_H: tl.constexpr, W: tl.constexpr, BYTES: tl.constexpr):
     """The units of `in_memory`'s shape, for elements of BYTES: [N, 1, W*8, 1, RUN]. RUN units fit one load."""
     ALL: tl.constexpr = BLOCK_H // (8 * W)
-    RUN: tl.constexpr = ALL if ALL * BYTES <= 16 else 16 // BYTES
-    run = tl.arange(0, ALL // RUN)[:, None, None, None, None] * RUN + tl.arange(0, RUN)[None, None, None, None, :]
-    return tl.arange(0, 8 * W)[None, None, :, None, None] * ALL + run
+    RUN: tl.constexpr = together(ALL, H, BYTES)
+    runs = tl.arange(0, 8 * W)[None, None, :, None, None] * (ALL // RUN)
+    runs += tl.arange(0, ALL // RUN)[:, None, None, None, None]
+    if RUN == 1:
+        # Triton would see that neighbours lie along the first axis, and deal out threads along that.
+        runs += new_chain(runs.to(tl.float32)).to(tl.int32)
+    return runs * RUN + tl.arange(0, RUN)[None, None, None, None, :]
+
+
+@triton.jit
+def readable(units, H: tl.constexpr):
+    """The units of `memory_units`, the last that there are in place of those beyond H: loads need no predicates. What a
+    tile has beyond H may be anything."""
+    RUN: tl.constexpr = units.shape[4]
+    if units.shape[0] * units.shape[2] * RUN == H:
+        return units
+    else:
+        return tl.minimum(units // RUN, H // RUN - 1) * RUN + tl.arange(0, RUN)[None, None, None, None, :]
 
 
 @triton.jit
@@ -72,8 +93,12 @@ def in_memory(tile, SHAPE: tl.constexpr):
     N: tl.constexpr = SHAPE[0]
     W: tl.constexpr = SHAPE[2] // 8
     RUN: tl.constexpr = SHAPE[4]
-    tile = tl.reshape(tile, [N, RUN // 2, W, 2, 8, SHAPE[1] // 2, 4, 2])
-    tile = tl.permute(tile, [0, 5, 7, 2, 4, 6, 1, 3])
+    if RUN == 1:
+        tile = tl.reshape(tile, [N // 2, W, 2, 8, SHAPE[1] // 2, 4, 2])
+        tile = tl.permute(tile, [0, 2, 4, 6, 1, 3, 5])
+    else:
+        tile = tl.reshape(tile, [N, RUN // 2, W, 2, 8, SHAPE[1] // 2, 4, 2])
+        tile = tl.permute(tile, [0, 5, 7, 2, 4, 6, 1, 3])
     return tl.reshape(tile, [N, SHAPE[1], 8 * W, 4, RUN])
 
 
@@ -84,8 +109,12 @@ def from_memory(tile):
     W: tl.constexpr = tile.shape[2] // 8
     RUN: tl.constexpr = tile.shape[4]
     BLOCK_B: tl.constexpr = tile.shape[1] * 4
-    tile = tl.reshape(tile, [N, BLOCK_B // 8, 2, W, 8, 4, RUN // 2, 2])
-    tile = tl.permute(tile, [0, 6, 3, 7, 4, 1, 5, 2])
+    if RUN == 1:
+        tile = tl.reshape(tile, [N // 2, 2, BLOCK_B // 8, 2, W, 8, 4])
+        tile = tl.permute(tile, [0, 4, 1, 5, 2, 6, 3])
+    else:
+        tile = tl.reshape(tile, [N, BLOCK_B // 8, 2, W, 8, 4, RUN // 2, 2])
+        tile = tl.permute(tile, [0, 6, 3, 7, 4, 1, 5, 2])
     return tl.reshape(tile, [N * RUN * W * 8, BLOCK_B])
 
 
@@ -132,22 +161,18 @@ def load_weights(
 
 
 @triton.jit
-def read_tiles(ptr, offsets, mask, N: tl.constexpr, STRIDE: tl.constexpr):
-    """N tiles of a product, STRIDE elements apart, as a tuple; zero where masked. offsets: in `in_memory`'s shape."""
+def read_tiles(ptr, offsets, N: tl.constexpr, STRIDE: tl.constexpr):
+    """N tiles of a product, STRIDE elements apart, as a tuple. offsets: in `in_memory`'s shape."""
     tiles = ()
     for n in tl.static_range(N):
-        tiles = tiles + (from_memory(_load(ptr, offsets, n * STRIDE, mask)),)
+        tiles = tiles + (from_memory(_load(ptr, offsets, n * STRIDE)),)
     return tiles
 
 
 @triton.jit
-def _load(ptr, offsets, AT: tl.constexpr, mask):
-    """A tile in `in_memory`'s shape, AT elements on; zero where masked."""
-    if mask is None:
-        tile = tl.load(ptr + in_order(offsets) + AT)
-    else:
-        tile = tl.load(ptr + in_order(offsets) + AT, mask=in_order(mask), other=0)
-    return in_order(tile)
+def _load(ptr, offsets, AT: tl.constexpr):
+    """A tile in `in_memory`'s shape, AT elements on."""
+    return in_order(tl.load(ptr + in_order(offsets) + AT))
 
 
 @triton.jit
@@ -159,8 +184,8 @@ def write_tiles(ptr, offsets, mask, tiles, FROM: tl.constexpr, TO: tl.constexpr,
 
 
 @triton.jit
-def load_next(ptr, offsets, mask, N: tl.constexpr, STRIDE: tl.constexpr):
-    """What `arrived` makes N tiles of in the next step; ptr, offsets, mask and STRIDE as for `read_tiles`.
+def load_next(ptr, offsets, N: tl.constexpr, STRIDE: tl.constexpr):
+    """What `arrived` makes N tiles of in the next step; ptr, offsets and STRIDE as for `read_tiles`.
 
     A load is waited for where something first touches what it loaded, even to take 16-bit halves apart. The compiler
     does that in the step of the load, unless whole 32-bit words are what is carried to the next step. They are put
@@ -168,8 +193,10 @@ def load_next(ptr, offsets, mask, N: tl.constexpr, STRIDE: tl.constexpr):
     """
     tiles = ()
     for n in tl.static_range(N):
-        tile = _load(ptr, offsets, n * STRIDE, mask)
-        tiles = tiles + (_as_words(tile) if tile.dtype.primitive_bitwidth == 16 else tile,)
+        tile = _load(ptr, offsets, n * STRIDE)
+        if tile.dtype.primitive_bitwidth == 16 and tile.shape[4] > 1:
+            tile = _as_words(tile)
+        tiles = tiles + (tile,)
     return tiles
 
 

@@ -118,13 +118,13 @@ def is_one_chain(depth, rows, dtype, precision):
 
 
 @triton.jit
-def new_chain(zero):
-    """zero (float32), for a `product` to start a chain of its own from.
+def new_chain(like):
+    """Zeros of like's shape (float32), for a `product` to start a chain of its own from.
 
     The compiler turns product(.., 0) + x into product(.., x), so that each product waits for the one before. It does
     not look into inline assembly. The assembler does, and the zero costs no register.
     """
     if INTERPRETED:
-        return zero
+        return tl.zeros_like(like)
     else:
-        return tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [zero], dtype=tl.float32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise("mov.b32 $0, 0;", "=r,r", [like], dtype=tl.float32, is_pure=True, pack=1)

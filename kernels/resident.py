@@ -30,6 +30,7 @@ from .layout import (
     memory_rows,
     memory_units,
     read_tiles,
+    readable,
     unit_order,
     write_tiles,
 )  # fmt: skip
@@ -102,28 +103,29 @@ def forward_kernel(
     r = tl.arange(0, BLOCK_B)
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_B
     valid = r < B - row0
-    # A load past the batch reads its last row instead (rows do not mix, and that one is not stored): no predicates.
+    # A load past the batch reads its last row instead (rows do not mix, and that one is not stored), and one past H the
+    # last unit: no predicates.
     rows = memory_rows(BLOCK_B)
     row_mask = rows < B - row0
     from_rows = tl.minimum(rows, B - 1 - row0).to(tl.int32)
-    tile_units = memory_units(BLOCK_H, W, y_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    readable = None if H == BLOCK_H else tl.broadcast_to(tile_units < H, (rows + tile_units).shape)
+    tile_units = memory_units(H, BLOCK_H, W, y_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    from_units = readable(tile_units, H)
     mask = (tile_units < H) & row_mask
     group = tl.program_id(1).to(tl.int64)
     # Offsets inside a step are small; the step's start is a 64-bit scalar that advances.
     at_h = rows * (GROUPS * H) + tile_units
-    from_h = from_rows * (GROUPS * H) + tile_units
-    from_g = from_rows * (GROUPS * G * H) + tile_units
+    from_h = from_rows * (GROUPS * H) + from_units
+    from_g = from_rows * (GROUPS * G * H) + from_units
     C: tl.constexpr = STATES - 1
     at_c = rows * (GROUPS * C * H) + tile_units
-    from_c = from_rows * (GROUPS * C * H) + tile_units
+    from_c = from_rows * (GROUPS * C * H) + from_units
     at_state = rows * H + tile_units
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
     PRODUCTS: tl.constexpr = len(ADDS)
     OPERANDS: tl.constexpr = len(GATES)
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
-    word_units = memory_units(BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
+    word_units = memory_units(H, BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
     word_mask = (word_units < H) & row_mask
     at_s = rows * (GROUPS * WORDS * H) + word_units
     line = (row0 * GROUPS + group) * H
@@ -150,18 +152,18 @@ def forward_kernel(
         fixed = load_params(params_ptr + group * (PARAMS * H), units, PARAMS, H, ACC)
     share = shares(units, H, ACC)
 
-    states = read_tiles(y_ptr, from_h, readable, 1, 0)
+    states = read_tiles(y_ptr, from_h, 1, 0)
     if STATES > 1:
         c_ptr += line * C
         if SAVE:
             c_ptr += (step * per_step + per_step - advance) * C
-        states = states + read_tiles(c_ptr, from_c, readable, C, H)
+        states = states + read_tiles(c_ptr, from_c, C, H)
     states = cast_tiles(states, STATES, ACC)
     element = in_layout_of(states[0], (r * (GROUPS * H))[None, :] + units[:, None])
     fixed = fixed + draw(dropout_ptr, element + line, DRAWN, True, ACC)
     if SAVED > 0:
         saved_ptr += begin * WORDS
-    loaded = load_next(gx_ptr, from_g, readable, G, H)
+    loaded = load_next(gx_ptr, from_g, G, H)
     code = valid
     if mask_ptr is not None:
         mask_ptr += step * B.to(tl.int64) + row0
@@ -174,7 +176,7 @@ def forward_kernel(
         gx = ()
         if LOADS == 0:
             gx = arrived(loaded, G, TYPE, ACC)
-            loaded = load_next(gx_ptr, from_g, readable, G, H)
+            loaded = load_next(gx_ptr, from_g, G, H)
         if mask_ptr is not None:
             mask_ptr += sign * B
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
@@ -191,7 +193,7 @@ def forward_kernel(
             if LOADS > 0:
                 gx = arrived(loaded, G, TYPE, ACC)
             if LOADS == 1:
-                loaded = load_next(gx_ptr, from_g, readable, G, H)
+                loaded = load_next(gx_ptr, from_g, G, H)
             if LEVEL < OPERANDS:
                 m = OPERANDS_2(gx, hu, states, params, FAST)
                 for n in tl.static_range(LEVEL, OPERANDS):
@@ -199,7 +201,7 @@ def forward_kernel(
                     hu = hu + products(U, x, start, first_product(GATES, n), first_product(GATES, n + 1), PRECISION)
         new, saved = STEP(gx, hu, states, params, FAST)
         if LOADS == 2:
-            loaded = load_next(gx_ptr, from_g, readable, G, H)
+            loaded = load_next(gx_ptr, from_g, G, H)
         states, stored = after_step(new, states, code, group, STATES, REVERSED, PADDING)
         y_ptr += advance
         write_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
@@ -220,23 +222,23 @@ def forward_kernel(
 
 @triton.jit
 def _load_step(
-    dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, readable, readable_words,
+    dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s,
     H: tl.constexpr, STATES: tl.constexpr, WORDS: tl.constexpr,
 ):  # fmt: skip
     """What a step of backward reads: the states before it, saved words, and dy and dcs (if any).
 
     What the cell does not use, such as the LSTM's h, is not loaded: the compiler drops the load.
     """
-    before = read_tiles(y_ptr, from_h, readable, 1, 0)
+    before = read_tiles(y_ptr, from_h, 1, 0)
     if STATES > 1:
-        before = before + read_tiles(c_ptr, from_c, readable, STATES - 1, H)
+        before = before + read_tiles(c_ptr, from_c, STATES - 1, H)
     dy = ()
     if dy_ptr is not None:
-        dy = read_tiles(dy_ptr, from_h, readable, 1, 0)
+        dy = read_tiles(dy_ptr, from_h, 1, 0)
     dcs = ()
     if dcs_ptr is not None:
-        dcs = read_tiles(dcs_ptr, from_c, readable, STATES - 1, H)
-    return before, read_tiles(saved_ptr, from_s, readable_words, WORDS, H), dy, dcs
+        dcs = read_tiles(dcs_ptr, from_c, STATES - 1, H)
+    return before, read_tiles(saved_ptr, from_s, WORDS, H), dy, dcs
 
 
 @triton.jit
@@ -272,19 +274,20 @@ def backward_kernel(
     r = tl.arange(0, BLOCK_B)
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_B
     valid = r < B - row0
-    # A load past the batch reads its last row instead (rows do not mix, and that one is not stored): no predicates.
+    # A load past the batch reads its last row instead (rows do not mix, and that one is not stored), and one past H the
+    # last unit: no predicates.
     rows = memory_rows(BLOCK_B)
     row_mask = rows < B - row0
     from_rows = tl.minimum(rows, B - 1 - row0).to(tl.int32)
-    tile_units = memory_units(BLOCK_H, W, y_ptr.dtype.element_ty.primitive_bitwidth // 8)
-    readable = None if H == BLOCK_H else tl.broadcast_to(tile_units < H, (rows + tile_units).shape)
+    tile_units = memory_units(H, BLOCK_H, W, y_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    from_units = readable(tile_units, H)
     mask = (tile_units < H) & row_mask
     group = tl.program_id(1).to(tl.int64)
-    from_h = from_rows * (GROUPS * H) + tile_units
+    from_h = from_rows * (GROUPS * H) + from_units
     at_g = rows * (GROUPS * G * H) + tile_units
-    from_state = from_rows * H + tile_units
+    from_state = from_rows * H + from_units
     C: tl.constexpr = STATES - 1
-    from_c = from_rows * (GROUPS * C * H) + tile_units
+    from_c = from_rows * (GROUPS * C * H) + from_units
     PRODUCTS: tl.constexpr = len(ADDS)
     OPERANDS: tl.constexpr = len(GATES)
     FIRST: tl.constexpr = first_product(GATES, LEVEL)  # products of level 1
@@ -299,9 +302,8 @@ def backward_kernel(
     LATER: tl.constexpr = not ONE and PRECISION != "tf32x3"
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
-    word_units = memory_units(BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
-    readable_words = None if H == BLOCK_H else tl.broadcast_to(word_units < H, (rows + word_units).shape)
-    from_s = from_rows * (GROUPS * WORDS * H) + word_units
+    word_units = memory_units(H, BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
+    from_s = from_rows * (GROUPS * WORDS * H) + readable(word_units, H)
     at_i = rows * (GROUPS * APART * H) + tile_units
     at_m = rows * (GROUPS * STORED * H) + tile_units
     state0 = (group * B + row0) * H
@@ -345,15 +347,15 @@ def backward_kernel(
     zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     dstates = (zero,)
     if dhn_ptr is not None:
-        dstates = read_tiles(dhn_ptr + state0, from_state, readable, 1, 0)
-    after = read_tiles(y_ptr, from_h, readable, 1, 0)
+        dstates = read_tiles(dhn_ptr + state0, from_state, 1, 0)
+    after = read_tiles(y_ptr, from_h, 1, 0)
     y_ptr -= advance
     if STATES > 1:
         if dcn_ptr is not None:
-            dstates = dstates + read_tiles(dcn_ptr + state0 * C, from_rows * (C * H) + tile_units, readable, C, H)
+            dstates = dstates + read_tiles(dcn_ptr + state0 * C, from_rows * (C * H) + from_units, C, H)
         else:
             dstates = dstates + zeros(C, BLOCK_H, BLOCK_B, ACC)
-        after = after + read_tiles(c_ptr, from_c, readable, C, H)
+        after = after + read_tiles(c_ptr, from_c, C, H)
         c_ptr -= advance * C
     dstates = cast_tiles(dstates, STATES, ACC)
     after = cast_tiles(after, STATES, ACC)
@@ -361,7 +363,7 @@ def backward_kernel(
     element = in_layout_of(after[0], (r * (GROUPS * H))[None, :] + units[:, None])
     fixed = fixed + draw(dropout_ptr, element + line, DRAWN, True, ACC)
     loaded, words, dy, dcs = _load_step(
-        dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, readable, readable_words, H, STATES, WORDS
+        dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, H, STATES, WORDS
     )
 
     for t in range(T):
@@ -376,7 +378,7 @@ def backward_kernel(
         if SAVED > 0:
             saved_ptr -= back * WORDS
         loaded_next, words_next, dy_next, dcs_next = _load_step(
-            dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, readable, readable_words, H, STATES, WORDS
+            dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, H, STATES, WORDS
         )
         before = cast_tiles(loaded, STATES, ACC)
         saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)

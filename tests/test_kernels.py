@@ -9,6 +9,7 @@ from shapes import CELLS, SCHEDULES, spread
 
 from seqcells import functional, reference, testing
 from seqcells.kernels import buffers, cells, scan
+from seqcells.kernels.layout import in_layout_of
 from seqcells.kernels.math import operand, sigmoid, tanh
 from seqcells.kernels.plan import plan
 from seqcells.testing import Shape
@@ -293,6 +294,18 @@ def test_tf32_operands_are_rounded_to_nearest(cell, schedule, H, monkeypatch):
     assert found <= testing.tolerance(cell, "tf32", shape)
     # A state a little off may be rounded the other way; not many are.
     assert max(testing.relative(got[n], rounded[n]) for n in exact) <= 0.3 * allowed + testing.TOLERANCE[torch.float32]
+
+
+def test_numbers_do_not_depend_on_the_tile_whose_layout_they_take():
+    @triton.jit
+    def numbers(x_ptr, y_ptr, N: tl.constexpr):
+        i = tl.arange(0, N)
+        tl.store(y_ptr + i, in_layout_of(tl.load(x_ptr + i), i))
+
+    x = torch.tensor([0.0, -3.5, 1e9, torch.inf, -torch.inf, torch.nan, 1.0, 7.0], device=DEVICE)
+    y = torch.empty(8, dtype=torch.int32, device=DEVICE)
+    numbers[(1,)](x, y, N=8)
+    assert y.tolist() == list(range(8))
 
 
 def test_rounding_to_tf32_is_ptxs():
