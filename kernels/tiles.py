@@ -18,7 +18,7 @@ A row of memory holds one batch row's groups side by side.
 import triton
 import triton.language as tl
 
-from .math import INTERPRETED, is_one_chain, new_chain, operand, product, widened
+from .math import INTERPRETED, is_one_chain, new_chain, operand, product
 
 
 @triton.constexpr_function
@@ -67,7 +67,7 @@ def nth_step(group, n, T, REVERSED: tl.constexpr):
 def cast_tiles(tiles, N: tl.constexpr, TYPE: tl.constexpr):
     out = ()
     for n in tl.static_range(N):
-        out = out + (widened(tiles[n], TYPE),)
+        out = out + (tiles[n].to(TYPE),)
     return out
 
 
@@ -237,11 +237,10 @@ def add_outer(dstates, dy, dcs, code, PADDING: tl.constexpr):
             out = out + (dstates[n],)
         elif PADDING:
             out = out + (
-                dstates[n]
-                + tl.where(active(code)[None, :], widened(outer[n - 1 if n > 0 else 0], dstates[n].dtype), 0.0),
+                dstates[n] + tl.where(active(code)[None, :], outer[n - 1 if n > 0 else 0].to(dstates[n].dtype), 0.0),
             )
         else:
-            out = out + (dstates[n] + widened(outer[n - 1 if n > 0 else 0], dstates[n].dtype),)
+            out = out + (dstates[n] + outer[n - 1 if n > 0 else 0].to(dstates[n].dtype),)
     return out
 
 
@@ -377,11 +376,11 @@ def unpack_tiles(words, N: tl.constexpr, PACK: tl.constexpr, TYPE: tl.constexpr,
     tiles = ()
     for n in tl.static_range(N):
         if PACK == 1:
-            tiles = tiles + (widened(words[n], ACC),)
+            tiles = tiles + (words[n].to(ACC),)
         elif TYPE.primitive_bitwidth == 16:
             bits = (words[n // PACK] >> (n % PACK * 16)).to(tl.uint16)
-            tiles = tiles + (widened(bits.to(TYPE, bitcast=True), ACC),)
+            tiles = tiles + (bits.to(TYPE, bitcast=True).to(ACC),)
         else:
             bits = (words[n // PACK] >> (n % PACK * 32)).to(tl.uint32)
-            tiles = tiles + (widened(bits.to(TYPE, bitcast=True), ACC),)
+            tiles = tiles + (bits.to(TYPE, bitcast=True).to(ACC),)
     return tiles
