@@ -178,8 +178,9 @@ def test_counters_are_fresh_and_zero_for_each_launch():
         ("all at once", 16, 256, torch.bfloat16, 0),
     ],
 )
-def test_where_values_are_their_own_flags(cell, B, H, dtype, expected):
-    """And that no value is there before it is stored, but those that the scan starts from."""
+def test_where_values_are_their_own_flags(cell, B, H, dtype, expected, poison):
+    """And that no value is there before it is stored, but those that the scan starts from. (Memory that nobody fills
+    may be all ones, too, but for `poison`.)"""
     ((launch,), (back,)) = recorded(cell, "sm_90", 5, B, H, "grid", dtype)
     assert launch.arguments["FLAGGED"] == expected and "FLAGGED" not in back.arguments
     if cell in KINDS:
