@@ -195,25 +195,31 @@ def load_next(ptr, offsets, N: tl.constexpr, STRIDE: tl.constexpr):
     for n in tl.static_range(N):
         tile = _load(ptr, offsets, n * STRIDE)
         if tile.dtype.primitive_bitwidth == 16 and tile.shape[4] > 1:
-            tile = _as_words(tile)
+            tile = tile_words(tile)
         tiles = tiles + (tile,)
     return tiles
 
 
 @triton.jit
-def _as_words(tile):
-    """Neighbours in the last axis, of 16 bits, as words of 32."""
-    bits = tl.reshape(tile.to(tl.int16, bitcast=True), tile.shape[:4] + [tile.shape[4] // 2, 2])
-    low, high = tl.split(bits)
-    return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
+def tile_words(tile):
+    """A tile in `in_memory`'s shape as words of 32 bits: of 16-bit elements, two neighbours in the last axis."""
+    if tile.dtype.primitive_bitwidth == 32:
+        return tile.to(tl.int32, bitcast=True)
+    else:
+        bits = tl.reshape(tile.to(tl.int16, bitcast=True), tile.shape[:4] + [tile.shape[4] // 2, 2])
+        low, high = tl.split(bits)
+        return (low.to(tl.int32) & 0xFFFF) | (high.to(tl.int32) << 16)
 
 
 @triton.jit
 def _halves(words, TYPE: tl.constexpr):
-    """The inverse of `_as_words`, for elements of TYPE."""
-    shifts = tl.arange(0, 2)[None, None, None, None, None, :] * 16
-    halves = (words[:, :, :, :, :, None] >> shifts).to(tl.int16).to(TYPE, bitcast=True)
-    return tl.reshape(halves, words.shape[:4] + [words.shape[4] * 2])
+    """The inverse of `tile_words`, for elements of TYPE."""
+    if TYPE.primitive_bitwidth == 32:
+        return words.to(TYPE, bitcast=True)
+    else:
+        shifts = tl.arange(0, 2)[None, None, None, None, None, :] * 16
+        halves = (words[:, :, :, :, :, None] >> shifts).to(tl.int16).to(TYPE, bitcast=True)
+        return tl.reshape(halves, words.shape[:4] + [words.shape[4] * 2])
 
 
 @triton.jit

@@ -21,6 +21,7 @@ A tile's units beyond H are computed from zeros, and may be anything; the operan
 import triton
 import triton.language as tl
 
+from .between import complete_input, load_input, places, project, store_words, word_ptr
 from .exchange import shares
 from .layout import (
     arrived,
@@ -88,16 +89,17 @@ def loads(cell, plan, itemsize, saves):
 
 @triton.jit(do_not_specialize=["T", "B"])
 def forward_kernel(
-    gx_ptr, u_ptr, bias_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, hn_ptr, cn_ptr, T, B,
+    gx_ptr, u_ptr, bias_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr, hn_ptr, cn_ptr,
+    w_ptr, b_ptr, between_ptr, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
     PACK: tl.constexpr, SAVE: tl.constexpr, STEP: tl.constexpr, OPERANDS_1: tl.constexpr, OPERANDS_2: tl.constexpr,
     PADDING: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr,
-    U_IN_REGISTERS: tl.constexpr, DRAWN: tl.constexpr, LOADS: tl.constexpr,
+    U_IN_REGISTERS: tl.constexpr, DRAWN: tl.constexpr, LOADS: tl.constexpr, LAYERS: tl.constexpr,
 ):  # fmt: skip
-    """LOADS: see `loads`."""
+    """LOADS: see `loads`. LAYERS, w_ptr, b_ptr, between_ptr: see `stack`; without a stack 1 and None."""
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
     units = unit_order(BLOCK_H, W)
     r = tl.arange(0, BLOCK_B)
@@ -112,6 +114,7 @@ def forward_kernel(
     from_units = readable(tile_units, H)
     mask = (tile_units < H) & row_mask
     group = tl.program_id(1).to(tl.int64)
+    waits = False
     # Offsets inside a step are small; the step's start is a 64-bit scalar that advances.
     at_h = rows * (GROUPS * H) + tile_units
     from_h = from_rows * (GROUPS * H) + from_units
@@ -121,6 +124,7 @@ def forward_kernel(
     from_c = from_rows * (GROUPS * C * H) + from_units
     at_state = rows * H + tile_units
     TYPE: tl.constexpr = y_ptr.dtype.element_ty
+    AHEAD: tl.constexpr = 1 if LAYERS == 1 else 2
     PRODUCTS: tl.constexpr = len(ADDS)
     OPERANDS: tl.constexpr = len(GATES)
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
@@ -132,6 +136,31 @@ def forward_kernel(
     state0 = (group * B + row0) * H
     step, sign = nth_step(group, 0, T, REVERSED)
     per_step = B.to(tl.int64) * (GROUPS * H)
+    if LAYERS > 1:
+        # Layer n is program 2 n of its rows (axis 2); program 2 n - 1 makes its input of the layer below.
+        layer = (tl.program_id(2).to(tl.int64) + 1) // 2
+        state0 += layer * B * H
+        y_ptr += layer * (T + 1) * per_step
+        gx_ptr = tl.where(layer > 0, between_ptr + (layer - 1) * T * per_step * G, gx_ptr)
+        if tl.program_id(2) % 2 == 1:
+            if b_ptr is not None:
+                b_ptr += (layer - 1) * (G * H)
+            w_ptr += (layer - 1) * (G * H * H)
+            project(
+                y_ptr - T * per_step, w_ptr, b_ptr, gx_ptr, T, B, row0, H, BLOCK_H, BLOCK_B, ACC, G, PRECISION, FAST, W,
+                U_IN_REGISTERS,
+            )  # fmt: skip
+            return
+        c_ptr += layer * ((T + 1) * SAVE + (not SAVE)) * per_step * C
+        saved_ptr += layer * T * per_step * WORDS
+        u_ptr += layer * (PRODUCTS * H * H)
+        if bias_ptr is not None:
+            bias_ptr += layer * (apart_before(ADDS, PRODUCTS) * H)
+        if PARAMS > 0:
+            params_ptr += layer * (PARAMS * H)
+        waits = layer > 0
+        from_g, _, _ = places(H, BLOCK_H, BLOCK_B, W, B, row0, G * H, TYPE)
+        _, at_words, in_words = places(H, BLOCK_H, BLOCK_B, W, B, row0, H, TYPE)
     begin = step * per_step + line
     advance = sign * per_step
     gx_ptr += begin * G
@@ -163,7 +192,12 @@ def forward_kernel(
     fixed = fixed + draw(dropout_ptr, element + line, DRAWN, True, ACC)
     if SAVED > 0:
         saved_ptr += begin * WORDS
-    loaded = load_next(gx_ptr, from_g, G, H)
+    if LAYERS > 1:
+        there = complete_input(load_input(gx_ptr, from_g, G, H), gx_ptr, from_g, G, H, waits)
+        gx_ptr += tl.where(T > 1, advance * G, 0)
+        loaded = load_input(gx_ptr, from_g, G, H)
+    else:
+        loaded = load_next(gx_ptr, from_g, G, H)
     code = valid
     if mask_ptr is not None:
         mask_ptr += step * B.to(tl.int64) + row0
@@ -172,8 +206,11 @@ def forward_kernel(
     for t in range(T):
         # The next step's inputs are loaded once this step's are taken apart, and nothing uses them before the next step
         # (see `load_next`). The last step loads its own inputs again.
-        gx_ptr += tl.where(t + 1 < T, advance * G, 0)
+        here = gx_ptr
+        gx_ptr += tl.where(t + AHEAD < T, advance * G, 0)
         gx = ()
+        if LAYERS > 1:
+            gx = arrived(there, G, TYPE, ACC)
         if LOADS == 0:
             gx = arrived(loaded, G, TYPE, ACC)
             loaded = load_next(gx_ptr, from_g, G, H)
@@ -204,7 +241,12 @@ def forward_kernel(
             loaded = load_next(gx_ptr, from_g, G, H)
         states, stored = after_step(new, states, code, group, STATES, REVERSED, PADDING)
         y_ptr += advance
-        write_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
+        if LAYERS > 1:
+            store_words(word_ptr(y_ptr), at_words, in_words, stored, 1, 0, TYPE)
+            there = complete_input(loaded, here, from_g, G, H, waits)
+            loaded = load_input(gx_ptr, from_g, G, H)
+        else:
+            write_tiles(y_ptr, at_h, mask, stored, 0, 1, 0)
         if SAVE and STATES > 1:
             c_ptr += advance * C
             write_tiles(c_ptr, at_c, mask, stored, 1, STATES, H)

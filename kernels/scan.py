@@ -87,7 +87,7 @@ def run(launch: Launch) -> None:
         launch.kernel[launch.grid](**launch.arguments, **compile_options(launch.plan))
 
 
-def _aligned(*tensors: Tensor | None) -> list[Any]:  # None only where it is given
+def aligned(*tensors: Tensor | None) -> list[Any]:  # None only where it is given
     """The tensors, contiguous and on 16-byte boundaries (else the kernel would be compiled once more for this one)."""
     return [
         x if x is None or (x.is_contiguous() and not (x.is_cuda and x.data_ptr() % 16)) else _copied(x) for x in tensors
@@ -154,7 +154,7 @@ def _of_schedule(cell: Cell, plan: Plan, hidden: int, backward: bool) -> dict[st
 
 
 @_per_scan
-def _forward_constants(
+def forward_constants(
     cell: Cell,
     plan: Plan,
     shape: tuple[int, int, int],
@@ -182,7 +182,7 @@ def _backward_constants(
     return constants | _of_schedule(cell, plan, shape[1], True)
 
 
-def _fill(state: Tensor, start: Tensor | None) -> None:
+def fill(state: Tensor, start: Tensor | None) -> None:
     if start is None:
         state.zero_()
     else:
@@ -300,12 +300,12 @@ def forward(
     _start(out.y, h0, reversed)
     if cell.states > 1 and (save != "none" or plan.schedule == "resident"):
         _start(out.c, c0, reversed if save != "none" else 0)
-    u, bias, params, dropout, mask = _aligned(u, bias, params, dropout, mask)
+    u, bias, params, dropout, mask = aligned(u, bias, params, dropout, mask)
     mask_type = None if mask is None else mask.dtype
     units = plan  # of the launches that call the cell's functions
     if cell.means and plan.schedule == "stepwise":
         units = means.whole(plan, H, u.element_size())
-    constants = _forward_constants(cell, units, (K, H, reversed), u.dtype, mask_type, precision, save)
+    constants = forward_constants(cell, units, (K, H, reversed), u.dtype, mask_type, precision, save)
     arguments = {
         "gx_ptr": gx, "u_ptr": u, "bias_ptr": bias, "params_ptr": params, "dropout_ptr": dropout, "y_ptr": out.y,
         "c_ptr": out.c, "saved_ptr": out.saved, "mask_ptr": None if mask is None else mask.view(torch.uint8),
@@ -313,12 +313,13 @@ def forward(
     }  # fmt: skip
     programs = _programs(units, B, K, H)
     if plan.schedule == "resident":
-        launch(Launch(resident.forward_kernel, programs, {**arguments, "hn_ptr": out.hn, "cn_ptr": out.cn}, plan))
+        arguments |= {"hn_ptr": out.hn, "cn_ptr": out.cn, "w_ptr": None, "b_ptr": None, "between_ptr": None}
+        launch(Launch(resident.forward_kernel, programs, {**arguments, "LAYERS": 1}, plan))
         return out
 
     sh, sc = scratch(gx, K, B, H), scratch(gx, *out.cn.shape)
-    _fill(sh, h0)
-    _fill(sc, c0)
+    fill(sh, h0)
+    fill(sc, c0)
     second = len(cell.operands) - cell.level
     apart = cell.means and plan.schedule == "stepwise"  # products are launches of their own
     kept = cell.products if apart else cell.first_products if second else 0
@@ -396,7 +397,7 @@ def backward(
     programs = _programs(units, B, K, H)
     # A program adds for its own rows, in a fixed order: two runs give the same bits.
     shares = scratch(y, -(-B // units.block_b), *out.dparams.shape).zero_() if cell.params else None
-    dy, dhn, dcn, dcs, u, params, dropout, mask = _aligned(dy, dhn, dcn, dcs, u, params, dropout, mask)
+    dy, dhn, dcn, dcs, u, params, dropout, mask = aligned(dy, dhn, dcn, dcs, u, params, dropout, mask)
     mask_type = None if mask is None else mask.dtype
     constants = _backward_constants(cell, units, (K, H, reversed), u.dtype, mask_type, precision)
     arguments = {
@@ -410,8 +411,8 @@ def backward(
         return out if shares is None else out._replace(dparams=shares.sum(0))
 
     dsh, dsc = scratch(y, K, B, H), scratch(y, *out.dc0.shape)
-    _fill(dsh, dhn)
-    _fill(dsc, dcn)
+    fill(dsh, dhn)
+    fill(dsc, dcn)
     arguments |= {"dsh_ptr": dsh, "dsc_ptr": dsc}
     phases = (0, 1) if cell.level < len(cell.operands) else (1,)
     if plan.schedule == "grid":
@@ -458,7 +459,7 @@ def recompute(
     hu = gx.new_empty(N, K, cell.products * H)
     v = gx.new_empty(N, K, cell.level * H) if cell.published else None
     m = gx.new_empty(N, K, second * H) if second else None
-    bias, params, dropout, mask = _aligned(bias, params, dropout, mask)
+    bias, params, dropout, mask = aligned(bias, params, dropout, mask)
     constants = _constants(cell, plan, (K, H, reversed), u.dtype, None if mask is None else mask.dtype, "ieee")
     if cell.means:
         plan = means.whole(plan, H, u.element_size())

@@ -31,7 +31,7 @@ from torch import Tensor
 from .cells import Cell
 from .math import operand, product
 from .plan_single import Single, parts, slots
-from .scan import ACCUMULATE, Launch, Scanned, _aligned, _per_scan, allocate_saved, run
+from .scan import ACCUMULATE, Launch, Scanned, aligned, _per_scan, allocate_saved, run
 from .tiles import (
     apart_before,
     load_params,
@@ -266,7 +266,7 @@ def forward(
     (B, I), H = x.shape, w_hh.shape[1]  # noqa: E741
     out = allocate(cell, x, H, save)
     through = input_precision or precision
-    x, w_ih, w_hh, b_ih, b_hh, params, h0, c0 = _aligned(x, w_ih, w_hh, b_ih, b_hh, params, h0, c0)
+    x, w_ih, w_hh, b_ih, b_hh, params, h0, c0 = aligned(x, w_ih, w_hh, b_ih, b_hh, params, h0, c0)
     arguments = {
         "x_ptr": x, "w_ptr": w_ih, "u_ptr": w_hh, "b_ih_ptr": b_ih, "b_hh_ptr": b_hh, "params_ptr": params,
         "h0_ptr": h0, "c0_ptr": c0 if cell.states > 1 else None, "y_ptr": out.y, "c_ptr": out.c, "saved_ptr": out.saved,
