@@ -29,7 +29,7 @@ from .layout import (
     unit_order,
 )
 from .math import INTERPRETED
-from .tiles import inside, load_tiles, operands, products
+from .tiles import inside, load_tiles, operands, products, sum_products
 
 
 @triton.constexpr_function
@@ -49,7 +49,7 @@ def load_words(ptr, offsets, N: tl.constexpr, STRIDE: tl.constexpr):
     """What `complete_words` takes, of N tiles that are STRIDE words apart. ptr, offsets: of words."""
     tiles = ()
     for n in tl.static_range(N):
-        tiles = tiles + (in_order(tl.load(ptr + in_order(offsets) + n * STRIDE, cache_modifier=".cg")),)
+        tiles = tiles + (in_order(tl.load(ptr + in_order(offsets) + n * STRIDE, volatile=True)),)
     return tiles
 
 
@@ -140,10 +140,9 @@ def store_words(ptr, offsets, mask, tiles, N: tl.constexpr, STRIDE: tl.constexpr
             words = tile_words(tile.to(TYPE))
             tl.store(ptr + in_order(offsets) + n * STRIDE, in_order(tl.where(words == -1, -2, words)), in_order(mask))
         else:
+            values = (tile,)
             if TYPE.primitive_bitwidth == 16:
                 values = tl.split(tl.reshape(tile, offsets.shape + [2]))
-            else:
-                values = (tile,)
             given = values + ((ptr + n * STRIDE).to(tl.int64), offsets, mask.to(tl.int32))
             tl.inline_asm_elementwise(TEXT[0], TEXT[1], given, dtype=tl.int32, is_pure=False, pack=1)
 
@@ -166,42 +165,59 @@ def places(
 
 @triton.jit
 def project(
-    y_ptr, w_ptr, b_ptr, gx_ptr, T, B, row0,
+    from_ptr, w_ptr, b_ptr, to_ptr, T, B, row0, advance,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr, G: tl.constexpr,
-    PRECISION: tl.constexpr, FAST: tl.constexpr, W: tl.constexpr, IN_REGISTERS: tl.constexpr,
+    BACKWARD: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, W: tl.constexpr, IN_REGISTERS: tl.constexpr,
 ):  # fmt: skip
-    """gx [T, B, G*H] of a layer, from the output y [T, B, H] of the layer below, its input weights w [G*H, H] and the
-    biases b [G*H] (or None), for BLOCK_B rows from row0 on. The pointers are at the first step."""
-    TYPE: tl.constexpr = gx_ptr.dtype.element_ty
+    """The products between two layers with the upper one's input weights w [G*H, H], for BLOCK_B rows from row0 on.
+
+    Forward: from the lower layer's y [T, B, H] the upper one's gx [T, B, G*H], with the biases b [G*H] (or None).
+    Backward: from the upper layer's dgx the lower one's dy. The pointers are at the first step taken; advance: from
+    there to the next, in elements of y.
+    """
+    TYPE: tl.constexpr = to_ptr.dtype.element_ty
     PER: tl.constexpr = _per_word(TYPE)
+    IN: tl.constexpr = G if BACKWARD else 1
+    OUT: tl.constexpr = 1 if BACKWARD else G
     units = unit_order(BLOCK_H, W)
     if IN_REGISTERS:
-        weights = load_weights(w_ptr, G, H, BLOCK_H, W, False)
+        weights = load_weights(w_ptr, G, H, BLOCK_H, W, BACKWARD)
     else:
         square = units[:, None] * H + units[None, :]
+        if BACKWARD:
+            square = units[None, :] * H + units[:, None]
         weights = load_tiles(w_ptr, square, (units[:, None] < H) & (units[None, :] < H), G, H * H, TYPE)
     weights = operands(weights, G, TYPE, PRECISION)
+    zero = tl.zeros([BLOCK_H, BLOCK_B], ACC)
     start = ()
-    for n in tl.static_range(G):
-        bias = tl.zeros([BLOCK_H, BLOCK_B], ACC)
-        if b_ptr is not None:
-            bias += tl.load(b_ptr + n * H + units, mask=units < H, other=0.0).to(ACC)[:, None]
-        start = start + (bias,)
-    from_y, _, _ = places(H, BLOCK_H, BLOCK_B, W, B, row0, H, TYPE)
-    _, at_g, mask = places(H, BLOCK_H, BLOCK_B, W, B, row0, G * H, TYPE)
-    y_ptr = word_ptr(y_ptr + row0 * H)
-    gx_ptr = word_ptr(gx_ptr + row0 * (G * H))
-    per_step = B.to(tl.int64) * (H // PER)
-    loaded = load_words(y_ptr, from_y, 1, 0)
-    before = start[0]
+    for n in tl.static_range(OUT):
+        if b_ptr is None:
+            start = start + (zero,)
+        else:
+            bias = tl.load(b_ptr + n * H + units, mask=units < H, other=0.0).to(ACC)
+            start = start + (zero + bias[:, None],)
+    at_from, _, _ = places(H, BLOCK_H, BLOCK_B, W, B, row0, IN * H, TYPE)
+    _, at_to, mask = places(H, BLOCK_H, BLOCK_B, W, B, row0, OUT * H, TYPE)
+    from_ptr = word_ptr(from_ptr + row0 * (IN * H))
+    to_ptr = word_ptr(to_ptr + row0 * (OUT * H))
+    advance = advance // PER
+    loaded = load_words(from_ptr, at_from, IN, H // PER)
+    like = start[0]
     for t in range(T):
-        words = complete_words(loaded, y_ptr, from_y, 1, 0, True)
-        y_ptr += tl.where(t + 1 < T, per_step, 0)
-        loaded = load_words(y_ptr, from_y, 1, 0)
-        # In the layout of a product's result, from which its operand is made as in a step.
-        x = arrived(words, 1, TYPE, ACC)[0].to(tl.int32, bitcast=True)
-        x = in_layout_of(before, x).to(ACC, bitcast=True)
-        gx = products(weights, inside(x, units, H, TYPE, FAST), start, 0, G, PRECISION)
-        store_words(gx_ptr, at_g, mask, gx, G, H // PER, TYPE)
-        before = gx[0]
-        gx_ptr += per_step * G
+        words = complete_words(loaded, from_ptr, at_from, IN, H // PER, True)
+        from_ptr += tl.where(t + 1 < T, advance * IN, 0)
+        loaded = load_words(from_ptr, at_from, IN, H // PER)
+        tiles = arrived(words, IN, TYPE, ACC)
+        read = ()
+        for n in tl.static_range(IN):
+            # In the layout of a product's result, from which its operand is made as in a step.
+            x = in_layout_of(like, tiles[n].to(tl.int32, bitcast=True)).to(ACC, bitcast=True)
+            read = read + (inside(x, units, H, TYPE, FAST),)
+        if BACKWARD:
+            read = operands(read, IN, TYPE, PRECISION)
+            out = (sum_products(weights, read, zero, zero, 0, IN, 0, PRECISION),)
+        else:
+            out = products(weights, read[0], start, 0, OUT, PRECISION)
+        store_words(to_ptr, at_to, mask, out, OUT, H // PER, TYPE)
+        to_ptr += advance * OUT
+        like = out[0]

@@ -21,7 +21,7 @@ A tile's units beyond H are computed from zeros, and may be anything; the operan
 import triton
 import triton.language as tl
 
-from .between import complete_input, load_input, places, project, store_words, word_ptr
+from .between import complete_input, complete_words, load_input, load_words, places, project, store_words, word_ptr
 from .exchange import shares
 from .layout import (
     arrived,
@@ -147,8 +147,8 @@ def forward_kernel(
                 b_ptr += (layer - 1) * (G * H)
             w_ptr += (layer - 1) * (G * H * H)
             project(
-                y_ptr - T * per_step, w_ptr, b_ptr, gx_ptr, T, B, row0, H, BLOCK_H, BLOCK_B, ACC, G, PRECISION, FAST, W,
-                U_IN_REGISTERS,
+                y_ptr - T * per_step, w_ptr, b_ptr, gx_ptr, T, B, row0, per_step, H, BLOCK_H, BLOCK_B, ACC, G, False,
+                PRECISION, FAST, W, U_IN_REGISTERS,
             )  # fmt: skip
             return
         c_ptr += layer * ((T + 1) * SAVE + (not SAVE)) * per_step * C
@@ -284,14 +284,23 @@ def _load_step(
 
 
 @triton.jit
+def _store_dgx(ptr, at_g, g_mask, tile, LAYERS: tl.constexpr):
+    """A tile of dgx. at_g, g_mask: in a stack, of words."""
+    if LAYERS > 1:
+        store_words(word_ptr(ptr), at_g, g_mask, (tile,), 1, 0, ptr.dtype.element_ty)
+    else:
+        write_tiles(ptr, at_g, g_mask, (tile,), 0, 1, 0)
+
+
+@triton.jit
 def _store_step(
-    dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, mask, dgx, dhu, computed, ADDS: tl.constexpr, LATE: tl.constexpr,
-    H: tl.constexpr,
+    dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, g_mask, mask, dgx, dhu, computed, ADDS: tl.constexpr,
+    LATE: tl.constexpr, H: tl.constexpr, LAYERS: tl.constexpr,
 ):  # fmt: skip
     """What a step of backward stores of dgx, dhu and m, but for the tiles of dgx that are late."""
     for n in tl.static_range(len(dgx)):
         if not is_in(n, LATE):
-            write_tiles(dgx_ptr + n * H, at_g, mask, dgx, n, n + 1, H)
+            _store_dgx(dgx_ptr + n * H, at_g, g_mask, dgx[n], LAYERS)
     for n in tl.static_range(len(ADDS)):
         if ADDS[n] < 0:
             write_tiles(dhu_ptr + apart_before(ADDS, n) * H, at_i, mask, dhu, n, n + 1, H)
@@ -302,15 +311,16 @@ def _store_step(
 @triton.jit(do_not_specialize=["T", "B"])
 def backward_kernel(
     dy_ptr, dcs_ptr, dhn_ptr, dcn_ptr, u_ptr, params_ptr, dropout_ptr, y_ptr, c_ptr, saved_ptr, mask_ptr,
-    dgx_ptr, dhu_ptr, m_ptr, dparams_ptr, dh0_ptr, dc0_ptr, T, B,
+    dgx_ptr, dhu_ptr, m_ptr, dparams_ptr, dh0_ptr, dc0_ptr, w_ptr, between_ptr, T, B,
     GROUPS: tl.constexpr, REVERSED: tl.constexpr,
     H: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_B: tl.constexpr, ACC: tl.constexpr,
     G: tl.constexpr, GATES: tl.constexpr, LEVEL: tl.constexpr, STATE_OF: tl.constexpr, ADDS: tl.constexpr,
     LATE: tl.constexpr, PUBLISHED: tl.constexpr, STATES: tl.constexpr, SAVED: tl.constexpr, PARAMS: tl.constexpr,
     PACK: tl.constexpr, STEP: tl.constexpr, BACKWARD_2: tl.constexpr, FINISH: tl.constexpr, PADDING: tl.constexpr,
     PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr, U_IN_REGISTERS: tl.constexpr,
-    DRAWN: tl.constexpr,
+    DRAWN: tl.constexpr, LAYERS: tl.constexpr,
 ):  # fmt: skip
+    """LAYERS, w_ptr, between_ptr: see `stack`; without a stack 1 and None."""
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
     units = unit_order(BLOCK_H, W)
     r = tl.arange(0, BLOCK_B)
@@ -344,6 +354,7 @@ def backward_kernel(
     LATER: tl.constexpr = not ONE and PRECISION != "tf32x3"
     SAVED_PACK: tl.constexpr = PACK if SAVED > 1 else 1
     WORDS: tl.constexpr = (SAVED + SAVED_PACK - 1) // SAVED_PACK
+    PER: tl.constexpr = 32 // TYPE.primitive_bitwidth  # elements of a word, in a stack
     word_units = memory_units(H, BLOCK_H, W, TYPE.primitive_bitwidth // 8 * SAVED_PACK)
     from_s = from_rows * (GROUPS * WORDS * H) + readable(word_units, H)
     at_i = rows * (GROUPS * APART * H) + tile_units
@@ -351,6 +362,36 @@ def backward_kernel(
     state0 = (group * B + row0) * H
     step, sign = nth_step(group, T - 1, T, REVERSED)
     per_step = B.to(tl.int64) * (GROUPS * H)
+    share_at = tl.program_id(0).to(tl.int64) * GROUPS + group
+    g_mask = mask
+    waits = False
+    if LAYERS > 1:
+        # Layer n is program 2 (LAYERS - 1 - n) of its rows (axis 2); the one before makes its dy of the layer above.
+        layer = LAYERS - 1 - (tl.program_id(2).to(tl.int64) + 1) // 2
+        per_layer = T * per_step
+        dgx_ptr += layer * per_layer * G
+        if tl.program_id(2) % 2 == 1:
+            from_ptr = dgx_ptr + (per_layer + per_layer - per_step) * G
+            to_ptr = between_ptr + (layer + 1) * per_layer - per_step
+            project(
+                from_ptr, w_ptr + layer * (G * H * H), None, to_ptr, T, B, row0, -per_step, H, BLOCK_H, BLOCK_B, ACC, G,
+                True, PRECISION, FAST, W, U_IN_REGISTERS,
+            )  # fmt: skip
+            return
+        waits = layer < LAYERS - 1
+        state0 += layer * B * H
+        share_at = tl.program_id(0).to(tl.int64) * LAYERS + layer
+        dy_ptr = tl.where(waits, between_ptr + layer * per_layer, dy_ptr)
+        y_ptr += layer * (per_layer + per_step)
+        c_ptr += layer * (per_layer + per_step) * C
+        saved_ptr += layer * per_layer * WORDS
+        dhu_ptr += layer * per_layer * APART
+        m_ptr += layer * per_layer * STORED
+        u_ptr += layer * (PRODUCTS * H * H)
+        if PARAMS > 0:
+            params_ptr += layer * (PARAMS * H)
+        from_dy, _, _ = places(H, BLOCK_H, BLOCK_B, W, B, row0, H, TYPE)
+        _, at_g, g_mask = places(H, BLOCK_H, BLOCK_B, W, B, row0, G * H, TYPE)
     begin = step * per_step + (row0 * GROUPS + group) * H
     advance = sign * per_step
 
@@ -404,14 +445,25 @@ def backward_kernel(
     line = (row0 * GROUPS + group) * H
     element = in_layout_of(after[0], (r * (GROUPS * H))[None, :] + units[:, None])
     fixed = fixed + draw(dropout_ptr, element + line, DRAWN, True, ACC)
+    if LAYERS > 1:
+        dy_ptr = word_ptr(dy_ptr)
+        dy_there = complete_words(load_words(dy_ptr, from_dy, 1, 0), dy_ptr, from_dy, 1, 0, waits)
+        dy_ptr -= tl.where(T > 1, advance // PER, 0)
+        dy_next = load_words(dy_ptr, from_dy, 1, 0)
     loaded, words, dy, dcs = _load_step(
-        dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, H, STATES, WORDS
+        None if LAYERS > 1 else dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, H, STATES, WORDS
     )
 
     for t in range(T):
         back = tl.where(t + 1 < T, advance, 0)
         y_ptr -= back
-        if dy_ptr is not None:
+        outer = dy
+        if LAYERS > 1:
+            here = dy_ptr
+            dy_ptr -= tl.where(t + 2 < T, advance // PER, 0)
+            outer = arrived(dy_there, 1, TYPE, ACC)
+            dy_after = load_words(dy_ptr, from_dy, 1, 0)
+        elif dy_ptr is not None:
             dy_ptr -= back
         if dcs_ptr is not None:
             dcs_ptr -= back * C
@@ -419,8 +471,8 @@ def backward_kernel(
             c_ptr -= back * C
         if SAVED > 0:
             saved_ptr -= back * WORDS
-        loaded_next, words_next, dy_next, dcs_next = _load_step(
-            dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, H, STATES, WORDS
+        loaded_next, words_next, outer_next, dcs_next = _load_step(
+            None if LAYERS > 1 else dy_ptr, dcs_ptr, y_ptr, c_ptr, saved_ptr, from_h, from_c, from_s, H, STATES, WORDS
         )
         before = cast_tiles(loaded, STATES, ACC)
         saved = unpack_tiles(words, SAVED, SAVED_PACK, TYPE, ACC)
@@ -431,7 +483,7 @@ def backward_kernel(
             mask_ptr -= sign * B
             code_next = load_mask(mask_ptr, r, tl.where(t + 1 < T, valid, False), group, REVERSED, PADDING)
             entering = keep_rows(before, not_reset(code, PADDING), STATES)
-        dstates = add_outer(dstates, dy, dcs, code, PADDING)
+        dstates = add_outer(dstates, outer, dcs, code, PADDING)
         params = fixed + draw(dropout_ptr, element + (line + (step - sign * t) * per_step), DRAWN, False, ACC) + share
         dm = ()
         if LEVEL < OPERANDS:
@@ -449,7 +501,7 @@ def backward_kernel(
         dgx, dhu, new, dparams, computed = STEP(dstates, dm, saved, entering, after, params, FAST)
         dgx, dhu, dstates, computed = before_step(dgx, dhu, new, computed, dstates, code, PADDING)
         if not LATER:
-            _store_step(dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, mask, dgx, dhu, computed, ADDS, LATE, H)
+            _store_step(dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, g_mask, mask, dgx, dhu, computed, ADDS, LATE, H, LAYERS)
         d_first = inside_all(dhu, units, FIRST, H, TYPE, FAST)
         d_first = operands(d_first, FIRST, TYPE, PRECISION)  # all before the first product: one barrier for them
         dv = ()
@@ -459,7 +511,7 @@ def backward_kernel(
                 d = dstates[STATE_OF[n]]
             if LATER and n == LEVEL - 1:
                 d = sum_products(UT, d_first, d, zero, first_product(GATES, n), FIRST - 1, 0, PRECISION)
-                _store_step(dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, mask, dgx, dhu, computed, ADDS, LATE, H)
+                _store_step(dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, g_mask, mask, dgx, dhu, computed, ADDS, LATE, H, LAYERS)
                 d = d + sum_products(UT, d_first, new_chain(zero), zero, FIRST - 1, FIRST, 0, PRECISION)
             else:
                 d = sum_products(
@@ -474,7 +526,7 @@ def backward_kernel(
                 FINISH, dgx, dstates, dparams, dv, saved, entering, after, params, code, FAST, PADDING
             )
             for n in tl.static_range(len(LATE)):
-                write_tiles(dgx_ptr + LATE[n] * H, at_g, mask, dgx, LATE[n], LATE[n] + 1, H)
+                _store_dgx(dgx_ptr + LATE[n] * H, at_g, g_mask, dgx[LATE[n]], LAYERS)
         if PARAMS > 0:
             sums = add_params(sums, dparams, valid, code, PADDING)
         dgx_ptr -= advance * G
@@ -487,7 +539,11 @@ def backward_kernel(
         after = before
         loaded = loaded_next
         words = words_next
-        dy = dy_next
+        if LAYERS > 1:
+            dy_there = complete_words(dy_next, here, from_dy, 1, 0, waits)
+            dy_next = dy_after
+        else:
+            dy = outer_next
         dcs = dcs_next
         if mask_ptr is not None:
             code = code_next
@@ -496,7 +552,6 @@ def backward_kernel(
     write_tiles(dh0_ptr + state0, at_state, mask, dstates, 0, 1, 0)
     if STATES > 1:
         write_tiles(dc0_ptr + state0 * C, rows * (C * H) + tile_units, mask, dstates, 1, STATES, H)
-    dparams_at = (tl.program_id(0).to(tl.int64) * GROUPS + group) * (PARAMS * H)
     for n in tl.static_range(PARAMS):
         total = sums[n] if len(sums[n].shape) == 1 else tl.sum(sums[n], 1)
-        tl.store(dparams_ptr + dparams_at + n * H + units, total, mask=units < H)
+        tl.store(dparams_ptr + share_at * (PARAMS * H) + n * H + units, total, mask=units < H)

@@ -174,7 +174,7 @@ def forward_constants(
 
 
 @_per_scan
-def _backward_constants(
+def backward_constants(
     cell: Cell, plan: Plan, shape: tuple[int, int, int], dtype: torch.dtype, mask: torch.dtype | None, precision: str
 ) -> dict[str, object]:
     constants = _constants(cell, plan, shape, dtype, mask, precision)
@@ -399,7 +399,7 @@ def backward(
     shares = scratch(y, -(-B // units.block_b), *out.dparams.shape).zero_() if cell.params else None
     dy, dhn, dcn, dcs, u, params, dropout, mask = aligned(dy, dhn, dcn, dcs, u, params, dropout, mask)
     mask_type = None if mask is None else mask.dtype
-    constants = _backward_constants(cell, units, (K, H, reversed), u.dtype, mask_type, precision)
+    constants = backward_constants(cell, units, (K, H, reversed), u.dtype, mask_type, precision)
     arguments = {
         "dy_ptr": dy, "dcs_ptr": dcs, "u_ptr": u, "params_ptr": params, "dropout_ptr": dropout, "y_ptr": y,
         "c_ptr": c, "saved_ptr": saved, "mask_ptr": None if mask is None else mask.view(torch.uint8),
@@ -407,6 +407,7 @@ def backward(
     }  # fmt: skip
     if plan.schedule == "resident":
         arguments |= {"dhn_ptr": dhn, "dcn_ptr": dcn, "dh0_ptr": out.dh0, "dc0_ptr": out.dc0}
+        arguments |= {"w_ptr": None, "between_ptr": None, "LAYERS": 1}
         launch(Launch(resident.backward_kernel, programs, arguments, plan))
         return out if shares is None else out._replace(dparams=shares.sum(0))
 

@@ -31,7 +31,7 @@ from torch import Tensor
 from .cells import Cell
 from .math import operand, product
 from .plan_single import Single, parts, slots
-from .scan import ACCUMULATE, Launch, Scanned, aligned, _per_scan, allocate_saved, run
+from .scan import ACCUMULATE, Launch, Scanned, _per_scan, aligned, allocate_saved, run
 from .tiles import (
     apart_before,
     load_params,

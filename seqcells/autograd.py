@@ -67,8 +67,9 @@ class Options:
     return the states except the first after each step.
 
     single: "" for a scan; for one step in one launch, the precision of the input's product. traced: a compiler, a
-    tracer, a transform or a mode is active, so the engine must use its operators. notes: where an engine's forward
-    stores non-tensors for its backward, which must be able to do without them.
+    tracer, a transform or a mode is active, so the engine must use its operators. notes: what is no
+    tensor of the call: "ready", the result of an engine's scan if it is known already (see `stacked`); and what an
+    engine's forward stores for its backward, which must be able to do without.
     """
 
     engine: str
@@ -350,13 +351,9 @@ def apply(
     weights: w_ih [K, Gx*H, I], w_hh [K, Gu*H, H], b_ih, b_hh [K, .]; params [K, P*H]. With one group, K may be left
     out. Arguments are not checked here.
     """
-    at, states = places(options.cell), call.states
+    at = places(options.cell)
     S = at.states
-    if S == 1 or (S == 2 and not at.output):
-        h0, c0 = states if S == 2 else (*states, None)
-    else:
-        h0, c0 = None if at.output else states[0], _joined(states[1 - at.output :])
-    inputs = (call.x, h0, c0, *weights, params, call.inputs, dropout)
+    inputs = (call.x, *starts(at, call.states), *weights, params, call.inputs, dropout)
     if case.jit:  # a trace can contain operators but no autograd.Function, so it has no gradients
         wanted = False
     elif case.transforming:  # under vmap requires_grad is not visible, and a tangent never is
@@ -384,6 +381,13 @@ def apply(
         each = every[0].reshape(*y.shape[:2], y.shape[2] // H, S - 1, H).unbind(3)
         every = (*(() if at.output else (y,)), *(s.flatten(2) for s in each))
     return y, (*finals, *others), every
+
+
+def starts(at: products.Places, states: Sequence[Tensor | None]) -> tuple[Tensor | None, Tensor | None]:
+    """h0, and c0: the other states side by side."""
+    if at.states == 1 or (at.states == 2 and not at.output):
+        return (states[0], states[1]) if at.states == 2 else (states[0], None)
+    return None if at.output else states[0], _joined(states[1 - at.output :])
 
 
 def _joined(states: Sequence[Tensor | None]) -> Tensor | None:

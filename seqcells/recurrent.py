@@ -21,6 +21,7 @@ from .dropouts import OPTIONS, of_call, of_weights, set_up
 from .engines import aten
 from .heads import join_heads, split_heads
 from .layer_arguments import Flags, Input, Inputs, Plain, State
+from .stacked import ahead, unfit
 
 States = tuple["Tensor | None", ...]
 _OWN = (None, "auto", "aten")  # backends by which torch's own may run
@@ -447,11 +448,13 @@ class Recurrent(modules.Layer):
         extra = extras.inputs(cell, inputs, x, H, options.lengths) if inputs else None
         if heads > 1:
             options = options._replace(reverse=tuple(back for back in options.reverse for _ in range(heads)))
-        finals, every = [], None
-        for layer in range(self.num_layers):
-            if layer:
-                x = self._dropped(x, where)
-            call = self._call(layer, x, states, weights)._replace(inputs=extra, mask=mask)
+        layers, finals, every = range(self.num_layers), [], None
+        ready: Sequence[Any] = (None,) * len(layers)
+        if extra is None and drops is None and not unfit(case, choice):
+            ready = ahead([self._call(k, x, states, weights) for k in layers], mask, case, choice, options)
+        for layer in layers:
+            x = self._dropped(x, where) if layer else x
+            call = self._call(layer, x, states, weights)._replace(inputs=extra, mask=mask, ready=ready[layer])
             call = call if heads == 1 else split_heads(call, heads, H)
             own = options if layer == self.num_layers - 1 else options._replace(all_states=False)
             own = own if drops is None else own._replace(dropout=drops[layer])

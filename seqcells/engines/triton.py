@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 from .. import drawn, fallback, kernels, masks, products
 from ..autograd import ENGINES, Engine, Options, Tensors, grouped
@@ -146,6 +147,45 @@ def scan(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> S
 
     attempts = _attempts(planned, partial(_verified, call, of, rows, None), options.schedule)
     return fallback.first_that_runs(_kernel(cell, "forward", gx, u), attempts, by_loop)
+
+
+def stack(options: Options, save: str, layers: Sequence[Tensors], mask: Tensor | None) -> list[Scanned] | None:
+    """What `scan` gives, of each layer of a stack, by one launch (see kernels.stack); None where `scan` does as well.
+
+    layers: the inputs of each, of which x is the first layer's. They have one group and no per-step inputs.
+    """
+    cell, at, (x, h0, c0, w_ih, w_hh, *_) = options.cell, places(options.cell), layers[0]
+    assert x is not None and w_ih is not None
+    L, B, H, like = len(layers), x.shape[1], hidden_size(at, w_ih, w_hh, h0, c0), (x.dtype, x.device)
+    if not kernels.stack.steps_pay(L, x.shape[0]):
+        return None
+    declared, device = kernels.cells.get(cell), kernels.scan.device_facts(x.device)
+    one = plan_for(cell, B, (1, H), like, "", options.precision, False)
+    chosen = kernels.stack.plan_stack(declared, one, L, B, H, x.element_size(), device)
+    if isinstance(chosen, str):
+        return None
+
+    def together(n: int) -> Tensor | None:
+        each = [layer[n] for layer in layers]
+        return None if each[0] is None else torch.stack(each)  # type: ignore[arg-type]  # all are there, or none
+
+    w_hh, b_ih, b_hh, params = map(together, (4, 5, 6, 7))
+    adds, apart = products.input_biases(at, b_ih, b_hh, H)
+    u, w = recurrent(at, w_hh, w_ih[None], H), torch.stack([layer[3] for layer in layers[1:]])  # type: ignore[misc]  # none is None
+    gx = linear(x, w_ih, None if adds is None else adds[0])[:, :, None].contiguous()
+    h0, c0 = (None if s is None else s.reshape(L, B, -1) for s in map(together, (1, 2)))
+    keywords: Any = {"save": save, "params": params, "precision": options.precision}
+    b = None if adds is None else adds[1:]
+    call = partial(kernels.stack.forward, declared, gx, w, b, u, apart, h0, c0, mask, **keywords)
+    how = (0, options.precision, save, None if mask is None else mask.dtype)
+    of = ("stack", cell, *like, L, H, *how, (adds is not None, apart is not None))
+    if options.schedule[:4] != "auto":
+        if CURRENT.policy == "always":
+            insist(of, chosen, B)
+        return call(plan=chosen)
+    attempts: list[tuple[str, Callable[[], Any]]] = [("stack", partial(_verified, call, of, B, None, plan=chosen))]
+    attempts += [("one-layer", lambda: None)]
+    return fallback.first_that_runs(_kernel(cell, "stack", x, u), attempts, None)
 
 
 def _explicit(options: Options, tensors: Sequence[Tensor | None], H: int) -> tuple[Options, list[Tensor | None]]:
@@ -296,7 +336,8 @@ def forward(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -
     if options.single:
         return _step(options, save, inputs)
     at, h0, c0 = places(options.cell), *inputs[1:3]
-    y, c, saved, *final = (call_forward if options.traced else scan)(options, save, inputs, mask)
+    ready = options.notes.pop("ready", None) if options.notes else None
+    y, c, saved, *final = ready or (call_forward if options.traced else scan)(options, save, inputs, mask)
     states = [outputs(s, options.reversed) for s in ((y, c) if options.states else (y,))]
     padding = None if mask is None else masks.padding_rows(mask)
     if padding is not None and options.reversed and not (h0 is None and c0 is None):
