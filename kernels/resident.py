@@ -501,7 +501,9 @@ def backward_kernel(
         dgx, dhu, new, dparams, computed = STEP(dstates, dm, saved, entering, after, params, FAST)
         dgx, dhu, dstates, computed = before_step(dgx, dhu, new, computed, dstates, code, PADDING)
         if not LATER:
-            _store_step(dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, g_mask, mask, dgx, dhu, computed, ADDS, LATE, H, LAYERS)
+            _store_step(
+                dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, g_mask, mask, dgx, dhu, computed, ADDS, LATE, H, LAYERS
+            )
         d_first = inside_all(dhu, units, FIRST, H, TYPE, FAST)
         d_first = operands(d_first, FIRST, TYPE, PRECISION)  # all before the first product: one barrier for them
         dv = ()
@@ -511,7 +513,9 @@ def backward_kernel(
                 d = dstates[STATE_OF[n]]
             if LATER and n == LEVEL - 1:
                 d = sum_products(UT, d_first, d, zero, first_product(GATES, n), FIRST - 1, 0, PRECISION)
-                _store_step(dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, g_mask, mask, dgx, dhu, computed, ADDS, LATE, H, LAYERS)
+                _store_step(
+                    dgx_ptr, dhu_ptr, m_ptr, at_g, at_i, at_m, g_mask, mask, dgx, dhu, computed, ADDS, LATE, H, LAYERS
+                )
                 d = d + sum_products(UT, d_first, new_chain(zero), zero, FIRST - 1, FIRST, 0, PRECISION)
             else:
                 d = sum_products(

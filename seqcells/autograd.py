@@ -67,9 +67,8 @@ class Options:
     return the states except the first after each step.
 
     single: "" for a scan; for one step in one launch, the precision of the input's product. traced: a compiler, a
-    tracer, a transform or a mode is active, so the engine must use its operators. notes: what is no
-    tensor of the call: "ready", the result of an engine's scan if it is known already (see `stacked`); and what an
-    engine's forward stores for its backward, which must be able to do without.
+    tracer, a transform or a mode is active, so the engine must use its operators. notes: where an engine's forward
+    stores non-tensors for its backward, which must be able to do without them. layers: of a stack (see `stacked`).
     """
 
     engine: str
@@ -82,6 +81,7 @@ class Options:
     single: str = ""
     traced: bool = False
     notes: Any = field(default=None, compare=False)  # as that engine likes
+    layers: int = 1
 
 
 _NO_RANGE = nullcontext()
@@ -203,14 +203,22 @@ def _forward_mode(
 
 
 @dataclass(frozen=True)
-class _Scan:
-    """What the Function computes: the engine's outputs and buffers, from mask and the 10 inputs."""
+class Scan:
+    """What the Function computes: the engine's outputs and buffers, from mask and the inputs, which are 10."""
 
     options: Options
 
+    def forward(self, save: str, inputs: Tensors, mask: Tensor | None) -> tuple[tuple[Tensor, ...], Tensors]:
+        return ENGINES[self.options.engine].forward(self.options, save, inputs, mask)
+
+    def reference(self, present: list[bool], mask: Tensor | None) -> Callable[..., tuple[Tensor, ...]]:
+        return reference_of(self.options, present, *masks.decode(mask))
+
+    def gradients(self, need: tuple[bool, ...]) -> Gradients:
+        return Gradients(self, need)
+
     def run(self, mask: Tensor | None, *inputs: Tensor | None) -> Tensors:
-        options = self.options
-        outputs, buffers = ENGINES[options.engine].forward(options, options.save, inputs, mask)
+        outputs, buffers = self.forward(self.options.save, inputs, mask)
         if forward_ad._current_level >= 0:  # an output that is a view of another one has no tangent
             outputs = tuple(o.clone() for o in outputs)
         return *outputs, *buffers
@@ -223,7 +231,7 @@ class _Scan:
         mask, *inputs, y, c, gates = saved
         options, need, grads = self.options, need[1:], grads[:-3]
         again = options.save == "states" and places(options.cell).saved
-        first = _Gradients(options, need)
+        first = self.gradients(need)
         rest = (mask, y, c, None if again else gates, *inputs, *grads)
         if not torch.compiler.is_compiling():
             batched = any(g is not None and is_legacy_batchedtensor(g) for g in grads)  # is_grads_batched=True
@@ -235,37 +243,39 @@ class _Scan:
             return None, *first.run(*rest)
 
     def jvp(self, saved: Tensors, tangents: Tensors) -> Tensors:
-        mask, *inputs = saved[:11]
-        present = [t is not None for t in inputs]
-        run = reference_of(self.options, present, *masks.decode(mask))
+        mask, *inputs = saved[:-3]
+        run = self.reference([t is not None for t in inputs], mask)
         pairs = [(t, d) for t, d in zip(inputs, tangents[1:], strict=True) if t is not None]
         return *_forward_mode(run, [t for t, _ in pairs], [d for _, d in pairs]), None, None, None
 
 
 @dataclass(frozen=True)
-class _Gradients:
-    """The gradients of a _Scan, from mask, buffers, the 10 inputs and the outputs' gradients. need: which of the 10.
+class Gradients:
+    """The gradients of a Scan, from mask, buffers, its inputs and the outputs' gradients. need: of which inputs.
 
     Their own derivatives are those of the reference.
     """
 
-    options: Options
+    scan: Scan
     need: tuple[bool, ...]
 
-    def run(self, mask: Tensor | None, *tensors: Tensor | None) -> Tensors:
-        options, buffers, inputs = self.options, tensors[:3], tensors[3:13]
-        w_ih = inputs[3]
+    def backward_of(self, inputs: Tensors, mask: Tensor | None, buffers: Tensors, grads: Tensors) -> Tensors:
+        options, w_ih = self.scan.options, inputs[3]
         assert w_ih is not None
-        grads = of_outputs(options, 1 if w_ih.dim() == 2 else w_ih.shape[0], tensors[13:])
+        grads = of_outputs(options, 1 if w_ih.dim() == 2 else w_ih.shape[0], grads)
         if options.traced:
             facts = (options.engine, options.cell, options.reversed, options.schedule, options.precision)
             back = torch.ops.seqcells.scan_backward
-            gradients = back(*grads, *grouped(inputs), mask, *buffers, *facts, list(self.need[:9]), 1)
-        else:
-            gradients = ENGINES[options.engine].backward(options, inputs, mask, buffers, grads, self.need)
+            return *back(*grads, *grouped(inputs), mask, *buffers, *facts, list(self.need[:9]), 1), None
+        return *ENGINES[options.engine].backward(options, inputs, mask, buffers, grads, self.need), None
+
+    def run(self, mask: Tensor | None, *tensors: Tensor | None) -> Tensors:
+        end = 3 + len(self.need)
+        inputs = tensors[3:end]
+        gradients = self.backward_of(inputs, mask, tensors[:3], tensors[end:])
         return tuple(
             d.reshape(t.shape) if n and d is not None and t is not None else None
-            for d, t, n in zip((*gradients, None), inputs, self.need, strict=True)
+            for d, t, n in zip(gradients, inputs, self.need, strict=True)
         )
 
     def saved(self, tensors: Tensors, output: Tensors) -> tuple[Tensors, Tensors]:
@@ -275,12 +285,13 @@ class _Gradients:
         self, mask: Tensor | None, tensors: Tensors
     ) -> tuple[Callable[..., tuple[Tensor, ...]], list[Tensor], list[bool]]:
         """The gradients as a function of the tensors (inputs and gradients) that are not None; these tensors; and which
-        of the 10 gradients the function returns."""
-        present = [t is not None for t in tensors[:10]]
-        run = reference_of(self.options, present, *masks.decode(mask))
+        of the gradients the function returns."""
+        count = len(self.need)
+        present = [t is not None for t in tensors[:count]]
+        run = self.scan.reference(present, mask)
         wanted = [n for n, p in zip(self.need, present, strict=True) if p]
         found = [n and p for n, p in zip(self.need, present, strict=True)]
-        gradients = _gradients_of(run, wanted, [g is not None for g in tensors[10:]])
+        gradients = _gradients_of(run, wanted, [g is not None for g in tensors[count:]])
         return gradients, [t for t in tensors if t is not None], found
 
     def by_reference(self, tensors: Tensors) -> Tensors:
@@ -307,10 +318,10 @@ class _Gradients:
 
 
 class SeqcellsScanCompiled(torch.autograd.Function):
-    """Applies a _Scan or its _Gradients, the first argument, to the tensors of its `run`."""
+    """Applies a Scan or its Gradients, the first argument, to the tensors of its `run`."""
 
     @staticmethod
-    def forward(operation: _Scan | _Gradients, *tensors: Tensor | None) -> Tensors:
+    def forward(operation: Scan | Gradients, *tensors: Tensor | None) -> Tensors:
         return operation.run(*tensors)
 
     @staticmethod
@@ -352,8 +363,13 @@ def apply(
     out. Arguments are not checked here.
     """
     at = places(options.cell)
-    S = at.states
     inputs = (call.x, *starts(at, call.states), *weights, params, call.inputs, dropout)
+    return results(options, outputs_of(Scan(options), case, inputs, call.mask))
+
+
+def outputs_of(scan: Scan, case: Case, inputs: Tensors, mask: Tensor | None) -> tuple[Tensor, ...]:
+    """A scan's outputs, by the Function if gradients are wanted."""
+    options = scan.options
     if case.jit:  # a trace can contain operators but no autograd.Function, so it has no gradients
         wanted = False
     elif case.transforming:  # under vmap requires_grad is not visible, and a tangent never is
@@ -367,10 +383,16 @@ def apply(
             if not (case.compiling or case.transforming):
                 # Function.apply without its search for default arguments, which takes longer than a step.
                 run = super(torch.autograd.Function, function).apply
-            outputs = run(_Scan(options), call.mask, *inputs)[:-3]
-        else:
-            save = "states" if options.states else "none"
-            outputs, _ = ENGINES[options.engine].forward(options, save, inputs, call.mask)
+            return run(scan, mask, *inputs)[:-3]
+        return scan.forward("states" if options.states else "none", inputs, mask)[0]
+
+
+def results(
+    options: Options, outputs: tuple[Tensor, ...]
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...] | None]:
+    """The results of `apply`, from a scan's outputs."""
+    at = places(options.cell)
+    S = at.states
     y, end = outputs[0], len(outputs) - bool(options.states)
     finals, every = outputs[1:end], outputs[end:] if options.states else None
     if S <= 2:

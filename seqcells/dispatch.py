@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ class Call(NamedTuple):
 
     x [T, B, I] or [T, B, K, I]; states [K, B, H], for one group also [B, H], None means zeros; groups: each group's
     w_ih, w_hh, b_ih, b_hh (and w_hr, for an LSTM with a projection); stacked: the same with an axis K, if such tensors
-    exist already; params [K, P*H], for one group [P*H]; inputs [T, B, N*H] or [T, B, K, N*H]; mask: see `masks`; ready: see `stacked`.
+    exist already; params [K, P*H], for one group [P*H]; inputs [T, B, N*H] or [T, B, K, N*H]; mask: see `masks`.
     """
 
     x: Tensor
@@ -123,7 +123,6 @@ class Call(NamedTuple):
     params: Tensor | None = None
     inputs: Tensor | None = None
     mask: Tensor | None = None
-    ready: Any = None
 
 
 Result = tuple[Tensor, tuple[Tensor, ...], "tuple[Tensor, ...] | None"]
@@ -485,7 +484,7 @@ def _differentiable(cell: Cell, call: Call, options: ScanOptions, case: Case, ch
         options.all_states and len(cell.states) + len(cell.outputs) > 1,
         single,
         case.traced,
-        None if case.traced else {} if call.ready is None else {"ready": call.ready},
+        None if case.traced else {},
     )
     dropout = options.dropout if choice.engine == "triton" else None
     y, final, every = autograd.apply(scan_options, case, call, weights, params, dropout)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 
 
@@ -96,3 +97,11 @@ def padded(given: Tensor | PackedSequence, x: PackedSequence, where: Layout, bat
     given = given.transpose(0, 1) if batch_first else given
     given = given if x.sorted_indices is None else given.index_select(1, x.sorted_indices)
     return given.masked_fill(where.padding.reshape(*where.padding.shape, *(1,) * (given.dim() - 2)), 0)
+
+
+def dropped(x: Tensor, rate: float, where: Layout | None) -> Tensor:
+    """A layer's output with dropout. where: the rows of a packed input."""
+    if where is None:
+        return dropout(x, rate)
+    # Of a packed input, only its rows, so that as many random numbers are drawn as in torch.nn.
+    return pad(dropout(pack(x, where), rate), where)

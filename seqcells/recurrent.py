@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import dropout
 from torch.nn.utils.rnn import PackedSequence
 from torch.types import Device
 
@@ -21,7 +20,7 @@ from .dropouts import OPTIONS, of_call, of_weights, set_up
 from .engines import aten
 from .heads import join_heads, split_heads
 from .layer_arguments import Flags, Input, Inputs, Plain, State
-from .stacked import ahead, unfit
+from .stacked import run_together, why_apart
 
 States = tuple["Tensor | None", ...]
 _OWN = (None, "auto", "aten")  # backends by which torch's own may run
@@ -446,15 +445,17 @@ class Recurrent(modules.Layer):
             batch = x.shape[1] if size is None else size[1]
             return *aten.stack(self, x, sizes, states, weights, batch, case.grad), None
         extra = extras.inputs(cell, inputs, x, H, options.lengths) if inputs else None
+        if self.num_layers > 1 and extra is None and drops is None and not why_apart(case, choice, options.precision):
+            calls = [self._call(n, x, states, weights) for n in range(self.num_layers)]
+            x, joined, every = run_together(calls, mask, case, choice, options)
+            return x if where is None else packing.pack(x, where), joined, every
         if heads > 1:
             options = options._replace(reverse=tuple(back for back in options.reverse for _ in range(heads)))
-        layers, finals, every = range(self.num_layers), [], None
-        ready: Sequence[Any] = (None,) * len(layers)
-        if extra is None and drops is None and not unfit(case, choice):
-            ready = ahead([self._call(k, x, states, weights) for k in layers], mask, case, choice, options)
-        for layer in layers:
-            x = self._dropped(x, where) if layer else x
-            call = self._call(layer, x, states, weights)._replace(inputs=extra, mask=mask, ready=ready[layer])
+        finals, every = [], None
+        for layer in range(self.num_layers):
+            if layer and self.dropout and self.training:
+                x = packing.dropped(x, self.dropout, where)
+            call = self._call(layer, x, states, weights)._replace(inputs=extra, mask=mask)
             call = call if heads == 1 else split_heads(call, heads, H)
             own = options if layer == self.num_layers - 1 else options._replace(all_states=False)
             own = own if drops is None else own._replace(dropout=drops[layer])
@@ -464,15 +465,6 @@ class Recurrent(modules.Layer):
         if where is None:
             return x, joined, every
         return packing.pack(x, where), joined, None if every is None else tuple(packing.pack(s, where) for s in every)
-
-    def _dropped(self, x: Tensor, where: packing.Layout | None) -> Tensor:
-        """A layer's output as the next layer's input: with dropout in training. where: the rows of a packed input."""
-        if not self.dropout or not self.training:
-            return x
-        if where is None:
-            return dropout(x, self.dropout)
-        # Of a packed input, only its rows, so that as many random numbers are drawn as in torch.nn.
-        return packing.pad(dropout(packing.pack(x, where), self.dropout), where)
 
     def _call(self, layer: int, x: Tensor, states: States, weights: Sequence[Tensor]) -> dispatch.Call:
         """One layer's tensors, selected from those of all layers."""

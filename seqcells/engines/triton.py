@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
 from .. import drawn, fallback, kernels, masks, products
 from ..autograd import ENGINES, Engine, Options, Tensors, grouped
@@ -100,7 +99,7 @@ def _attempts(
         avoid += (chosen.schedule,)
 
 
-def _verified(
+def verified(
     call: Callable[..., T], of: tuple[object, ...], rows: int, other: Callable[[], Plan] | None, *, plan: Plan
 ) -> T:
     """call's result with a plan that is verified, see `verification.verify`."""
@@ -145,47 +144,8 @@ def scan(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -> S
             outputs(out.c, options.reversed).copy_(c)
         return out._replace(hn=hn if hn.dim() > 1 else out.hn, cn=cn)
 
-    attempts = _attempts(planned, partial(_verified, call, of, rows, None), options.schedule)
+    attempts = _attempts(planned, partial(verified, call, of, rows, None), options.schedule)
     return fallback.first_that_runs(_kernel(cell, "forward", gx, u), attempts, by_loop)
-
-
-def stack(options: Options, save: str, layers: Sequence[Tensors], mask: Tensor | None) -> list[Scanned] | None:
-    """What `scan` gives, of each layer of a stack, by one launch (see kernels.stack); None where `scan` does as well.
-
-    layers: the inputs of each, of which x is the first layer's. They have one group and no per-step inputs.
-    """
-    cell, at, (x, h0, c0, w_ih, w_hh, *_) = options.cell, places(options.cell), layers[0]
-    assert x is not None and w_ih is not None
-    L, B, H, like = len(layers), x.shape[1], hidden_size(at, w_ih, w_hh, h0, c0), (x.dtype, x.device)
-    if not kernels.stack.steps_pay(L, x.shape[0]):
-        return None
-    declared, device = kernels.cells.get(cell), kernels.scan.device_facts(x.device)
-    one = plan_for(cell, B, (1, H), like, "", options.precision, False)
-    chosen = kernels.stack.plan_stack(declared, one, L, B, H, x.element_size(), device)
-    if isinstance(chosen, str):
-        return None
-
-    def together(n: int) -> Tensor | None:
-        each = [layer[n] for layer in layers]
-        return None if each[0] is None else torch.stack(each)  # type: ignore[arg-type]  # all are there, or none
-
-    w_hh, b_ih, b_hh, params = map(together, (4, 5, 6, 7))
-    adds, apart = products.input_biases(at, b_ih, b_hh, H)
-    u, w = recurrent(at, w_hh, w_ih[None], H), torch.stack([layer[3] for layer in layers[1:]])  # type: ignore[misc]  # none is None
-    gx = linear(x, w_ih, None if adds is None else adds[0])[:, :, None].contiguous()
-    h0, c0 = (None if s is None else s.reshape(L, B, -1) for s in map(together, (1, 2)))
-    keywords: Any = {"save": save, "params": params, "precision": options.precision}
-    b = None if adds is None else adds[1:]
-    call = partial(kernels.stack.forward, declared, gx, w, b, u, apart, h0, c0, mask, **keywords)
-    how = (0, options.precision, save, None if mask is None else mask.dtype)
-    of = ("stack", cell, *like, L, H, *how, (adds is not None, apart is not None))
-    if options.schedule[:4] != "auto":
-        if CURRENT.policy == "always":
-            insist(of, chosen, B)
-        return call(plan=chosen)
-    attempts: list[tuple[str, Callable[[], Any]]] = [("stack", partial(_verified, call, of, B, None, plan=chosen))]
-    attempts += [("one-layer", lambda: None)]
-    return fallback.first_that_runs(_kernel(cell, "stack", x, u), attempts, None)
 
 
 def _explicit(options: Options, tensors: Sequence[Tensor | None], H: int) -> tuple[Options, list[Tensor | None]]:
@@ -222,8 +182,8 @@ def scan_backward(
     x, _, _, w_ih, w_hh, _, b_hh, params, extra, dropout = tensors
     assert x is not None and w_ih is not None and buffers[0] is not None and buffers[1] is not None
     y, c, saved = buffers[0].contiguous(), buffers[1].contiguous(), buffers[2]
-    at, (K, H) = places(options.cell), y.shape[2:]
-    u = recurrent(at, w_hh, w_ih, H)
+    H = y.shape[3]
+    u = recurrent(places(options.cell), w_hh, w_ih, H)
     if saved is None:
         saved = _recomputed(options, tensors, mask, u, (y, c))
     found = None
@@ -238,11 +198,27 @@ def scan_backward(
             if extra is not None and extra_grad is not None and extra.dim() < extra_grad.dim():
                 extra_grad = extra_grad.sum(2)
         return *of_weights, extra_grad
+    return of_inputs(options, tensors, mask, (y, c), found, need, samples)
+
+
+def of_inputs(
+    options: Options,
+    tensors: Sequence[Tensor | None],
+    mask: Tensor | None,
+    states: tuple[Tensor, Tensor],
+    found: Gradients,
+    need: Sequence[bool],
+    samples: int = 1,
+) -> Tensors:
+    """The gradients of the inputs, from those that the kernels give."""
+    x, _, _, w_ih, w_hh, *_, extra, _ = tensors
+    assert x is not None and w_ih is not None
+    at, (K, H) = places(options.cell), states[0].shape[2:]
     dgx, dhu, m, dh0, dc0, dparams = found
     dx, dw_ih = products.input_gradients(dgx, x, w_ih, (need[0], need[3]), samples)
     dw_hh = db_ih = db_hh = dinputs = None
     if need[4] and w_hh is not None:
-        gates, states, back = (dgx, dhu, m), (y, c), options.reversed
+        gates, back = (dgx, dhu, m), options.reversed
         each = [products.recurrent_gradient(options.cell, gates, states, mask, back, k, samples) for k in range(K)]
         dw_hh = each[0] if K == 1 else torch.stack(each, -3)
     if need[5] or need[6]:
@@ -279,7 +255,7 @@ def _gradients(
         if CURRENT.policy == "always":
             insist(of, chosen, rows, before)
         return call(plan=chosen)
-    attempts = _attempts(planned, partial(_verified, call, of, rows, before), options.schedule)
+    attempts = _attempts(planned, partial(verified, call, of, rows, before), options.schedule)
     return fallback.first_that_runs(_kernel(cell, "backward", y, u), attempts, lambda: None)
 
 
@@ -336,14 +312,13 @@ def forward(options: Options, save: str, inputs: Tensors, mask: Tensor | None) -
     if options.single:
         return _step(options, save, inputs)
     at, h0, c0 = places(options.cell), *inputs[1:3]
-    ready = options.notes.pop("ready", None) if options.notes else None
-    y, c, saved, *final = ready or (call_forward if options.traced else scan)(options, save, inputs, mask)
+    y, c, saved, *final = (call_forward if options.traced else scan)(options, save, inputs, mask)
     states = [outputs(s, options.reversed) for s in ((y, c) if options.states else (y,))]
     padding = None if mask is None else masks.padding_rows(mask)
     if padding is not None and options.reversed and not (h0 is None and c0 is None):
         # In a reversed group, padding comes first: the buffer contains the initial state until the row begins.
         states = [s.masked_fill(padding[..., None, None], 0) for s in states]
-    return (states[0].flatten(2), *_finals(at, *final), *(s.flatten(2) for s in states[1:])), (y, c, saved)
+    return (states[0].flatten(2), *finals(at, *final), *(s.flatten(2) for s in states[1:])), (y, c, saved)
 
 
 def _step(options: Options, save: str, inputs: Tensors) -> Forward:
@@ -366,7 +341,7 @@ def _step(options: Options, save: str, inputs: Tensors) -> Forward:
 
     def by_kernel(plan: Single, launch: Callable[[kernels.scan.Launch], None] = kernels.scan.run) -> Forward:
         y, c, saved, *final = call(plan=plan, launch=launch)
-        return (final[0][None], *_finals(at, *final)), (y, c, saved)
+        return (final[0][None], *finals(at, *final)), (y, c, saved)
 
     def by_scan() -> Forward:
         (y, *final), buffers = forward(replace(options, single=""), save, inputs, None)
@@ -380,11 +355,11 @@ def _step(options: Options, save: str, inputs: Tensors) -> Forward:
         if CURRENT.policy == "always":
             insist(of, chosen, rows, back)
         return by_kernel(chosen)
-    attempts = [("single", partial(_verified, by_kernel, of, rows, back, plan=chosen))]
+    attempts = [("single", partial(verified, by_kernel, of, rows, back, plan=chosen))]
     return fallback.first_that_runs(_kernel(cell, "step", x, u), attempts, by_scan)
 
 
-def _finals(at: Places, first: Tensor, others: Tensor) -> tuple[Tensor, ...]:
+def finals(at: Places, first: Tensor, others: Tensor) -> tuple[Tensor, ...]:
     """Those of the two final states that users see."""
     return (others,) if at.output else (first, others)[: at.states]
 
