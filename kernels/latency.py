@@ -153,14 +153,15 @@ def decode(sass: str) -> list[Instruction]:
     return code
 
 
+def loops(code: Sequence[tuple[int, str]]) -> list[tuple[int, int]]:
+    """Of each loop the addresses of its first instruction and of the branch back to it."""
+    branches = [(a, re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", i)) for a, i in code]
+    return [(begin, a) for a, branch in branches if branch and (begin := int(branch.group(1), 16)) < a]
+
+
 def bounds(code: Sequence[tuple[int, str]]) -> tuple[int, int] | None:
-    """The widest loop: the addresses of its first instruction and of the branch back to it."""
-    best = (0, 0)
-    for address, instruction in code:
-        branch = re.search(r"\bBRA\b.*?(0x[0-9a-f]+)", instruction)
-        if branch and (begin := int(branch.group(1), 16)) < address and address - begin > best[1] - best[0]:
-            best = (begin, address)
-    return best if best[1] else None
+    """The widest loop."""
+    return max(loops(code), key=lambda loop: loop[1] - loop[0], default=None)
 
 
 def path(code: list[Instruction], begin: int, end: int, trips: int = 1) -> list[Instruction]:
@@ -219,10 +220,14 @@ class _Warp:
 class Processor:
     """Issues `body` for all warps with the latencies of one setting."""
 
-    def __init__(self, body: list[Instruction], warps: int, setting: int, cached: bool = False) -> None:
+    def __init__(
+        self, body: list[Instruction], warps: int, setting: int, cached: bool = False, behind: bool = False
+    ) -> None:
         self.body, self.setting = body, setting
         self.latency = {name: values[setting] for name, values in LATENCY.items()}
         self.rate = L2_BYTES[setting]
+        if behind:
+            self.latency["word"] = 0.0
         if cached:
             self.latency["global"], self.rate = self.latency["first level"], FIRST_LEVEL_BYTES
         self.warps = [_Warp(n) for n in range(warps)]
@@ -369,10 +374,11 @@ class Processor:
         return done, read
 
 
-def cycles(sass: str, warps: int, trips: int = 1, cached: bool = False) -> Cycles | None:
+def cycles(sass: str, warps: int, trips: int = 1, cached: bool = False, behind: bool = False) -> Cycles | None:
     """The interval of a compiled kernel: sass as `cuobjdump -sass` prints it. None where there is no code in it.
     trips: how often loops within the loop run; those that poll run once. cached: some loads are of what the first-level
-    cache holds from earlier iterations, such as weights; the low bound takes all of them for such."""
+    cache holds from earlier iterations, such as weights; the low bound takes all of them for such. behind: words that
+    others store were stored some iterations before, as in a stack."""
     code = decode(sass)
     if not code:
         return None
@@ -380,6 +386,6 @@ def cycles(sass: str, warps: int, trips: int = 1, cached: bool = False) -> Cycle
     body = path(code, *(loop or (code[0].address, code[-1].address)), trips)
     found = []
     for setting in SETTINGS:
-        starts = Processor(body, warps, setting, cached and setting == 0).run(ITERATIONS if loop else 1)
+        starts = Processor(body, warps, setting, cached and setting == 0, behind).run(ITERATIONS if loop else 1)
         found.append((starts[-1] - starts[-3]) / 2 if loop else starts[1] - starts[0])
     return Cycles(min(found), sorted(found)[1], max(found), loop is not None)

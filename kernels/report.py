@@ -19,8 +19,9 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import cells, devices, latency, plan, plan_single, registry, scan, single
+from . import cells, devices, latency, plan, plan_single, registry, scan, single, stack
 
 KINDS = ("BAR", "HMMA", "HGMMA", "UTCHMMA", "LDS", "LDSM", "STS", "STSM", "LDG", "STG", "MUFU", "LDL", "STL")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp64": torch.float64}
@@ -50,7 +51,8 @@ class Case:
     """One scan to compile: precision is tl.dot's for float32."""
 
     cell: str
-    # "infer" (forward, nothing saved), "train" (forward, gates saved), "backward"; of a cell "step", "step train"
+    # "infer" (forward, nothing saved), "train" (forward, gates saved), "backward", "recompute"; of a cell "step", "step
+    # train"; of a stack of LAYERS "stack", "stack train", "stack backward"
     direction: str
     dtype: str
     batch: int
@@ -93,6 +95,7 @@ class Row:
 
 
 STEPS = ("step", "step train")
+LAYERS = 3  # of a stack
 
 
 def inputs(case: Case) -> int:
@@ -113,7 +116,7 @@ def planned(case: Case) -> plan.Plan:
             device=device,
             precision=case.precision,
         )
-    return plan.plan(
+    one = plan.plan(
         cell,
         B=case.batch,
         H=case.hidden,
@@ -122,8 +125,14 @@ def planned(case: Case) -> plan.Plan:
         groups=case.groups,
         schedule=case.schedule,
         precision=case.precision,
-        backward=case.direction == "backward",
+        backward=case.direction.endswith("backward"),
     )
+    if not case.direction.startswith("stack"):
+        return one
+    found = stack.plan_stack(cell, one, LAYERS, case.batch, case.hidden, itemsize, device)
+    if isinstance(found, str):
+        raise ValueError(f"no stack of {LAYERS} layers: {found}")
+    return found
 
 
 def launches(case: Case) -> list[scan.Launch]:
@@ -166,6 +175,8 @@ def launches(case: Case) -> list[scan.Launch]:
             precision=case.precision,
             launch=note,
         )
+    elif case.direction.startswith("stack"):
+        _launch_stack(case, cell, chosen, note)
     elif case.direction == "recompute":
         saved = scan.allocate(cell, gx, "gates")
         scan.recompute(cell, gx, u, bias, saved.y, saved.c, mask, plan=chosen, launch=note, **vectors)
@@ -177,6 +188,27 @@ def launches(case: Case) -> list[scan.Launch]:
         save = "gates" if case.direction == "train" else "none"
         scan.forward(cell, gx, u, bias, state, others, mask, save=save, **vectors, **options)
     return list(found.values())
+
+
+def _launch_stack(case: Case, cell: cells.Cell, chosen: Any, note: Callable[[scan.Launch], None]) -> None:
+    """What a stack of LAYERS would launch, to note."""
+    L, T, B, H, dtype = LAYERS, 3, case.batch, case.hidden, DTYPES[case.dtype]
+
+    def empty(*shape: int) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    others, apart, G = (cell.states - 1) * H, len(cell.apart) * H, cell.gates * H
+    mask = torch.empty((T, B), dtype=MASKS[case.mask], device="meta") if case.mask else None
+    ends = empty(L, B, H), empty(L, B, others) if others else None
+    w, u, bias = empty(L - 1, G, H), empty(L, cell.products * H, H), empty(L, apart) if apart else None
+    params = empty(L, cell.params * H) if cell.params else None
+    own: dict[str, Any] = {"plan": chosen, "params": params, "precision": case.precision}
+    save = "none" if case.direction == "stack" else "gates"
+    forward = note if case.direction != "stack backward" else lambda launch: None
+    gx, b = empty(T, B, 1, G), empty(L - 1, G)
+    out = stack.forward(cell, gx, w, b, u, bias, *ends, mask, save=save, launch=forward, **own)
+    if case.direction == "stack backward":
+        stack.backward(cell, gx[..., :H], *ends, w, u, out.y, out.c, out.saved, mask, launch=note, **own)
 
 
 def _split(launch: scan.Launch) -> tuple[dict[str, str], dict[str, object]]:
@@ -246,6 +278,8 @@ def measure(case: Case) -> list[Row]:
         body = widest_loop(code)
         everywhere = Counter(_opcode(i) for _, i in code)
         counts = Counter(_opcode(i) for i in body)
+        loops = latency.loops(code)
+        within = Counter(_opcode(i) for a, i in code if any(first <= a <= last for first, last in loops))
         p, arguments = launch.plan, launch.arguments
         flags = [k for k in ("FIRST", "LAST") if arguments.get(k)]
         phase = "+".join([str(arguments["PHASE"]), *flags]) if "PHASE" in arguments else "-"
@@ -259,8 +293,8 @@ def measure(case: Case) -> list[Row]:
                 warps=p.num_warps,
                 block=f"{arguments['BLOCK_H']}x{arguments['BLOCK_B']}",
                 registers=int(usage.group(1)),
-                # What a set-up spills is paid once; what a loop spills, every step.
-                spills=sum((counts if body else everywhere)[k] for k in ("LDL", "STL")),
+                # What a set-up spills is paid once; what a loop spills, every step. (A stack has two loops.)
+                spills=sum((within if body else everywhere)[k] for k in ("LDL", "STL")),
                 stack=int(usage.group(2)) + int(usage.group(3)),
                 shared=compiled.metadata.shared,
                 limit=device.shared,
@@ -270,7 +304,9 @@ def measure(case: Case) -> list[Row]:
                 counts={k: counts[k] for k in KINDS if counts[k]},
                 programs=p.programs,
                 microseconds=p.microseconds,
-                cycles=latency.cycles(sass, p.num_warps) if device.capability in latency.CAPABILITIES else None,
+                cycles=latency.cycles(sass, p.num_warps, behind=case.direction.startswith("stack"))
+                if device.capability in latency.CAPABILITIES
+                else None,
             )
         )
     return rows
@@ -326,6 +362,16 @@ def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
             for hidden in (32, 64, 128):
                 yield Case(name, "infer", "bf16", 8, hidden, target)
             yield Case(name, "recompute", "bf16", 8, 64, target)
+            for direction in ("stack", "stack train", "stack backward"):
+                yield from fitting(
+                    Case(name, direction, dtype, 8, hidden, target, mask=mask)
+                    for dtype, hidden, mask in (
+                        ("bf16", 64, ""),
+                        ("bf16", 128, "lengths"),
+                        ("fp16", 20, ""),
+                        ("fp32", 64, ""),
+                    )
+                )
             if not plan_single.unfit(cells.get(name), 1, 1):
                 for hidden, batch in ((64, 1), (1024, 16)):
                     for dtype in ("bf16", "fp32"):
@@ -336,6 +382,14 @@ def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
                     yield Case(name, direction, "fp64", batch, hidden, target, mask=mask, precision="ieee")
             if target == "sm_100":
                 yield from precise(target, name)
+
+
+def fitting(cases: Iterable[Case]) -> Iterator[Case]:
+    """Those that have a plan."""
+    for case in cases:
+        with suppress(ValueError):
+            planned(case)
+            yield case
 
 
 def precise(target: str, name: str) -> Iterator[Case]:
@@ -388,21 +442,8 @@ def distinct(cases: Iterable[Case]) -> dict[Case, tuple[int, ...]]:
 def table(rows: list[Row]) -> str:
     """The rows as text, one line a kernel."""
     head: tuple[str, ...] = ("target", "cell", "direction", "dtype", "H", "B", "schedule", "phase", "tile", "warps")
-    head += (
-        "regs",
-        "spills",
-        "shared KB",
-        "code",
-        "loop",
-        "slots",
-        "cycles",
-        "BAR",
-        "MMA",
-        "LDS/STS",
-        "LDG/STG",
-        "MUFU",
-        "",
-    )
+    head += ("regs", "spills", "shared KB", "code", "loop", "slots", "cycles", "BAR", "MMA", "LDS/STS", "LDG/STG")
+    head += ("MUFU", "")
     lines = [head]
     for r in rows:
         c, n = r.case, Counter(r.counts)
@@ -411,18 +452,9 @@ def table(rows: list[Row]) -> str:
         moved = f"{n['LDS'] + n['LDSM']}/{n['STS'] + n['STSM']}"
         shared = f"{r.shared / 1024:.0f}/{r.limit // 1024}"
         mma = n["HMMA"] + n["HGMMA"] + n["UTCHMMA"]
-        shown: tuple[object, ...] = (
-            c.target,
-            name,
-            c.direction,
-            kind,
-            c.hidden,
-            ",".join(map(str, r.batches)) or c.batch,
-            r.schedule,
-            r.phase,
-            r.block,
-            r.warps,
-        )
+        batches = ",".join(map(str, r.batches)) or c.batch
+        shown: tuple[object, ...] = (c.target, name, c.direction, kind, c.hidden, batches)
+        shown += (r.schedule, r.phase, r.block, r.warps)
         shown += (r.registers, r.spills, shared, r.code, r.instructions, f"{r.slots:.0f}", r.cycles or "-", n["BAR"])
         shown += (mma, moved, f"{n['LDG']}/{n['STG']}", n["MUFU"], "" if r.good else "BAD")
         lines.append(tuple(str(x) for x in shown))

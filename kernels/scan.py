@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import grid, means, resident, stepwise, streamed
+from . import grid, means, resident, resident_backward, stepwise, streamed
 from . import recompute as recompute_schedule
 from .buffers import Gradients, Scanned, is_reversed, previous_outputs, scratch, steps
 from .cells import Cell
@@ -408,7 +408,7 @@ def backward(
     if plan.schedule == "resident":
         arguments |= {"dhn_ptr": dhn, "dcn_ptr": dcn, "dh0_ptr": out.dh0, "dc0_ptr": out.dc0}
         arguments |= {"w_ptr": None, "between_ptr": None, "LAYERS": 1}
-        launch(Launch(resident.backward_kernel, programs, arguments, plan))
+        launch(Launch(resident_backward.backward_kernel, programs, arguments, plan))
         return out if shares is None else out._replace(dparams=shares.sum(0))
 
     dsh, dsc = scratch(y, K, B, H), scratch(y, *out.dc0.shape)

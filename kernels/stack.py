@@ -16,7 +16,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from . import resident, scan
+from . import resident, resident_backward, scan
 from .buffers import Gradients, Scanned, scratch
 from .cells import Cell
 from .devices import INTERPRETER, Device
@@ -137,6 +137,6 @@ def backward(
         "dparams_ptr": shares, "dh0_ptr": dh0, "dc0_ptr": dc0, "w_ptr": w, "between_ptr": between, "T": T, "B": B,
         **constants, "LAYERS": L,
     }  # fmt: skip
-    launch(scan.Launch(resident.backward_kernel, (tiles, 1, 2 * L - 1), arguments, plan))
+    launch(scan.Launch(resident_backward.backward_kernel, (tiles, 1, 2 * L - 1), arguments, plan))
     dparams = scratch(y, L, 0) if shares is None else shares.sum(0)
     return Gradients(dgx, dhu, m, dh0, dc0, dparams)

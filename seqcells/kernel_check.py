@@ -27,9 +27,10 @@ ELEMENT = 8
 
 
 class Variant(NamedTuple):
-    """What kernels are compiled for, beside the plan. direction: forward, backward or step. save: of backward "gates",
-    or "states" if it recomputes the gates. given: which optional tensors there are: forward, the bias of the products
-    apart; step, b_ih and b_hh; backward, dy, dhn, dcn, dcs and b_hh. inputs, through: of a step, the size of x and the
+    """What kernels are compiled for, beside the plan. direction: forward, backward or step; of a stack, "stack" or
+    "stack backward", and groups are its layers. save: of backward "gates", or "states" if it recomputes the gates.
+    given: which optional tensors there are: forward, the bias of the products apart; stack, the biases of gx and that;
+    step, b_ih and b_hh; backward, dy, dhn, dcn, dcs and b_hh. inputs, through: of a step, the size of x and the
     precision of its product."""
 
     direction: str
@@ -74,14 +75,15 @@ class _Case(NamedTuple):
     step: tuple[Tensor | None, ...] = ()
 
 
-def _case(v: Variant, rows: int) -> _Case:
+def _case(v: Variant, rows: int, seed: int = 0) -> _Case:
     """The tensors of a check, rounded to the variant's dtype."""
     cell, at, H, K = get(v.cell), products.places(v.cell), v.hidden_size, v.groups
     single = v.direction == "step"
     shape = Shape(1 if single else T, rows, v.inputs or I, H)
     names = testing.names(cell)
     groups = [
-        dict(zip(names, testing.inputs(cell, shape, torch.float64, "cpu", seed=k), strict=True)) for k in range(K)
+        dict(zip(names, testing.inputs(cell, shape, torch.float64, "cpu", seed=seed + k), strict=True))
+        for k in range(K)
     ]
 
     def round(t: Tensor) -> Tensor:
@@ -264,6 +266,8 @@ def measure(v: Variant, plans: Sequence[Any], rows: int) -> Error:
     plans: forward's, of backward also its own; of a step its own, and if it saves gates also backward's. Raises Unable;
     fallback.Failed if a kernel does not compile or launch; and what fallback.guarded does not catch.
     """
+    if v.direction.startswith("stack"):
+        return _measure_stack(v, plans, rows)
     try:
         case = _case(v, rows)
         exact = _Exact(v, case)
@@ -284,6 +288,58 @@ def measure(v: Variant, plans: Sequence[Any], rows: int) -> Error:
 
     fallback.guarded(by_kernels)
     return max(_errors(v, found, expected, exact, allowed), key=lambda e: e.worst, default=Error(0.0, ""))
+
+
+def _measure_stack(v: Variant, plans: Sequence[Any], rows: int) -> Error:
+    """`measure` of a stack: each layer against the reference, from what the kernel made of the layer before it."""
+    L, H, back = v.groups, v.hidden_size, len(plans) > 1
+    one = v._replace(direction="backward" if back else "forward", groups=1)
+    try:
+        cases = [_case(one, rows, n) for n in range(L)]
+        each = [_grads(one, _Exact(one, case)) for case in cases]
+        generator, GH = torch.Generator().manual_seed(2), cases[0].gx.shape[3]
+        w = (torch.randn(L - 1, GH, H, generator=generator, dtype=torch.float64) / H**0.5).to(v.dtype)
+        b = torch.randn(L - 1, GH, generator=generator, dtype=torch.float64).to(v.dtype) if v.given[0] or back else None
+        # u, bias, h0, c0 and params, with an axis of layers in place of the groups'
+        layers = [None if ts[0] is None else torch.cat(ts) for ts in zip(*(c[1:6] for c in cases), strict=True)]
+        ends = [None if d[0] is None else torch.cat(d) for d in list(zip(*each, strict=True))[1:3]]
+        given = [_moved(t, v.device) for t in (cases[0].gx, w, b, *layers, cases[0].mask, each[0][0], *ends)]
+        allowed = _allowed(v._replace(inputs=H), rows)
+    except Exception as error:
+        raise Unable from error
+    found: dict[str, Tensor] = {}
+
+    def by_kernels() -> None:
+        with _Poisoned():
+            gx, w, b, u, bias, h0, c0, params, mask, dy, dhn, dcn = given
+            own: dict[str, Any] = {"precision": v.precision, "params": params, "launch": kernels.scan.run}
+            cell, save = kernels.cells.get(v.cell), "gates" if back else v.save
+            out = kernels.stack.forward(cell, gx, w, b, u, bias, h0, c0, mask, save=save, plan=plans[0], **own)
+            found.update(
+                {n: t.cpu() for n, t in out._asdict().items() if n != "saved" and (save != "none" or n != "c")}
+            )
+            if back:
+                of_forward = (dy, dhn, dcn, w, u, out.y, out.c, out.saved, mask)
+                made = kernels.stack.backward(cell, *of_forward, plan=plans[1], **own)
+                found.update({n: t.cpu() for n, t in made._asdict().items()})
+
+    fallback.guarded(by_kernels)
+
+    def between(t: Tensor, w: Tensor, b: Tensor | None) -> Tensor:
+        return linear(t.double(), w.double(), None if b is None else b.double()).to(v.dtype)
+
+    errors: list[Error] = []
+    for n, (case, grads) in enumerate(zip(cases, each, strict=True)):
+        if n:
+            case = case._replace(gx=between(found["y"][n - 1, 1:], w[n - 1], None if b is None else b[n - 1]))
+        exact = _Exact(one, case)
+        expected = exact.forward()
+        if back:
+            dy = each[0][0] if n == L - 1 else between(found["dgx"][n + 1], w[n].t(), None)
+            expected |= exact.backward((dy, *grads[1:]))
+        own = {name: t[n] for name, t in found.items() if t[n].numel()}
+        errors += _errors(one, own, expected, exact, allowed)
+    return max(errors, key=lambda e: e.worst)
 
 
 def _moved(t: Any, device: torch.device) -> Any:  # a tensor, None or a tuple of them
