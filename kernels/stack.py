@@ -138,5 +138,5 @@ def backward(
         **constants, "LAYERS": L,
     }  # fmt: skip
     launch(scan.Launch(resident_backward.backward_kernel, (tiles, 1, 2 * L - 1), arguments, plan))
-    dparams = scratch(y, L, 0) if shares is None else shares.sum(0)
+    dparams = scratch(y, L, 0) if shares is None else shares.sum(0)[:, None]
     return Gradients(dgx, dhu, m, dh0, dc0, dparams)

@@ -9,7 +9,7 @@ from functools import partial
 
 import torch
 
-from . import arguments, backends, checks, dispatch, fallback, measured, precisions
+from . import arguments, backends, checks, dispatch, fallback, measured, precisions, stacked
 from .cell import Cell, named
 from .dispatch import Case, Choice
 from .engines import aten
@@ -24,8 +24,9 @@ class Explanation:
     """Which backend a scan would use, and why; for triton also the Plans of forward and backward, with their reasons.
 
     choice: the Choice that the call itself would make; case: the facts it is based on. verified: of a device that is
-    present, whether the kernels of forward and of backward were verified on it (see `verification`), in words. str()
-    returns a description in lines of at most 80 characters.
+    present, whether the kernels of forward and of backward were verified on it (see `verification`), in words. layers:
+    of several layers, whether they take their steps at the same time, in words. str() returns a description in lines of
+    at most 80 characters.
     """
 
     case: Case
@@ -33,6 +34,7 @@ class Explanation:
     plan: Plan | None = None
     backward: Plan | None = None
     verified: tuple[str, str] = ("", "")
+    layers: str = ""
 
     @property
     def backend(self) -> str:
@@ -49,6 +51,8 @@ class Explanation:
             if plan is not None:
                 headline = f"{direction}: the {plan.schedule} schedule, {plan.microseconds:.2f} us a step"
                 lines += ["", headline, *textwrap.wrap(verified, WIDTH), *_described(plan)]
+        if self.layers:
+            lines += ["", *textwrap.wrap(self.layers, WIDTH)]
         if self.plan is not None:
             lines += ["", "U: the recurrent weights. us: microseconds, by the plan's model; not measured."]
         return "\n".join(lines)
@@ -92,7 +96,7 @@ def explain(
     device: a torch device; or the name or architecture of a GPU, which need not be present, in upper or lower case:
     "H100", "sm_90", "RTX 4090" (all are in kernels.devices.KNOWN).
     groups: the number of groups, see `scan_groups`; of a layer with both directions 2. layers: the number of layers,
-    which matters where such calls were measured (see `tune`). steps: the number of steps; None means many. lengths:
+    which may take their steps at the same time. steps: the number of steps; None means many. lengths:
     whether there are lengths, with little padding. grad: whether gradients are wanted, as in training.
     Raises the errors of `scan`, and ValueError for an unknown device.
 
@@ -141,7 +145,26 @@ def explain(
     if choice.engine != "triton":
         return Explanation(case, choice)
     forward, backward = (_planned(case, choice, (batch, groups), precision, elsewhere, back) for back in (False, True))
-    return Explanation(case, choice, forward, backward, ("", "") if elsewhere else _verified(case, forward, backward))
+    said = ("", "") if elsewhere else _verified(case, forward, backward)
+    return Explanation(case, choice, forward, backward, said, _layers(case, choice, (forward, backward), elsewhere))
+
+
+def _layers(case: Case, choice: Choice, plans: tuple[Plan, Plan], elsewhere: Device | None) -> str:
+    """Whether the layers take their steps at the same time; "" if there is one."""
+    if case.layers == 1:
+        return ""
+    from .kernels import cells, scan, stack
+
+    device, why = elsewhere or scan.device_facts(case.device), stacked.unfit(case, choice, case.precision)
+    assert case.batch is not None and case.steps is not None
+    size = (case.layers, case.batch, case.hidden_size, case.dtype.itemsize)
+    forward, backward = (stack.plan_stack(cells.get(case.cell), plan, *size, device) for plan in plans)
+    if not why and not stack.steps_pay(case.layers, case.steps):
+        why = f"{case.steps} steps are too few"
+    if why or isinstance(forward, str):
+        return f"layers: one launch each, because {why or forward}"
+    together = f"layers: all {case.layers} in one launch, each some steps behind the one below"
+    return together if not isinstance(backward, str) else f"{together}; backward one launch each, because {backward}"
 
 
 def _verified(case: Case, forward: Plan, backward: Plan) -> tuple[str, str]:

@@ -423,11 +423,8 @@ class Recurrent(modules.Layer):
         if packed is not None:
             size = len(packed.batch_sizes), layer_arguments.packed_batch(packed, states)
             options = options._replace(lengths=packed.batch_sizes)
-        if plain is None:
-            beside = (t.data if isinstance(t, PackedSequence) else t for t in inputs.values())
-            found = dispatch.survey(x, (*weights, *states, *beside))
-        else:
-            found = plain[1], True
+        beside = (t.data if isinstance(t, PackedSequence) else t for t in inputs.values())
+        found = (plain[1], True) if plain else dispatch.survey(x, (*weights, *states, *beside))
         kind = (self.proj_size, heads, self.num_layers, self.dropout > 0 and self.training and self.num_layers > 1)
         case = dispatch.case_of(cell, x, found, options, H // heads, packed=size, kind=kind)
         choice = dispatch.choose(case)

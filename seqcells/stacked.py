@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 EACH = 7  # inputs of a layer, beside x: h0, c0, w_ih, w_hh, b_ih, b_hh and params
 
 
-def why_apart(case: Case, choice: Choice, asked: str | None) -> str:
-    """Why the layers of a case are launched one by one; "" if they need not be. asked: options.precision."""
+def unfit(case: Case, choice: Choice, asked: str | None) -> str:
+    """What, of the facts about a case, makes its layers be launched one by one; "" if nothing. asked:
+    options.precision."""
     if choice.engine != "triton" or case.layers < 2:
         return "there is one layer" if case.layers < 2 else f"{choice.engine} runs them"
     if choice.schedule not in ("", "auto"):
@@ -41,9 +42,16 @@ def why_apart(case: Case, choice: Choice, asked: str | None) -> str:
         return "all states were asked for"
     precision = _precision(case, asked)
     if case.dtype == torch.float32 and precision != precisions.of_inputs(case.dtype, case.device):
-        return "the products with the input are as precise as PyTorch's setting for matrix products says"
+        return "PyTorch's settings want another precision of the products with the input than of the recurrent ones"
+    return ""
+
+
+def why_apart(case: Case, choice: Choice, asked: str | None) -> str:
+    """Why the layers of a case are launched one by one; "" if they are not."""
+    if (reason := unfit(case, choice, asked)) or case.steps is None or case.batch is None:
+        return reason
     size = (case.layers, case.batch, case.hidden_size)
-    return stack.no_stack(case.cell, case.steps, size, (case.dtype, case.device), precision)
+    return stack.no_stack(case.cell, case.steps, size, (case.dtype, case.device), _precision(case, asked))
 
 
 def _precision(case: Case, asked: str | None) -> str:

@@ -6,7 +6,7 @@ import warnings
 import torch
 
 from seqcells import testing
-from seqcells.kernels import scan, single
+from seqcells.kernels import scan, single, stack
 
 # By kernel, what it gives. Schedules but `resident` keep the last states and their gradients in scratch buffers.
 OUTPUTS = {
@@ -17,7 +17,7 @@ SCRATCH = {"hn_ptr": "sh_ptr", "cn_ptr": "sc_ptr", "dh0_ptr": "dsh_ptr", "dc0_pt
 
 
 def schedule_of(launch):
-    return launch.kernel.fn.__module__.rpartition(".")[2]
+    return launch.kernel.fn.__module__.rpartition(".")[2].removesuffix("_backward")
 
 
 def kernel_of(launch):
@@ -38,7 +38,7 @@ class Corrupted:
         self.how, self.kernel, self.schedules, self.seed, self.run = how, kernel, schedules, seed, scan.run
         self.wrong, self.right, self.last = 0, [], None
         monkeypatch.setattr(scan, "run", self)
-        for launcher in (scan.forward, scan.backward, scan.recompute, single.forward):
+        for launcher in (scan.forward, scan.backward, scan.recompute, single.forward, stack.forward, stack.backward):
             monkeypatch.setitem(launcher.__kwdefaults__, "launch", self)
 
     def __call__(self, launch):

@@ -10,14 +10,14 @@ import re
 import pytest
 import torch
 from conftest import DEVICE
-from corrupted import close, told, trained
+from corrupted import close, schedule_of, told, trained
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 import seqcells
 from seqcells import backends, dispatch, fallback, testing
 from seqcells.engines import triton
-from seqcells.kernels import scan, single
+from seqcells.kernels import scan, single, stack
 from seqcells.testing import Shape
 
 ERRORS = {
@@ -53,11 +53,11 @@ class Broken:
         self.error, self.schedules, self.kernels, self.run = error, schedules, kernels, scan.run
         self.started, self.failed = [], []
         monkeypatch.setattr(scan, "run", self)
-        for launcher in (scan.forward, scan.backward, scan.recompute, single.forward):
+        for launcher in (scan.forward, scan.backward, scan.recompute, single.forward, stack.forward, stack.backward):
             monkeypatch.setitem(launcher.__kwdefaults__, "launch", self)
 
     def __call__(self, launch):
-        schedule = launch.kernel.fn.__module__.rpartition(".")[2]
+        schedule = schedule_of(launch)
         kind = launch.kernel.fn.__name__.removesuffix("_kernel")
         if schedule in self.schedules and (kind in self.kernels or kind == "kernel"):
             self.failed.append(schedule)

@@ -84,7 +84,7 @@ def test_a_job_that_hangs_or_dies_is_named_and_the_next_begins(own_jobs, monkeyp
     assert len(found) == len(asked)
     for how, start in (("hang", "no result after 40 s: stopped"), ("die", "its process ended with -11")):
         text = found["stuck", how]["failed"]
-        assert text.startswith(f"{start}; launched last: resident.backward_kernel ")
+        assert text.startswith(f"{start}; launched last: resident_backward.backward_kernel ")
         assert " | before it: resident.forward_kernel " in text and "16x8x16, " in text
         assert "H=5, B=3" in text and "float32" in text
     assert found["die",]["failed"] == "its process ended with 3"

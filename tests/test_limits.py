@@ -28,7 +28,7 @@ from triton.runtime import interpreter
 import seqcells
 from seqcells import fallback, functional, testing, verdicts
 from seqcells.engines.triton import plan_for
-from seqcells.kernels import cells, recompute, resident, scan
+from seqcells.kernels import cells, recompute, resident, resident_backward, scan
 from seqcells.kernels.devices import KNOWN, present
 from seqcells.kernels.plan import plan
 from seqcells.testing import Shape
@@ -94,7 +94,7 @@ class LastTile:
         every = [t for t in given.values() if isinstance(t, torch.Tensor) and t.numel()]
         self.ends = sorted((t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in every)
         # Batch tiles are the first axis of `resident` and `recompute`, the second of what spreads units.
-        first = launch.kernel in (resident.forward_kernel, resident.backward_kernel, recompute.kernel)
+        first = launch.kernel in (resident.forward_kernel, resident_backward.backward_kernel, recompute.kernel)
         for unit in range(1 if first else launch.grid[0]):
             self.place = [launch.grid[0] - 1, 0, 0] if first else [unit, launch.grid[1] - 1, 0]
             self.run(launch._replace(grid=(1,), arguments=given))

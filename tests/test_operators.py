@@ -124,7 +124,11 @@ def run(options, save, inputs, mask, grads=None):
     if grads is None:
         grads = [drawn(*o.shape) for o in outputs]
     saved = saved if saved.dim() > 1 else None
-    return outputs, autograd.Gradients(autograd.Scan(options), (True,) * 10).run(mask, y, c, saved, *inputs, *grads), grads
+    return (
+        outputs,
+        autograd.Gradients(autograd.Scan(options), (True,) * 10).run(mask, y, c, saved, *inputs, *grads),
+        grads,
+    )
 
 
 @pytest.mark.parametrize(("engine", "name", "kind"), by_engine(["lstm", "gru", "rnn_tanh", *DERIVED], MASKS, kernels=2))

@@ -26,7 +26,9 @@ ARROWS = {  # room: the rooms of the project it may import
     "kernels.random": set(),
     "kernels.layout": {"kernels.math"},
     "kernels.exchange": {"kernels.form", "kernels.math", "kernels.plan"},  # of the last a type, and pure functions
-    "kernels.resident": {"kernels.exchange", "kernels.layout", "kernels.math", "kernels.random", "kernels.tiles"},
+    "kernels.between": {"kernels.layout", "kernels.math", "kernels.tiles"},
+    "kernels.resident": {f"kernels.{n}" for n in ("between", "exchange", "layout", "random", "tiles")},
+    "kernels.resident_backward": {f"kernels.{n}" for n in ("between", "exchange", "layout", "math", "random", "tiles")},
     "kernels.slices": {"kernels.exchange", "kernels.layout", "kernels.math", "kernels.plan", "kernels.tiles"},
     "kernels.grid": {"kernels.exchange", "kernels.random", "kernels.slices", "kernels.tiles"},
     "kernels.streamed": {"kernels.math", "kernels.tiles"},
@@ -37,17 +39,20 @@ ARROWS = {  # room: the rooms of the project it may import
         f"kernels.{n}"
         for n in (
             *("buffers", "cells", "devices", "exchange", "grid", "means", "plan", "recompute", "resident"),
-            "stepwise",
-            "streamed",
+            *("resident_backward", "stepwise", "streamed"),
         )
     },
     "kernels.plan_single": {f"kernels.{n}" for n in ("cost", "devices", "form", "plan")},
     "kernels.single": {f"kernels.{n}" for n in ("cells", "math", "plan", "plan_single", "scan", "tiles")},
+    "kernels.stack": {
+        f"kernels.{n}" for n in ("buffers", "cells", "devices", "form", "plan", "resident", "resident_backward", "scan")
+    },
     "kernels.report": {
-        f"kernels.{n}" for n in ("cells", "devices", "latency", "plan", "plan_single", "registry", "scan", "single")
+        f"kernels.{n}"
+        for n in ("cells", "devices", "latency", "plan", "plan_single", "registry", "scan", "single", "stack")
     },
     "kernels.latency": set(),
-    "kernels": {"kernels.cells", "kernels.scan", "kernels.single"},
+    "kernels": {"kernels.cells", "kernels.scan", "kernels.single", "kernels.stack"},
     "chosen": set(),
     "backends": {"chosen", "kernels.plan"},
     "checks": set(),
@@ -80,8 +85,8 @@ ARROWS = {  # room: the rooms of the project it may import
         *("precisions", "recurrent", "verdicts", "verification"),
     },
     "kernel_check": {
-        *("cell", "drawn", "fallback", "kernels", "kernels.buffers", "kernels.cells", "kernels.scan", "kernels.single"),
-        *("masks", "products", "reference", "testing"),
+        *("cell", "drawn", "fallback", "masks", "products", "reference", "testing", "kernels", "kernels.buffers"),
+        *("kernels.cells", "kernels.scan", "kernels.single", "kernels.stack"),
     },
     "engines": set(),
     "engines.operators": {"autograd"},
@@ -90,6 +95,14 @@ ARROWS = {  # room: the rooms of the project it may import
         *("autograd", "cell", "drawn", "engines.loop", "engines.operators", "fallback", "kernels", "masks", "products"),
         "verification",
         *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "plan_single", "registry", "scan", "single")),
+    },
+    "engines.stack": {
+        *("autograd", "engines.triton", "fallback", "kernels", "products", "verification"),
+        *(f"kernels.{n}" for n in ("buffers", "cells", "plan", "scan", "stack")),
+    },
+    "stacked": {
+        *("autograd", "engines.stack", "masks", "precisions", "products"),
+        "dispatch",  # its types alone
     },
     "engines.aten": {"recurrent"},  # its type alone
     "engines.reset_steps": {"engines.aten", "packing", "kernels.buffers"},
@@ -107,7 +120,7 @@ ARROWS = {  # room: the rooms of the project it may import
     },
     "explanation": {
         *("arguments", "backends", "cell", "checks", "dispatch", "engines.aten", "fallback", "measured", "precisions"),
-        *("verification", *(f"kernels.{n}" for n in ("cells", "devices", "plan", "scan"))),
+        *("stacked", "verification", *(f"kernels.{n}" for n in ("cells", "devices", "plan", "scan", "stack"))),
     },
     "packing": set(),
     "modules": {"cell", "checks"},
@@ -117,7 +130,7 @@ ARROWS = {  # room: the rooms of the project it may import
     },
     "recurrent": {
         *("arguments", "backends", "cell", "checks", "dispatch", "dropouts", "engines.aten", "extras", "heads"),
-        *("layer_arguments", "masks", "modules", "packing", "precisions"),
+        *("layer_arguments", "masks", "modules", "packing", "precisions", "stacked"),
     },
     "layers": {"cell", "checks", "dropouts", "functional", "recurrent"},
     "subclasses": {"cell_modules", "layers"},

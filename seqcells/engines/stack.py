@@ -100,8 +100,8 @@ def forward(options: Options, save: str, layers: Layers, mask: Tensor | None) ->
     keywords: Any = {"save": save, "params": _together(layers, 7), "precision": options.precision}
     scan = partial(kernels.stack.forward, kernels.cells.get(cell), gx, w, b, u, apart, h0, c0, mask, **keywords)
 
-    def call(plan: Plan, launch: Callable[[kernels.scan.Launch], None] = kernels.scan.run) -> triton.Forward:
-        y, c, saved, hn, cn = scan(plan=plan, launch=launch)
+    def call(plan: Plan, **launch: Any) -> triton.Forward:
+        y, c, saved, hn, cn = scan(plan=plan, **launch)
         ends = triton.finals(at, hn[:, 0], cn[:, 0] if cn.dim() > 2 else cn)
         return (y[-1, 1:].flatten(2), *ends), (y, c, saved)
 
@@ -147,8 +147,8 @@ def backward(
     keywords: Any = {"params": _together(layers, 7), "precision": options.precision}
     scan = partial(kernels.stack.backward, kernels.cells.get(cell), dy, dhn, dcn, w, u, y, c, saved, mask, **keywords)
 
-    def call(plan: Plan, launch: Callable[[kernels.scan.Launch], None] = kernels.scan.run) -> list[Tensors]:
-        found = (Gradients(*each) for each in zip(*scan(plan=plan, launch=launch), strict=True))
+    def call(plan: Plan, **launch: Any) -> list[Tensors]:
+        found = (Gradients(*each) for each in zip(*scan(plan=plan, **launch), strict=True))
         every = zip(layers, y, c, found, need, strict=True)
         return [triton.of_inputs(alone, grouped(layer), mask, (h, s), own, n) for layer, h, s, own, n in every]
 
