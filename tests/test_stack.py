@@ -28,7 +28,7 @@ BUILT_IN = ("lstm", "gru", "gru_before", "rnn_tanh", "rnn_relu")
 
 
 def variants(cell, dtype, hidden, layers=3, mask=None, given=(True, True)):
-    """The error of the forward kernel that saves nothing, and of both kernels in training, as verification measures."""
+    """The error of both kernels in training, and of a forward that saves nothing, as verification measures."""
     key, form = named(cell).key, named(cell).form
     precision = "tf32" if dtype == torch.float32 and DEVICE == "cuda" else "ieee"
     plans = [engine.planned(key, (layers, 11, hidden), (dtype, LIKE), precision, back) for back in (False, True)]
@@ -37,7 +37,8 @@ def variants(cell, dtype, hidden, layers=3, mask=None, given=(True, True)):
     forward = Variant("stack", *of, "none", mask, given)
     ends = (not named(cell).outputs, form.states > 1, False)
     backward = Variant("stack backward", *of, "gates", mask, (True, *ends, given[1]))
-    return measure(forward, plans[:1], rows), measure(backward, plans, rows)
+    yield measure(backward, plans, rows)
+    yield measure(forward, plans[:1], rows)
 
 
 KINDS = {
@@ -95,8 +96,7 @@ WRONG = [(k, how) for k, hows in OUTPUTS.items() for how in (*hows, "gates", "ma
 def test_what_is_wrong_is_noticed(kernel, how, monkeypatch):
     """An output that is wrong in one element; two gates exchanged, a mask ignored."""
     corrupted = Corrupted(monkeypatch, how, kernel, schedules=("resident",))
-    forward, backward = variants("lstm", torch.float32, 20, mask=torch.bool)
-    assert corrupted.wrong and max(backward.worst, forward.worst if kernel == "forward" else 0) > 1
+    assert next(variants("lstm", torch.float32, 20, mask=torch.bool)).worst > 1 and corrupted.wrong == 1
 
 
 class Counted:
