@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a
 
 import peers_static
 
-from seqcells.kernels import devices
+from seqcells.kernels import devices, report
 
 CELLS = ("lstm", "gru", "gru_before")
 LEGEND = """\
@@ -77,6 +77,20 @@ def step_costs(rows: list[dict[str, Any]]) -> str:
             lines.append(line)
     head = ["cell", "H", *(f"{t} {d}" for t in ("bf16", "fp32") for d in ("inference", "training", "backward"))]
     return markdown_table(head, lines)
+
+
+def stack_costs(rows: list[dict[str, Any]]) -> str:
+    """The step of all layers of a stack, 8 rows a program, by direction."""
+    lines = []
+    for cell in CELLS:
+        for dtype in ("bf16", "fp32"):
+            for hidden in (32, 64, 128):
+                mine = [r for r in rows if is_plain(r) and key(r) == (cell, dtype, hidden)]
+                found = {r["case"]["direction"]: cost(r) for r in mine}
+                each = [found.get(d) for d in ("stack", "stack train", "stack backward")]
+                if any(each):
+                    lines.append([cell, dtype, str(hidden), *(c or "-" for c in each)])
+    return markdown_table(["cell", "dtype", "H", "inference", "training", "backward"], lines)
 
 
 def mask_costs(rows: list[dict[str, Any]]) -> str:
@@ -151,6 +165,7 @@ def document(target: str, content: dict[str, Any], more: str = "") -> str:
     parts = [f"# Static cost of the kernels on {target}", LEGEND.format(**facts)]
     parts.append(f"{len(rows)} kernels; {bad} spill in a loop or do not fit.")
     parts += ["## A step, 8 rows a program (cycles, barriers)", step_costs(rows)]
+    parts += [f"## A step of all {report.LAYERS} layers of a stack (cycles, barriers)", stack_costs(rows)]
     parts += ["## What a mask adds (cycles, barriers)", mask_costs(rows)]
     for cell in CELLS:
         for dtype in ("bf16", "fp16", "fp32"):

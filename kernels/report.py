@@ -332,6 +332,7 @@ def whole(targets: list[str], names: list[str]) -> Iterator[Case]:
             for dtype in ("bf16", "fp32"):
                 for hidden in (16, 32, 64, 128):
                     yield Case(name, "infer", dtype, 8, hidden, target)
+                yield from stacks(name, target, [(dtype, hidden, "") for hidden in (32, 64, 128)])
     yield from quick(targets, names)
     yield from (case for target in targets for name in names for case in precise(target, name))
 
@@ -362,16 +363,8 @@ def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
             for hidden in (32, 64, 128):
                 yield Case(name, "infer", "bf16", 8, hidden, target)
             yield Case(name, "recompute", "bf16", 8, 64, target)
-            for direction in ("stack", "stack train", "stack backward"):
-                yield from fitting(
-                    Case(name, direction, dtype, 8, hidden, target, mask=mask)
-                    for dtype, hidden, mask in (
-                        ("bf16", 64, ""),
-                        ("bf16", 128, "lengths"),
-                        ("fp16", 20, ""),
-                        ("fp32", 64, ""),
-                    )
-                )
+            sizes = (("bf16", 64, ""), ("bf16", 128, "lengths"), ("fp16", 20, ""), ("fp32", 64, ""))
+            yield from stacks(name, target, sizes)
             if not plan_single.unfit(cells.get(name), 1, 1):
                 for hidden, batch in ((64, 1), (1024, 16)):
                     for dtype in ("bf16", "fp32"):
@@ -384,12 +377,14 @@ def quick(targets: list[str], names: list[str]) -> Iterator[Case]:
                 yield from precise(target, name)
 
 
-def fitting(cases: Iterable[Case]) -> Iterator[Case]:
-    """Those that have a plan."""
-    for case in cases:
-        with suppress(ValueError):
-            planned(case)
-            yield case
+def stacks(name: str, target: str, sizes: Iterable[tuple[str, int, str]]) -> Iterator[Case]:
+    """Stacks of that cell, where it has any. sizes: of each a dtype, H and the mask."""
+    for direction in ("stack", "stack train", "stack backward"):
+        for dtype, hidden, mask in sizes:
+            case = Case(name, direction, dtype, 8, hidden, target, mask=mask)
+            with suppress(ValueError):
+                planned(case)
+                yield case
 
 
 def precise(target: str, name: str) -> Iterator[Case]:

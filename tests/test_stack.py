@@ -285,6 +285,51 @@ def test_a_stack_that_fails(monkeypatch, tf32):
             assert broken is not None
 
 
+ONES = -1  # the fill
+
+
+def outcomes(programs=3, steps=3, words=2, without=""):
+    """What may go wrong in any order of events: programs in a row, each of which needs the words of the one before.
+
+    In each step a program looks at those words until none is all ones, and stores its own, one by one; the value is the
+    step's number. A load may return whatever its word ever was from the fill on, since a store becomes visible at any
+    time. That holds for a load made a step ahead, too: what it got may be as old, and all ones is looked at again.
+    """
+    fill = 0 if without == "the fill" else ONES  # 0: what an earlier launch left
+    events = [(t, n) for t in range(1, steps + 1) for n in range(1 + words)]  # 0: a look; n: a store
+    seen = {start := (0,) * programs}  # how many events of each program are over
+    left, wrong = [start], set()
+    while left:
+        at = left.pop()
+        going = []
+        for p in range(programs):
+            t, n = events[at[p]] if at[p] < len(events) else (0, 0)
+            if t == 0:
+                continue
+            other = p + 1 if without == "the order" and p == 0 else p - 1
+            may = [[t]] * words
+            if n == 0 and other >= 0:
+                made = events[: at[other]]
+                rows = [s for s, _ in events if s % 2 == t % 2] if without == "a row for each step" else [t]
+                may = [[fill, *(s for s in sorted(set(rows)) if (s, k) in made)] for k in range(1, 1 + words)]
+            found = [[value for value in values if value != ONES] for values in may]
+            wrong |= {f"{value} for {t}" for values in found for value in values if value != t}
+            if all(found):
+                going.append((*at[:p], at[p] + 1, *at[p + 1 :]))
+        if not going and any(n < len(events) for n in at):
+            wrong.add("nobody can go on")
+        left += [state for state in going if state not in seen]
+        seen |= set(going)
+    return wrong
+
+
+def test_no_word_is_read_too_early():
+    assert outcomes() == outcomes(programs=5, steps=4, words=1) == set()
+    assert "0 for 1" in outcomes(without="the fill")
+    assert {"1 for 3", "3 for 1"} & outcomes(without="a row for each step")
+    assert "nobody can go on" in outcomes(without="the order")
+
+
 @settings(max_examples=15)
 @given(
     st.sampled_from(BUILT_IN), st.integers(2, 4), st.integers(5, 9), st.integers(1, 17), st.integers(1, 12), st.data()
