@@ -30,8 +30,13 @@ NORMS = ("lnlstm", "lngru", "dreamer_gru")  # cells with means over units
 
 
 def in_doubt() -> Iterator[jobs.Job]:
-    """What is least certain, first: the products that were wrong on an H200; masks drawn in kernels and means over
-    units, which never ran on a GPU; how far verification's verdicts are from a false alarm in low precision."""
+    """What is least certain, first: the products that were wrong on an H200; stacks of layers, masks drawn in kernels
+    and means over units, which never ran on a GPU; how far verification's verdicts are from a false alarm in low
+    precision."""
+    for kind in ("bfloat16", "tf32", "float16"):
+        for cell in ("lstm", "gru", "gru_before", "rnn_tanh"):
+            for shape in ([3, 17, 64], [2, 5, 20], [4, 8, 128]):
+                yield {"do": "stack", "cell": cell, "backend": "triton", "kind": kind, "shape": shape}
     wide = [40, 130, 20, 128]
     for kind in ("bfloat16", "float16"):
         for cell in ("lstm", "gru"):
@@ -51,6 +56,7 @@ def checks(dry: bool) -> Iterator[jobs.Job]:
     depends on programs that wait."""
     if dry:
         yield {"do": "parity", "cell": "lstm", "backend": "triton:grid", "kind": "float32", "shape": [2, 3, 2, 5]}
+        yield {"do": "stack", "cell": "lstm", "backend": "triton", "kind": "float32", "shape": [2, 3, 6]}
         return
     seen = []
     for job in (*in_doubt(), *_others()):
@@ -153,6 +159,11 @@ def sanitizers(device: str) -> Running:
             command = [tool, "--tool", name, "--error-exitcode", "9", sys.executable, "benchmarks/jobs.py"]
             how: dict[str, Any] = {"env": environment, "cwd": ROOT, "text": True, "start_new_session": True}
             how |= {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+            if schedule == "resident":
+                stacks = {"do": "stack", "backend": "triton", "shape": [3, 9, 32], "device": device}
+                asked += [
+                    {**stacks, "cell": cell, "kind": kind} for cell, kind in (("lstm", "bfloat16"), ("gru", "tf32"))
+                ]
             running[f"{name}, {schedule}"] = subprocess.Popen([*command, json.dumps(asked)], **how)
     return running
 

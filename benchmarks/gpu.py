@@ -180,6 +180,14 @@ def kernels(dry: bool) -> Iterator[jobs.Job]:
     """The kernels whose steps are timed alone: as they are planned, and where schedules meet, by each that fits."""
     if dry:
         yield {"do": "kernel", "cell": "lstm", "direction": "train", "dtype": "float32", "size": [3, 5, 3]}
+        yield {
+            "do": "kernel",
+            "cell": "lstm",
+            "direction": "backward",
+            "dtype": "float32",
+            "size": [3, 6, 9],
+            "layers": 2,
+        }
         return
     for dtype in ("bfloat16", "tf32"):
         for B, H in ((8, 64), (16, 64), (8, 128), (16, 768), (16, 1024), (16, 512), (16, 256), (8, 32), (64, 1024)):
@@ -193,6 +201,11 @@ def kernels(dry: bool) -> Iterator[jobs.Job]:
                             "dtype": dtype,
                             "size": [B, H, 1000],
                         }
+    for B, H in ((8, 64), (64, 64), (8, 128), (8, 32)):
+        for cell in ("lstm", "gru"):
+            for direction in ("infer", "train", "backward"):
+                one = {"do": "kernel", "cell": cell, "direction": direction, "dtype": "bfloat16", "size": [B, H, 1000]}
+                yield one | {"layers": 3}
     for B, H in ((16, 128), (64, 256), (512, 256), (512, 384), (64, 1024), (64, 1536)):
         for schedule in ("resident", "grid", "stepwise"):
             for direction in ("train", "backward"):
@@ -202,7 +215,7 @@ def kernels(dry: bool) -> Iterator[jobs.Job]:
 
 def kernel_name(job: jobs.Job) -> str:
     B, H, _ = job["size"]
-    by = f" by {job['schedule']}" if "schedule" in job else ""
+    by = f" by {job['schedule']}" if "schedule" in job else f" of {job['layers']} layers" if "layers" in job else ""
     return f"{job['cell']} {job['direction']} {job['dtype']} B={B} H={H}{by}"
 
 

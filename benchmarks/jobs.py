@@ -72,32 +72,80 @@ def case(case: Job, device: str, seconds: float, providers: list[str], checked: 
     return {"rows": compare.compared(cases.Case(**case), device, seconds, providers, checked, NOTE[-1])}
 
 
+def stack(cell: str, backend: str, kind: str, shape: list[int], device: str) -> Job:
+    """The largest errors of a stack of layers, in units of what is allowed. shape: L, B and H."""
+    import torch
+
+    from seqcells.cell import named
+    from seqcells.engines import stack as engine
+    from seqcells.kernel_check import Variant, measure
+
+    (L, B, H), known, place = shape, named(cell), torch.device(device)
+    precision, dtype = ("tf32", torch.float32) if kind == "tf32" else ("ieee", getattr(torch, kind))
+    plans = [engine.planned(known.key, (L, B, H), (dtype, place), precision, back) for back in (False, True)]
+    if any(isinstance(p, str) for p in plans):
+        return {"good": True, "errors": {}}
+    errors, ends = {}, (True, not known.outputs, known.form.states > 1, False, True)
+    for mask in (None, torch.bool, torch.uint8):
+        of = (known.key, dtype, place, L, H, 0, precision)
+        for v in (
+            Variant("stack", *of, "none", mask, (True, True)),
+            Variant("stack backward", *of, "gates", mask, ends),
+        ):
+            error = measure(v, plans[: 1 + (v.direction != "stack")], B)
+            errors[f"{v.direction} {error.tensor} {mask}"] = error.worst
+    return {"good": max(errors.values()) <= 1, "errors": errors}
+
+
+def _plans(known: Any, layers: int, of: Job) -> list[Any]:
+    """Those of forward and of backward. of: arguments of kernels.plan.plan. ValueError if there is none."""
+    from seqcells.kernels import stack
+    from seqcells.kernels.plan import plan
+
+    found = [plan(known, backward=backward, **of) for backward in (False, True)]
+    if layers == 1:
+        return found
+    stacks = [stack.plan_stack(known, p, layers, of["B"], of["H"], of["itemsize"], of["device"]) for p in found]
+    for reason in stacks:
+        if isinstance(reason, str):
+            raise ValueError(f"no stack: {reason}")
+    return stacks
+
+
 def kernel(
-    cell: str, direction: str, dtype: str, size: list[int], device: str, seconds: float, schedule: str | None = None
+    cell: str,
+    direction: str,
+    dtype: str,
+    size: list[int],
+    device: str,
+    seconds: float,
+    schedule: str | None = None,
+    layers: int = 1,
 ) -> Job:
     """Microseconds a step of one kernel alone, or of its launches, measured and by the latency model: "infer", "train"
     (forward, with and without saving) or "backward". size: B, H and T. seconds: as for `case`. schedule: None is the
-    plan's; {"left_out": why} if it does not fit."""
+    plan's; {"left_out": why} if it does not fit. layers: of a stack, whose step is one of all of them."""
     import predicted
     import torch
     from measure import interleaved
 
-    from seqcells.kernels import cells, scan
-    from seqcells.kernels.plan import plan
+    from seqcells.kernels import cells, scan, stack
 
     known, place, (B, H, T) = cells.get(cell), torch.device(device), size
     precision = "tf32" if dtype == "tf32" else "ieee"
     kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
     torch.manual_seed(0)
     gx = torch.randn(T, B, 1, known.gates * H, device=place).to(kind)
-    u = (torch.randn(1, known.products * H, H, device=place) * H**-0.5).to(kind)
-    bias = torch.randn(1, len(known.apart) * H, device=place).to(kind) if known.apart else None
+    u = (torch.randn(layers, known.products * H, H, device=place) * H**-0.5).to(kind)
+    w = (torch.randn(layers - 1, known.gates * H, H, device=place) * H**-0.5).to(kind)
+    bias = torch.randn(layers, len(known.apart) * H, device=place).to(kind) if known.apart else None
     of: Job = {"itemsize": kind.itemsize, "precision": precision, "device": scan.device_facts(gx.device)}
     of |= {"B": B, "H": H, "schedule": schedule}
     try:
-        there, back = (plan(known, backward=backward, **of) for backward in (False, True))
+        there, back = _plans(known, layers, of)
     except ValueError as error:
         return {"left_out": str(error)}
+    by, own = (stack, (w,)) if layers > 1 else (scan, ())
     chosen = back if direction == "backward" else there
     save = "none" if direction == "infer" else "gates"
 
@@ -105,7 +153,7 @@ def kernel(
 
     def forward(**more: Any) -> scan.Scanned:
         how = {"save": save, "plan": there, "precision": precision} | more
-        return scan.forward(known, gx, u, bias, None, None, None, **how)
+        return by.forward(known, gx, *own, *[None] * len(own), u, bias, None, None, None, **how)
 
     run: Callable[..., object] = forward
     if direction == "backward":
@@ -113,7 +161,8 @@ def kernel(
 
         def run(**more: Any) -> object:
             states = out.y, out.c, out.saved
-            return scan.backward(known, dy, None, None, u, *states, None, plan=chosen, precision=precision, **more)
+            how = {"plan": chosen, "precision": precision} | more
+            return by.backward(known, dy, None, None, *own, u, *states, None, **how)
 
     run()
     if seconds < 0:
@@ -122,7 +171,7 @@ def kernel(
     run(launch=launches.append)  # collected, not launched
     facts = scan.device_facts(place)
     clock = getattr(torch.cuda.get_device_properties(place), "clock_rate", 0) / 1e6 if place.type == "cuda" else 0.0
-    model = predicted.model(launches, facts.capability, clock or facts.clock)
+    model = predicted.model(launches, facts.capability, clock or facts.clock, layers > 1)
     plan_text = f"{chosen.schedule} {chosen.block_h}x{chosen.block_b}, {chosen.num_warps} warps"
     tile = {name: getattr(chosen, name) for name in TILE}
     return {"measured": found / T * 1e6, "model": model, "floor": chosen.microseconds, "plan": plan_text, "tile": tile}
@@ -135,7 +184,9 @@ def probe(name: str, device: str, dry: bool) -> Job:
     return probes.PROBES[name](device, dry)
 
 
-JOBS: dict[str, Callable[..., Job]] = {"parity": parity, "case": case, "kernel": kernel, "probe": probe}
+JOBS: dict[str, Callable[..., Job]] = {
+    "parity": parity, "stack": stack, "case": case, "kernel": kernel, "probe": probe
+}  # fmt: skip
 
 
 def result(job: Job) -> Job:

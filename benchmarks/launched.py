@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 SLOTS, WIDTH = 8, 320  # the launches that are kept, and bytes of the words of one
-SHOWN = ("H", "B", "T", "GROUPS", "REVERSED", "PHASE", "PRECISION", "SAVED", "DRAWN")
+SHOWN = ("H", "B", "T", "GROUPS", "REVERSED", "LAYERS", "PHASE", "PRECISION", "SAVED", "DRAWN")
 
 
 def words(launch: Any) -> str:

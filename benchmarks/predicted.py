@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # to run from a
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "tf32": "fp32"}
 
 
-def model(launches: list[Any], capability: int, clock: float) -> list[float] | None:
-    """Microseconds a step (low, middle, high) of a scan that is one launch; None of others, and without a model."""
+def model(launches: list[Any], capability: int, clock: float, behind: bool = False) -> list[float] | None:
+    """Microseconds a step (low, middle, high) of a scan that is one launch; None of others, and without a model.
+    behind: see latency.cycles."""
     from triton import knobs
     from triton.backends.compiler import GPUTarget
 
@@ -37,7 +38,8 @@ def model(launches: list[Any], capability: int, clock: float) -> list[float] | N
         return None
     compiled = report.compile_launch(launches[0], GPUTarget("cuda", capability, 32))
     # Not report.disassemble, so that this file can be put into the commit that was measured.
-    found = latency.cycles(report._tool(["-sass"], compiled.asm["cubin"]), launches[0].plan.num_warps)
+    more = {"behind": True} if behind else {}  # which an earlier commit does not know
+    found = latency.cycles(report._tool(["-sass"], compiled.asm["cubin"]), launches[0].plan.num_warps, **more)
     return None if found is None else [c / (clock * 1000) for c in (found.low, found.middle, found.high)]
 
 
