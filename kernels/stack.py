@@ -1,10 +1,9 @@
-"""A stack of layers in one launch, forward: each layer a few steps behind the one below (see `between`).
+"""A stack of layers in one launch each way: each layer a few steps behind the one before it (see `between`).
 
 Layer by layer, a small batch leaves most of a device idle: its few programs take all steps of a layer, while the layers
 above wait. Here all layers take steps at the same time, each on processors of its own, and beside them the products
 with the input weights between two layers, which layer by layer are one GEMM. A step costs what it costs in one layer,
-so L layers take little more time than one. The layers' results are those of `scan.forward`, each in its own buffers,
-so backward goes through them layer by layer.
+so L layers take little more time than one. Results and buffers are those of `scan`, with an axis of layers in front.
 """
 
 from __future__ import annotations
@@ -34,6 +33,10 @@ def steps_pay(layers: int, T: int) -> bool:
 @lru_cache(maxsize=1024)
 def plan_stack(cell: Form, one: Plan, layers: int, B: int, H: int, itemsize: int, device: Device) -> Plan | str:
     """The plan of a stack of that many layers, from that of one of them; or why there is none."""
+    if layers < 2:
+        return "there is one layer"
+    if device.capability < 80 and device is not INTERPRETER:
+        return f"{device.name} is older than Ampere" if device.capability else f"{device.name} has no PTX"
     if one.schedule != "resident" or not cell.products:
         return f"a layer runs by {one.schedule}"
     if not 0 < cell.gates <= cell.products:
