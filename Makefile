@@ -51,7 +51,7 @@ report: .venv/ready
 	$(BIN)/python benchmarks/static.py out/report.json benchmarks/results
 
 report-quick: .venv/ready
-	$(BIN)/python -m seqcells.kernels.report --target all --quick
+	$(BIN)/python -m seqcells.kernels.report --target all --quick --spills
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/compare.py --device cpu --minutes 3
