@@ -1,5 +1,6 @@
 """The kernels run on the GPU if there is one, else in Triton's interpreter, chosen before triton is imported."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -94,6 +95,11 @@ def pytest_ignore_collect(collection_path, config):
     """tests/integrations imports other frameworks, which only `-m integrations` needs."""
     inside = Path(__file__).parent / "integrations" in (collection_path, *collection_path.parents)
     return True if inside and config.option.markexpr != "integrations" else None
+
+
+def pytest_collection_finish():
+    """What is there now stays: the garbage collector need not look through torch and triton over and over."""
+    gc.freeze()
 
 
 @pytest.fixture
