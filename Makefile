@@ -30,10 +30,10 @@ tasks: .venv/ready
 	$(BIN)/python -m seqcells run --all --full --device cpu --save out/tasks --resume --json out/tasks.json --table benchmarks/results/tasks-cpu.md
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n 2
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 test-slow: .venv/ready
-	$(BIN)/python -m pytest -n 2 -m slow
+	$(BIN)/python -m pytest -n 2 --dist worksteal -m slow
 
 test-integrations: .venv-integrations/ready
 	.venv-integrations/bin/python -m pytest -n 2 -m integrations tests/integrations
@@ -51,7 +51,7 @@ report: .venv/ready
 	$(BIN)/python benchmarks/static.py out/report.json benchmarks/results
 
 report-quick: .venv/ready
-	$(BIN)/python -m seqcells.kernels.report --target all --quick
+	$(BIN)/python -m seqcells.kernels.report --target all --quick --spills
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/compare.py --device cpu --minutes 3

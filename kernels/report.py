@@ -1,6 +1,6 @@
 """What the kernels cost, without a GPU: compile what the plan would launch, and read the machine code.
 
-    python -m seqcells.kernels.report --target sm_90 [--quick] [--json FILE]
+    python -m seqcells.kernels.report --target sm_90 [--quick] [--spills] [--json FILE]
 
 For every kernel: registers, spills, shared memory against the limit, and for its loop (the time loop of `resident` and
 `grid`; where a step is a launch, the loop over U of `stepwise`, over W and U of `single`) the number of instructions,
@@ -23,6 +23,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,9 @@ class Row:
     stack: int  # bytes of local memory
     shared: int
     limit: int
-    code: int  # instructions of the whole kernel, its loop once: all there is where a short loop was unrolled
+    # Instructions of the whole kernel, its loop once: all there is where a short loop was unrolled. 0 and what follows
+    # empty, where the machine code was not read: see `measure`.
+    code: int
     instructions: int  # of the loop's body; 0 where there is none
     slots: float
     counts: dict[str, int]
@@ -192,10 +195,8 @@ def launches(case: Case) -> list[scan.Launch]:
 
 def _launch_stack(case: Case, cell: cells.Cell, chosen: Any, note: Callable[[scan.Launch], None]) -> None:
     """What a stack of LAYERS would launch, to note."""
-    L, T, B, H, dtype = LAYERS, 3, case.batch, case.hidden, DTYPES[case.dtype]
-
-    def empty(*shape: int) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
+    L, T, B, H = LAYERS, 3, case.batch, case.hidden
+    empty = torch.empty(0, dtype=DTYPES[case.dtype], device="meta").new_empty
 
     others, apart, G = (cell.states - 1) * H, len(cell.apart) * H, cell.gates * H
     mask = torch.empty((T, B), dtype=MASKS[case.mask], device="meta") if case.mask else None
@@ -263,16 +264,19 @@ def _opcode(instruction: str) -> str:
     return words[0].split(".")[0] if words else ""
 
 
-def measure(case: Case) -> list[Row]:
-    """Compile the case's kernels and count."""
+def measure(case: Case, spills_only: bool = False) -> list[Row]:
+    """Compile the case's kernels and count. spills_only: the machine code is read only of kernels that have a stack or
+    local memory; where there is neither, no register can be spilled, and reading takes a third of the time."""
     rows = []
     device = devices.KNOWN[case.target]
+    modelled, behind = device.capability in latency.CAPABILITIES, case.direction.startswith("stack")
     for launch in launches(case):
         compiled = compile_launch(launch, GPUTarget("cuda", device.capability, 32))
         cubin = compiled.asm["cubin"]
         usage = re.search(r"REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", _tool(["--dump-resource-usage"], cubin))
         assert usage is not None, "cuobjdump printed no resource usage"
-        sass = disassemble(cubin)
+        local = int(usage.group(2)) + int(usage.group(3))
+        sass = disassemble(cubin) if local or not spills_only else ""
         code = instructions(sass)
         # An endless branch to itself ends every program; it is not a loop.
         body = widest_loop(code)
@@ -295,7 +299,7 @@ def measure(case: Case) -> list[Row]:
                 registers=int(usage.group(1)),
                 # What a set-up spills is paid once; what a loop spills, every step. (A stack has two loops.)
                 spills=sum((within if body else everywhere)[k] for k in ("LDL", "STL")),
-                stack=int(usage.group(2)) + int(usage.group(3)),
+                stack=local,
                 shared=compiled.metadata.shared,
                 limit=device.shared,
                 code=len(code),
@@ -304,9 +308,7 @@ def measure(case: Case) -> list[Row]:
                 counts={k: counts[k] for k in KINDS if counts[k]},
                 programs=p.programs,
                 microseconds=p.microseconds,
-                cycles=latency.cycles(sass, p.num_warps, behind=case.direction.startswith("stack"))
-                if device.capability in latency.CAPABILITIES
-                else None,
+                cycles=latency.cycles(sass, p.num_warps, behind=behind) if modelled and sass else None,
             )
         )
     return rows
@@ -450,8 +452,9 @@ def table(rows: list[Row]) -> str:
         batches = ",".join(map(str, r.batches)) or c.batch
         shown: tuple[object, ...] = (c.target, name, c.direction, kind, c.hidden, batches)
         shown += (r.schedule, r.phase, r.block, r.warps)
-        shown += (r.registers, r.spills, shared, r.code, r.instructions, f"{r.slots:.0f}", r.cycles or "-", n["BAR"])
-        shown += (mma, moved, f"{n['LDG']}/{n['STG']}", n["MUFU"], "" if r.good else "BAD")
+        loaded = f"{n['LDG']}/{n['STG']}"
+        read = (r.code, r.instructions, f"{r.slots:.0f}", r.cycles or "-", n["BAR"], mma, moved, loaded, n["MUFU"])
+        shown += (r.registers, r.spills, shared, *(read if r.code else "-" * len(read)), "" if r.good else "BAD")
         lines.append(tuple(str(x) for x in shown))
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
     return "\n".join("  ".join(x.rjust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
@@ -471,6 +474,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--target", choices=[*every, "all"], default="sm_90", help=f"all: {', '.join(TARGETS)}")
     parser.add_argument("--cell", choices=cells.names(), action="append", help="only this cell (may be repeated)")
     parser.add_argument("--quick", action="store_true", help="only the shapes at which the plan changes its mind")
+    parser.add_argument("--spills", action="store_true", help="only whether kernels spill and fit: a third quicker")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number there too")
     options = parser.parse_args(argv)
     if knobs.runtime.interpret:
@@ -480,7 +484,8 @@ def main(argv: list[str] | None = None) -> int:
     cases = distinct(chosen)
     rows: list[Row] = []
     with ProcessPoolExecutor(os.cpu_count()) as pool:
-        for measured, batches in zip(pool.map(measure, cases), cases.values(), strict=True):
+        counted = pool.map(partial(measure, spills_only=options.spills), cases)
+        for measured, batches in zip(counted, cases.values(), strict=True):
             rows += [replace(row, batches=batches) for row in measured]
     print(table(rows))
     bad = [r for r in rows if not r.good]

@@ -1,5 +1,6 @@
 """The kernels run on the GPU if there is one, else in Triton's interpreter, chosen before triton is imported."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -14,6 +15,7 @@ os.environ["SEQCELLS_CACHE"] = ""  # verdicts of one run are not another's
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 import triton.language as tl  # noqa: E402
+from triton.language.semantic import TritonSemantic  # noqa: E402
 from triton.runtime import interpreter  # noqa: E402
 
 torch.set_num_threads(1)
@@ -47,6 +49,42 @@ def make_the_interpreter_quicker():
 
     interpreter._patch_lang, interpreter._get_np_dtype = patch_once, np_dtype_of
     interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
+    make_types_once()
+
+
+def make_types_once():
+    """Triton's types of blocks, and what a tensor takes from its type: much Python at every operation, and the same for
+    the same dtype and shape. Here they are made the first time and copied from then on, and blocks of one shape are not
+    broadcast to each other's."""
+    block_type, tensor, broadcast = tl.block_type.__init__, tl.tensor.__init__, TritonSemantic.broadcast_impl_value
+    blocks, parts = {}, {}
+
+    def element(kind):
+        return kind.name, getattr(kind, "address_space", None)  # a pointer's name has its element, and const
+
+    def make_block_type(self, element_ty, shape):
+        sizes = tuple([n.value if type(n) is tl.constexpr else n for n in shape])
+        key = element(element_ty), sizes, tuple(map(type, sizes))
+        if key not in blocks:
+            block_type(self, element_ty, shape)
+            blocks[key] = vars(self) | {"made_for": key}
+        vars(self).update(blocks[key])
+
+    def make_tensor(self, handle, type):
+        key = type.made_for if isinstance(type, tl.block_type) else element(type)
+        if key not in parts:
+            tensor(self, handle, type)
+            parts[key] = {name: value for name, value in vars(self).items() if name not in ("handle", "type", "dtype")}
+        vars(self).update(parts[key], handle=handle, type=type, dtype=type.scalar)
+
+    def broadcast_if_they_differ(self, lhs, rhs):
+        both = isinstance(lhs.type, tl.block_type) and isinstance(rhs.type, tl.block_type)
+        if both and lhs.type.made_for[1] == rhs.type.made_for[1]:
+            return lhs, rhs
+        return broadcast(self, lhs, rhs)
+
+    tl.block_type.__init__, tl.tensor.__init__ = make_block_type, make_tensor
+    TritonSemantic.broadcast_impl_value = broadcast_if_they_differ
 
 
 if DEVICE == "cpu":
@@ -57,6 +95,11 @@ def pytest_ignore_collect(collection_path, config):
     """tests/integrations imports other frameworks, which only `-m integrations` needs."""
     inside = Path(__file__).parent / "integrations" in (collection_path, *collection_path.parents)
     return True if inside and config.option.markexpr != "integrations" else None
+
+
+def pytest_collection_finish():
+    """What is there now stays: the garbage collector need not look through torch and triton over and over."""
+    gc.freeze()
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import triton
@@ -14,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from kinds import KINDS
 
-from seqcells.kernels import cells, grid, recompute, report, resident, single, stepwise
+from seqcells.kernels import cells, grid, recompute, report, resident, resident_backward, single, stepwise
 from seqcells.kernels.devices import INTERPRETER, KNOWN, present
 from seqcells.kernels.plan import PRECISIONS, chunks, grid_bytes, parts, plan, resident_bytes
 from seqcells.kernels.plan_single import shared_bytes
@@ -135,7 +136,7 @@ def test_batches_share_a_few_tile_sizes_and_lengths_share_all():
         plans = {planned(cell, B=B, H=H) for B in range(1, 5000)}
         assert len({(p.schedule, p.block_h, p.block_b, p.block_k, p.num_warps, p.num_stages) for p in plans}) <= 10
     found = 0
-    for module in (resident, grid, stepwise, recompute, single):
+    for module in (resident, resident_backward, grid, stepwise, recompute, single):
         for node in ast.walk(ast.parse(Path(module.__file__).read_text())):
             if not (isinstance(node, ast.FunctionDef) and node.name.endswith("kernel")):
                 continue
@@ -293,6 +294,23 @@ def test_a_bad_kernel_gives_a_bad_exit_status(monkeypatch):
     assert "BAD" in report.table([report.Row(**fields, spills=1, shared=9)])
     cycles = report.latency.Cycles(100.4, 150, 200.0, True)
     assert "100-200" in report.table([report.Row(**fields, spills=0, shared=9, cycles=cycles)])
+
+
+def test_spills_alone_need_the_machine_code_only_where_there_is_local_memory(monkeypatch):
+    kernel = SimpleNamespace(fn=planned)  # any function
+    launch = SimpleNamespace(plan=planned(), arguments={"BLOCK_H": 64, "BLOCK_B": 8}, kernel=kernel)
+    compiled = SimpleNamespace(asm={"cubin": b""}, metadata=SimpleNamespace(shared=9))
+    spilled = "/*0000*/ LDL R1, [R2] ;\n/*0010*/ @P0 BRA 0x0 ;\n"
+    monkeypatch.setattr(report, "launches", lambda case: [launch])
+    monkeypatch.setattr(report, "compile_launch", lambda launch, target: compiled)
+    case = report.Case("lstm", "infer", "bf16", 8, 64, "sm_100")
+    for stack, local, spills_only, read in ((0, 0, True, 0), (8, 0, True, 1), (0, 8, True, 1), (0, 0, False, 1)):
+        usage = f"REG:32 STACK:{stack} SHARED:0 LOCAL:{local} "
+        monkeypatch.setattr(report, "_tool", lambda how, _, usage=usage: spilled if how == ["-sass"] else usage)
+        (row,) = report.measure(case, spills_only=spills_only)
+        assert (row.spills, row.code, row.instructions) == (read, 2 * read, 2 * read)
+        assert (row.registers, row.stack, row.shared) == (32, stack + local, 9)
+        assert ("BAD" in report.table([row])) == (row.spills > 0) == (not row.good)
 
 
 def test_the_loop_is_the_widest_backward_branch():
