@@ -194,7 +194,8 @@ def test_compute_sanitizer(tmp_path, monkeypatch):
                 "stopped: out of time" if what == "initcheck" else "ended with 0: ========= ERROR SUMMARY: 0 errors"
             )
     asked = [json.loads(file.read_text()) for file in tmp_path.glob("*.json")]
-    assert {job["backend"] for each in asked for job in each} == set(checked.SCHEDULES)
+    assert {job["backend"] for each in asked for job in each} == {*checked.SCHEDULES, "triton"}
+    assert {job["do"] for each in asked for job in each} == {"parity", "stack"}
     assert max(max(job["shape"]) for each in asked for job in each) < 40
     pids = [int(file.read_text()) for file in tmp_path.glob("initcheck.*.pid")]
     time.sleep(0.3)
@@ -210,18 +211,20 @@ def alive(pid):
 
 
 def test_what_is_most_in_doubt_comes_first():
-    """The stepwise products of 16 bits, then masks and means over units; every built-in cell, schedule and dtype."""
+    """The stepwise products of 16 bits, then stacks, masks and means over units; every built-in cell, schedule and
+    dtype."""
     asked = list(checked.checks(dry=False))
     assert len({str(job) for job in asked}) == len(asked)
     assert [(j["cell"], j["backend"], j["kind"]) for j in asked[:2]] == [
         (c, "triton:stepwise", "bfloat16") for c in ("lstm", "gru")
     ]
-    first = asked[:60]
+    first = asked[:100]
+    assert {j["cell"] for j in first if j["do"] == "stack"} >= {"lstm", "gru", "gru_before", "rnn_tanh"}
     assert {j["cell"] for j in first if j.get("dropout")} >= {"lstm", "gru", "dreamer_gru"}
     norms = {(j["cell"], j["backend"]) for j in first if not j.get("dropout")}
     assert norms >= {(c, b) for c in checked.NORMS for b in checked.SCHEDULES}, "exchanges of means never ran on a GPU"
     for name in checked.BUILT_IN:
-        mine = {(j["backend"], j["kind"]) for j in asked if j["cell"] == name}
+        mine = {(j["backend"], j["kind"]) for j in asked if j["cell"] == name and j["do"] == "parity"}
         assert {b for b, _ in mine} == set(checked.SCHEDULES) and len({k for _, k in mine}) == 6
     assert {j["cell"] for j in asked} == {*seqcells.cells.__all__} and all(named(j["cell"]) for j in asked)
 
