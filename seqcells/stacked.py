@@ -40,6 +40,8 @@ def unfit(case: Case, choice: Choice, asked: str | None) -> str:
         return f"there is {'a projection' if case.projected else 'dropout'} between them"
     if case.all_states:
         return "all states were asked for"
+    if case.grad and case.save == "states" and places(case.cell).saved:
+        return "save='states' asks for little memory, and what passes between layers is there for all of them at once"
     precision = _precision(case, asked)
     if case.dtype == torch.float32 and precision != precisions.of_inputs(case.dtype, case.device):
         return "PyTorch's settings want another precision of the products with the input than of the recurrent ones"

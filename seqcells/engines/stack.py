@@ -126,7 +126,7 @@ def backward(
     """As autograd.Engine, of each layer. grads: dy is that of the last layer's y; the others have a first axis of L, as
     the buffers have. need: of each layer."""
     (y, c, saved), (dy, dhn, dcn, _) = buffers, grads
-    assert y is not None and c is not None
+    assert y is not None and c is not None and saved is not None
     cell, alone, like = options.cell, replace(options, layers=1), (y.dtype, y.device)
     size = (len(y), y.shape[2], y.shape[4])
     layers = [(x, *layer[1:]) for x, layer in zip((layers[0][0], *y[:-1, 1:].flatten(3)), layers, strict=True)]
@@ -135,14 +135,12 @@ def backward(
         d, each = dy, []
         for n in reversed(range(len(layers))):
             ends = (None if t is None else t[n : n + 1] for t in (dhn, dcn))
-            own = y[n], c[n], None if saved is None else saved[n]
             wanted = [n > 0 or need[0][0], *need[n][1:]]
-            each.append(triton.scan_backward(alone, layers[n], mask, own, (d, *ends, None), wanted))
+            own = (y[n], c[n], saved[n]), (d, *ends, None), wanted
+            each.append(triton.scan_backward(alone, layers[n], mask, *own))
             d = None if each[-1][0] is None else each[-1][0][:, :, None]
         return each[::-1]
 
-    if saved is None:  # each layer's backward makes it again
-        return one_by_one()
     w, u = _weights(options, layers, size[2])
     keywords: Any = {"params": _together(layers, 7), "precision": options.precision}
     scan = partial(kernels.stack.backward, kernels.cells.get(cell), dy, dhn, dcn, w, u, y, c, saved, mask, **keywords)
