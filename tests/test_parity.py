@@ -81,7 +81,8 @@ def test_any_shape(cell, schedule, save, dtype, T, B, input_size, H, resets):
 def test_every_shape(cell, schedule, T, B, H, poison):
     for dtype in (torch.float64, torch.float32, *HALVES):
         for save in SAVES:
-            assert_parity(cell, schedule, save, dtype, Shape(T, B, 3, H), resets=T > 1)
+            # Where nothing saturates, as above.
+            assert_parity(cell, schedule, save, dtype, Shape(T, B, 3, H), resets=T > 1, scale=0.4)
 
 
 def gradcheck_inputs(cell, T, B, I, H):  # noqa: E741
