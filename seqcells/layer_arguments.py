@@ -474,9 +474,11 @@ def sizes(given: tuple[int, int, int, bool, bool, float, bool, int], stacklevel:
     checks.integer("num_layers", num_layers)
     if num_layers <= 0:
         raise ValueError("num_layers must be greater than zero")
-    checks.integer("proj_size", proj_size)
+    if not isinstance(proj_size, float):  # of which torch.nn looks at the value first
+        checks.integer("proj_size", proj_size)
     if proj_size < 0:
         raise ValueError("proj_size should be a positive integer or zero to disable projections")
     if proj_size >= hidden_size:
         raise ValueError("proj_size has to be smaller than hidden_size")
+    checks.integer("proj_size", proj_size)
     checks.boolean("bidirectional", bidirectional)
