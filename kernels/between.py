@@ -3,12 +3,12 @@
 Layers run at the same time, each a few steps behind the one before it: forward the one below, backward the one above. A
 program of a layer takes the steps for its rows, and a program between two layers multiplies with the upper one's input
 weights: forward the lower one's output, backward the gradient of the upper one's gx. Both read what another program
-stores, as 32-bit words: a float32, or two neighbours of 16 bits. All words are filled before the launch
-with ones, a NaN (or two) that no arithmetic yields; if a word should be that all the same, another NaN is stored. Who
-needs a word loads it until it is not all ones. Each word tells of itself alone, so the order in which stores arrive
-does not matter; it is stored and loaded by one strong instruction, so none is half there; and it is stored once a
-launch, so none is stale. A word is loaded a step ahead: a layer that has to wait falls behind by as much, and from then
-on finds its words there.
+stores, as 32-bit words: a float32, or two neighbours of 16 bits. All words are filled before the launch with ones, a
+NaN (or two) that no arithmetic yields; if a word should be that all the same, another NaN is stored. Who needs a word
+loads it until it is not all ones. Each word tells of itself alone, so the order in which stores arrive does not matter;
+it is stored and loaded by one strong instruction, so none is half there; and it is stored once a launch, so none is
+stale. A word is loaded a step ahead: a layer that has to wait falls behind by as much, and from then on finds its words
+there.
 
 No program waits for one behind it, and the launch is cooperative: all of them run. Interpreted, programs run one after
 the other, in the order in which they wait, and nobody has to.
@@ -82,6 +82,7 @@ def _of_elements(shape, per_word):
 
 @triton.constexpr_function
 def _of_words(n):
+    """The types of n words."""
     return (tl.int32,) * n
 
 
@@ -94,7 +95,7 @@ def _each(shape):
 @triton.jit
 def complete_words(tiles, ptr, offsets, N: tl.constexpr, STRIDE: tl.constexpr, waits):
     """The tiles that `load_words` loaded from there, once all their words are stored. If waits is false, they are."""
-    if INTERPRETED or N == 0:
+    if INTERPRETED:
         return tiles
     else:
         EACH: tl.constexpr = _each(offsets.shape)

@@ -85,7 +85,8 @@ def forward_kernel(
     PADDING: tl.constexpr, PRECISION: tl.constexpr, FAST: tl.constexpr, WARPS: tl.constexpr,
     U_IN_REGISTERS: tl.constexpr, DRAWN: tl.constexpr, LOADS: tl.constexpr, LAYERS: tl.constexpr,
 ):  # fmt: skip
-    """LOADS: see `loads`. LAYERS, w_ptr, b_ptr, between_ptr: see `stack`; without a stack 1 and None."""
+    """LOADS: see `loads`; in a stack -1, and inputs are loaded two steps ahead, behind the step. LAYERS, w_ptr, b_ptr,
+    between_ptr: see `stack`; without a stack 1 and None."""
     W: tl.constexpr = WARPS if WARPS * 16 < BLOCK_H else BLOCK_H // 16
     units = unit_order(BLOCK_H, W)
     r = tl.arange(0, BLOCK_B)

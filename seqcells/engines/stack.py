@@ -83,8 +83,8 @@ def _launched(
         if CURRENT.policy == "always":
             insist(of, chosen, rows, other)
         return call(plan=chosen)
-    attempts: list[tuple[str, Callable[[], T]]] = [("one-layer", one_by_one)]
-    attempts.insert(0, (STACK, partial(triton.verified, call, of, rows, other, plan=chosen)))
+    stacked: Callable[[], T] = partial(triton.verified, call, of, rows, other, plan=chosen)
+    attempts = [(STACK, stacked), ("one-layer", one_by_one)]
     return fallback.first_that_runs(fallback.Kernel(of[1], of[0], of[2], of[5], of[3]), attempts, None)
 
 
